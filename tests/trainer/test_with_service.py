@@ -10,7 +10,7 @@ import pytest
 from served import started
 from small_policy import DEMO, options, write_rows
 
-from inward_trainer import cdpo
+from inward_trainer import cdpo, metrics
 from inward_trainer.logs import read_log
 
 VERBS = ("open", "hide", "break", "steal", "repair", "borrow")
@@ -82,6 +82,24 @@ def test_loss_falls_and_reward_accuracy_rises(lived):
     assert fmean(line["rewards/margins"] for line in last) > 0.05
     assert fmean(line["rewards/accuracies"] for line in last) > 0.4
     assert all(0.5 < line["gamma"] < 1 for line in steps)
+
+
+def test_prometheus_is_told_what_the_log_is(lived):
+    *_, log = lived
+    run = next(line["policy_version"] for line in reversed(log) if "policy_version" in line).rpartition("-")[0]
+
+    def value(name, **labels):
+        return metrics.REGISTRY.get_sample_value(f"inward_trainer_{name}", {"run": run, **labels})
+
+    last = [line for line in log if "loss" in line][-1]
+    assert (value("step"), value("steps_planned")) == (STEPS, STEPS)
+    assert (value("loss"), value("kl_nats"), value("confidence")) == (last["loss"], last["kl"], last["gamma"])
+    assert value("accuracy", judge="monitor") == last["monitor/accuracy"]
+    first, *_, now = [line for line in log if "held_out/reward" in line]
+    assert value("held_out_gain", judge="head") == now["held_out/reward"] - first["held_out/reward"]
+    assert value("policy_info", version=f"{run}-{STEPS:06d}") == 1
+    assert metrics.REGISTRY.get_sample_value("inward_trainer_pairs_total") >= STEPS * 6
+    assert metrics.REGISTRY.get_sample_value("inward_trainer_step_duration_seconds_count") >= STEPS
 
 
 def test_fresh_samples_of_held_out_prompts_get_better_also_by_the_monitor(lived):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from inward_trainer import metrics
 from inward_trainer.pairs import ScoredPair
 from inward_trainer.service import Service
 
@@ -36,6 +37,7 @@ class Annotator:
                 complete[i] = _rewarded(pairs[i], reward)
         known = [pair for pair in complete if not self._hybrid or pair.chosen_score is not None]
         if len(known) < len(pairs):
+            metrics.REFUSED_TOTAL.labels(reason="unscored").inc(len(pairs) - len(known))
             LOG.warning("%d pairs can't be scored and are left out", len(pairs) - len(known))
         return self._monitored(known) if self._monitor and known else known
 

@@ -19,6 +19,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig
 
+from inward_trainer import metrics
 from inward_trainer.annotate import Annotator, Recheck
 from inward_trainer.confidence import Confidence
 from inward_trainer.durable import write_text
@@ -144,6 +145,8 @@ class _Parts:
 
     def __init__(self, options: CdpoOptions, rows: int, tokeniser: Tokeniser, stack: ExitStack) -> None:
         stack.enter_context(locked(options))
+        if options.metrics_port is not None:
+            stack.callback(metrics.serve(options.metrics_host, options.metrics_port))
         self.checkpoint = last_checkpoint(checkpoints(options))
         done = int(self.checkpoint.name.rpartition("-")[2]) if self.checkpoint else 0
         self.service = _service(options, stack)
@@ -152,7 +155,7 @@ class _Parts:
         self.publisher = self._publisher(options)
         source, pairs = self._source(options, stack)
         self.steps = options.steps or math.ceil(options.epochs * pairs / rows)
-        log = Log(options.out, done, tensorboard=options.tensorboard)
+        log = Log(options.out, done, run=self.run.name, tensorboard=options.tensorboard)
         stack.callback(log.close)
         self.centre = Centre(
             self._gatherer(options, source, rows),
@@ -188,6 +191,7 @@ class _Parts:
         ages = [(pair, self.publisher.versions.age(pair.policy_version, done)) for pair in fit]
         fresh = [pair for pair, age in ages if age is not None and age <= self._max_lag]
         if len(fresh) < len(fit):
+            metrics.REFUSED_TOTAL.labels(reason="too_old").inc(len(fit) - len(fresh))
             LOG.warning("%d pairs are refused at step %d: scored by a policy that is too old", len(fit) - len(fresh), done)
         return fresh
 

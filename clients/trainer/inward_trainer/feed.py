@@ -10,6 +10,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import IterableDataset
 
+from inward_trainer import metrics
 from inward_trainer.annotate import Annotator
 from inward_trainer.confidence import Confidence
 from inward_trainer.errors import DataError
@@ -53,6 +54,12 @@ class Gatherer:
         """
         if (known := self.journal.read(number)) is not None:
             return known
+        with metrics.GATHER_SECONDS.time():
+            step = self._gather(number)
+        self.journal.write(step)
+        return step
+
+    def _gather(self, number: int) -> Step:
         last = self.journal.read(number - 1)
         cursor = last.cursor if last else None
         pairs: list[ScoredPair] = []
@@ -68,9 +75,7 @@ class Gatherer:
             pairs += usable
             receipts += taken.receipts
             cursor = taken.cursor
-        step = Step(number, tuple(pairs), tuple(receipts), cursor)
-        self.journal.write(step)
-        return step
+        return Step(number, tuple(pairs), tuple(receipts), cursor)
 
 
 class Feed(IterableDataset[dict[str, Any]]):
@@ -138,5 +143,6 @@ def fitting(pairs: Sequence[ScoredPair], tokenise: Tokeniser, max_length: int) -
     """Those of at most ``max_length`` tokens in prompt and answer. The others are left out: a cut answer would be another answer."""
     fit = [pair for pair in pairs if tokenise(pair).longest <= max_length]
     if len(fit) < len(pairs):
+        metrics.REFUSED_TOTAL.labels(reason="too_long").inc(len(pairs) - len(fit))
         LOG.warning("%d of %d pairs are longer than %d tokens and are left out", len(pairs) - len(fit), len(pairs), max_length)
     return fit

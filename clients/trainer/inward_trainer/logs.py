@@ -1,4 +1,4 @@
-"""The run's record: one JSON line a step in ``log.jsonl``, and the same for TensorBoard."""
+"""The run's record: one JSON line a step in ``log.jsonl``, and the same for TensorBoard and Prometheus."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from inward_trainer.durable import write_text
+from inward_trainer.metrics import RunSeries
 
 
 class Log:
@@ -17,12 +18,14 @@ class Log:
     Args:
         folder: of ``log.jsonl`` and ``tensorboard/``.
         done: steps that are done when it is opened.
+        run: the run's name.
     """
 
-    def __init__(self, folder: Path, done: int, *, tensorboard: bool = True) -> None:
+    def __init__(self, folder: Path, done: int, *, run: str = "run", tensorboard: bool = True) -> None:
         self._path = folder / "log.jsonl"
         self.kept = [line for line in read_log(self._path) if line["step"] <= done]
         write_text(self._path, "".join(json.dumps(line) + "\n" for line in self.kept))
+        self.series = RunSeries(run, self.kept)
         self._board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -30,10 +33,11 @@ class Log:
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """One line, in which what is not finite is null; numbers go to TensorBoard as well."""
+        """One line, in which what is not finite is null; numbers go to TensorBoard and Prometheus as well."""
         finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **finite}) + "\n")
+        self.series.logged(finite)
         if self._board is not None:
             for name, value in values.items():
                 if isinstance(value, int | float) and not isinstance(value, bool):

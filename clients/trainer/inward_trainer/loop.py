@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,6 +93,7 @@ class Circle(TrainerCallback):  # type: ignore[misc]
         self._feed, self._centre, self._wait, self._every = feed, centre, wait, every
         self._stop = False
         self._saved = 0
+        self._began = 0.0
 
     def stop(self) -> None:
         """Ends the run after the current step, with a checkpoint."""
@@ -101,11 +103,16 @@ class Circle(TrainerCallback):  # type: ignore[misc]
         self._feed.done = self._saved = state.global_step
         if self._centre is not None:
             settle(self._centre, state.global_step, _checkpoint(args, state))
+            self._centre.log.series.begins(state.global_step, state.max_steps)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._began = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._feed.done = state.global_step
         step, centre = self._feed.current, self._centre
         if centre is not None and step is not None:
+            centre.log.series.step(state.global_step, len(step.pairs), time.monotonic() - self._began)
             if centre.update_head is not None:
                 centre.update_head(step)
             rewards = [score for pair in step.pairs for score in (pair.chosen_score, pair.rejected_score) if score is not None]

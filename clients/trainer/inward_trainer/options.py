@@ -175,7 +175,16 @@ class CircleOptions(_Options):
     """How many of them."""
 
 
-class CdpoOptions(ModelOptions, SourceOptions, ServiceOptions, ConfidenceOptions, CircleOptions):
+class WatchOptions(_Options):
+    """Prometheus"""
+
+    metrics_port: int | None = Field(None, ge=1, le=65535)
+    """Port on which /metrics is served while the run lives; by default none."""
+    metrics_host: str = "127.0.0.1"
+    """Address of that port; 0.0.0.0 lets other machines see numbers and names of versions, never texts."""
+
+
+class CdpoOptions(ModelOptions, SourceOptions, ServiceOptions, ConfidenceOptions, CircleOptions, WatchOptions):
     """the method"""
 
     beta: float = Field(0.15, gt=0)
