@@ -3,6 +3,7 @@
 #   make serve MODEL=…      a Hugging Face id or a folder
 #   make test | check | format | install
 #   make test-vllm          the vLLM backbone, on vLLM's CPU build, in an environment of its own (.venv-vllm, about 4 GB)
+#   make test-valkey        the tests of the queue against Valkey instead of Redis
 #   make test-deploy        image, compose file and Helm chart against linters and schemas, in .venv-deploy
 #   make audit              known vulnerabilities of what .venv holds (asks PyPI's database)
 #   make image-check        the Dockerfile's pip steps and its entry point, replayed without a container engine (minutes)
@@ -19,7 +20,7 @@ ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: serve install test test-vllm test-deploy audit check format image-check contract fuzz chaos smoke bench demo clean
+.PHONY: serve install test test-vllm test-valkey test-deploy audit check format image-check contract fuzz chaos smoke bench demo clean
 
 serve: .venv/installed
 	$(BIN)/inward serve $(if $(MODEL),--model $(MODEL)) $(ARGS)
@@ -41,6 +42,9 @@ check: .venv/installed-dev
 format: .venv/installed-dev
 	$(BIN)/ruff format service clients tests docs
 	$(BIN)/ruff check --fix service clients tests docs
+
+test-valkey: .venv/installed-dev
+	REDIS_SERVER=valkey $(BIN)/python -m pytest tests/queues tests/chaos tests/commands/test_dead_letters.py tests/test_bulk.py $(ARGS)
 
 test-deploy: .venv/installed-dev .venv-deploy/installed
 	PATH=$(CURDIR)/.venv-deploy/bin:$$PATH $(BIN)/python -m pytest tests/deploy/test_image.py tests/deploy/test_monitoring.py $(ARGS)

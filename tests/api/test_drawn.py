@@ -47,6 +47,9 @@ async def test_drawn_answers_come_best_first_with_the_pair_of_best_and_worst():
     assert body["pair"]["chosen"] == body["results"][0]["text"]
     assert body["pair"]["rejected"] == body["results"][-1]["text"]
     assert body["pair"]["margin"] == pytest.approx(scores[0] - scores[-1])
+    assert body["pair"]["chosen_finish_reason"] == body["results"][0]["finish_reason"]
+    assert body["pair"]["rejected_finish_reason"] == body["results"][-1]["finish_reason"]
+    assert {result["finish_reason"] for result in body["results"]} <= {"stop", "length"}
 
 
 async def test_each_answer_says_how_it_ended_and_how_long_it_is_and_usage_counts_all():

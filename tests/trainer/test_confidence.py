@@ -57,6 +57,12 @@ def test_rows_as_texts_and_as_messages_are_the_same_pair():
     assert read_row(as_chat, "3") == ScoredPair("3", said, "Seven.", "No.", confidence=1.0)
 
 
+def test_a_row_says_whether_its_answers_were_cut():
+    row = {"prompt": "p", "chosen": "a", "rejected": "b", "chosen_finish_reason": "stop", "rejected_finish_reason": "length"}
+    assert read_row(row, "0").finished == (True, False)
+    assert read_row(row | {"chosen_finish_reason": None}, "0").finished == (True, False)
+
+
 @pytest.mark.parametrize(
     ("row", "blamed"),
     [

@@ -131,6 +131,8 @@ class BestAgainstWorst:
     chosen_score: float | None = None
     rejected_score: float | None = None
     confidence: float | None = None
+    chosen_finish_reason: str | None = None
+    rejected_finish_reason: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

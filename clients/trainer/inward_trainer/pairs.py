@@ -49,7 +49,7 @@ class ScoredPair:
 
 def read_row(row: Mapping[str, Any], id: str) -> ScoredPair:
     """A pair from a row as people and the service write it: ``prompt`` or ``messages``, ``chosen``, ``rejected``, each a text or chat
-    messages, and whatever scores are there.
+    messages, and whatever scores and finish reasons are there.
 
     Raises:
         DataError: a field is missing or of a wrong form.
@@ -66,6 +66,7 @@ def read_row(row: Mapping[str, Any], id: str) -> ScoredPair:
         confidence=_number(row, "confidence", id, 0.0, 1.0),
         chosen_score=_number(row, "chosen_score", id),
         rejected_score=_number(row, "rejected_score", id),
+        finished=(row.get("chosen_finish_reason") != "length", row.get("rejected_finish_reason") != "length"),
         policy_version=row.get("policy_version"),
     )
 

@@ -79,6 +79,8 @@ async def _best_against_worst(
         rejected_score=worst.score or 0.0,
         margin=margin,
         confidence=confidence,
+        chosen_finish_reason=best.finish_reason,
+        rejected_finish_reason=worst.finish_reason,
     )
     return pair, compared
 

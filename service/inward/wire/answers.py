@@ -177,6 +177,9 @@ class BestAgainstWorst(Wire):
     margin: float
     confidence: float | None = None
     """Probability that chosen is the better one, where a hybrid head is loaded."""
+    chosen_finish_reason: Literal["stop", "length"] | None = None
+    """Of a drawn answer; one that was cut (`length`) should not be followed by an end-of-sequence token in training."""
+    rejected_finish_reason: Literal["stop", "length"] | None = None
 
 
 class MarginAnswer(Answer):
