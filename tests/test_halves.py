@@ -7,6 +7,7 @@ import sys
 import httpx
 import pytest
 from adapters import write_adapter
+from api.test_stream import events
 from fleet import Fleet
 from patience import PATIENCE, wait_until
 from served import write_model
@@ -62,6 +63,20 @@ def test_an_api_replica_is_red_until_there_is_a_worker_and_then_answers_as_one_p
     finally:
         assert api.stop() == 0
         assert worker is None or worker.stop() == 0
+
+
+def test_drawn_answers_come_through_redis_one_by_one_and_are_those_of_one_answer(fleet, http):
+    api, workers = fleet.api(), [fleet.worker(), fleet.worker()]
+    fleet.wait_until_ready(*workers, api)
+    ask = {"prompt": "question", "n": 6, "sampling": {"max_tokens": 8, "seed": 3}}
+    *samples, (last, streamed) = events(http.post(api.url + "/rerank", json=ask | {"stream": True}).text)
+    assert [name for name, _ in samples] == ["sample"] * 6
+    assert last == "result"
+    assert sorted(sample["index"] for _, sample in samples) == list(range(6))
+    whole = http.post(api.url + "/rerank", json=ask).json()
+    for one, other in zip(streamed["results"], whole["results"], strict=True):
+        assert (one["text"], one["finish_reason"]) == (other["text"], other["finish_reason"])
+        assert one["score"] == pytest.approx(other["score"], rel=1e-5)
 
 
 def test_a_head_that_is_switched_is_switched_in_every_worker_when_the_answer_comes(fleet, http, folder):
