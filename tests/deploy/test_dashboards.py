@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("grafana_foundation_sdk", reason="make test-deploy installs it")
-from grafana_foundation_sdk.cog.encoder import JSONEncoder
-from grafana_foundation_sdk.cog.plugins import register_default_plugins
-from grafana_foundation_sdk.models.dashboard import Dashboard
+NEEDED = "make test-deploy installs it"
+JSONEncoder = pytest.importorskip("grafana_foundation_sdk.cog.encoder", reason=NEEDED).JSONEncoder
+register_default_plugins = pytest.importorskip("grafana_foundation_sdk.cog.plugins", reason=NEEDED).register_default_plugins
+Dashboard = pytest.importorskip("grafana_foundation_sdk.models.dashboard", reason=NEEDED).Dashboard
 
 ROOT = Path(__file__).parents[2]
 DASHBOARDS = sorted((ROOT / "deploy/grafana/dashboards").glob("*.json"))

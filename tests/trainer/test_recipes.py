@@ -21,7 +21,18 @@ def test_a_recipe_takes_an_optimiser_step(name, tmp_path):
     command = name.partition("-")[0]
     fake = FakeInward(adapters=tmp_path / "adapters")
     with served(fake) as url:
-        given = ["--recipe", name, "--model", str(write_policy(tmp_path / "model")), "--url", url, "--out", str(tmp_path / "run"), "--steps", "1"]
+        given = [
+            "--recipe",
+            name,
+            "--model",
+            str(write_policy(tmp_path / "model")),
+            "--url",
+            url,
+            "--out",
+            str(tmp_path / "run"),
+            "--steps",
+            "1",
+        ]
         if command == "cdpo":
             prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": row["prompt"]} for row in rows(pairs)])
             given += ["--prompts", str(prompts), "--adapters", str(fake.adapters)]
