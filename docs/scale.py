@@ -38,8 +38,8 @@ BULK_BYTES = 1357
 TOKENS = 256
 """Of a pair in the measurements of Redis."""
 API_PAIRS = 500
-"""Pairs/s of one API replica: ``tests/benchmarks/queue_overhead.py``, one API, one worker and the callers on two cores. On a better day of the
-same machine it was 1,000."""
+"""Pairs/s of one API replica: ``tests/benchmarks/queue_overhead.py``, one API, one worker and the callers on two cores. On a better day
+of the same machine it was 1,000."""
 BUSY = 0.7
 """How busy anything is planned to be; what is left is for bursts, for a restart, and for the death of a neighbour."""
 BACKLOG = 60.0

