@@ -53,7 +53,7 @@ def expressions() -> dict[str, str]:
 def series() -> dict[str, set[str]]:
     """Name → labels of everything in /metrics of the service and of the trainer, and of what the recording rules make."""
     found: dict[str, set[str]] = {name: set() for name in OF_PROMETHEUS}
-    for registry, family in [(registry, family) for registry in REGISTRIES for family in registry.collect()]:
+    for registry, family in ((one, family) for one in REGISTRIES for family in one.collect()):
         suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_count", "_sum"]}.get(family.type, [""])
         collector = registry._names_to_collectors.get(family.name)
         labels = set(getattr(collector, "_labelnames", ())) | ({"le"} if family.type == "histogram" else set())
