@@ -1,5 +1,7 @@
 import asyncio
 import contextlib
+import os
+import signal
 import socket
 
 import pytest
@@ -54,6 +56,30 @@ async def test_who_reads_that_it_is_ready_can_connect(monkeypatch):
 
         with pytest.raises(Enough):
             await serve(Settings(), open_house, ready)
+
+
+@pytest.fixture
+def handlers():
+    """Gives the test's process its signal handlers back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_that_comes_the_moment_it_is_ready_is_heeded(number, handlers):
+    house = House()
+
+    async def opening():
+        return house
+
+    def ready(_):
+        os.kill(os.getpid(), number)
+        return {}
+
+    assert await asyncio.wait_for(serve(Settings(port=0), opening, ready), PATIENCE) == 0
+    assert house.draining
 
 
 async def test_a_port_that_another_one_was_quicker_to_take_is_an_error_that_names_it(monkeypatch):

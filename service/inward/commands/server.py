@@ -162,9 +162,10 @@ class Server(uvicorn.Server):
             )
         )
         self._house = house
-        # uvicorn raises the signal again once it has stopped; the default handler would then end us with -SIGTERM instead of 0.
-        signal.signal(signal.SIGTERM, lambda *_: None)
-        signal.signal(signal.SIGINT, lambda *_: None)
+        # Until uvicorn listens to signals, we do. And once it has stopped it raises the signal again: the default handler would then end us
+        # with -SIGTERM instead of 0.
+        signal.signal(signal.SIGTERM, self.handle_exit)
+        signal.signal(signal.SIGINT, self.handle_exit)
 
     def stop(self) -> None:
         """As the first signal does."""
