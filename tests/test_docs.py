@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from fleet import Fleet
 from patience import PATIENCE
-from queued import job
 
 from inward.queues import codec
 from inward.queues.redis import Keys
+from inward.types import Group, Job
 from inward.wiring import DEMO
 
 ROOT = Path(__file__).parents[1]
@@ -83,10 +83,10 @@ def test_a_command_of_the_documents_does_what_it_says(document, command, place):
 
 def dead_letter(redis) -> str:
     """Its entry, as `inward dead-letters list` shows it."""
+    job = codec.encode(Job("a", Group((9, 8, 7), ((6, 5),)), ("legend",)))
     with redis.client() as client:
         entry = client.xadd(
-            Keys("inward-demo").dead,
-            {"id": "a", "to": "", "job": codec.encode(job("a", 7)), "reason": "3 workers ended", "deliveries": 4, "queue": 1},
+            Keys("inward-demo").dead, {"id": "a", "to": "", "job": job, "reason": "3 workers ended", "deliveries": 4, "queue": 1}
         )
     return entry.decode() if isinstance(entry, bytes) else entry
 
