@@ -50,11 +50,10 @@ def find_with_tls() -> str | None:
 
 @functools.cache
 def _takes_tls(binary: str) -> bool:
-    """Without TLS, ``tls-port`` is a bad directive; with it, a server without any port ends by itself."""
-    said = subprocess.run(
-        [binary, "--port", "0", "--tls-port", "0", "--save", ""], capture_output=True, text=True, check=False, timeout=PATIENCE
-    )
-    return "bad directive" not in (said.stdout + said.stderr).lower()
+    """Without TLS, ``tls-port`` is a bad directive, or support for TLS is not found; with it, a certificate is missing. All three end."""
+    command = [binary, "--port", "0", "--tls-port", "1", "--save", ""]
+    said = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
+    return "tls-cert-file" in (said.stdout + said.stderr).lower()
 
 
 def write_certificate(folder: Path) -> Path:
