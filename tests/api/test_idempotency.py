@@ -2,9 +2,10 @@ import asyncio
 
 import pytest
 from api.fakes import FakeHouse, error
-from patience import PATIENCE
+from patience import PATIENCE, until
 from queued import KEYS
 
+from inward.errors import Unavailable
 from inward.queues.answered import LARGEST, MemoryAnswered
 from inward.queues.redis import Connection, RedisAnswered
 
@@ -142,6 +143,28 @@ async def test_what_is_forgotten_or_too_large_is_worked_out_again(answered):
     assert await answered.begin("k", H1) is None
     await answered.finish("k", H1, b"x" * (LARGEST + 1))
     assert await answered.begin("k", H1) is None
+
+
+async def test_what_could_not_be_forgotten_is_forgotten_once_redis_is_back(own_redis):
+    server = own_redis(appendonly="yes", appendfsync="always")
+    connection = Connection(server.url, timeout=PATIENCE)
+    answered = RedisAnswered(connection, KEYS, keep=KEEP, running=RUNNING)
+    assert await answered.begin("k", H1) is None
+    assert await answered.begin("other", H1) is None
+    server.kill()
+    await answered.forget("k")
+    server.start()
+
+    async def free():
+        try:
+            return await answered.begin("k", H1) is None
+        except Unavailable:
+            return False
+
+    await until(free)
+    other = await answered.begin("other", H1)
+    assert other is not None and other.answer is None, "it is still being worked out"
+    await connection.close()
 
 
 async def test_the_oldest_answers_make_room_for_new_ones():

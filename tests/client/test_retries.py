@@ -21,6 +21,10 @@ def test_without_it_the_wait_doubles_up_to_the_cap():
     assert wait_before_retry(ServerError(""), 99, Retries(most=99, cap=10.0), repeatable=True, chance=0.0) == 10
 
 
+def test_what_is_being_worked_out_for_an_earlier_try_is_waited_for_longer_and_longer():
+    assert [wait(Conflict("", retry_after=1), tries) for tries in (1, 2, 3)] == [1, 2, 4]
+
+
 def test_jitter_only_ever_lengthens_the_wait_and_by_a_quarter_at_most():
     assert [wait(Unavailable("", retry_after=8), chance=chance) for chance in (0.0, 0.5, 1.0)] == [8, 9, 10]
 
