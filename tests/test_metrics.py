@@ -81,3 +81,19 @@ def test_every_series_is_named_in_the_prometheus_way_and_observed_in_one_file():
     for name in (name for name in vars(metrics) if name.isupper() and hasattr(getattr(metrics, name), "_labelnames")):
         users = [path for path in source.rglob("*.py") if path.name != "metrics.py" and re.search(rf"metrics\.{name}\b", path.read_text())]
         assert users or name == "DECILES_TOTAL", f"{name} is never observed"
+
+
+def test_only_the_newest_versions_of_a_head_have_series():
+    def versions(name):
+        samples = (sample for family in metrics.REGISTRY.collect() for sample in family.samples)
+        return {sample.labels["version"] for sample in samples if sample.name == name and sample.labels["head"] == "moving"}
+
+    for version in map(str, range(1, 30)):  # as many online updates
+        metrics.serving("moving", version)
+        metrics.SCORES.labels(head="moving", version=version).observe(1.0)
+        metrics.deciles("moving", version)[0].inc()
+    newest = {str(version) for version in range(30 - metrics.KEPT_VERSIONS, 30)}
+    assert versions("inward_reward_count") == versions("inward_reward_decile_total") == newest
+    metrics.serving("moving", "3")  # rolled back
+    metrics.deciles("moving", "3")[0].inc()
+    assert versions("inward_reward_decile_total") == {"3", *sorted(newest, key=int)[1:]}

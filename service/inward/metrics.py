@@ -34,6 +34,8 @@ TOKENS = tuple(float(2**k) for k in range(6, 18))
 JOBS = tuple(float(2**k) for k in range(11))
 SCORE = (-30.0, -10.0, -3.0, -1.0, -0.3, -0.1, 0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 PROBABILITY = tuple(k / 10 for k in range(1, 10))
+KEPT_VERSIONS = 8
+"""Versions of a head that have series of their own at a time: every online update makes a new one, and a Prometheus can't hold them all."""
 
 # api.middleware
 REQUESTS_TOTAL = Counter(
@@ -118,7 +120,9 @@ BEST_OF_N_GAIN = Histogram(
 )
 
 # heads.registry
-HEAD_INFO = Gauge("inward_head_info", "1 for each loaded version of a head.", ("head", "kind", "version", "active"), registry=REGISTRY)
+HEAD_INFO = Gauge(
+    "inward_head_info", "1 for the active version of a head and its newest ones.", ("head", "kind", "version", "active"), registry=REGISTRY
+)
 HEAD_UPDATES_TOTAL = Counter("inward_head_updates", "Online updates applied.", ("head",), registry=REGISTRY)
 
 # wiring and halves
@@ -149,6 +153,23 @@ def begin(head: str) -> None:
         counter.labels(head=head)
     for agrees in ("true", "false"):
         LABEL_AGREEMENT_TOTAL.labels(head=head, agrees=agrees)
+
+
+def serving(head: str, version: str) -> None:
+    """This version is served from now on; series of one that was served long before are given up."""
+    served = _served.setdefault(head, [])
+    if version in served:
+        served.remove(version)
+    served.append(version)
+    while len(served) > KEPT_VERSIONS:
+        old = served.pop(0)
+        for metric in (SCORES, MARGINS, DECILES_TOTAL):
+            metric.remove_by_labels({"head": head, "version": old})
+        deciles.cache_clear()
+
+
+_served: dict[str, list[str]] = {}
+"""By head, the versions that have series, as they were served."""
 
 
 def exposition() -> bytes:

@@ -157,7 +157,8 @@ async def test_rerank_gives_best_first_and_a_pair_for_dpo(house):
     assert [(r["index"], r["text"], r["score"]) for r in body["results"]] == [(2, "dddd", 4), (3, "ccc", 3), (0, "bb", 2), (1, "a", 1)]
     assert body["best"] == body["results"][0]
     scores = {"chosen_score": 4.0, "rejected_score": 1.0}
-    assert body["pair"] == {"prompt": "p", "chosen": "dddd", "rejected": "a", **scores, "margin": 3.0, "confidence": 0.75}
+    given = {"chosen_finish_reason": None, "rejected_finish_reason": None}  # nothing was drawn
+    assert body["pair"] == {"prompt": "p", "chosen": "dddd", "rejected": "a", **scores, "margin": 3.0, "confidence": 0.75, **given}
     assert body["listwise"] is False
 
 

@@ -265,7 +265,8 @@ class Registry:
         metrics.HEAD_INFO.clear()
         for name, one in loaded.items():
             metrics.begin(name)
-            for version in one.paths:
+            metrics.serving(name, str(one.head.ref.version))
+            for version in {*sorted(one.paths)[-metrics.KEPT_VERSIONS :], one.head.ref.version}:
                 active = str(version == one.head.ref.version).lower()
                 metrics.HEAD_INFO.labels(head=name, kind=one.head.ref.kind, version=str(version), active=active).set(1)
 
