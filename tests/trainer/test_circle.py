@@ -1,6 +1,7 @@
 """The circle with a stand-in for the service: what happens when, and that a run which is killed goes on exactly."""
 
 import json
+import math
 import re
 
 import pytest
@@ -10,10 +11,11 @@ from safetensors.torch import load_file
 from small_policy import options, rows, write_policy, write_rows
 
 from inward_trainer import cdpo, feed, loop
-from inward_trainer.errors import DataError, OptionsError
+from inward_trainer.errors import DataError, DivergedError, OptionsError
 from inward_trainer.journal import Journal
 from inward_trainer.logs import read_log
 from inward_trainer.loop import HeadUpdates
+from inward_trainer.losses import cdpo_loss
 from inward_trainer.policy import Publisher
 
 STEPS, EVERY, BATCH = 6, 2, 2
@@ -64,6 +66,25 @@ def test_every_step_learns_publishes_and_updates_the_head(world):
     assert {"held_out/reward", "held_out/monitor", "hybrid/accuracy_after", "monitor/accuracy_after"} <= looks[-1].keys()
     assert lines[0]["gamma"] == pytest.approx(0.9)
     assert {"rewards/accuracies", "hybrid/accuracy", "monitor/accuracy", "kl", "hybrid/reward/mean", "loss"} <= lines[-1].keys()
+
+
+def test_a_run_that_diverges_ends_before_it_spoils_the_policy_and_goes_on_when_that_is_mended(world, monkeypatch):
+    fake, run = world
+    with monkeypatch.context() as patched:
+        calls = []
+
+        def diverging(z, confidence):
+            calls.append(z)
+            return cdpo_loss(z, confidence) * (math.nan if len(calls) == EVERY + 1 else 1.0)
+
+        patched.setattr("inward_trainer.trainer.cdpo_loss", diverging)
+        with pytest.raises(DivergedError, match=f"step {EVERY + 1} .* lower --learning-rate"):
+            cdpo.run(run)
+    assert [version.rpartition("-")[2] for version in fake.policies] == ["base", "000002"]
+    published = load_file(run.adapters / fake.policy / "adapter_model.safetensors")
+    assert all(torch.isfinite(value).all() for value in published.values())
+    assert cdpo.run(run.model_copy(update={"learning_rate": 1e-4})) == 0
+    assert [line["step"] for line in steps_of(run)] == list(range(1, STEPS + 1))
 
 
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(world, tmp_path, monkeypatch):

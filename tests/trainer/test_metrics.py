@@ -1,11 +1,14 @@
+import json
 import math
 
 import httpx
 import pytest
+from fake_inward import FakeInward, served
 from prometheus_client.parser import text_string_to_metric_families
 from redis_server import free_port
+from small_policy import options, rows, write_policy, write_rows
 
-from inward_trainer import metrics
+from inward_trainer import cdpo, metrics
 from inward_trainer.errors import OptionsError
 from inward_trainer.logs import Log
 
@@ -38,6 +41,18 @@ def test_gain_is_against_the_first_policy_of_the_run_even_after_a_restart(tmp_pa
         for gauge in (metrics.HELD_OUT, metrics.HELD_OUT_GAIN, metrics.POLICY_INFO):
             gauge.clear()  # as in a new process
         log = Log(tmp_path, 5, run="gain", tensorboard=False)
+
+
+def test_a_run_is_complete_where_its_source_ends(tmp_path):
+    """Prometheus can't else tell it from one that died. Five prompts were planned as three steps of two pairs."""
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": row["prompt"]} for row in rows(5)])
+    with served(FakeInward()) as url:
+        run = options(
+            model=str(write_policy(tmp_path / "model")), url=url, source="samples", prompts=prompts, samples=4, out=tmp_path / "short"
+        )
+        assert cdpo.run(run) == 0
+    name = json.loads((tmp_path / "short/run.json").read_text())["name"]
+    assert value("inward_trainer_step", run=name) == value("inward_trainer_steps_planned", run=name) == 2
 
 
 def test_metrics_are_served_until_they_are_stopped():

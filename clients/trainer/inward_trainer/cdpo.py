@@ -91,6 +91,8 @@ def run(options: CdpoOptions) -> int:
             stack.enter_context(stopping_on_signals(circle))
         trainer.train(resume_from_checkpoint=resume)
         trainer.save_model(str(options.out / "final"))
+        if parts and circle.ended and options.metrics_port is not None:
+            metrics.linger()
     return 0
 
 

@@ -3,6 +3,7 @@
 TrainerError
 ├── OptionsError    options that contradict each other, or lack something
 ├── DataError       rows that can't be used: says which and why
+├── DivergedError   the policy's gradient is not finite any more
 └── ServiceError    the service refused; ``status`` is its HTTP status
     └── ServiceGone it did not answer within our patience
 """
@@ -19,6 +20,10 @@ class OptionsError(TrainerError):
 
 
 class DataError(TrainerError):
+    pass
+
+
+class DivergedError(TrainerError):
     pass
 
 

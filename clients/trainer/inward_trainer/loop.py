@@ -21,11 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from inward_trainer.annotate import Recheck
 from inward_trainer.durable import sync, write_text
+from inward_trainer.errors import DivergedError
 from inward_trainer.feed import Feed, Gatherer
 from inward_trainer.held_out import HeldOut
 from inward_trainer.journal import Step
@@ -92,6 +94,8 @@ class Circle(TrainerCallback):  # type: ignore[misc]
     def __init__(self, feed: Feed, centre: Centre | None, *, wait: Callable[[], None], every: int) -> None:
         self._feed, self._centre, self._wait, self._every = feed, centre, wait, every
         self._stop = False
+        self.ended = False
+        """Whether the run is complete, and was not told to stop."""
         self._saved = 0
         self._began = 0.0
 
@@ -108,6 +112,14 @@ class Circle(TrainerCallback):  # type: ignore[misc]
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._began = time.monotonic()
 
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        if gradients and not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):  # one more step, and no weight is a number
+            raise DivergedError(
+                f"the gradient of step {state.global_step + 1} is not finite: training has diverged. The last checkpoint is sound: run "
+                "again with a lower --learning-rate, and it goes on from there"
+            )
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._feed.done = state.global_step
         step, centre = self._feed.current, self._centre
@@ -119,6 +131,12 @@ class Circle(TrainerCallback):  # type: ignore[misc]
             centre.log.histogram(state.global_step, "hybrid/rewards", rewards)
         control.should_save = state.global_step % self._every == 0 or state.global_step >= state.max_steps or self._stop
         control.should_training_stop = control.should_training_stop or self._stop
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not self._stop:  # also where the source had less than was planned
+            self.ended = True
+            if self._centre is not None:
+                self._centre.log.series.begins(state.global_step, state.global_step)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         control.should_save = state.global_step != self._saved  # the source ended: what was learnt since is worth a checkpoint

@@ -7,6 +7,7 @@ is absent until it was measured: a zero that nobody measured would be a lie.
 from __future__ import annotations
 
 import math
+import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -30,6 +31,8 @@ ProcessCollector(registry=REGISTRY)
 PlatformCollector(registry=REGISTRY)
 GCCollector(registry=REGISTRY)
 
+LINGER = 20.0
+"""Seconds for which a complete run still serves its metrics: longer than the usual interval of 15 s between two scrapes."""
 SECONDS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
 
 # feed
@@ -47,7 +50,7 @@ for _reason in ("too_long", "too_old", "unscored"):
 STEP_SECONDS = Histogram(
     "inward_trainer_step_duration_seconds", "Forward, backward and optimiser of a step.", buckets=SECONDS, registry=REGISTRY
 )
-PAIRS_TOTAL = Counter("inward_trainer_pairs", "Pairs that were trained on by this process.", registry=REGISTRY)
+PAIRS_TOTAL = Counter("inward_trainer_pairs", "Pairs that were trained on since this process began.", registry=REGISTRY)
 STEP = Gauge("inward_trainer_step", "Optimiser steps that are done.", ("run",), registry=REGISTRY)
 STEPS = Gauge("inward_trainer_steps_planned", "Optimiser steps after which the run ends.", ("run",), registry=REGISTRY)
 LAST_STEP = Gauge("inward_trainer_last_step_timestamp_seconds", "When a step was done last, or the run began.", ("run",), registry=REGISTRY)
@@ -147,6 +150,10 @@ def serve(host: str, port: int) -> Callable[[], None]:
         OptionsError: the port is taken, or the address is not this machine's.
     """
     try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:  # newer Pythons' servers would share a port
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+            probe.listen()
         server, thread = start_http_server(port, host, REGISTRY)
     except OSError as error:
         raise OptionsError(f"--metrics-port {port} on {host}: {error.strerror or error}") from None
@@ -157,3 +164,8 @@ def serve(host: str, port: int) -> Callable[[], None]:
         thread.join()
 
     return stop
+
+
+def linger() -> None:
+    """Waits until whoever scrapes has seen the end of a run: one that is gone before its last step was seen looks like one that failed."""
+    time.sleep(LINGER)

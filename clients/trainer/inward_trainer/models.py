@@ -71,6 +71,7 @@ def arguments(options: ModelOptions, **more: Any) -> dict[str, Any]:
         "dataloader_pin_memory": gpu,
         "logging_strategy": "steps",
         "logging_steps": options.log_every,
+        "logging_nan_inf_filter": False,  # it would log a loss that is not a number as 0
         "save_total_limit": 2,  # the newest may be incomplete
         "report_to": "none",
         "ddp_timeout": 24 * 3600,  # other processes wait while the main one samples

@@ -73,9 +73,9 @@ class Once:
                 kept = message["status"] in GOOD and Headers(raw=message["headers"]).get("content-type") == JSON
             elif kept:
                 chunks.append(message.get("body", b""))
-                whole = not message.get("more_body", False)
-                if whole:  # before it is sent: who loses it on the way finds it
+                if not message.get("more_body", False):  # before it is sent: who loses it on the way finds it
                     await self._answered.finish(key, request, b"".join(chunks))
+                    whole = True
             await send(message)
 
         try:

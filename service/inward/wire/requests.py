@@ -31,6 +31,8 @@ from inward.wire.base import Wire
 
 UNION_TAGS = frozenset({"as text", "as chat"})
 """Steps in the path of a pydantic error that are no field of the caller's JSON."""
+MOST = 2**31 - 1
+"""Of whole numbers: what every part behind the door can hold."""
 
 
 class Message(Wire):
@@ -118,7 +120,7 @@ class Item(Asking):
 
     response: Text | None = None
     """The answer to `prompt`; with `messages` it is the last of them instead."""
-    response_ids: list[Annotated[StrictInt, Field(ge=0)]] | None = None
+    response_ids: list[Annotated[StrictInt, Field(ge=0, le=MOST)]] | None = None
     """Instead of `response`: the answer as the token ids that a model wrote, which need not be those that its text becomes again."""
 
     @model_validator(mode="after")
@@ -220,12 +222,12 @@ class RewardRequest(Options):
 class Sampling(Wire):
     """How answers are drawn; names and meanings are vLLM's."""
 
-    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    max_tokens: Annotated[StrictInt, Field(ge=1, le=MOST)] | None = None
     """Most tokens of an answer; by default 256, or as many as the model still takes after the prompt."""
     temperature: Annotated[StrictFloat, Field(ge=0, le=10, allow_inf_nan=False)] = 1.0
     """0 takes the likeliest token each time, so that all answers are equal."""
     top_p: Annotated[StrictFloat, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[StrictInt, Field(ge=0)] = 0
+    top_k: Annotated[StrictInt, Field(ge=0, le=MOST)] = 0
     """0 takes all tokens."""
     min_p: Annotated[StrictFloat, Field(ge=0, le=1)] = 0.0
     repetition_penalty: Annotated[StrictFloat, Field(gt=0, le=10, allow_inf_nan=False)] = 1.0
@@ -240,7 +242,7 @@ class RerankRequest(Options, Asking):
 
     candidates: Annotated[list[Text], Field(min_length=1)] | None = None
     """The answers to rank."""
-    n: Annotated[StrictInt, Field(ge=1)] | None = None
+    n: Annotated[StrictInt, Field(ge=1, le=MOST)] | None = None
     """Instead of `candidates`: how many answers to draw from the model."""
     sampling: Sampling | None = None
     """How they are drawn."""
@@ -273,7 +275,7 @@ class RerankRequest(Options, Asking):
 class UpdateRequest(Wire):
     """Labelled pairs for one online step of a head."""
 
-    sequence: Annotated[StrictInt, Field(ge=1)]
+    sequence: Annotated[StrictInt, Field(ge=1, le=MOST)]
     """Counts up from the head's last one; sending a step again changes nothing."""
     pairs: Annotated[list[Pair], Field(min_length=1)]
     """All of them must be usable, or nothing is changed."""
@@ -292,7 +294,7 @@ class PolicyRequest(Wire):
 class ActivateRequest(Wire):
     """Which version of a head should answer from now on."""
 
-    version: Annotated[StrictInt, Field(ge=1)]
+    version: Annotated[StrictInt, Field(ge=1, le=MOST)]
     """A version that `GET /heads/{name}` lists."""
 
 

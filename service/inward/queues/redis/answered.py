@@ -18,6 +18,12 @@ local known = redis.call('GET', KEYS[1])
 if not known then redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2]) end
 return known
 """
+FORGET = """
+for _, key in ipairs(KEYS) do
+  if redis.call('STRLEN', key) == tonumber(ARGV[1]) then redis.call('DEL', key) end
+end
+"""
+"""Of keys under which there is no answer; if an answer got there after all, it is a right one."""
 PAUSE = 0.5
 """Seconds between two tries to forget what could not be forgotten because Redis was away."""
 HASH = 64
@@ -36,30 +42,34 @@ class RedisAnswered:
         self._paying: asyncio.Task[None] | None = None
 
     async def begin(self, key: str, request: str) -> Asked | None:
+        until = time.monotonic() + self._running / 1000
         try:
             known = await self._redis.script(BEGIN, [self._keys.answered(key)], [request, self._running])
         except (RedisError, OSError) as error:
             raise unavailable(error) from error
         if known is None:
-            self._ours[key] = time.monotonic() + self._running / 1000
+            self._ours[key] = until
+            self._owed.pop(key, None)
             return None
         return Asked(known[:HASH].decode(), known[HASH:] or None)
 
     async def finish(self, key: str, request: str, answer: bytes) -> None:
+        until = self._ours.pop(key, 0.0)
         if len(answer) > LARGEST:
-            await self.forget(key)
+            await self._forget(key, until)
             return
         try:
             await self._redis("SET", self._keys.answered(key), request.encode() + answer, "PX", self._keep)
-            self._ours.pop(key, None)
         except (RedisError, OSError) as error:
             logs.event(LOG, "answer_not_kept", reason=unavailable(error).message)
-            await self.forget(key)
+            await self._forget(key, until)
 
     async def forget(self, key: str) -> None:
-        until = self._ours.pop(key, 0.0)
+        await self._forget(key, self._ours.pop(key, 0.0))
+
+    async def _forget(self, key: str, until: float) -> None:
         try:
-            await self._redis("DEL", self._keys.answered(key))
+            await self._redis.script(FORGET, [self._keys.answered(key)], [HASH])
         except (RedisError, OSError) as error:
             logs.event(LOG, "answer_not_forgotten", reason=unavailable(error).message)
             self._owed[key] = until
@@ -77,7 +87,7 @@ class RedisAnswered:
             owed = list(self._owed)
             try:
                 if owed:
-                    await self._redis("DEL", *map(self._keys.answered, owed))
+                    await self._redis.script(FORGET, [self._keys.answered(key) for key in owed], [HASH])
             except (RedisError, OSError):
                 continue
             for key in owed:
