@@ -106,6 +106,30 @@ async def test_what_was_claimed_and_never_arrived_is_found_again(house):
     assert house.empty()
 
 
+async def test_a_redis_that_goes_away_between_two_reads_takes_no_claimed_job_along(house, monkeypatch):
+    worker, replica = await house.worker(), await house.replica()
+    await replica.submit([job("a")])
+    read, calls = worker._read, []
+
+    async def failing(*args, **options):
+        calls.append(args)
+        if len(calls) == 2:  # the bulk jobs, when the interactive ones are claimed
+            raise ConnectionError("gone")
+        return await read(*args, **options)
+
+    monkeypatch.setattr(worker, "_read", failing)
+    assert ids(await next_of(worker)) == ["a"]
+    assert len(calls) > 2
+
+
+async def test_an_idle_worker_finds_what_it_has_been_given_and_does_not_know_of(house):
+    worker, replica = await house.worker(), await house.replica()
+    await replica.submit([job("a")])
+    assert ids(await next_of(worker)) == ["a"]
+    worker._drop("a")  # as an earlier delivery of it, settled late, does after Redis came back without its last second
+    assert ids(await next_of(worker)) == ["a"]
+
+
 async def test_a_worker_that_wakes_up_late_neither_answers_again_nor_computes_what_is_done(house):
     frozen, replica = await house.worker(), await house.replica()
     waits = await replica.submit([job("a"), job("b")])

@@ -91,14 +91,13 @@ class RedisConsumer:
                 raise Closed
             if not self._closed:
                 if self._forgetful:
-                    self._held += await self._until_there(self._recall)
+                    await self._until_there(self._recall)
                 if orphans := await self._until_there(self._reclaim):
                     return orphans
-                room = tokens - sum(job.group.tokens for job in self._held)
-                if room > 0:
-                    self._held += await self._until_there(lambda room=room: self._fetch(room))  # type: ignore[misc]
+                await self._until_there(lambda: self._fetch(tokens))
             if self._held:
                 return self._first(tokens)
+            self._forgetful = True  # nothing to do: a good moment to look
 
     async def wanted(self, jobs: Sequence[Job]) -> list[Job]:
         """Asks Redis: a claim may be lost, a job abandoned, a replica dead."""
@@ -154,7 +153,11 @@ class RedisConsumer:
         except (RedisError, OSError) as error:  # what is left is taken over once it is idle
             self._failed(error)
 
-    # Taking
+    # Taking. A job is held from the moment that it is claimed: Redis may go away at the next command.
+
+    def _room(self, tokens: int) -> int:
+        """What is missing to ``tokens`` of held jobs."""
+        return tokens - sum(job.group.tokens for job in self._held)
 
     def _first(self, tokens: int) -> list[Job]:
         taken = [self._held.popleft()]
@@ -164,45 +167,42 @@ class RedisConsumer:
             spent += taken[-1].group.tokens
         return taken
 
-    async def _fetch(self, tokens: int) -> list[Job]:
-        """About ``tokens`` of waiting jobs, interactive ones first. Waits a moment for some only if none are held."""
+    async def _fetch(self, tokens: int) -> None:
+        """Waiting jobs, interactive ones first, until about ``tokens`` are held. Waits a moment for some only if none are."""
         self._rounds += 1
         order = self._keys.streams if self._rounds % BULK_FIRST else self._keys.streams[::-1]
-        jobs: list[Job] = []
         for stream in order:
-            while (room := tokens - sum(job.group.tokens for job in jobs)) > 0:
+            while (room := self._room(tokens)) > 0:
                 count = self._jobs_in(room)
-                more = await self._read([stream], count)
-                jobs += more
-                if len(more) < count:  # no more are there
+                if await self._read([stream], count) < count:  # no more are there
                     break
-        if not jobs and not self._held:
+        if not self._held:
             wait = min(1.0, max(0.01, self._reclaim_at - self._clock()))
-            jobs = await self._read(self._keys.streams, self._jobs_in(tokens), block=math.ceil(wait * 1000))
-        return jobs
+            await self._read(self._keys.streams, self._jobs_in(tokens), block=math.ceil(wait * 1000))
 
     def _jobs_in(self, tokens: int) -> int:
         """How many jobs to ask for; what is claimed beyond ``tokens`` is held for the next round."""
         return min(512, max(1, math.ceil(tokens / self._tokens_per_job)))
 
-    async def _read(self, streams: Sequence[str], count: int, block: int | None = None) -> list[Job]:
+    async def _read(self, streams: Sequence[str], count: int, block: int | None = None) -> int:
+        """How many entries came."""
         waiting = () if block is None else ("BLOCK", block)
         command = ("XREADGROUP", "GROUP", GROUP, self.worker, "COUNT", count, *waiting, "STREAMS", *streams, *(">" for _ in streams))
-        jobs: list[Job] = []
-        for _, entries in await self._redis(*command) or ():
-            for _, fields in entries:
-                if (job := await self._understood(fields, 1)) is not None:
-                    jobs.append(job)
-                    self._tokens_per_job += 0.1 * (job.group.tokens - self._tokens_per_job)
-        return jobs
+        came = [fields for _, entries in await self._redis(*command) or () for _, fields in entries]
+        for fields in came:
+            if (job := await self._understood(fields, 1)) is not None:
+                self._held.append(job)
+                self._tokens_per_job += 0.1 * (job.group.tokens - self._tokens_per_job)
+        return len(came)
 
-    async def _recall(self) -> list[Job]:
-        """What Redis gave us while it went away, so that it never arrived."""
+    async def _recall(self) -> None:
+        """Holds what Redis gave us while it went away, so that it never arrived."""
         found = await self._redis.script(scripts.RECALL, self._keys.book, [GROUP, self.worker])
         self._forgetful = False
-        lost = [(deliveries, fields) for deliveries, fields in _parsed(found) if fields[b"id"].decode() not in self._claims]
-        jobs = [await self._understood(fields, deliveries) for deliveries, fields in lost]
-        return [job for job in jobs if job is not None]
+        for deliveries, fields in _parsed(found):
+            known = fields[b"id"].decode() in self._claims
+            if not known and (job := await self._understood(fields, deliveries)) is not None:
+                self._held.append(job)
 
     async def _reclaim(self) -> list[Job]:
         """Some jobs of workers that are gone, unless we have such ones in hand already.
@@ -215,16 +215,20 @@ class RedisConsumer:
             found = _parsed(await self._redis.script(scripts.RECLAIM, self._keys.book, args))
             if not found:
                 self._reclaim_at = self._clock() + self._idle / 3
-            jobs = []
-            for deliveries, fields in found:
-                metrics.REDELIVERED_TOTAL.inc()
-                job = await self._understood(fields, deliveries)
-                if job is not None and deliveries > self._max_deliveries:
-                    await self._bury(job.id, job.reply_to, deliveries, f"{deliveries - 1} workers ended while they had it")
-                    self._drop(job.id)
-                elif job is not None:
-                    logs.event(LOG, "job_taken_over", job=job.id, deliveries=deliveries)
-                    jobs.append(job)
+            jobs: list[Job] = []
+            try:
+                for deliveries, fields in found:
+                    metrics.REDELIVERED_TOTAL.inc()
+                    job = await self._understood(fields, deliveries)
+                    if job is not None and deliveries > self._max_deliveries:
+                        self._drop(job.id)
+                        await self._bury(job.id, job.reply_to, deliveries, f"{deliveries - 1} workers ended while they had it")
+                    elif job is not None:
+                        logs.event(LOG, "job_taken_over", job=job.id, deliveries=deliveries)
+                        jobs.append(job)
+            except BaseException:
+                self._held += jobs
+                raise
             self._orphans = {job.id for job in jobs}
             if jobs:
                 return jobs
