@@ -2,7 +2,6 @@
 
 import asyncio
 import re
-import signal
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
@@ -10,7 +9,7 @@ from patience import PATIENCE, until
 from queued import BEATING, KEYS, REPLICA, WORKER, age, done, ids, in_redis, job
 
 from inward import metrics
-from inward.errors import EngineDead, InternalError, SetupError, Unavailable
+from inward.errors import EngineDead, InternalError, SetupError
 from inward.queues.redis import Connection, Keys, RedisConsumer, RedisProducer, scripts
 from inward.queues.redis.keys import GROUP
 
@@ -364,80 +363,6 @@ async def test_replies_are_deleted_once_they_are_read(house):
         await wait
     with house.server.client() as client:
         await until(lambda: client.xlen(KEYS.replies(replica.replica)) == 0)
-
-
-async def test_a_full_redis_refuses_new_jobs_answers_old_ones_and_recovers(own_redis):
-    server = own_redis()
-    async with in_redis(server.url, max_tokens=10**9, producer=BEATING, consumer={"idle": 0.3}) as q:
-        [wait] = await q.producer.submit([job("a")])
-        taken = await q.consumer.take(100)
-        with server.client() as client:
-            client.config_set("maxmemory", 1)
-            with pytest.raises(Unavailable, match="Redis is full") as caught:
-                await q.producer.submit([job("b", 5000)])
-            assert caught.value.retry_after
-            await asyncio.wait_for(q.consumer.settle([done(taken[0], "all the same")]), PATIENCE)
-            assert (await asyncio.wait_for(wait, PATIENCE)).message == "all the same"
-            client.pexpire(KEYS.alive(q.producer.replica), 60_000)
-            await until(lambda: client.pttl(KEYS.alive(q.producer.replica)) > 60_000)  # both go on giving signs of life
-            last = client.zscore(KEYS.workers, q.consumer.worker)
-            await until(lambda: client.zscore(KEYS.workers, q.consumer.worker) > last)
-            client.config_set("maxmemory", 0)
-        await q.producer.submit([job("c")])
-        assert ids(await q.consumer.take(100)) == ["c"]
-        assert await q.tokens() == 10
-
-
-async def test_a_frozen_redis_is_a_503_and_both_sides_recover_by_themselves(own_redis):
-    server = own_redis()
-    async with in_redis(server.url, producer=BEATING) as q:
-        [wait] = await q.producer.submit([job("a")])
-        taken = await q.consumer.take(100)
-        server.signal(signal.SIGSTOP)
-        q.redis.timeout = 0.5
-        settling = asyncio.create_task(q.consumer.settle([done(taken[0], "kept")]))
-        with pytest.raises(Unavailable, match="can't be reached"):
-            await q.producer.submit([job("b")])
-        with pytest.raises(Unavailable, match="can't be reached"):
-            q.producer.submit([job("c")]).send(None)  # known to be away: refused at once
-        q.redis.timeout = PATIENCE
-        server.signal(signal.SIGCONT)
-        await asyncio.wait_for(settling, PATIENCE)
-        assert (await asyncio.wait_for(wait, PATIENCE)).message == "kept"
-        await until(lambda: not q.producer.away)
-        await q.producer.submit([job("d")])
-        assert ids(await q.consumer.take(100)) == ["d"]
-
-
-async def test_a_redis_that_was_killed_and_lost_its_last_second_loses_nobody_an_answer(own_redis):
-    server = own_redis(appendonly="yes", appendfsync="everysec")
-    async with in_redis(server.url, producer=BEATING) as q:
-        running = asyncio.create_task(answering(q.consumer))
-        waits = []
-        for i in range(30):
-            waits += await q.producer.submit([job(i)])
-        await asyncio.sleep(1.2)
-        for i in range(30, 40):
-            waits += await q.producer.submit([job(i)])
-        server.kill()
-        await asyncio.sleep(0.2)
-        server.start()
-        answers = await asyncio.wait_for(asyncio.gather(*waits), PATIENCE)
-        assert [o.message for o in answers] == [str(i) for i in range(40)]
-        await until(lambda: settled(q))
-        running.cancel()
-        await asyncio.wait([running])
-
-
-async def settled(q):
-    return await q.tokens() == 0  # what was settled in the second that got lost is settled again
-
-
-async def answering(worker):
-    while True:
-        await asyncio.sleep(0.05)
-        batch = await worker.wanted(await worker.take(50))
-        await worker.settle([done(j, j.id) for j in batch])
 
 
 async def test_a_wrong_password_is_said_at_once(own_redis):
