@@ -74,9 +74,9 @@ bench: .venv/installed
 
 # Trains the demonstration anew: backbone (about half an hour on two cores), then its heads. PAIRS and LISTS are permissively
 # licensed: hh-rlhf's harmless pairs (MIT) and the response lists of the refusal_direction runs (Apache-2.0).
-DEMO := service/inward/demo
+DEMO := service/inward/models/toy
 demo: .venv/installed
-	$(BIN)/python -m inward.demo.train --pairs $(PAIRS) --out $(DEMO)/backbone --splits out/demo
+	$(BIN)/python -m inward.offline.toy --pairs $(PAIRS) --out $(DEMO)/backbone --splits out/demo
 	$(BIN)/inward fit legend --pairs out/demo/validation.jsonl --layer sweep --out $(DEMO)/heads/legend --replace
 	$(BIN)/inward fit hybrid --pairs out/demo/validation.jsonl --out $(DEMO)/heads/hybrid --replace
 	$(BIN)/inward fit srr --lists $(LISTS) --layer sweep --out $(DEMO)/heads/srr --replace

@@ -67,7 +67,7 @@ start() { # NAME: starts one part, as a process of its own number; `ready` waits
     worker*) exec "$python" -m inward worker --port "${port[$1]}" ;;
     nginx) exec nginx -c "$work/nginx.conf" -e stderr -g 'daemon off;' ;;
     trainer)
-      INWARD_TRAIN_API_KEY=$key exec "$python" -m inward_trainer cdpo --model "$root/service/inward/demo/backbone" --url "http://127.0.0.1:${port[nginx]}" \
+      INWARD_TRAIN_API_KEY=$key exec "$python" -m inward_trainer cdpo --model "$root/service/inward/models/toy/backbone" --url "http://127.0.0.1:${port[nginx]}" \
         --source samples --prompts "$work/prompts.jsonl" --samples 3 --sampling '{"max_tokens": 6}' --batch-size 2 --steps 100000 --adapters "$work/adapters" \
         --publish-every 4 --held-out "$work/prompts.jsonl" --monitor legend --out "$work/run" --metrics-port "${port[trainer]}" ;;
     prometheus) exec prometheus --config.file="$work/prometheus.yml" --storage.tsdb.path="$work/prometheus" --web.listen-address="127.0.0.1:${port[prometheus]}" ;;

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Pair:
-    """What one pair costs Redis: ``python tests/benchmarks/redis_cost.py --pairs 20000``, Redis 6.2 with an append-only file."""
+    """What one pair costs Redis: ``python tests/benchmarks/redis_cost.py --pairs 20000``, Redis 6.2 with an
+    append-only file.
+    """
 
     cpu_us: float
     """Processor time of the redis-server, on its one thread."""
@@ -38,8 +40,8 @@ BULK_BYTES = 1357
 TOKENS = 256
 """Of a pair in the measurements of Redis."""
 API_PAIRS = 500
-"""Pairs/s of one API replica: ``tests/benchmarks/queue_overhead.py``, one API, one worker and the callers on two cores. On a better day
-of the same machine it was 1,000."""
+"""Pairs/s of one API replica: ``tests/benchmarks/queue_overhead.py``, one API, one worker and the callers on two
+cores. On a better day of the same machine it was 1,000."""
 BUSY = 0.7
 """How busy anything is planned to be; what is left is for bursts, for a restart, and for the death of a neighbour."""
 BACKLOG = 60.0
@@ -85,7 +87,16 @@ def redis() -> str:
                 f"{megabits:,.0f} Mbit/s",
             ]
             rows.append([target, name, *cells, f"{rate * BACKLOG * WAITING_BYTES / 1e9:.2f} GB"])
-    header = ["target", "sent as", "pairs/s", "busy threads", "Redis servers", "commands/s", "network", f"{BACKLOG:.0f} s of backlog"]
+    header = [
+        "target",
+        "sent as",
+        "pairs/s",
+        "busy threads",
+        "Redis servers",
+        "commands/s",
+        "network",
+        f"{BACKLOG:.0f} s of backlog",
+    ]
     return table(header, rows)
 
 
@@ -94,7 +105,11 @@ def processes(tokens: int = TOKENS) -> str:
     rows = []
     for target, rate in TARGETS.items():
         rows.append(
-            [target, f"{math.ceil(rate / API_PAIRS / BUSY):,}", *(f"{workers(rate, tokens, speed):,}" for speed in WORKERS.values())]
+            [
+                target,
+                f"{math.ceil(rate / API_PAIRS / BUSY):,}",
+                *(f"{workers(rate, tokens, speed):,}" for speed in WORKERS.values()),
+            ]
         )
     return table(["target", "API replicas", *(f"workers: {name}" for name in WORKERS)], rows)
 
@@ -111,7 +126,9 @@ def main() -> None:
     """Prints the tables, or the answer for one rate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rate", type=float, help="pairs/s")
-    parser.add_argument("--tokens", type=int, default=TOKENS, help="needed tokens of a pair: its prompt once, and both answers")
+    parser.add_argument(
+        "--tokens", type=int, default=TOKENS, help="needed tokens of a pair: its prompt once, and both answers"
+    )
     parser.add_argument("--worker", type=float, default=25000, help="tokens/s of a worker: inward bench measures yours")
     args = parser.parse_args()
     if args.rate is None:
@@ -120,7 +137,9 @@ def main() -> None:
     worst = max(MEASURED.values(), key=lambda pair: pair.cpu_us)
     print(f"workers        {workers(args.rate, args.tokens, args.worker):,}")
     print(f"API replicas   {math.ceil(args.rate / API_PAIRS / BUSY):,}")
-    print(f"Redis servers  {math.ceil(args.rate * worst.cpu_us / 1e6 / BUSY):,}   (requests of one pair, the dearest way)")
+    print(
+        f"Redis servers  {math.ceil(args.rate * worst.cpu_us / 1e6 / BUSY):,}   (requests of one pair, the dearest way)"
+    )
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 # %% [markdown]
 # # From raw preference pairs to a reward model with margins
 #
-# A pair says that one answer is better, but not by how much. LEGEND (arXiv 2406.08124) reads that from the hidden states of a language
-# model. Here: annotate a file, look at what it says about the labels, and train TRL's RewardTrainer with and without the margins.
+# A pair says that one answer is better, but not by how much. LEGEND (arXiv 2406.08124) reads that from the hidden
+# states of a language model. Here: annotate a file, look at what it says about the labels, and train TRL's
+# RewardTrainer with and without the margins.
 #
 #     python docs/tutorial.py PAIRS.jsonl [--rows 400] [--seeds 0 1 2]
 #
-# PAIRS are preference pairs in any layout that `inward annotate --help` names, Anthropic's hh-rlhf for instance. Needs `pip install
-# ./clients/trainer` for TRL. Everything runs on the bundled demonstration model, so it takes minutes on a laptop, and proves little: put
-# your own `--model` and `--heads` into step 1 for real work.
+# PAIRS are preference pairs in any layout that `inward annotate --help` names, Anthropic's hh-rlhf for instance. Needs
+# `pip install ./clients/trainer` for TRL. Everything runs on the bundled demonstration model, so it takes minutes on a
+# laptop, and proves little: put your own `--model` and `--heads` into step 1 for real work.
 
 # %%
 import argparse
@@ -29,8 +30,8 @@ folder = Path(tempfile.mkdtemp(prefix="inward-tutorial-"))
 # %% [markdown]
 # ## 1. Annotate
 #
-# `--trl` writes the columns that RewardTrainer takes: `prompt`, `chosen`, `rejected` and `margin`, here the bin of the margin (0, 1/3,
-# 2/3 or 1). `--suspicious 3` prints the three pairs whose labels contradict the model the most.
+# `--trl` writes the columns that RewardTrainer takes: `prompt`, `chosen`, `rejected` and `margin`, here the bin of the
+# margin (0, 1/3, 2/3 or 1). `--suspicious 3` prints the three pairs whose labels contradict the model the most.
 
 # %%
 annotated = folder / "annotated.parquet"
@@ -60,23 +61,24 @@ rows = [row for row in parquet.read_table(annotated).to_pylist() if len(str(row[
 held_out = [int(hashlib.sha256(str(row["prompt"]).encode()).hexdigest(), 16) % 4 == 0 for row in rows]
 columns = ("prompt", "chosen", "rejected", "margin")
 train, test = (
-    [{name: row[name] for name in columns} for row, out in zip(rows, held_out, strict=True) if out == side] for side in (False, True)
+    [{name: row[name] for name in columns} for row, out in zip(rows, held_out, strict=True) if out == side]
+    for side in (False, True)
 )
 print(f"{len(train)} pairs to train on, {len(test)} to judge")
 
 # %% [markdown]
 # ## 3. Train with and without
 #
-# The loss with a margin m is `-log sigmoid(r_chosen - r_rejected - m)`: a pair that is clearly apart has to be further apart. A third
-# way, the same margin for all pairs, tells what a margin says from what its size alone does.
+# The loss with a margin m is `-log sigmoid(r_chosen - r_rejected - m)`: a pair that is clearly apart has to be further
+# apart. A third way, the same margin for all pairs, tells what a margin says from what its size alone does.
 
 # %%
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed  # noqa: E402
 from trl import RewardConfig, RewardTrainer  # noqa: E402
 
-from inward.wiring import DEMO  # noqa: E402
+from inward.processes.wiring import TOY  # noqa: E402
 
-backbone = str(DEMO / "backbone")
+backbone = str(TOY / "backbone")
 tokenizer = AutoTokenizer.from_pretrained(backbone)
 mean_margin = statistics.mean(row["margin"] for row in train)
 
@@ -92,7 +94,9 @@ def accuracy(way: str, seed: int) -> float:
         per_device_train_batch_size=8, per_device_eval_batch_size=1, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     judged = Dataset.from_list([{name: row[name] for name in columns[:3]} for row in test])
-    trainer = RewardTrainer(model=model, args=config, train_dataset=data, eval_dataset=judged, processing_class=tokenizer)
+    trainer = RewardTrainer(
+        model=model, args=config, train_dataset=data, eval_dataset=judged, processing_class=tokenizer
+    )
     trainer.train()
     return float(trainer.evaluate()["eval_accuracy"])
 

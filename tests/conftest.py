@@ -2,20 +2,25 @@
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: many tests run several processes, whose threads would fight for few cores
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch: many tests run several processes, whose threads would fight for few cores
 
 import pytest
 from hypothesis import HealthCheck, settings
-from redis_server import RedisServer, find
 
-settings.register_profile("inward", derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+from support.redis_server import RedisServer, find
+
+settings.register_profile(
+    "inward", derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("inward")  # the same examples every time, and none of them is measured
 
 
 @pytest.fixture(scope="session")
 def demo_server(tmp_path_factory):
     """``inward serve`` as ``make serve`` starts it; one process for all tests that change nothing in it."""
-    from served import demo  # brings torch, which most tests do without
+    from support.serving import demo  # brings torch, which most tests do without
 
     with demo(tmp_path_factory.mktemp("demo")) as served:
         yield served

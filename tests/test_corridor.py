@@ -5,11 +5,11 @@ import time
 
 import numpy as np
 import pytest
-from corridor import Corridor, FakeHead, corridor, groups
-from patience import PATIENCE, until
 
 from inward.errors import DeadlineExceeded, EngineDead, InternalError, InvalidField, NotFound, Overloaded
 from inward.types import Group, SamplingSpec, Scored
+from support.corridor import Corridor, FakeHead, corridor, groups
+from support.waiting import PATIENCE, until
 
 
 def values(answers):

@@ -1,4 +1,5 @@
-"""The commands that the runbook and the operations guide tell people to type, typed against real processes around a real Redis."""
+"""The commands that the runbook and the operations guide tell people to type, typed against real processes around a
+real Redis."""
 
 from __future__ import annotations
 
@@ -14,13 +15,13 @@ import threading
 from pathlib import Path
 
 import pytest
-from fleet import Fleet
-from patience import PATIENCE
 
-from inward.queues import codec
-from inward.queues.redis import Keys
+from inward import codec
+from inward.processes.wiring import TOY
+from inward.stores.keys import Keys
 from inward.types import Group, Job
-from inward.wiring import DEMO
+from support.fleet import Fleet
+from support.waiting import PATIENCE
 
 ROOT = Path(__file__).parents[1]
 STAYS = re.compile(r"inward (serve|api|worker)\b")
@@ -48,8 +49,8 @@ def place(tmp_path_factory, _shared_redis):
     (folder / "bin/inward").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m inward "$@"\n')
     (folder / "bin/inward").chmod(0o755)
     (folder / "bin/python").symlink_to(sys.executable)
-    shutil.copytree(DEMO / "heads", folder / "heads")
-    shutil.copytree(DEMO / "heads", folder / "restored")
+    shutil.copytree(TOY / "heads", folder / "heads")
+    shutil.copytree(TOY / "heads", folder / "restored")
     shutil.copytree(ROOT / "deploy/prometheus", folder / "deploy/prometheus")
     with _shared_redis.client() as client:
         client.flushall()
@@ -59,11 +60,16 @@ def place(tmp_path_factory, _shared_redis):
         fleet.wait_until_ready(api, worker)
         names = {"API": api.url, "WORKER": worker.url, "REDIS": _shared_redis.url}
         path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
-        yield folder, {**os.environ, **names, "PATH": path, "PYTHONPATH": os.pathsep.join(sys.path), "INWARD_PORT": "0"}, _shared_redis
+        yield (
+            folder,
+            {**os.environ, **names, "PATH": path, "PYTHONPATH": os.pathsep.join(sys.path), "INWARD_PORT": "0"},
+            _shared_redis,
+        )
 
 
 @pytest.mark.parametrize(
-    ("document", "command"), [(document, command) for document in ("runbook.md", "operations.md") for command in commands(document)]
+    ("document", "command"),
+    [(document, command) for document in ("runbook.md", "operations.md") for command in commands(document)],
 )
 def test_a_command_of_the_documents_does_what_it_says(document, command, place):
     folder, environment, redis = place
@@ -74,7 +80,9 @@ def test_a_command_of_the_documents_does_what_it_says(document, command, place):
         pytest.skip(f"there is no {word} on this machine")
     if "ENTRY" in command:
         command = command.replace("ENTRY", dead_letter(redis))
-    command = command.replace("redis://:password@host:6379/0", redis.url).replace("--model M", f"--model {DEMO / 'backbone'}")
+    command = command.replace("redis://:password@host:6379/0", redis.url).replace(
+        "--model M", f"--model {TOY / 'backbone'}"
+    )
     if STAYS.search(command):
         stays(command, folder, environment)
         return
@@ -90,14 +98,17 @@ def dead_letter(redis) -> str:
     job = codec.encode(Job("a", Group((9, 8, 7), ((6, 5),)), ("legend",)))
     with redis.client() as client:
         entry = client.xadd(
-            Keys("inward-demo").dead, {"id": "a", "to": "", "job": job, "reason": "3 workers ended", "deliveries": 4, "queue": 1}
+            Keys("inward-demo").dead,
+            {"id": "a", "to": "", "job": job, "reason": "3 workers ended", "deliveries": 4, "queue": 1},
         )
     return entry.decode() if isinstance(entry, bytes) else entry
 
 
 def stays(command: str, folder: Path, environment: dict[str, str]) -> None:
     """It says that it is ready, and ends well when it is told to."""
-    process = subprocess.Popen(["bash", "-c", f"exec env {command}"], cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        ["bash", "-c", f"exec env {command}"], cwd=folder, env=environment, stderr=subprocess.PIPE, text=True
+    )
     impatient = threading.Timer(PATIENCE, process.kill)
     impatient.start()
     try:

@@ -7,13 +7,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from corridor import FakeHead, corridor, groups
 
 import inward
 from inward import metrics
 from inward.errors import NotFound
 from inward.heads.registry import Registry
 from inward.types import Group, SamplingSpec
+from support.corridor import FakeHead, corridor, groups
 
 
 def value(name, **labels):
@@ -33,7 +33,9 @@ async def test_every_score_is_counted_once_and_in_its_tenth_of_the_calibration_s
         scored = await opened.score(groups(20, responses=2), heads=(head.ref.name,))
     scores = [score for one in scored for score in one.scores[0].scores_N]
     assert value("inward_reward_count", head=head.ref.name, version="1") == 40
-    tenths = {d: value("inward_reward_decile_total", head=head.ref.name, version="1", decile=str(d)) for d in range(1, 11)}
+    tenths = {
+        d: value("inward_reward_decile_total", head=head.ref.name, version="1", decile=str(d)) for d in range(1, 11)
+    }
     assert tenths == dict.fromkeys(range(1, 11), 0) | {5: sum(s < 0 for s in scores), 6: sum(s >= 0 for s in scores)}
 
 
@@ -51,7 +53,9 @@ async def test_a_pair_gives_a_margin_and_says_whether_it_agrees(head):
 async def test_the_gain_of_the_best_of_n_is_above_the_mean_of_what_was_drawn(head):
     async with corridor() as opened:
         opened.registry.heads = {head.ref.name: head}
-        (scored,) = await opened.score([Group((1, 2, 3), sampling=SamplingSpec(n=4, max_tokens=5, seed=1))], heads=(head.ref.name,))
+        (scored,) = await opened.score(
+            [Group((1, 2, 3), sampling=SamplingSpec(n=4, max_tokens=5, seed=1))], heads=(head.ref.name,)
+        )
         await opened.score(groups(3, responses=4), heads=(head.ref.name,))  # given, not drawn
     scores = scored.scores[0].scores_N
     assert value("inward_best_of_n_gain_count", head=head.ref.name) == 1
@@ -67,7 +71,7 @@ async def test_a_failure_is_counted_once_by_its_code():
 
 
 def test_the_counters_of_a_loaded_head_begin_at_zero():
-    Registry.open(Path(inward.__file__).parent / "demo/heads")
+    Registry.open(Path(inward.__file__).parent / "models/toy/heads")
     for counter, labels in (("abstentions", {}), ("head_updates", {}), ("label_agreement", {"agrees": "false"})):
         assert metrics.REGISTRY.get_sample_value(f"inward_{counter}_total", {"head": "hybrid", **labels}) is not None
 
@@ -79,14 +83,20 @@ def test_every_series_is_named_in_the_prometheus_way_and_observed_in_one_file():
     assert all(name.endswith("_total") for name, kind in ours if kind == "counter")
     source = Path(metrics.__file__).parent
     for name in (name for name in vars(metrics) if name.isupper() and hasattr(getattr(metrics, name), "_labelnames")):
-        users = [path for path in source.rglob("*.py") if path.name != "metrics.py" and re.search(rf"metrics\.{name}\b", path.read_text())]
+        users = [
+            path
+            for path in source.rglob("*.py")
+            if path.name != "metrics.py" and re.search(rf"metrics\.{name}\b", path.read_text())
+        ]
         assert users or name == "DECILES_TOTAL", f"{name} is never observed"
 
 
 def test_only_the_newest_versions_of_a_head_have_series():
     def versions(name):
         samples = (sample for family in metrics.REGISTRY.collect() for sample in family.samples)
-        return {sample.labels["version"] for sample in samples if sample.name == name and sample.labels["head"] == "moving"}
+        return {
+            sample.labels["version"] for sample in samples if sample.name == name and sample.labels["head"] == "moving"
+        }
 
     for version in map(str, range(1, 30)):  # as many online updates
         metrics.serving("moving", version)

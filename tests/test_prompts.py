@@ -1,10 +1,10 @@
 import asyncio
 
 import pytest
-from tiny import tokenizer
 
 from inward.errors import InvalidField, SetupError, TooLarge
 from inward.prompts import Prompts, Texts
+from support.tiny_tokenizer import tokenizer
 
 CHAT = tokenizer()
 PLAIN = tokenizer(chat=False)
@@ -16,7 +16,9 @@ def prompts(tok=CHAT, **options):
 
 def test_a_prompt_string_is_one_user_turn():
     text = prompts().render("How tall is it?")
-    assert text == CHAT.apply_chat_template([{"role": "user", "content": "How tall is it?"}], tokenize=False, add_generation_prompt=True)
+    assert text == CHAT.apply_chat_template(
+        [{"role": "user", "content": "How tall is it?"}], tokenize=False, add_generation_prompt=True
+    )
 
 
 def test_prompt_and_response_have_the_tokens_of_the_whole_text():
@@ -39,7 +41,10 @@ def test_chat_templates_that_write_a_bos_are_not_given_a_second():
 
 def test_a_model_without_bos_gets_none():
     tok = tokenizer(chat=False, bos=False)
-    assert list(prompts(tok, format="{prompt}{response}").group("harbour", ["x"]).group.prompt_ids) == tok("harbour")["input_ids"]
+    assert (
+        list(prompts(tok, format="{prompt}{response}").group("harbour", ["x"]).group.prompt_ids)
+        == tok("harbour")["input_ids"]
+    )
 
 
 def test_a_boundary_inside_a_token_does_not_change_with_the_neighbours():
@@ -116,7 +121,9 @@ def test_templates_have_different_names():
 
 async def test_many_texts_come_back_in_order_with_errors_in_place():
     p = prompts()
-    results = await p.group_many([Texts("a", ("b",)), Texts("a", ("\ud800",)), Texts("harbour " * 5000, ("c",)), Texts("a", ("d",))])
+    results = await p.group_many(
+        [Texts("a", ("b",)), Texts("a", ("\ud800",)), Texts("harbour " * 5000, ("c",)), Texts("a", ("d",))]
+    )
     assert results[0] == p.group("a", ["b"])
     assert isinstance(results[1], InvalidField)
     assert isinstance(results[2], TooLarge)
@@ -129,7 +136,11 @@ async def test_many_texts_come_back_in_order_with_errors_in_place():
 def test_a_conversation_rendered_elsewhere_is_the_tokens_of_its_prompt_and_response(known, ending):
     """As trainers decode it, special tokens and all; whether they say where the prompt ends or not."""
     prompts = Prompts(tokenizer(), max_tokens=1000)
-    chat = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Why?"}]
+    chat = [
+        {"role": "user", "content": "Hi."},
+        {"role": "assistant", "content": "Yes?"},
+        {"role": "user", "content": "Why?"},
+    ]
     rendered = prompts.render(chat)
     prompt, response = prompts.split(rendered + "Seven birds." + ending, rendered if known else "")
     assert (prompt, response) == (rendered, "Seven birds.")
@@ -144,7 +155,10 @@ def test_a_rendered_conversation_whose_bos_was_taken_off_has_one_again():
 
 def test_text_without_a_place_where_an_answer_begins_is_all_prompt():
     assert Prompts(tokenizer(), max_tokens=1000).split("just text") == ("just text", "")
-    assert Prompts(tokenizer(chat=False), max_tokens=1000).split("Human: a\n\nAssistant: b") == ("Human: a\n\nAssistant: b", "")
+    assert Prompts(tokenizer(chat=False), max_tokens=1000).split("Human: a\n\nAssistant: b") == (
+        "Human: a\n\nAssistant: b",
+        "",
+    )
 
 
 def test_a_prompt_that_the_template_has_been_applied_to_is_known_by_its_end():

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from patience import PATIENCE
-from served import demo
+
+from support.serving import demo
+from support.waiting import PATIENCE
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -30,7 +31,9 @@ def test_the_first_example_answers_as_printed(tmp_path):
     _, _, url, _, header, _, body = shlex.split(command)  # curl -s URL -H HEADER -d BODY
     name, _, value = header.partition(": ")
     with demo(tmp_path) as served:
-        answer = httpx.post(url.replace("http://127.0.0.1:8080", served.url), content=body, headers={name: value}, timeout=PATIENCE)
+        answer = httpx.post(
+            url.replace("http://127.0.0.1:8080", served.url), content=body, headers={name: value}, timeout=PATIENCE
+        )
     assert near(said, answer.json())
 
 

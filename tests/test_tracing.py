@@ -8,13 +8,9 @@ from dataclasses import replace
 
 import httpx
 import pytest
-from api.fakes import FakeHouse
-from corridor import FakeHead, FakeRegistry
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
-from patience import PATIENCE, until
-from queued import InMemory, done, in_redis, job
 
 from inward import tracing
 from inward.api.app import create_app
@@ -22,6 +18,10 @@ from inward.backbones.fake import FakeBackbone
 from inward.engine import Engine
 from inward.intake import Intake
 from inward.worker import Worker
+from support.corridor import FakeHead, FakeRegistry
+from support.fake_services import FakeServices
+from support.queues import InMemory, done, in_redis, job
+from support.waiting import PATIENCE, until
 
 CALLER = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 MARKER = "Qzxmarkerqzx"
@@ -57,9 +57,11 @@ async def house(queue):
     backbone = FakeBackbone()
     registry = FakeRegistry(FakeHead("harmless"), FakeHead("helpful"))
     async with queue() as q:
-        app = create_app(replace(FakeHouse().services, intake=Intake(q.producer)))
+        app = create_app(replace(FakeServices().services, intake=Intake(q.producer)))
         working = asyncio.create_task(Worker(q.consumer, Engine(backbone, registry)).run())
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://inward", timeout=PATIENCE) as client:
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app=app), base_url="http://inward", timeout=PATIENCE
+        ) as client:
             yield client, backbone
         await q.consumer.close()
         await asyncio.wait_for(working, PATIENCE)
@@ -80,11 +82,23 @@ async def test_a_request_is_one_trace_from_its_caller_to_the_worker(spans, queue
         int(CALLER[3:35], 16),
         int(CALLER[36:52], 16),
     )
-    assert request.attributes == {"http.request.method": "POST", "http.route": "/margin", "http.response.status_code": 200}
+    assert request.attributes == {
+        "http.request.method": "POST",
+        "http.route": "/margin",
+        "http.response.status_code": 200,
+    }
     for name in ("tokenize", "queue", "inference"):
-        assert (ended[name].context.trace_id, ended[name].parent.span_id) == (request.context.trace_id, request.context.span_id), name
+        assert (ended[name].context.trace_id, ended[name].parent.span_id) == (
+            request.context.trace_id,
+            request.context.span_id,
+        ), name
     assert ended["inference"].attributes["inward.jobs"] == 3
-    assert ended["queue"].start_time <= ended["queue"].end_time == ended["inference"].start_time <= ended["inference"].end_time
+    assert (
+        ended["queue"].start_time
+        <= ended["queue"].end_time
+        == ended["inference"].start_time
+        <= ended["inference"].end_time
+    )
     assert ended["queue"].resource.attributes["service.name"] == "inward-test"
 
 
@@ -97,7 +111,9 @@ async def test_a_trace_holds_nothing_of_what_was_sent_even_where_it_fails(spans,
             f"/{MARKER}": {},
             "/score": {"items": [{"prompt": MARKER, "response": MARKER * 99}]},
         }.items():
-            assert (await client.post(path, json=body, params={"q": MARKER}, headers={"traceparent": MARKER})).status_code >= 400
+            assert (
+                await client.post(path, json=body, params={"q": MARKER}, headers={"traceparent": MARKER})
+            ).status_code >= 400
         ended = await until(lambda: "inference" in spans() and "POST other" in spans() and spans())
     assert ended["inference"].attributes["error.type"] == "internal_error"
     assert {ended[name].status.status_code for name in ("POST /margin", "inference")} >= {StatusCode.ERROR}
@@ -111,7 +127,7 @@ def test_a_job_of_a_replica_that_does_not_trace_makes_no_spans_in_a_worker_that_
 
 
 async def test_health_and_metrics_leave_no_trace(spans):
-    async with FakeHouse().client() as client:
+    async with FakeServices().client() as client:
         for path in ("/livez", "/readyz", "/health", "/metrics", "/info"):
             assert (await client.get(path)).status_code == 200
     assert list(spans()) == ["GET /info"]

@@ -10,9 +10,9 @@ from inward.types import Job
 def pack(waiting: Sequence[Job], budget: int) -> tuple[list[Job], list[Job]]:
     """The jobs of the next batch, and those that wait on; both in order of arrival.
 
-    The oldest job is always in the batch, so nobody starves, even one that is larger than the budget (it goes alone). Jobs that sample
-    go by themselves and one at a time: their cost is not one forward pass; and so do jobs that may end their
-    worker. Younger jobs fill what room is left.
+    The oldest job is always in the batch, so nobody starves, even one that is larger than the budget (it goes alone).
+    Jobs that sample go by themselves and one at a time: their cost is not one forward pass; and so do jobs that may end
+    their worker. Younger jobs fill what room is left.
     """
     batch: list[Job] = []
     rest: list[Job] = []

@@ -32,7 +32,8 @@ class Engine:
         self._clock = clock
 
     async def run(self, jobs: Sequence[Job]) -> list[Outcome]:
-        """Scores the jobs, in their order. A job that makes the batch fail fails alone: the others are computed again without it.
+        """Scores the jobs, in their order. A job that makes the batch fail fails alone: the others are computed again
+        without it.
 
         Raises:
             EngineDead: the backbone can't compute any more; no job of the batch has an outcome.
@@ -43,7 +44,10 @@ class Engine:
         outcomes = await self._isolated(jobs, self._registry.snapshot())
         ended = self._clock()
         metrics.INFERENCE_SECONDS.observe(ended - started)
-        return [replace(o, timing=Timing(max(0.0, started - job.enqueued), ended - started)) for o, job in zip(outcomes, jobs, strict=True)]
+        return [
+            replace(o, timing=Timing(max(0.0, started - job.enqueued), ended - started))
+            for o, job in zip(outcomes, jobs, strict=True)
+        ]
 
     async def _isolated(self, jobs: Sequence[Job], snapshot: Snapshot) -> list[Outcome]:
         try:
@@ -54,7 +58,9 @@ class Engine:
             if len(jobs) > 1:  # halves find the one to blame in log2(n) steps and answer its neighbours
                 middle = len(jobs) // 2
                 return await self._isolated(jobs[:middle], snapshot) + await self._isolated(jobs[middle:], snapshot)
-            failure = error if isinstance(error, InwardError) else InternalError(f"scoring failed ({type(error).__name__})")
+            failure = (
+                error if isinstance(error, InwardError) else InternalError(f"scoring failed ({type(error).__name__})")
+            )
             logs.event(LOG, "job_failed", job=jobs[0].id, code=failure.code, exception=type(error).__name__)
             return [Failed(jobs[0].id, failure.code, failure.message)]
 
@@ -71,17 +77,24 @@ class Engine:
             for job in jobs
         ]
 
-    async def _drawn(self, group: Group, readouts: Sequence[Readout], tokens: bool) -> tuple[Group, tuple[Sample, ...], GroupReading]:
+    async def _drawn(
+        self, group: Group, readouts: Sequence[Readout], tokens: bool
+    ) -> tuple[Group, tuple[Sample, ...], GroupReading]:
         """The group with its samples as responses, the samples, and what was read of them."""
         samples, reading = await self.backbone.sample_and_read(group, readouts, tokens=tokens)
         return Group(group.prompt_ids, tuple(sample.ids for sample in samples)), tuple(samples), reading
 
-    def _scored(self, job: Job, group: Group, samples: tuple[Sample, ...], reading: GroupReading, heads: dict[str, Head]) -> Outcome:
+    def _scored(
+        self, job: Job, group: Group, samples: tuple[Sample, ...], reading: GroupReading, heads: dict[str, Head]
+    ) -> Outcome:
         metrics.COMPUTED_TOKENS_TOTAL.inc(reading.computed_tokens)
         metrics.PREFIX_TOKENS_SAVED_TOTAL.inc(reading.cached_tokens)
         order = list(heads)
         try:
-            scores = [heads[name].score(reading.readings[order.index(name)], details=job.details, pair=job.pair) for name in job.heads]
+            scores = [
+                heads[name].score(reading.readings[order.index(name)], details=job.details, pair=job.pair)
+                for name in job.heads
+            ]
         except InwardError as error:  # a detail that this head does not have: this job's fault alone
             return Failed(job.id, error.code, error.message)
         for name, score in zip(job.heads, scores, strict=True):

@@ -16,7 +16,9 @@ from inward.types import Detail, Failed, Group, Job, Outcome, Priority, Scored
 class Intake:
     """Turns groups into jobs on ``queue`` and outcomes back into values or errors."""
 
-    def __init__(self, queue: Producer, *, priority: Priority = "interactive", clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, queue: Producer, *, priority: Priority = "interactive", clock: Callable[[], float] = time.time
+    ) -> None:
         self._queue = queue
         self._priority: Priority = priority
         self._clock = clock
@@ -73,7 +75,9 @@ class Intake:
         left = set(places)
         try:
             while left:
-                done, left = await asyncio.wait(left, timeout=jobs[0].deadline - self._clock(), return_when=asyncio.FIRST_COMPLETED)
+                done, left = await asyncio.wait(
+                    left, timeout=jobs[0].deadline - self._clock(), return_when=asyncio.FIRST_COMPLETED
+                )
                 if not done:
                     raise _late(timeout)
                 for future in sorted(done, key=places.__getitem__):

@@ -1,6 +1,7 @@
 """One line per event, as JSON or as plain text; never the text of a prompt.
 
-An event has a name and fields. Exceptions are logged by type and place only, because their messages may quote what was sent.
+An event has a name and fields. Exceptions are logged by type and place only, because their messages may quote what was
+sent.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ def event(logger: logging.Logger, name: str, *, severity: int = logging.INFO, **
 
 
 def configure(level: str = "info", json: bool = True, stream: IO[str] | None = None) -> None:
-    """Sends every event of at least ``level`` to ``stream`` (standard error), one line each. Calling it again replaces the set-up.
+    """Sends every event of at least ``level`` to ``stream`` (standard error), one line each. Calling it again replaces
+    the set-up.
 
-    Run uvicorn with ``log_config=None``, so that its messages come this way too; its access log is replaced by the event ``request``.
+    Run uvicorn with ``log_config=None``, so that its messages come this way too; its access log is replaced by the
+    event ``request``.
     """
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonLines() if json else TextLines())

@@ -1,7 +1,8 @@
 """Every Prometheus series of the service; the comment above each block says where it is observed.
 
-Base units (seconds, tokens), prefix ``inward_``. Labels hold names from the configuration, routes and codes: never ids, never text.
-A process has one registry and is scraped by itself; what all processes of a queue see alike (its size, its workers) says so.
+Base units (seconds, tokens), prefix ``inward_``. Labels hold names from the configuration, routes and codes: never ids,
+never text. A process has one registry and is scraped by itself; what all processes of a queue see alike (its size, its
+workers) says so.
 """
 
 from __future__ import annotations
@@ -35,11 +36,15 @@ JOBS = tuple(float(2**k) for k in range(11))
 SCORE = (-30.0, -10.0, -3.0, -1.0, -0.3, -0.1, 0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 PROBABILITY = tuple(k / 10 for k in range(1, 10))
 KEPT_VERSIONS = 8
-"""Versions of a head that have series of their own at a time: every online update makes a new one, and a Prometheus can't hold them all."""
+"""Versions of a head that have series of their own at a time: every online update makes a new one, and a Prometheus
+can't hold them all."""
 
 # api.middleware
 REQUESTS_TOTAL = Counter(
-    "inward_requests", "HTTP requests answered, by route template and status code.", ("route", "code"), registry=REGISTRY
+    "inward_requests",
+    "HTTP requests answered, by route template and status code.",
+    ("route", "code"),
+    registry=REGISTRY,
 )
 REQUEST_SECONDS = Histogram(
     "inward_request_duration_seconds",
@@ -57,34 +62,61 @@ TOKENIZE_SECONDS = Histogram(
 
 # intake and queues
 REJECTIONS_TOTAL = Counter(
-    "inward_admission_rejections", "Requests refused at the door of the queue, by reason.", ("reason",), registry=REGISTRY
+    "inward_admission_rejections",
+    "Requests refused at the door of the queue, by reason.",
+    ("reason",),
+    registry=REGISTRY,
 )
 EXPIRED_TOTAL = Counter("inward_expired", "Requests whose deadline passed before the answer.", registry=REGISTRY)
-ABANDONED_TOTAL = Counter("inward_abandoned_jobs", "Jobs whose caller left before they were computed.", registry=REGISTRY)
-QUEUE_JOBS = Gauge("inward_queue_size", "Jobs that wait; with Redis, of all replicas, and those that are computed too.", registry=REGISTRY)
-QUEUE_TOKENS = Gauge("inward_queue_tokens", "Tokens admitted and not settled yet; with Redis, of all replicas.", registry=REGISTRY)
-SHARED_TOTAL = Counter("inward_shared_jobs", "Items answered by the computation of an identical one.", registry=REGISTRY)
+ABANDONED_TOTAL = Counter(
+    "inward_abandoned_jobs", "Jobs whose caller left before they were computed.", registry=REGISTRY
+)
+QUEUE_JOBS = Gauge(
+    "inward_queue_size",
+    "Jobs that wait; with Redis, of all replicas, and those that are computed too.",
+    registry=REGISTRY,
+)
+QUEUE_TOKENS = Gauge(
+    "inward_queue_tokens", "Tokens admitted and not settled yet; with Redis, of all replicas.", registry=REGISTRY
+)
+SHARED_TOTAL = Counter(
+    "inward_shared_jobs", "Items answered by the computation of an identical one.", registry=REGISTRY
+)
 
 # queues.redis
 REDIS_UP = Gauge("inward_redis_up", "1 while Redis answers this process.", registry=REGISTRY)
 WORKERS = Gauge("inward_workers", "Workers that take jobs from the queue, as this replica sees it.", registry=REGISTRY)
 STREAM_LAG = Gauge("inward_stream_lag", "Jobs in Redis that no worker has taken yet.", ("stream",), registry=REGISTRY)
-STREAM_PENDING = Gauge("inward_stream_pending", "Jobs in Redis that a worker has taken and not settled.", ("stream",), registry=REGISTRY)
-DEAD_LETTERS_KEPT = Gauge("inward_dead_letters_kept", "Dead letters that nobody has looked at and dropped yet.", registry=REGISTRY)
+STREAM_PENDING = Gauge(
+    "inward_stream_pending", "Jobs in Redis that a worker has taken and not settled.", ("stream",), registry=REGISTRY
+)
+DEAD_LETTERS_KEPT = Gauge(
+    "inward_dead_letters_kept", "Dead letters that nobody has looked at and dropped yet.", registry=REGISTRY
+)
 CLAIMED_JOBS = Gauge("inward_claimed_jobs", "Jobs that this worker has taken and not settled.", registry=REGISTRY)
-REDELIVERED_TOTAL = Counter("inward_redelivered_jobs", "Jobs taken over from a worker that was not heard of any more.", registry=REGISTRY)
+REDELIVERED_TOTAL = Counter(
+    "inward_redelivered_jobs", "Jobs taken over from a worker that was not heard of any more.", registry=REGISTRY
+)
 CLAIMS_LOST_TOTAL = Counter("inward_claims_lost", "Jobs of this worker that another one took over.", registry=REGISTRY)
-RESUBMITTED_TOTAL = Counter("inward_resubmitted_jobs", "Jobs that Redis had lost and that were sent again.", registry=REGISTRY)
-DEAD_LETTERS_TOTAL = Counter("inward_dead_letters", "Jobs given up because they ended several workers.", registry=REGISTRY)
+RESUBMITTED_TOTAL = Counter(
+    "inward_resubmitted_jobs", "Jobs that Redis had lost and that were sent again.", registry=REGISTRY
+)
+DEAD_LETTERS_TOTAL = Counter(
+    "inward_dead_letters", "Jobs given up because they ended several workers.", registry=REGISTRY
+)
 
 # worker
 ENGINE_UP = Gauge("inward_engine_up", "1 while the engine can compute.", registry=REGISTRY)
 IN_FLIGHT = Gauge("inward_in_flight_jobs", "Jobs in the batches that are being computed.", registry=REGISTRY)
-QUEUE_SECONDS = Histogram("inward_queue_duration_seconds", "Wait of a job in the queue.", buckets=SECONDS, registry=REGISTRY)
+QUEUE_SECONDS = Histogram(
+    "inward_queue_duration_seconds", "Wait of a job in the queue.", buckets=SECONDS, registry=REGISTRY
+)
 FAILURES_TOTAL = Counter("inward_failures", "Jobs that could not be scored, by reason.", ("reason",), registry=REGISTRY)
 
 # engine
-INFERENCE_SECONDS = Histogram("inward_inference_duration_seconds", "Backbone and heads, per batch.", buckets=SECONDS, registry=REGISTRY)
+INFERENCE_SECONDS = Histogram(
+    "inward_inference_duration_seconds", "Backbone and heads, per batch.", buckets=SECONDS, registry=REGISTRY
+)
 BATCH_JOBS = Histogram("inward_batch_size", "Jobs of a batch.", buckets=JOBS, registry=REGISTRY)
 BATCH_TOKENS = Histogram("inward_batch_tokens", "Tokens of a batch.", buckets=TOKENS, registry=REGISTRY)
 COMPUTED_TOKENS_TOTAL = Counter("inward_computed_tokens", "Tokens that went through the backbone.", registry=REGISTRY)
@@ -93,7 +125,9 @@ PREFIX_TOKENS_SAVED_TOTAL = Counter(
     "Prompt tokens not computed again, because a group shares its prompt or a cache had them.",
     registry=REGISTRY,
 )
-SCORES = Histogram("inward_reward", "Scores given, by head and version.", ("head", "version"), buckets=SCORE, registry=REGISTRY)
+SCORES = Histogram(
+    "inward_reward", "Scores given, by head and version.", ("head", "version"), buckets=SCORE, registry=REGISTRY
+)
 ABSTENTIONS_TOTAL = Counter("inward_abstentions", "Responses without a finite score.", ("head",), registry=REGISTRY)
 LABEL_AGREEMENT_TOTAL = Counter(
     "inward_label_agreement",
@@ -107,9 +141,19 @@ DECILES_TOTAL = Counter(
     ("head", "version", "decile"),
     registry=REGISTRY,
 )
-MARGINS = Histogram("inward_margin", "Signed margins of pairs, by head and version.", ("head", "version"), buckets=SCORE, registry=REGISTRY)
+MARGINS = Histogram(
+    "inward_margin",
+    "Signed margins of pairs, by head and version.",
+    ("head", "version"),
+    buckets=SCORE,
+    registry=REGISTRY,
+)
 CONFIDENCES = Histogram(
-    "inward_confidence", "Confidence in the labels of pairs, by head.", ("head",), buckets=PROBABILITY, registry=REGISTRY
+    "inward_confidence",
+    "Confidence in the labels of pairs, by head.",
+    ("head",),
+    buckets=PROBABILITY,
+    registry=REGISTRY,
 )
 BEST_OF_N_GAIN = Histogram(
     "inward_best_of_n_gain",
@@ -121,18 +165,28 @@ BEST_OF_N_GAIN = Histogram(
 
 # heads.registry
 HEAD_INFO = Gauge(
-    "inward_head_info", "1 for the active version of a head and its newest ones.", ("head", "kind", "version", "active"), registry=REGISTRY
+    "inward_head_info",
+    "1 for the active version of a head and its newest ones.",
+    ("head", "kind", "version", "active"),
+    registry=REGISTRY,
 )
 HEAD_UPDATES_TOTAL = Counter("inward_head_updates", "Online updates applied.", ("head",), registry=REGISTRY)
 
 # wiring and halves
 BUILD_INFO = Gauge(
-    "inward_build_info", "1 for what runs: its version, and whether it is api, worker or serve.", ("version", "role"), registry=REGISTRY
+    "inward_build_info",
+    "1 for what runs: its version, and whether it is api, worker or serve.",
+    ("version", "role"),
+    registry=REGISTRY,
 )
 
 # policies
-POLICY_SWITCHES_TOTAL = Counter("inward_policy_switches", "Times that the backbone was given another policy version.", registry=REGISTRY)
-POLICY_INFO = Gauge("inward_policy_info", "1 for the policy version that the backbone carries.", ("version",), registry=REGISTRY)
+POLICY_SWITCHES_TOTAL = Counter(
+    "inward_policy_switches", "Times that the backbone was given another policy version.", registry=REGISTRY
+)
+POLICY_INFO = Gauge(
+    "inward_policy_info", "1 for the policy version that the backbone carries.", ("version",), registry=REGISTRY
+)
 
 
 for _reason in ("queue_full", "no_worker"):
@@ -148,7 +202,9 @@ def deciles(head: str, version: str) -> tuple[Counter, ...]:
 
 
 def begin(head: str) -> None:
-    """The counters of a head that is loaded begin at zero: a counter that begins at one hides its first event from Prometheus."""
+    """The counters of a head that is loaded begin at zero: a counter that begins at one hides its first event from
+    Prometheus.
+    """
     for counter in (ABSTENTIONS_TOTAL, HEAD_UPDATES_TOTAL):
         counter.labels(head=head)
     for agrees in ("true", "false"):

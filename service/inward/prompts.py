@@ -1,9 +1,9 @@
 """Conversation → token ids. The one place where a template is applied, so that fitting and serving see the same bytes.
 
-A prompt is rendered up to the point where the answer begins (the chat template with its generation prompt, or the part of the
-format string before ``{response}``); the response follows as it is. Prompt and response are tokenised *together*, as one text. Where
-the boundary falls inside a token of that text (possible only without a special token between them), they are tokenised apart, which
-is also what a model that samples an answer sees.
+A prompt is rendered up to the point where the answer begins (the chat template with its generation prompt, or the part
+of the format string before ``{response}``); the response follows as it is. Prompt and response are tokenised
+*together*, as one text. Where the boundary falls inside a token of that text (possible only without a special token
+between them), they are tokenised apart, which is also what a model that samples an answer sees.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from inward.types import Group, Ids
 
 Message = Mapping[str, str]
 Prompt = str | Sequence[Message]
-"""What stands before the answer: a string (one user turn) or chat messages, oldest first, that do not end with the assistant."""
+"""What stands before the answer: a string (one user turn) or chat messages, oldest first, that do not end with the
+assistant."""
 
 DEFAULT_FORMAT = "{prompt}\n\n{response}"
 """For models without a chat template."""
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 INLINE_CHARACTERS = 20_000
-"""Requests up to this size are tokenised on the event loop (about a millisecond): a thread would cost more than it saves."""
+"""Requests up to this size are tokenised on the event loop (about a millisecond): a thread would cost more than it
+saves."""
 
 
 class Tokenizer(Protocol):
@@ -38,7 +40,9 @@ class Tokenizer(Protocol):
 
     def __len__(self) -> int: ...
     def __call__(self, text: list[str], *, add_special_tokens: bool) -> Any: ...
-    def apply_chat_template(self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool) -> Any: ...
+    def apply_chat_template(
+        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
+    ) -> Any: ...
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> Any: ...
 
 
@@ -55,7 +59,9 @@ class Texts:
 
     @property
     def characters(self) -> int:
-        prompt = len(self.prompt) if isinstance(self.prompt, str) else sum(len(m.get("content", "")) for m in self.prompt)
+        prompt = (
+            len(self.prompt) if isinstance(self.prompt, str) else sum(len(m.get("content", "")) for m in self.prompt)
+        )
         return prompt * max(1, len(self.responses)) + sum(map(len, self.responses))
 
 
@@ -84,13 +90,17 @@ class Prompts:
         if format is None and not tokenizer.chat_template:
             format = DEFAULT_FORMAT
         if format is not None and (format.count("{prompt}") != 1 or not format.endswith("{response}")):
-            raise SetupError(f"the template {format!r} needs {{prompt}} once and must end with {{response}}, as in {DEFAULT_FORMAT!r}")
+            raise SetupError(
+                f"the template {format!r} needs {{prompt}} once and must end with {{response}}, as in {DEFAULT_FORMAT!r}"
+            )
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self._format = format
         self._opening, closing = ("", "") if format is not None else _around_answers(tokenizer)
         self._endings = tuple({ending for ending in (closing, tokenizer.eos_token) if ending})
-        self._adds_bos = self._first_ids([""])[:1] == (tokenizer.bos_token_id,) if tokenizer.bos_token_id is not None else False
+        self._adds_bos = (
+            self._first_ids([""])[:1] == (tokenizer.bos_token_id,) if tokenizer.bos_token_id is not None else False
+        )
         if format is not None:
             self.template = f"format:{format}"
         else:
@@ -100,7 +110,8 @@ class Prompts:
         """The text up to where the answer begins.
 
         Raises:
-            InvalidField: messages that are empty, of an unknown role, end with the assistant, or that the chat template refuses.
+            InvalidField: messages that are empty, of an unknown role, end with the assistant, or that the chat template
+                refuses.
         """
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
         _check(messages)
@@ -113,11 +124,13 @@ class Prompts:
         return self._format.removesuffix("{response}").replace("{prompt}", text)
 
     def split(self, text: str, prompt: str = "") -> tuple[str, str]:
-        """A rendered prompt and the response in a whole conversation to which a template was applied already, special tokens and all.
+        """A rendered prompt and the response in a whole conversation to which a template was applied already, special
+        tokens and all.
 
-        The response begins after ``prompt`` where the text does, else after the last place at which the chat template lets an answer
-        begin; where there is none, all of it is the prompt, and what is read at its end is the same. What the template writes after an
-        answer, and end-of-sequence tokens, are taken off, so that the text scores as its prompt and response do by themselves.
+        The response begins after ``prompt`` where the text does, else after the last place at which the chat template
+        lets an answer begin; where there is none, all of it is the prompt, and what is read at its end is the same.
+        What the template writes after an answer, and end-of-sequence tokens, are taken off, so that the text scores as
+        its prompt and response do by themselves.
         """
         text = self.strip(text)
         if prompt and text.startswith(prompt):
@@ -136,12 +149,14 @@ class Prompts:
         """Whether a prompt ends as the chat template ends one, so that the template has been applied already."""
         return bool(self._opening) and prompt.endswith(self._opening)
 
-    def group(self, prompt: Prompt, responses: Sequence[str | Ids], *, truncate: bool = False, rendered: bool = False) -> Grouped:
-        """One prompt and its responses as token ids, the prompt with exactly one BOS. A ``rendered`` prompt is a string to which the
-        template was applied already.
+    def group(
+        self, prompt: Prompt, responses: Sequence[str | Ids], *, truncate: bool = False, rendered: bool = False
+    ) -> Grouped:
+        """One prompt and its responses as token ids, the prompt with exactly one BOS. A ``rendered`` prompt is a string
+        to which the template was applied already.
 
-        Truncation cuts the oldest tokens of the prompt (never its BOS), the same for all responses; a response that would leave the
-        prompt less than a quarter of the room loses its end. Empty responses are legal.
+        Truncation cuts the oldest tokens of the prompt (never its BOS), the same for all responses; a response that
+        would leave the prompt less than a quarter of the room loses its end. Empty responses are legal.
 
         Raises:
             InvalidField: text that is not Unicode, a conversation that the template refuses, or no text at all.
@@ -159,7 +174,9 @@ class Prompts:
         prompt_ids, n = self._one_bos(apart[0]), len(apart[0])
         if not prompt_ids and not all(responses):
             raise InvalidField("prompt and response are both empty: there is no token to read", param="response")
-        tokenised = [whole[n:] if whole[:n] == apart[0] else alone for whole, alone in zip(together, apart[1:], strict=True)]
+        tokenised = [
+            whole[n:] if whole[:n] == apart[0] else alone for whole, alone in zip(together, apart[1:], strict=True)
+        ]
         responses_ids = tuple(own if isinstance(r, str) else r for r, own in zip(responses, tokenised, strict=True))
         return self._fit(prompt_ids, responses_ids, truncate)
 
@@ -172,7 +189,9 @@ class Prompts:
 
     def _check_ids(self, ids: Ids, where: str) -> None:
         if any(token >= len(self.tokenizer) for token in ids):
-            raise InvalidField(f"token id {max(ids)} is not in the tokenizer's vocabulary of {len(self.tokenizer)}", param=where)
+            raise InvalidField(
+                f"token id {max(ids)} is not in the tokenizer's vocabulary of {len(self.tokenizer)}", param=where
+            )
 
     def _as_it_is(self, rendered: str) -> str:
         _check_unicode(rendered, "messages")
@@ -212,7 +231,9 @@ class Prompts:
         return tuple(self.tokenizer(texts, add_special_tokens=True)["input_ids"][0])
 
     def _one_bos(self, ids: Ids) -> Ids:
-        """Templates write a BOS or leave it to the tokenizer, some models do both, some none: exactly one where the model has one."""
+        """Templates write a BOS or leave it to the tokenizer, some models do both, some none: exactly one where the
+        model has one.
+        """
         bos = self.tokenizer.bos_token_id
         if bos is None:
             return ids
@@ -223,7 +244,9 @@ class Prompts:
 
 
 def _around_answers(tokenizer: Tokenizer) -> tuple[str, str]:
-    """What the chat template writes before an answer that is to be generated, and after one that is there; empty where it can't be told."""
+    """What the chat template writes before an answer that is to be generated, and after one that is there; empty
+    where it can't be told.
+    """
 
     def render(*messages: dict[str, str], answer_next: bool = False) -> str:
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer_next))
@@ -242,19 +265,25 @@ def _check(messages: list[dict[str, str]]) -> None:
         raise InvalidField("messages are empty: at least one is needed before the answer", param="messages")
     for i, message in enumerate(messages):
         if message.get("role") not in ROLES:
-            raise InvalidField(f"role {message.get('role')!r} is none of {', '.join(sorted(ROLES))}", param=f"messages.{i}.role")
+            raise InvalidField(
+                f"role {message.get('role')!r} is none of {', '.join(sorted(ROLES))}", param=f"messages.{i}.role"
+            )
         if not isinstance(message.get("content"), str):
             raise InvalidField("content must be a string", param=f"messages.{i}.content")
         _check_unicode(message["content"], f"messages.{i}.content")
     if messages[-1]["role"] == "assistant":
-        raise InvalidField("the conversation before the answer ends with the assistant", param=f"messages.{len(messages) - 1}.role")
+        raise InvalidField(
+            "the conversation before the answer ends with the assistant", param=f"messages.{len(messages) - 1}.role"
+        )
 
 
 def _check_unicode(text: str, where: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InvalidField(f"character {error.start} is half of a surrogate pair, which is not Unicode text", param=where) from None
+        raise InvalidField(
+            f"character {error.start} is half of a surrogate pair, which is not Unicode text", param=where
+        ) from None
 
 
 def _transcript(messages: list[dict[str, str]]) -> str:

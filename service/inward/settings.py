@@ -1,7 +1,7 @@
 """Every knob of the service, in one frozen tree.
 
-Each field is the environment variable ``INWARD_<NAME>`` and the option ``--<name>`` of ``inward serve``, ``api`` and ``worker``; its
-docstring is the help text of both.
+Each field is the environment variable ``INWARD_<NAME>`` and the option ``--<name>`` of ``inward serve``, ``api`` and
+``worker``; its docstring is the help text of both.
 """
 
 from __future__ import annotations
@@ -18,7 +18,12 @@ class Settings(BaseSettings):
     """Read once, at start, by ``__main__``; ``wiring`` hands each part what it needs."""
 
     model_config = SettingsConfigDict(
-        env_prefix="INWARD_", frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), env_ignore_empty=True
+        env_prefix="INWARD_",
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        env_ignore_empty=True,
     )
 
     # Where to listen, and who may call
@@ -29,7 +34,8 @@ class Settings(BaseSettings):
     api_keys: Annotated[frozenset[SecretStr], NoDecode] = frozenset()
     """Comma-separated keys, any of which opens every route (Bearer, or Basic with the key as password). None: open."""
     api_keys_file: Path | None = None
-    """File with more such keys, one a line. It is read again whenever it changes, so that keys are rotated without a restart."""
+    """File with more such keys, one a line. It is read again whenever it changes, so that keys are rotated without a
+    restart."""
     insecure: bool = False
     """Serve without API keys on an address that others can reach."""
     metrics_open: bool = True
@@ -41,7 +47,8 @@ class Settings(BaseSettings):
     revision: str | None = None
     """Branch, tag or commit of a model from the hub."""
     backbone: Literal["auto", "transformers", "vllm", "fake"] = "auto"
-    """What runs the model. `auto`: vLLM where a GPU and vLLM are there, else transformers. `fake`: no model, for load tests."""
+    """What runs the model. `auto`: vLLM where a GPU and vLLM are there, else transformers. `fake`: no model, for
+    load tests."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Number format of the weights. `auto`: bfloat16 where the processor multiplies it natively, else float32."""
     device: str = "auto"
@@ -49,7 +56,8 @@ class Settings(BaseSettings):
     token_budget: int | None = Field(None, ge=1)
     """Most tokens in one forward pass; by default what suits the device."""
     vllm_options: Annotated[dict[str, Any], NoDecode] = {}
-    """vLLM's own engine arguments as a JSON object, such as {"tensor_parallel_size": 2, "gpu_memory_utilization": 0.8}."""
+    """vLLM's own engine arguments as a JSON object, such as {"tensor_parallel_size": 2, "gpu_memory_utilization":
+    0.8}."""
     adapters: Path | None = None
     """Folder of LoRA adapters of the policy, one folder each as PEFT saves them; POST /policy switches between them."""
     policy: str = "base"
@@ -61,10 +69,11 @@ class Settings(BaseSettings):
     template: str | None = None
     """Format string with {prompt} and, at its end, {response}, instead of the model's chat template."""
     heads: Path | None = None
-    """Folder of heads, one folder each. Default: the bundled heads for the demonstration backbone, none for another model."""
+    """Folder of heads, one folder each. Default: the bundled heads for the demonstration backbone, none for another
+    model."""
     compat_head: str | None = None
-    """Head that answers other projects' clients (/get_reward, /classify, /v1/rerank …) where they name none. By default the first hybrid
-    head, for reranking the first ranker."""
+    """Head that answers other projects' clients (/get_reward, /classify, /v1/rerank …) where they name none. By
+    default the first hybrid head, for reranking the first ranker."""
 
     # Limits
     max_body_bytes: int = Field(8 * 2**20, ge=1)
@@ -82,15 +91,16 @@ class Settings(BaseSettings):
     max_tokens: int | None = Field(None, ge=2)
     """Most tokens of one prompt + response; by default, and at most, what the model takes."""
     quota: int | None = Field(None, ge=1)
-    """Tokens that one API key may have computed in a minute, by all replicas together; then 429 until the next one. Bulk jobs, which
-    only take what others leave, are not counted."""
+    """Tokens that one API key may have computed in a minute, by all replicas together; then 429 until the next one.
+    Bulk jobs, which only take what others leave, are not counted."""
     queue_tokens: int = Field(2_000_000, ge=1)
     """Tokens that may wait and be computed at once; more is refused with 503 and Retry-After."""
     timeout: float = Field(95.0, gt=0)
-    """Seconds until a request is answered with 504; a request may ask for less. Below the 100 s at which clients in the field give up."""
+    """Seconds until a request is answered with 504; a request may ask for less. Below the 100 s at which clients in
+    the field give up."""
     sharing_window: float = Field(5.0, ge=0)
-    """Seconds for which the score of an item is kept for whoever sends the same one, to any replica; 0 shares only among those who wait at
-    once in one replica."""
+    """Seconds for which the score of an item is kept for whoever sends the same one, to any replica; 0 shares only
+    among those who wait at once in one replica."""
     bulk_keep: float = Field(7 * 86400.0, gt=0)
     """Seconds for which a bulk job and its results are kept."""
     idempotency_window: float = Field(3600.0, gt=0)
@@ -115,8 +125,8 @@ class Settings(BaseSettings):
     log_format: Literal["json", "text"] = "json"
     """One JSON object a line, or plain text for people."""
     otlp_endpoint: str | None = None
-    """OpenTelemetry collector that traces of requests are sent to by OTLP over HTTP, such as http://localhost:4318 (needs `inward[otel]`).
-    The standard variables OTEL_* set names, sampling and headers."""
+    """OpenTelemetry collector that traces of requests are sent to by OTLP over HTTP, such as http://localhost:4318
+    (needs `inward[otel]`). The standard variables OTEL_* set names, sampling and headers."""
 
     @field_validator("api_keys", mode="before")
     @classmethod
@@ -132,6 +142,13 @@ class Settings(BaseSettings):
             raise ValueError(f"not a JSON object: {error}") from None
 
     def resolved(self) -> dict[str, Any]:
-        """As JSON, keys counted instead of shown; nested where a name has parts (``backbone.path`` is added by ``wiring``)."""
+        """As JSON, keys counted instead of shown; nested where a name has parts (``backbone.path`` is added by
+        ``wiring``).
+        """
         values = self.model_dump(mode="json", exclude={"api_keys", "redis_url", "otlp_endpoint"})
-        return {**values, "api_keys": len(self.api_keys), "redis_url": bool(self.redis_url), "otlp_endpoint": bool(self.otlp_endpoint)}
+        return {
+            **values,
+            "api_keys": len(self.api_keys),
+            "redis_url": bool(self.redis_url),
+            "otlp_endpoint": bool(self.otlp_endpoint),
+        }

@@ -1,8 +1,10 @@
-"""Traces of requests, sent by OTLP where an endpoint is set: ``request`` with ``tokenize``, ``queue`` and ``inference`` below it.
+"""Traces of requests, sent by OTLP where an endpoint is set: ``request`` with ``tokenize``, ``queue`` and ``inference``
+below it.
 
-OpenTelemetry is an optional extra; until ``configure`` is given an endpoint nothing of it is imported and nothing is recorded. The span
-of a request belongs to the caller's trace if there is one (W3C ``traceparent``), and travels with the jobs, so that the spans of the
-worker are below it. Attributes are routes, codes and numbers: never text, nor the message of an exception, which may quote some.
+OpenTelemetry is an optional extra; until ``configure`` is given an endpoint nothing of it is imported and nothing is
+recorded. The span of a request belongs to the caller's trace if there is one (W3C ``traceparent``), and travels with
+the jobs, so that the spans of the worker are below it. Attributes are routes, codes and numbers: never text, nor the
+message of an exception, which may quote some.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ PATH = "/v1/traces"
 def configure(endpoint: str | None, role: str) -> None:
     """Sends traces to the collector at ``endpoint``, such as ``http://localhost:4318``; None: there are none.
 
-    They are sent from a thread of their own and dropped where the collector does not keep up, so no request ever waits for them. Sampling,
-    headers, timeouts and batches are set by the standard variables ``OTEL_*``.
+    They are sent from a thread of their own and dropped where the collector does not keep up, so no request ever waits
+    for them. Sampling, headers, timeouts and batches are set by the standard variables ``OTEL_*``.
 
     Raises:
         SetupError: OpenTelemetry is not installed.
@@ -63,7 +65,9 @@ def record(processor: SpanProcessor, role: str) -> None:
 
 @contextmanager
 def request(headers: Mapping[str, str]) -> Iterator[Span | None]:
-    """The span of a request with these headers, until its answer is sent; None where traces are off. ``answered`` completes it."""
+    """The span of a request with these headers, until its answer is sent; None where traces are off. ``answered``
+    completes it.
+    """
     if _tracer is None:
         yield None
         return
@@ -77,7 +81,9 @@ def request(headers: Mapping[str, str]) -> Iterator[Span | None]:
 
 
 def answered(span: Span | None, *, method: str, route: str, code: int) -> dict[str, str]:
-    """Says what became of a request; gives what its event should name, so that logs and traces are found from each other."""
+    """Says what became of a request; gives what its event should name, so that logs and traces are found from each
+    other.
+    """
     if span is None:
         return {}
     from opentelemetry.trace import StatusCode, format_trace_id
@@ -111,7 +117,9 @@ def present() -> str:
 
 
 def computed(batch: Sequence[Job], outcomes: Sequence[Outcome]) -> None:
-    """Records ``queue`` and ``inference`` of a batch that is done: once for each request that has jobs in it, below its span."""
+    """Records ``queue`` and ``inference`` of a batch that is done: once for each request that has jobs in it, below
+    its span.
+    """
     if _tracer is None:
         return
     done = {outcome.job_id: outcome for outcome in outcomes}

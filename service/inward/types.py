@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 Ids = tuple[int, ...]
 Floats = NDArray[np.float32]
 Position = Literal["prompt", "last", "eos", "mean"]
-"""Where a state is read. ``prompt``: last token of the prompt with its template. ``last``: last token of prompt + response.
-``eos``: an end-of-sequence token appended after it. ``mean``: mean over the response's tokens (of an empty response: ``last``)."""
+"""Where a state is read. ``prompt``: last token of the prompt with its template. ``last``: last token of prompt +
+response. ``eos``: an end-of-sequence token appended after it. ``mean``: mean over the response's tokens (of an empty
+response: ``last``)."""
 Detail = Literal["layers", "tokens"]
 Priority = Literal["interactive", "bulk"]
 """Interactive jobs go first, but never so that bulk jobs starve."""
@@ -48,7 +49,8 @@ class SamplingSpec:
 class Group:
     """The unit of work: one prompt and its responses, given or still to be sampled.
 
-    ``prompt_ids`` holds the rendered template with exactly one BOS; each of ``responses_ids`` continues it, without an EOS.
+    ``prompt_ids`` holds the rendered template with exactly one BOS; each of ``responses_ids`` continues it, without an
+    EOS.
     """
 
     prompt_ids: Ids
@@ -57,21 +59,26 @@ class Group:
 
     @property
     def tokens(self) -> int:
-        """Tokens that the backbone has to compute: the prompt once, then every response (and one EOS each, if a head wants it)."""
+        """Tokens that the backbone has to compute: the prompt once, then every response (and one EOS each, if a head
+        wants it).
+        """
         drawn = self.sampling.n * self.sampling.max_tokens if self.sampling else 0
         return len(self.prompt_ids) + sum(len(ids) + 1 for ids in self.responses_ids) + drawn
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tap:
-    """One linear map at one layer and position: ``h @ weight_DK + bias_K``, evaluated in float32; no weight means the state itself."""
+    """One linear map at one layer and position: ``h @ weight_DK + bias_K``, evaluated in float32; no weight means
+    the state itself.
+    """
 
     layer: int
     position: Position
     weight_DK: Floats | None = None
     bias_K: Floats | None = None
     final_norm: bool = False
-    """Only at the last layer: read after the model's final norm (Hugging Face's ``hidden_states[L]``) instead of before it."""
+    """Only at the last layer: read after the model's final norm (Hugging Face's ``hidden_states[L]``) instead of
+    before it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,7 +99,8 @@ class Reading:
 
     values_NK: Floats
     tokens_TK: tuple[Floats, ...] | None = None
-    """For each response ``[T, K]``: the same map at every response token. ``prompt`` taps repeat; ``eos`` and ``mean`` read the token."""
+    """For each response ``[T, K]``: the same map at every response token. ``prompt`` taps repeat; ``eos`` and
+    ``mean`` read the token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +110,8 @@ class GroupReading:
     readings: tuple[Reading, ...]
     computed_tokens: int
     cached_tokens: int
-    """Prompt tokens that were needed again by another response of the group, or found in a prefix cache, and not computed."""
+    """Prompt tokens that were needed again by another response of the group, or found in a prefix cache, and not
+    computed."""
     policy_version: str
     """Which adapter, if any, all of it was computed with."""
 
@@ -118,7 +127,9 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class BackboneInfo:
-    """Who the backbone is. ``fingerprint`` covers configuration, tokenizer and weights; a head is fitted for exactly one."""
+    """Who the backbone is. ``fingerprint`` covers configuration, tokenizer and weights; a head is fitted for exactly
+    one.
+    """
 
     name: str
     revision: str
@@ -134,8 +145,8 @@ class BackboneInfo:
 class Job:
     """A group that somebody waits for.
 
-    ``heads`` are names: the worker resolves them, all of a batch from one snapshot of the loaded heads. ``deadline`` is Unix time in
-    seconds. With ``pair`` the group has two responses, chosen first, and pair fields are wanted as well.
+    ``heads`` are names: the worker resolves them, all of a batch from one snapshot of the loaded heads. ``deadline`` is
+    Unix time in seconds. With ``pair`` the group has two responses, chosen first, and pair fields are wanted as well.
     """
 
     id: str
@@ -177,14 +188,17 @@ class Scores:
     tokens_N: tuple[tuple[float, ...], ...] | None = None
     """Detail ``tokens``: per response, the score at every token."""
     pair: Mapping[str, Any] | None = None
-    """For a pair: ``margin``, ``margin_scaled``, ``bin``, ``label_agrees``, and ``confidence`` where the head offers one."""
+    """For a pair: ``margin``, ``margin_scaled``, ``bin``, ``label_agrees``, and ``confidence`` where the head offers
+    one."""
     listwise: bool = False
     """Whether a score depends on the other responses of its list (SRR, by design)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of one job. A prompt counts once for each response that continues it; ``cached_tokens`` are those not computed again."""
+    """Tokens of one job. A prompt counts once for each response that continues it; ``cached_tokens`` are those not
+    computed again.
+    """
 
     prompt_tokens: int = 0
     completion_tokens: int = 0

@@ -1,7 +1,7 @@
 """The loop of a process that owns a backbone: take, pack, score, settle; drain when told to.
 
-A batch is closed as late as possible: while the device works, the next one fills up; it is closed early only when it is full. So there
-is no timer, no waiting when idle, and the device finds its next batch ready.
+A batch is closed as late as possible: while the device works, the next one fills up; it is closed early only when it is
+full. So there is no timer, no waiting when idle, and the device finds its next batch ready.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ class Worker:
         self.dead: str | None = None
 
     async def run(self) -> None:
-        """Returns once the queue is closed and everything taken is settled, or when the engine is dead (see ``dead``)."""
+        """Returns once the queue is closed and everything taken is settled, or when the engine is dead (see
+        ``dead``).
+        """
         metrics.ENGINE_UP.set(1)
         try:
             while self.dead is None and (not self._closed or self._waiting or self._running):
@@ -84,7 +86,9 @@ class Worker:
         return batch
 
     async def _watched(self, batch: Sequence[Job]) -> Sequence[Outcome]:
-        """Outcomes of a batch. Sampling takes long: it is cut short once nobody waits for it, or its deadline has passed."""
+        """Outcomes of a batch. Sampling takes long: it is cut short once nobody waits for it, or its deadline has
+        passed.
+        """
         if all(job.group.sampling is None for job in batch):
             return await self._engine.run(batch)
         running = asyncio.create_task(self._engine.run(batch))

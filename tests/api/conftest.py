@@ -1,7 +1,8 @@
 import pytest
-from api.fakes import FakeHouse
+
+from support.fake_services import FakeServices
 
 
 @pytest.fixture
-def house() -> FakeHouse:
-    return FakeHouse()
+def house() -> FakeServices:
+    return FakeServices()

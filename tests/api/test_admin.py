@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from api.fakes import error
+
+from support.fake_services import error
 
 PAIR = {"prompt": "p", "chosen": "aa", "rejected": "b"}
 

@@ -5,13 +5,25 @@ from __future__ import annotations
 import base64
 
 import pytest
-from api.fakes import FakeHouse, error
 
 from inward.api.auth import KeyRing, credential
 from inward.errors import SetupError
+from support.fake_services import FakeServices, error
 
 KEYS = frozenset({"first-key", "zweiter-schlüssel"})
-GUARDED = ["/margin", "/heads", "/heads/harmless", "/info", "/docs", "/openapi.json", "/redoc", "/nothing", "/livez/", "//livez", "/LIVEZ"]
+GUARDED = [
+    "/margin",
+    "/heads",
+    "/heads/harmless",
+    "/info",
+    "/docs",
+    "/openapi.json",
+    "/redoc",
+    "/nothing",
+    "/livez/",
+    "//livez",
+    "/LIVEZ",
+]
 
 
 def basic(user: str, password: str) -> str:
@@ -20,7 +32,7 @@ def basic(user: str, password: str) -> str:
 
 @pytest.mark.parametrize("path", GUARDED)
 async def test_without_a_key_every_route_is_401(path):
-    response = await FakeHouse(keys=KEYS).get(path)
+    response = await FakeServices(keys=KEYS).get(path)
     assert response.status_code == 401
     assert error(response)["type"] == "authentication_error"
     assert response.headers["www-authenticate"].startswith("Bearer")
@@ -28,12 +40,12 @@ async def test_without_a_key_every_route_is_401(path):
 
 @pytest.mark.parametrize("path", ["/livez", "/readyz", "/health"])
 async def test_health_needs_no_key(path):
-    assert (await FakeHouse(keys=KEYS).get(path)).status_code == 200
+    assert (await FakeServices(keys=KEYS).get(path)).status_code == 200
 
 
 async def test_metrics_need_a_key_only_where_they_are_not_open():
-    assert (await FakeHouse(keys=KEYS).get("/metrics")).status_code == 200
-    assert (await FakeHouse(keys=KEYS, metrics_open=False).get("/metrics")).status_code == 401
+    assert (await FakeServices(keys=KEYS).get("/metrics")).status_code == 200
+    assert (await FakeServices(keys=KEYS, metrics_open=False).get("/metrics")).status_code == 401
 
 
 @pytest.mark.parametrize(
@@ -47,7 +59,7 @@ async def test_metrics_need_a_key_only_where_they_are_not_open():
     ],
 )
 async def test_any_key_opens_as_bearer_or_as_basic_password(header):
-    assert (await FakeHouse(keys=KEYS).get("/heads", headers={"authorization": header})).status_code == 200
+    assert (await FakeServices(keys=KEYS).get("/heads", headers={"authorization": header})).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -58,13 +70,13 @@ async def test_any_key_opens_as_bearer_or_as_basic_password(header):
     ],
 )  # fmt: skip
 async def test_a_wrong_key_is_401(header):
-    response = await FakeHouse(keys=KEYS).get("/heads", headers={"authorization": header})
+    response = await FakeServices(keys=KEYS).get("/heads", headers={"authorization": header})
     assert response.status_code == 401
     assert error(response)["code"] == "unauthorized"
 
 
 async def test_the_key_may_stand_in_the_url():
-    async with FakeHouse(keys=KEYS).client() as client:
+    async with FakeServices(keys=KEYS).client() as client:
         assert (await client.get("http://key:first-key@inward/heads")).status_code == 200
 
 
@@ -73,22 +85,24 @@ async def test_a_stranger_is_refused_before_the_body_is_read():
         raise AssertionError("the body was read")
         yield b""
 
-    async with FakeHouse(keys=KEYS).client() as client:
+    async with FakeServices(keys=KEYS).client() as client:
         assert (await client.post("/margin", content=never())).status_code == 401
 
 
 async def test_no_keys_means_open():
-    assert (await FakeHouse().get("/heads")).status_code == 200
+    assert (await FakeServices().get("/heads")).status_code == 200
 
 
 async def test_keys_of_a_file_are_rotated_without_a_restart(tmp_path):
     file = tmp_path / "keys"
 
     async def opens(*keys):
-        return [(await house.get("/heads", headers={"authorization": f"Bearer {key}"})).status_code == 200 for key in keys]
+        return [
+            (await house.get("/heads", headers={"authorization": f"Bearer {key}"})).status_code == 200 for key in keys
+        ]
 
     file.write_text("# ours\n old \n\n")
-    house = FakeHouse(keys=frozenset({"fixed"}), keys_file=file)
+    house = FakeServices(keys=frozenset({"fixed"}), keys_file=file)
     assert await opens("fixed", "old", "new", "# ours", "") == [True, True, False, False, False]
     file.write_text("old\nnew\n")
     assert await opens("fixed", "old", "new") == [True, True, True]
@@ -100,7 +114,7 @@ async def test_keys_of_a_file_are_rotated_without_a_restart(tmp_path):
 async def test_a_file_of_keys_that_is_away_or_empty_for_a_moment_changes_nothing(tmp_path):
     file = tmp_path / "keys"
     file.write_text("one")
-    house = FakeHouse(keys_file=file)
+    house = FakeServices(keys_file=file)
     for change in (file.unlink, file.touch, lambda: file.write_text("# none\n")):
         change()
         assert (await house.get("/heads")).status_code == 401

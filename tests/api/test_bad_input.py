@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from api.fakes import FakeHouse, error
 
 from inward.api.services import Limits
+from support.fake_services import FakeServices, error
 
 PAIR = {"prompt": "p", "chosen": "aa", "rejected": "b"}
 ITEM = {"prompt": "p", "response": "a"}
@@ -33,8 +33,16 @@ ITEM = {"prompt": "p", "response": "a"}
         ("/margin", {"pairs": [{"chosen": "a", "rejected": "b"}]}, "pairs.0.prompt"),
         ("/margin", {"pairs": [{**PAIR, "messages": [{"role": "user", "content": "p"}]}]}, "pairs.0.messages"),
         ("/margin", {"pairs": [{"messages": [], "chosen": "a", "rejected": "b"}]}, "pairs.0.messages"),
-        ("/margin", {"pairs": [{"messages": [{"role": "user"}], "chosen": "a", "rejected": "b"}]}, "pairs.0.messages.0.content"),
-        ("/margin", {"pairs": [{"messages": [{"role": 3, "content": "x"}], "chosen": "a", "rejected": "b"}]}, "pairs.0.messages.0.role"),
+        (
+            "/margin",
+            {"pairs": [{"messages": [{"role": "user"}], "chosen": "a", "rejected": "b"}]},
+            "pairs.0.messages.0.content",
+        ),
+        (
+            "/margin",
+            {"pairs": [{"messages": [{"role": 3, "content": "x"}], "chosen": "a", "rejected": "b"}]},
+            "pairs.0.messages.0.role",
+        ),
         ("/margin", {"pairs": [PAIR], "truncate": "yes"}, "truncate"),
         ("/margin", {"pairs": [PAIR], "timeout": "1"}, "timeout"),
         ("/margin", {"pairs": [PAIR], "timeout": 0}, "timeout"),
@@ -78,7 +86,9 @@ async def test_what_is_not_json_is_400(house, body):
 
 
 async def test_a_number_beyond_all_floats_is_refused(house):
-    response = await house.post("/margin", b'{"pairs": [{"prompt": "p", "chosen": "a", "rejected": "b"}], "timeout": 1e999}')
+    response = await house.post(
+        "/margin", b'{"pairs": [{"prompt": "p", "chosen": "a", "rejected": "b"}], "timeout": 1e999}'
+    )
     assert response.status_code == 422
     assert error(response)["param"] == "timeout"
 
@@ -92,7 +102,9 @@ async def test_a_body_must_be_declared_as_json(house, kind):
 
 @pytest.mark.parametrize("kind", ["application/json; charset=utf-8", "Application/JSON", "application/vnd.x+json"])
 async def test_every_way_to_declare_json_is_taken(house, kind):
-    assert (await house.post("/margin", json.dumps({"pairs": [PAIR]}).encode(), headers={"content-type": kind})).status_code == 200
+    assert (
+        await house.post("/margin", json.dumps({"pairs": [PAIR]}).encode(), headers={"content-type": kind})
+    ).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -134,7 +146,7 @@ async def test_a_body_over_the_limit_is_413(house):
 
 async def test_a_body_of_exactly_the_limit_is_read():
     body = json.dumps({"pairs": [PAIR]}).encode()
-    house = FakeHouse(limits=Limits(body_bytes=len(body)))
+    house = FakeServices(limits=Limits(body_bytes=len(body)))
     assert (await house.post("/margin", body)).status_code == 200
     assert (await house.post("/margin", body + b" ")).status_code == 413
 
@@ -156,7 +168,11 @@ async def test_a_chunked_body_is_not_read_beyond_the_limit(house):
 
 async def test_an_error_never_repeats_what_was_sent(house):
     secret = "zanzibar-4711"
-    for body in ({"pairs": secret}, {"pairs": [{"prompt": {"a": secret}, "chosen": secret, "rejected": 1}]}, {"timeout": secret}):
+    for body in (
+        {"pairs": secret},
+        {"pairs": [{"prompt": {"a": secret}, "chosen": secret, "rejected": 1}]},
+        {"timeout": secret},
+    ):
         assert secret not in (await house.post("/margin", body)).text
     assert secret not in (await house.post("/margin", b'{"pairs": ' + secret.encode())).text
 

@@ -1,4 +1,5 @@
-"""Other projects' requests as their clients send them, and the answers that their clients read. Scores here are numbers of characters."""
+"""Other projects' requests as their clients send them, and the answers that their clients read. Scores here are
+numbers of characters."""
 
 from __future__ import annotations
 
@@ -6,9 +7,9 @@ import json
 import math
 
 import pytest
-from api.fakes import HYBRID, LEGEND, MAX_TOKENS, SRR, FakeHouse
 
 from inward.errors import NotFinite, Overloaded, OverQuota
+from support.fake_services import HYBRID, LEGEND, MAX_TOKENS, SRR, FakeServices
 
 PROMPT, GOOD, BAD = "Say hi", "hello", "go"
 
@@ -16,12 +17,12 @@ PROMPT, GOOD, BAD = "Say hi", "hello", "go"
 @pytest.fixture
 def house():
     """All kinds of heads; the hybrid one is first for single texts, the ranker for lists."""
-    return FakeHouse(LEGEND, HYBRID, SRR)
+    return FakeServices(LEGEND, HYBRID, SRR)
 
 
 @pytest.fixture
 def legend_house():
-    return FakeHouse(LEGEND)
+    return FakeServices(LEGEND)
 
 
 def sigmoid(x):
@@ -84,11 +85,19 @@ async def test_verl_reads_the_last_probability_of_the_last_row(house):
 
 async def test_nemo_gym_gets_its_request_back_with_a_reward(house):
     body = {
-        "responses_create_params": {"input": [{"role": "user", "content": PROMPT}], "instructions": "Be kind", "model": "policy"},
+        "responses_create_params": {
+            "input": [{"role": "user", "content": PROMPT}],
+            "instructions": "Be kind",
+            "model": "policy",
+        },
         "response": {
             "output": [
                 {"type": "reasoning", "summary": []},
-                {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": GOOD, "annotations": []}]},
+                {
+                    "type": "message",
+                    "role": "assistant",
+                    "content": [{"type": "output_text", "text": GOOD, "annotations": []}],
+                },
             ]
         },
         "expected": {"answer": 42},
@@ -123,7 +132,9 @@ async def test_cohere_v2_rerank_has_no_documents_and_a_meta(house):
 
 
 async def test_tei_rerank_is_a_bare_list(house):
-    answer = (await house.post("/rerank", {"query": PROMPT, "texts": [BAD, GOOD], "raw_scores": True, "return_text": True})).json()
+    answer = (
+        await house.post("/rerank", {"query": PROMPT, "texts": [BAD, GOOD], "raw_scores": True, "return_text": True})
+    ).json()
     assert answer == [{"index": 1, "score": 5.0, "text": GOOD}, {"index": 0, "score": 2.0, "text": BAD}]
     answer = (await house.post("/rerank", {"query": PROMPT, "texts": [BAD, GOOD]})).json()
     assert [set(row) for row in answer] == [{"index", "score"}] * 2
@@ -150,7 +161,7 @@ async def test_the_native_dialects_still_answer_on_the_shared_paths(house):
 
 
 async def test_the_field_the_model_and_the_setting_choose_the_head():
-    house = FakeHouse(LEGEND, HYBRID, SRR)
+    house = FakeServices(LEGEND, HYBRID, SRR)
 
     async def answering(**fields):
         response = await house.post("/get_reward", {"query": ["a"], **fields})
@@ -161,7 +172,7 @@ async def test_the_field_the_model_and_the_setting_choose_the_head():
     assert await answering(head="nobody") == 404
     response = await house.post("/classify", {"input": "a", "model": "harmless"})
     assert response.headers["x-inward-head"] == "harmless/3"
-    house = FakeHouse(LEGEND, HYBRID, SRR, compat_head="harmless")
+    house = FakeServices(LEGEND, HYBRID, SRR, compat_head="harmless")
     assert await answering() == "harmless/3"
     assert await answering(head="helpful") == "helpful/1"
     assert (await house.post("/v2/rerank", {"query": "q", "documents": ["a"]})).headers["x-inward-head"] == "harmless/3"
@@ -172,8 +183,16 @@ FAMILIES = [
     ("/slime", {"prompt": "a", "response": "b"}, lambda e: e["error"]["message"]),
     ("/llama-factory", {"messages": ["a"]}, lambda e: e["error"]["message"]),
     ("/classify", {"input": "a"}, lambda e: e["error"]["message"] if isinstance(e["error"]["code"], int) else None),
-    ("/v1/score", {"text_1": "a", "text_2": "b"}, lambda e: e["error"]["message"] if isinstance(e["error"]["code"], int) else None),
-    ("/score", {"text_1": "a", "text_2": "b"}, lambda e: e["error"]["message"] if isinstance(e["error"]["code"], int) else None),
+    (
+        "/v1/score",
+        {"text_1": "a", "text_2": "b"},
+        lambda e: e["error"]["message"] if isinstance(e["error"]["code"], int) else None,
+    ),
+    (
+        "/score",
+        {"text_1": "a", "text_2": "b"},
+        lambda e: e["error"]["message"] if isinstance(e["error"]["code"], int) else None,
+    ),
     ("/v2/rerank", {"query": "a", "documents": ["b"]}, lambda e: e["message"] if set(e) == {"message"} else None),
     ("/v1/rerank", {"query": "a", "documents": ["b"]}, lambda e: e["message"] == e["detail"] and e["error"]["message"]),
     ("/rerank", {"query": "a", "documents": ["b"]}, lambda e: e["message"] == e["detail"] and e["error"]["message"]),
@@ -186,7 +205,9 @@ FAMILIES = [
 ]
 
 
-@pytest.mark.parametrize(("path", "body", "message"), FAMILIES, ids=[f"{path}-{next(iter(body))}" for path, body, _ in FAMILIES])
+@pytest.mark.parametrize(
+    ("path", "body", "message"), FAMILIES, ids=[f"{path}-{next(iter(body))}" for path, body, _ in FAMILIES]
+)
 async def test_each_family_reads_its_own_errors_and_never_a_429(house, path, body, message):
     house.intake.error = Overloaded("full", retry_after=7)
     full = await house.post(path, body)

@@ -8,24 +8,26 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from api.fakes import LEGEND, MAX_TOKENS, FakeHouse, error
-from corridor import Corridor, FakeHead, corridor
-from patience import PATIENCE
 
 from inward.api.app import create_app
 from inward.types import Group, Sample, SamplingSpec
+from support.corridor import Corridor, FakeHead, corridor
+from support.fake_services import LEGEND, MAX_TOKENS, FakeServices, error
+from support.waiting import PATIENCE
 
 ASK = {"prompt": "Which way?", "n": 6, "sampling": {"seed": 3, "max_tokens": 20}}
 
 
 @asynccontextmanager
-async def serving() -> AsyncIterator[tuple[FakeHouse, Corridor]]:
+async def serving() -> AsyncIterator[tuple[FakeServices, Corridor]]:
     """A house whose intake is a real corridor."""
     async with corridor() as c:
         c.registry.heads = {LEGEND.name: FakeHead(LEGEND.name, LEGEND.version)}
-        house = FakeHouse(LEGEND)
+        house = FakeServices(LEGEND)
         house.services = replace(
-            house.services, intake=c.intake, limits=replace(house.services.limits, tokens=MAX_TOKENS, timeout_s=PATIENCE)
+            house.services,
+            intake=c.intake,
+            limits=replace(house.services.limits, tokens=MAX_TOKENS, timeout_s=PATIENCE),
         )
         house.app = create_app(house.services)
         yield house, c
@@ -78,7 +80,11 @@ async def test_equal_answers_are_computed_once_and_score_alike():
     async with serving() as (house, c):
 
         async def same(group: Group) -> list[Sample]:
-            return [Sample((7, 8), "seven eight", "stop"), Sample((9,), "nine", "stop"), Sample((7, 8), "seven eight", "stop")]
+            return [
+                Sample((7, 8), "seven eight", "stop"),
+                Sample((9,), "nine", "stop"),
+                Sample((7, 8), "seven eight", "stop"),
+            ]
 
         c.backbone.sample = same
         body = (await house.post("/rerank", {**ASK, "n": 3})).json()
@@ -97,7 +103,15 @@ async def test_sampling_options_reach_the_backbone_and_the_default_length_fits_t
             return await draw(group)
 
         c.backbone.sample = spy
-        options = {"temperature": 0.5, "top_p": 0.9, "top_k": 8, "min_p": 0.1, "repetition_penalty": 1.2, "seed": 1, "stop": ["\n"]}
+        options = {
+            "temperature": 0.5,
+            "top_p": 0.9,
+            "top_k": 8,
+            "min_p": 0.1,
+            "repetition_penalty": 1.2,
+            "seed": 1,
+            "stop": ["\n"],
+        }
         await house.post("/rerank", {"prompt": "Which way?", "n": 2, "sampling": options})
     prompt = len("Which way?\n\n")
     assert seen == [SamplingSpec(n=2, max_tokens=MAX_TOKENS - 1 - prompt, **{**options, "stop": ("\n",)})]
@@ -120,7 +134,9 @@ async def test_sampling_options_reach_the_backbone_and_the_default_length_fits_t
 )
 async def test_what_can_not_be_drawn_is_refused_by_its_field(change, status, param):
     async with serving() as (house, c):
-        response = await house.post("/rerank", {key: value for key, value in {**ASK, **change}.items() if value is not None})
+        response = await house.post(
+            "/rerank", {key: value for key, value in {**ASK, **change}.items() if value is not None}
+        )
     assert response.status_code == status
     assert error(response)["param"] == param
     assert not c.backbone.computed

@@ -1,13 +1,13 @@
 import asyncio
 
 import pytest
-from api.fakes import FakeHouse, error
-from patience import PATIENCE, until
-from queued import KEYS
 
 from inward.errors import Unavailable
-from inward.queues.answered import LARGEST, MemoryAnswered
-from inward.queues.redis import Connection, RedisAnswered
+from inward.stores.connection import Connection
+from inward.stores.idempotency import LARGEST, MemoryIdempotencyStore, RedisIdempotencyStore
+from support.fake_services import FakeServices, error
+from support.queues import KEYS
+from support.waiting import PATIENCE, until
 
 PAIRS = {"pairs": [{"prompt": "a", "chosen": "bb", "rejected": "c"}]}
 OTHER = {"pairs": [{"prompt": "a", "chosen": "b", "rejected": "c"}]}
@@ -15,7 +15,7 @@ KEY = {"idempotency-key": "k1"}
 
 
 async def test_the_same_key_and_body_get_the_stored_answer_and_nothing_is_computed():
-    house = FakeHouse()
+    house = FakeServices()
     first = await house.post("/margin", PAIRS, headers=KEY)
     again = await house.post("/margin", PAIRS, headers=KEY)
     assert (again.status_code, again.json()) == (200, first.json())
@@ -25,7 +25,7 @@ async def test_the_same_key_and_body_get_the_stored_answer_and_nothing_is_comput
 
 
 async def test_another_body_or_route_under_the_same_key_is_a_422():
-    house = FakeHouse()
+    house = FakeServices()
     await house.post("/margin", PAIRS, headers=KEY)
     for path in ("/margin", "/score"):
         answer = await house.post(path, OTHER, headers=KEY)
@@ -34,7 +34,7 @@ async def test_another_body_or_route_under_the_same_key_is_a_422():
 
 
 async def test_a_key_in_progress_is_a_409_and_says_when_to_come_back():
-    house = FakeHouse()
+    house = FakeServices()
     house.intake.hold = asyncio.Event()
     first = asyncio.create_task(house.post("/margin", PAIRS, headers=KEY))
     await house.intake.started.wait()
@@ -48,7 +48,7 @@ async def test_a_key_in_progress_is_a_409_and_says_when_to_come_back():
 async def test_an_error_is_not_kept():
     from inward.errors import Overloaded
 
-    house = FakeHouse()
+    house = FakeServices()
     house.intake.error = Overloaded("full", retry_after=1)
     assert (await house.post("/margin", PAIRS, headers=KEY)).status_code == 503
     house.intake.error = None
@@ -56,7 +56,7 @@ async def test_an_error_is_not_kept():
 
 
 async def test_keys_of_different_callers_do_not_meet():
-    house = FakeHouse(keys=frozenset({"one", "two"}))
+    house = FakeServices(keys=frozenset({"one", "two"}))
     answers = [
         await house.post("/margin", body, headers={**KEY, "authorization": f"Bearer {who}"})
         for who, body in (("one", PAIRS), ("two", OTHER))
@@ -66,7 +66,7 @@ async def test_keys_of_different_callers_do_not_meet():
 
 @pytest.mark.parametrize("key", ["", "with space", "x" * 256])
 async def test_a_key_that_is_none_is_a_422(key):
-    answer = await FakeHouse().post("/margin", PAIRS, headers={"idempotency-key": key})
+    answer = await FakeServices().post("/margin", PAIRS, headers={"idempotency-key": key})
     assert (answer.status_code, error(answer)["param"]) == (422, "Idempotency-Key")
 
 
@@ -78,7 +78,7 @@ async def stored(request):
     """The stores, and a function that lets seconds pass for them."""
     if request.param == "memory":
         clock = Clock()
-        yield MemoryAnswered(keep=KEEP, running=RUNNING, clock=clock), clock.go_on
+        yield MemoryIdempotencyStore(keep=KEEP, running=RUNNING, clock=clock), clock.go_on
         return
     server = request.getfixturevalue("redis_server")
     connection = Connection(server.url, timeout=PATIENCE)
@@ -88,7 +88,7 @@ async def stored(request):
             for key in client.keys("*"):
                 client.pexpire(key, max(0, client.pttl(key) - round(1000 * seconds)))
 
-    yield RedisAnswered(connection, KEYS, keep=KEEP, running=RUNNING), pass_time
+    yield RedisIdempotencyStore(connection, KEYS, keep=KEEP, running=RUNNING), pass_time
     await connection.close()
 
 
@@ -148,7 +148,7 @@ async def test_what_is_forgotten_or_too_large_is_worked_out_again(answered):
 async def test_what_could_not_be_forgotten_is_forgotten_once_redis_is_back(own_redis):
     server = own_redis(appendonly="yes", appendfsync="always")
     connection = Connection(server.url, timeout=PATIENCE)
-    answered = RedisAnswered(connection, KEYS, keep=3600.0, running=3600.0)
+    answered = RedisIdempotencyStore(connection, KEYS, keep=3600.0, running=3600.0)
     assert await answered.begin("k", H1) is None
     assert await answered.begin("other", H1) is None
     server.kill()
@@ -168,7 +168,7 @@ async def test_what_could_not_be_forgotten_is_forgotten_once_redis_is_back(own_r
 
 
 async def test_the_oldest_answers_make_room_for_new_ones():
-    answered = MemoryAnswered(keep=60, running=60, room=25)
+    answered = MemoryIdempotencyStore(keep=60, running=60, room=25)
     for key in "abc":
         await answered.begin(key, H1)
         await answered.finish(key, H1, b"0123456789")

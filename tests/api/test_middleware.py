@@ -7,9 +7,9 @@ import json
 import logging
 
 import pytest
-from api.fakes import MAX_TOKENS, FakeHouse
 
 from inward import logs, metrics
+from support.fake_services import MAX_TOKENS, FakeServices
 
 PAIR = {"prompt": "p", "chosen": "aa", "rejected": "b"}
 
@@ -48,7 +48,13 @@ async def test_every_answer_says_how_long_it_took(house, path):
 
 
 async def test_requests_are_counted_by_route_template_and_code(house):
-    names = [("/margin", "200"), ("/margin", "422"), ("/heads/{name}", "200"), ("/heads/{name}", "404"), ("other", "404")]
+    names = [
+        ("/margin", "200"),
+        ("/margin", "422"),
+        ("/heads/{name}", "200"),
+        ("/heads/{name}", "404"),
+        ("other", "404"),
+    ]
     before = [sample("inward_requests_total", route=route, code=code) for route, code in names]
     seconds = sample("inward_request_duration_seconds_count", route="/margin")
     await house.post("/margin", {"pairs": [PAIR]})
@@ -63,7 +69,7 @@ async def test_requests_are_counted_by_route_template_and_code(house):
 
 async def test_refused_strangers_are_counted_too():
     before = sample("inward_requests_total", route="/margin", code="401")
-    await FakeHouse(keys=frozenset({"k"})).post("/margin", {"pairs": [PAIR]})
+    await FakeServices(keys=frozenset({"k"})).post("/margin", {"pairs": [PAIR]})
     assert sample("inward_requests_total", route="/margin", code="401") == before + 1
 
 

@@ -7,10 +7,10 @@ import math
 from dataclasses import replace
 
 import pytest
-from api.fakes import HYBRID, LEGEND, MAX_TOKENS, SRR, FakeHouse, error
 
 from inward.errors import DeadlineExceeded, EngineDead, InternalError, Overloaded
 from inward.types import Scored, Scores
+from support.fake_services import HYBRID, LEGEND, MAX_TOKENS, SRR, FakeServices, error
 
 PAIR = {"prompt": "Which way?", "chosen": "To the left.", "rejected": "Left."}
 ITEM = {"prompt": "Which way?", "response": "Left."}
@@ -37,7 +37,7 @@ async def test_a_margin_answer_names_everything_it_should(house):
 
 
 async def test_without_a_hybrid_head_there_is_no_confidence():
-    house = FakeHouse(LEGEND)
+    house = FakeServices(LEGEND)
     body = (await house.post("/margin", {"pairs": [PAIR]})).json()
     assert body["margins"][0]["confidence"] is None
     assert house.intake.calls[0]["heads"] == ("harmless",)
@@ -83,9 +83,19 @@ async def test_one_bad_item_in_a_list_does_not_harm_the_others(house):
     roles = {"messages": [{"role": "assistant", "content": "hm"}], "chosen": "x", "rejected": "y"}
     unknown_role = {"messages": [{"role": "wizard", "content": "hm"}], "chosen": "x", "rejected": "y"}
     empty = {"prompt": "", "chosen": "", "rejected": "y"}
-    two_turns = {"prompt": "p", "chosen": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}], "rejected": "y"}
+    two_turns = {
+        "prompt": "p",
+        "chosen": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}],
+        "rejected": "y",
+    }
     good = json.dumps(PAIR).encode()
-    rows = [good, json.dumps(too_long).encode(), half, *(json.dumps(p).encode() for p in (roles, unknown_role, empty, two_turns)), good]
+    rows = [
+        good,
+        json.dumps(too_long).encode(),
+        half,
+        *(json.dumps(p).encode() for p in (roles, unknown_role, empty, two_turns)),
+        good,
+    ]
     response = await house.post("/margin", b'{"pairs": [' + b",".join(rows) + b"]}")
     assert response.status_code == 200
     margins = response.json()["margins"]
@@ -103,7 +113,9 @@ async def test_a_surrogate_in_the_prompt_is_blamed_on_the_field_it_came_in(house
 
 
 async def test_if_no_item_can_be_used_the_request_fails_with_the_first_ones_error(house):
-    response = await house.post("/score", {"items": [{"prompt": "p", "response": "x" * MAX_TOKENS}, {"prompt": "", "response": ""}]})
+    response = await house.post(
+        "/score", {"items": [{"prompt": "p", "response": "x" * MAX_TOKENS}, {"prompt": "", "response": ""}]}
+    )
     assert response.status_code == 413
     assert error(response)["param"] == "items.0.response"
 
@@ -154,16 +166,29 @@ async def test_rewards_of_pairs_have_details_of_both_answers(house):
 
 async def test_rerank_gives_best_first_and_a_pair_for_dpo(house):
     body = (await house.post("/rerank", {"prompt": "p", "candidates": ["bb", "a", "dddd", "ccc"]})).json()
-    assert [(r["index"], r["text"], r["score"]) for r in body["results"]] == [(2, "dddd", 4), (3, "ccc", 3), (0, "bb", 2), (1, "a", 1)]
+    assert [(r["index"], r["text"], r["score"]) for r in body["results"]] == [
+        (2, "dddd", 4),
+        (3, "ccc", 3),
+        (0, "bb", 2),
+        (1, "a", 1),
+    ]
     assert body["best"] == body["results"][0]
     scores = {"chosen_score": 4.0, "rejected_score": 1.0}
     given = {"chosen_finish_reason": None, "rejected_finish_reason": None}  # nothing was drawn
-    assert body["pair"] == {"prompt": "p", "chosen": "dddd", "rejected": "a", **scores, "margin": 3.0, "confidence": 0.75, **given}
+    assert body["pair"] == {
+        "prompt": "p",
+        "chosen": "dddd",
+        "rejected": "a",
+        **scores,
+        "margin": 3.0,
+        "confidence": 0.75,
+        **given,
+    }
     assert body["listwise"] is False
 
 
 async def test_rerank_sends_all_candidates_as_one_group_and_says_when_scores_depend_on_the_list():
-    house = FakeHouse(SRR, LEGEND)
+    house = FakeServices(SRR, LEGEND)
     body = (await house.post("/rerank", {"prompt": "p", "candidates": ["bb", "a"]})).json()
     assert body["head"]["kind"] == "srr" and body["listwise"] is True
     assert body["pair"]["confidence"] is None
@@ -222,7 +247,9 @@ async def test_a_deadline_that_has_passed_is_504(house):
     assert error(response)["type"] == "timeout_error"
 
 
-@pytest.mark.parametrize(("outcome", "status"), [(EngineDead("the engine is dead"), 503), (DeadlineExceeded("late"), 504)])
+@pytest.mark.parametrize(
+    ("outcome", "status"), [(EngineDead("the engine is dead"), 503), (DeadlineExceeded("late"), 504)]
+)
 async def test_what_is_no_items_fault_fails_the_request(house, outcome, status):
     house.intake.outcome = lambda i, s: outcome if i == 1 else s
     response = await house.post("/score", {"items": [ITEM, ITEM]})
@@ -260,7 +287,9 @@ def test_the_openapi_document_lists_every_route_field_and_error(house):
         operation = document["paths"][path]["post"]
         assert {"200", "400", "401", "404", "413", "422", "500", "503", "504"} <= set(operation["responses"])
         schema = operation["responses"]["422"]["content"]["application/json"]["schema"]
-        assert schema.get("anyOf", [schema])[0]["$ref"].endswith("/ErrorBody")  # /score and /rerank have other dialects too
+        assert schema.get("anyOf", [schema])[0]["$ref"].endswith(
+            "/ErrorBody"
+        )  # /score and /rerank have other dialects too
     schemas = document["components"]["schemas"]
     assert "HTTPValidationError" not in schemas
     assert schemas["MarginRequest"]["examples"]

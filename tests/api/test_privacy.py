@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 import httpx
 import pytest
-from collector import Collector, collector
-from fleet import Fleet
-from patience import PATIENCE, wait_until
-from served import serve, write_model
+
+from support.collector import Collector, collector
+from support.fleet import Fleet
+from support.serving import serve, write_model
+from support.waiting import PATIENCE, wait_until
 
 MARKER = "Qzxmarkerqzx"
 KEY = "a-key-Kjwmarkerkjw"
@@ -26,7 +27,10 @@ LONG = f"{TEXT} " * 3000
 GOOD = {
     "/margin": [{"pairs": [PAIR]}],
     "/score": [{"items": [ITEM, {"messages": CHAT}]}, {"items": [ITEM], "detail": ["layers", "tokens"]}],
-    "/rerank": [{"prompt": TEXT, "candidates": [TEXT, f"{TEXT} lock"]}, {"prompt": TEXT, "n": 2, "sampling": {"max_tokens": 3, "seed": 1}}],
+    "/rerank": [
+        {"prompt": TEXT, "candidates": [TEXT, f"{TEXT} lock"]},
+        {"prompt": TEXT, "n": 2, "sampling": {"max_tokens": 3, "seed": 1}},
+    ],
 }
 BAD = [
     {"pairs": MARKER}, {"items": [MARKER]}, {"items": [ITEM | {"prompt": 3}, {"prompt": [MARKER]}]}, {"messages": MARKER},
@@ -60,7 +64,10 @@ def folder(tmp_path_factory):
 
 @contextmanager
 def one_process(folder, _):
-    with collector() as traces, serve(folder, env={"INWARD_API_KEYS": KEY, "INWARD_OTLP_ENDPOINT": traces.url}) as served:
+    with (
+        collector() as traces,
+        serve(folder, env={"INWARD_API_KEYS": KEY, "INWARD_OTLP_ENDPOINT": traces.url}) as served,
+    ):
         yield Running(served.url, lambda: "".join(served.log), [served.url], traces)
 
 
@@ -92,11 +99,14 @@ def client(server):
 
 
 def traced(server, client):
-    """The spans of a request that is sent now, once they are collected; all that ended before them in these processes are, too."""
+    """The spans of a request that is sent now, once they are collected; all that ended before them in these
+    processes are, too."""
     trace = uuid.uuid4().hex
     answer = client.post("/margin", json={"pairs": [PAIR]}, headers={"traceparent": f"00-{trace}-00f067aa0ba902b7-01"})
     assert answer.status_code == 200
-    return wait_until(lambda: len(spans := [span for span in server.collector.spans if span.trace == trace]) > 3 and spans)
+    return wait_until(
+        lambda: len(spans := [span for span in server.collector.spans if span.trace == trace]) > 3 and spans
+    )
 
 
 def said(server, client):
@@ -109,7 +119,9 @@ def said(server, client):
 def work_off(client):
     """A bulk job; where there are none, that is said."""
     rows = "\n".join(json.dumps(row) for row in (PAIR, {"prompt": TEXT}, MARKER, PAIR | {"chosen": LONG}))
-    answer = client.post("/jobs", params={"kind": "margin"}, content=rows, headers={"content-type": "application/x-ndjson"})
+    answer = client.post(
+        "/jobs", params={"kind": "margin"}, content=rows, headers={"content-type": "application/x-ndjson"}
+    )
     if answer.status_code == 201:
         wait_until(lambda: client.get(f"/jobs/{answer.json()['id']}").json()["state"] == "done")
     return answer
@@ -117,22 +129,43 @@ def work_off(client):
 
 def test_text_reaches_no_log_no_metric_no_trace_and_no_error(server, client):
     document = client.get("/openapi.json").json()
-    routes = [path.replace("{name}", "any").replace("{id}", "0" * 32) for path, verbs in document["paths"].items() if "post" in verbs]
+    routes = [
+        path.replace("{name}", "any").replace("{id}", "0" * 32)
+        for path, verbs in document["paths"].items()
+        if "post" in verbs
+    ]
     assert len(routes) > 8
     answers = [client.post(route, json=body) for route, bodies in GOOD.items() for body in bodies]
     assert [answer.status_code for answer in answers] == [200] * len(answers)
     refused = []
     for route in routes:
         tries = [client.post(route, json=body) for body in BAD]
-        tries.append(client.post(route, content=f'{{"{MARKER}": {MARKER}', headers={"content-type": "application/json"}))
+        tries.append(
+            client.post(route, content=f'{{"{MARKER}": {MARKER}', headers={"content-type": "application/json"})
+        )
         tries.append(client.post(route, content=TEXT))
         tries.append(client.post(route, json={"items": [ITEM]}, headers={"authorization": f"Bearer {MARKER}"}))
-        tries.append(client.post(route, json={"items": [ITEM]}, params={"q": MARKER}, headers={"x-request-id": f"<{MARKER}>"}))
+        tries.append(
+            client.post(route, json={"items": [ITEM]}, params={"q": MARKER}, headers={"x-request-id": f"<{MARKER}>"})
+        )
         refused += [(route, answer) for answer in tries if answer.status_code >= 400]
-    refused += [("other", client.get(f"/{MARKER}", params={"prompt": MARKER})), ("other", client.request(MARKER.upper(), "/margin"))]
+    refused += [
+        ("other", client.get(f"/{MARKER}", params={"prompt": MARKER})),
+        ("other", client.request(MARKER.upper(), "/margin")),
+    ]
     refused += [("/jobs", answer) for answer in [work_off(client)] if answer.status_code != 201]
-    assert len(refused) > 10 * len(routes) and {answer.status_code for _, answer in refused} >= {400, 401, 404, 413, 422}
-    told = [(route, answer.status_code, answer.text[:200]) for route, answer in refused if MARKER.lower() in answer.text.lower()]
+    assert len(refused) > 10 * len(routes) and {answer.status_code for _, answer in refused} >= {
+        400,
+        401,
+        404,
+        413,
+        422,
+    }
+    told = [
+        (route, answer.status_code, answer.text[:200])
+        for route, answer in refused
+        if MARKER.lower() in answer.text.lower()
+    ]
     assert told == []
     everything = said(server, client) + json.dumps(client.get("/info").json())
     assert '"request"' in everything and "inward_requests_total" in everything and "inward.batch.tokens" in everything
@@ -148,7 +181,9 @@ def test_without_a_key_nothing_but_health_and_metrics_answers(client):
     document = client.get("/openapi.json").json()
     for path, verbs in document["paths"].items():
         for verb in verbs:
-            answer = httpx.request(verb, f"{client.base_url}{path}".replace("{name}", "any").replace("{id}", "0" * 32), timeout=60)
+            answer = httpx.request(
+                verb, f"{client.base_url}{path}".replace("{name}", "any").replace("{id}", "0" * 32), timeout=60
+            )
             wanted = {200} if path in {"/livez", "/readyz", "/health", "/metrics"} else {401}
             assert answer.status_code in wanted, (verb, path)
 

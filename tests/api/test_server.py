@@ -10,18 +10,18 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 import uvicorn
-from api.fakes import FakeHouse, error
-from patience import PATIENCE, until
 
 from inward import metrics
 from inward.api.services import Limits
+from support.fake_services import FakeServices, error
+from support.waiting import PATIENCE, until
 
 PAIR = {"prompt": "p", "chosen": "aa", "rejected": "b"}
 JSON = {"content-type": "application/json"}
 
 
 @contextlib.asynccontextmanager
-async def serving(house: FakeHouse) -> AsyncIterator[int]:
+async def serving(house: FakeServices) -> AsyncIterator[int]:
     """Serves on a free port of the loopback address, which is given."""
     config = uvicorn.Config(
         house.app, host="127.0.0.1", port=0, log_config=None, lifespan="off",
@@ -39,7 +39,7 @@ async def serving(house: FakeHouse) -> AsyncIterator[int]:
 
 
 async def test_a_body_that_does_not_come_in_time_is_refused():
-    async with serving(FakeHouse(limits=Limits(body_s=0.2))) as port:
+    async with serving(FakeServices(limits=Limits(body_s=0.2))) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(raw_request(b'{"pairs": []}')[:-1])
         answer = await asyncio.wait_for(reader.read(), PATIENCE)

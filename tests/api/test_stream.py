@@ -1,4 +1,5 @@
-"""``/rerank`` with ``stream``: events as answers are drawn, through the whole corridor on the fake backbone, and over a real socket."""
+"""``/rerank`` with ``stream``: events as answers are drawn, through the whole corridor on the fake backbone, and
+over a real socket."""
 
 from __future__ import annotations
 
@@ -7,13 +8,13 @@ import json
 from typing import Any
 
 import pytest
-from api.fakes import LEGEND, SRR, error
-from api.test_drawn import ASK, serving
-from corridor import FakeHead
 
+from api.test_drawn import ASK, serving
 from inward.errors import InternalError
 from inward.types import Scores
 from inward.wire import RerankAnswer
+from support.corridor import FakeHead
+from support.fake_services import LEGEND, SRR, error
 
 STREAM = {**ASK, "stream": True}
 Event = tuple[str, Any]
@@ -45,7 +46,9 @@ async def test_each_answer_comes_as_an_event_and_the_end_is_the_answer_that_is_g
     assert last == "result"
     RerankAnswer.model_validate(result)
     assert sorted((sample["index"] for _, sample in samples)) == list(range(6))
-    assert sorted(result["results"], key=lambda r: r["index"]) == sorted((sample for _, sample in samples), key=lambda s: s["index"])
+    assert sorted(result["results"], key=lambda r: r["index"]) == sorted(
+        (sample for _, sample in samples), key=lambda s: s["index"]
+    )
     scores = [ranked["score"] for ranked in result["results"]]
     assert scores == sorted(scores, reverse=True)
     assert result["pair"]["margin"] == pytest.approx(scores[0] - scores[-1])
@@ -126,8 +129,17 @@ async def hang_up_after(house: Any, body: dict[str, Any], wanted: int) -> None:
             gone.set()
 
     headers = [(b"content-type", b"application/json")]
-    scope = {"type": "http", "method": "POST", "path": "/rerank", "raw_path": b"/rerank", "query_string": b"", "headers": headers}
-    await house.app({**scope, "http_version": "1.1", "scheme": "http", "server": ("inward", 80), "client": None}, receive, send)
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/rerank",
+        "raw_path": b"/rerank",
+        "query_string": b"",
+        "headers": headers,
+    }
+    await house.app(
+        {**scope, "http_version": "1.1", "scheme": "http", "server": ("inward", 80), "client": None}, receive, send
+    )
 
 
 async def test_who_hangs_up_is_not_drawn_for_any_more():

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from adapters import Q_PROJ, write_adapter
 
 from inward.backbones.adapter import check_shapes, read_adapter
 from inward.errors import InvalidField
+from support.adapters import Q_PROJ, write_adapter
 
 MODULE = Q_PROJ.removeprefix("base_model.model.")
 A, B = f"{Q_PROJ}.lora_A.weight", f"{Q_PROJ}.lora_B.weight"

@@ -54,7 +54,9 @@ def test_tokens_repeat_the_prompt_and_otherwise_read_each_token() -> None:
 
 
 def test_states_have_unit_variance_and_the_final_norm_fixes_their_length() -> None:
-    (reading,) = read(FakeBackbone(width=512), Group(PROMPT, ((8,),)), taps=(Tap(4, "last"), Tap(4, "last", final_norm=True)))
+    (reading,) = read(
+        FakeBackbone(width=512), Group(PROMPT, ((8,),)), taps=(Tap(4, "last"), Tap(4, "last", final_norm=True))
+    )
     plain, normed = np.split(reading.values_NK[0], 2)
     assert abs(plain.std() - 1) < 0.1
     np.testing.assert_allclose(np.mean(normed**2), 1, rtol=1e-5)

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from backbones.tiny import save
 
 from inward.backbones.fingerprint import fingerprint
 from inward.backbones.loading import resolve
 from inward.backbones.tokenizer import load_tokenizer
 from inward.errors import SetupError
+from support.tiny_models import save
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,10 @@ def edit(file: Path, change: Callable[[dict], object]) -> None:
 
 
 def test_a_copy_has_the_same_fingerprint_whatever_serves_it(saved: Path, folder: Path) -> None:
-    edit(folder / "config.json", lambda c: c.update(transformers_version="9", dtype="bfloat16", use_cache=False, _name_or_path="elsewhere"))
+    edit(
+        folder / "config.json",
+        lambda c: c.update(transformers_version="9", dtype="bfloat16", use_cache=False, _name_or_path="elsewhere"),
+    )
     edit(folder / "tokenizer.json", lambda t: t.update(truncation={"max_length": 5}, padding=None))
     assert fingerprint(folder) == fingerprint(saved)
     assert fingerprint(saved).startswith("sha256:")

@@ -9,14 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from adapters import train_adapter, write_adapter
-from backbones.tiny import LAYERS, WIDTH, random_group, save
 
-from inward.backbones.transformers import TransformersBackbone
+from inward.backbones.transformers.backbone import TransformersBackbone
 from inward.errors import InvalidField
 from inward.types import BASE, Floats, Group, Ids, Readout, SamplingSpec, Tap
+from support.adapters import train_adapter, write_adapter
+from support.tiny_models import LAYERS, WIDTH, random_group, save
 
-READOUTS = [*(Readout((Tap(layer, "last"),)) for layer in range(LAYERS)), Readout((Tap(LAYERS, "last", final_norm=True),))]
+READOUTS = [
+    *(Readout((Tap(layer, "last"),)) for layer in range(LAYERS)),
+    Readout((Tap(LAYERS, "last", final_norm=True),)),
+]
 RNG = np.random.default_rng(3)
 GROUPS = [random_group(RNG, n) for n in (1, 3, 2)]
 
@@ -35,7 +38,10 @@ def plain(model: Any) -> Floats:
     """The same by PEFT: text after text, ``output_hidden_states=True``."""
     texts: list[Ids] = [group.prompt_ids + ids for group in GROUPS for ids in group.responses_ids]
     with torch.inference_mode():
-        hidden = [model.base_model.model.base_model(torch.tensor([ids]), output_hidden_states=True).hidden_states for ids in texts]
+        hidden = [
+            model.base_model.model.base_model(torch.tensor([ids]), output_hidden_states=True).hidden_states
+            for ids in texts
+        ]
     return np.stack([np.stack([h[0, -1].numpy() for h in text]) for text in hidden])
 
 
@@ -51,7 +57,9 @@ def plain(model: Any) -> Floats:
     ],
     ids=["llama", "rslora", "patterns", "gpt2", "gpt_neox", "bloom"],
 )
-def test_states_equal_those_of_peft_and_without_the_adapter_those_of_the_base(kind: str, config: dict[str, Any], tmp_path: Path) -> None:
+def test_states_equal_those_of_peft_and_without_the_adapter_those_of_the_base(
+    kind: str, config: dict[str, Any], tmp_path: Path
+) -> None:
     model = save(kind, tmp_path / "model")
     adapted = train_adapter(model, tmp_path / "v1", **config)
     backbone = opened(model)
@@ -84,7 +92,9 @@ def test_samples_are_drawn_with_the_adapter(model: Path, backbone: TransformersB
     before = asyncio.run(backbone.sample(group))
     asyncio.run(backbone.load_adapter("v1", tmp_path / "v1"))
     samples = asyncio.run(backbone.sample(group))
-    drawn = adapted.generate(torch.tensor([group.prompt_ids]), do_sample=False, max_new_tokens=12, eos_token_id=2, pad_token_id=2)
+    drawn = adapted.generate(
+        torch.tensor([group.prompt_ids]), do_sample=False, max_new_tokens=12, eos_token_id=2, pad_token_id=2
+    )
     truth = drawn[0, 3:].tolist()
     assert samples[0].ids == tuple(truth[: truth.index(2) if 2 in truth else None])
     assert samples != before
@@ -136,7 +146,10 @@ def test_an_adapter_that_does_not_fit_is_refused_and_the_former_one_stays(
     before = states(backbone)
 
     def module(name: str, inputs: int = WIDTH, outputs: int = WIDTH) -> dict[str, tuple[int, int]]:
-        return {f"base_model.model.{name}.lora_A.weight": (2, inputs), f"base_model.model.{name}.lora_B.weight": (outputs, 2)}
+        return {
+            f"base_model.model.{name}.lora_A.weight": (2, inputs),
+            f"base_model.model.{name}.lora_B.weight": (outputs, 2),
+        }
 
     refused = {
         "of another size": (module("model.layers.0.self_attn.q_proj", WIDTH * 2), "64 inputs"),

@@ -5,7 +5,7 @@ import torch
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
-from inward.backbones.norms import fuse_norms
+from inward.backbones.transformers.norms import fuse_norms
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

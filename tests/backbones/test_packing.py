@@ -4,9 +4,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inward.backbones.attention import Layout
-from inward.backbones.packing import cost, pack, pad, rectangles, within
 from inward.backbones.readout import NOWHERE
+from inward.backbones.transformers.attention import AttentionLayout
+from inward.backbones.transformers.packing import cost, pack, pad, rectangles, within
 from inward.types import Group
 
 COSTS = st.lists(st.integers(1, 50), max_size=30)
@@ -32,7 +32,10 @@ def test_padding_is_on_the_right_and_masked() -> None:
     padded = pad([((1, 2), (3,)), ((), (4,))], eos_id=9)
     assert padded.ids_BT.tolist() == [[1, 2, 3, 9], [4, 9, 0, 0]]
     assert padded.mask_BT.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
-    assert [(span.prompt, span.rows, span.eos) for span in padded.spans] == [(1, range(2, 3), 3), (NOWHERE, range(4, 5), 5)]
+    assert [(span.prompt, span.rows, span.eos) for span in padded.spans] == [
+        (1, range(2, 3), 3),
+        (NOWHERE, range(4, 5), 5),
+    ]
 
 
 @given(costs=COSTS, budget=st.integers(1, 100))
@@ -50,6 +53,6 @@ def test_rectangles_cover_everything_within_the_budget_counting_padding(lengths:
 
 
 def test_a_mask_shows_the_past_within_the_window() -> None:
-    layout = Layout((), torch.device("cpu"), torch.float32)
+    layout = AttentionLayout((), torch.device("cpu"), torch.float32)
     assert (layout.mask(2, 2, None) == 0).tolist() == [[True, True, True, False], [True, True, True, True]]
     assert (layout.mask(2, 2, 2) == 0).tolist() == [[False, True, True, False], [False, False, True, True]]

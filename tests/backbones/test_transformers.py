@@ -12,19 +12,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from backbones.tiny import LAYERS, WIDTH, Plain, random_group, random_ids, save
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from inward.backbones import forward as forward_module
-from inward.backbones.transformers import TransformersBackbone
+from inward.backbones.transformers import forward as forward_module
+from inward.backbones.transformers.backbone import TransformersBackbone
 from inward.errors import EngineDead, InvalidField, SetupError
 from inward.types import Group, GroupReading, Position, Readout, SamplingSpec, Tap
+from support.tiny_models import LAYERS, WIDTH, Plain, random_group, random_ids, save
 
 PACKED = ("llama", "mistral", "qwen2", "gpt2", "gpt_neox")
 CAUSAL = (*PACKED, "bloom")
 POSITIONS: tuple[Position, ...] = ("prompt", "last", "eos", "mean")
-EVERY_TAP = (*(Tap(layer, position) for layer in range(LAYERS + 1) for position in POSITIONS), Tap(LAYERS, "last", final_norm=True))
+EVERY_TAP = (
+    *(Tap(layer, position) for layer in range(LAYERS + 1) for position in POSITIONS),
+    Tap(LAYERS, "last", final_norm=True),
+)
 TOLERANCE = 1e-4
 
 Folder = Callable[[str], Path]
@@ -54,11 +57,15 @@ def plain(folder: Folder) -> Callable[[str], Plain]:
     return cache(lambda kind: Plain(folder(kind)))
 
 
-def read(backbone: TransformersBackbone, groups: Sequence[Group], taps: Sequence[Tap], *, tokens: bool = False) -> list[GroupReading]:
+def read(
+    backbone: TransformersBackbone, groups: Sequence[Group], taps: Sequence[Tap], *, tokens: bool = False
+) -> list[GroupReading]:
     return asyncio.run(backbone.read(groups, [Readout((tap,)) for tap in taps], tokens=tokens))
 
 
-def worst_error(reference: Plain, groups: Sequence[Group], taps: Sequence[Tap], results: Sequence[GroupReading]) -> float:
+def worst_error(
+    reference: Plain, groups: Sequence[Group], taps: Sequence[Tap], results: Sequence[GroupReading]
+) -> float:
     """The largest difference of any state from the reference's, relative to the largest number of that state."""
     worst = 0.0
     for group, result in zip(groups, results, strict=True):
@@ -71,7 +78,9 @@ def worst_error(reference: Plain, groups: Sequence[Group], taps: Sequence[Tap], 
 
 @pytest.mark.parametrize("kind", CAUSAL)
 @pytest.mark.parametrize("sizes", [(1,), (2, 2), (1, 8, 2, 3)], ids=str)
-def test_every_layer_and_position_equals_the_plain_forward(kind: str, sizes: tuple[int, ...], load: Load, plain: Any) -> None:
+def test_every_layer_and_position_equals_the_plain_forward(
+    kind: str, sizes: tuple[int, ...], load: Load, plain: Any
+) -> None:
     rng = np.random.default_rng(len(sizes))
     groups = [random_group(rng, n) for n in sizes]
     assert worst_error(plain(kind), groups, EVERY_TAP, read(load(kind), groups, EVERY_TAP)) <= TOLERANCE
@@ -83,7 +92,9 @@ def test_these_architectures_are_packed(kind: str, load: Load) -> None:
 
 
 @pytest.mark.parametrize("kind", ["bloom", "mamba", "bert"])
-def test_what_cannot_be_packed_is_read_padded_and_the_log_says_so(kind: str, folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_cannot_be_packed_is_read_padded_and_the_log_says_so(
+    kind: str, folder: Folder, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.WARNING, "inward"):
         backbone = TransformersBackbone(folder(kind), name="this-model", dtype="float32", device="cpu")
     assert not backbone.packs
@@ -98,7 +109,9 @@ def test_a_recurrent_model_equals_its_plain_forward(load: Load, plain: Any) -> N
     for group, result in zip(groups, results, strict=True):
         for tap, reading in zip(taps, result.readings, strict=True):
             for response, state in zip(group.responses_ids, reading.values_NK, strict=True):
-                truth = plain("mamba").states(group.prompt_ids + response, tap.layer - 1)[-1]  # Mamba reports no embeddings
+                truth = plain("mamba").states(group.prompt_ids + response, tap.layer - 1)[
+                    -1
+                ]  # Mamba reports no embeddings
                 np.testing.assert_allclose(state, truth, atol=TOLERANCE * np.abs(truth).max())
 
 
@@ -126,7 +139,9 @@ GROUPS = st.lists(
 
 @pytest.mark.parametrize("kind", ["mistral", "bloom"])
 @given(groups=GROUPS, order=st.randoms(use_true_random=False), eos=st.booleans())
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 def test_a_score_does_not_depend_on_neighbours_order_or_eos_readers(
     kind: str, groups: list[Group], order: Any, eos: bool, load: Load
 ) -> None:
@@ -153,7 +168,10 @@ def test_bfloat16_stays_within_five_per_cent(kind: str, load: Load, plain: Any) 
 @pytest.mark.parametrize("kind", ["llama", "bloom"])
 def test_tokens_gives_the_map_at_every_response_token(kind: str, load: Load, plain: Any) -> None:
     rng = np.random.default_rng(0)
-    groups = [Group(random_ids(rng, 5), (random_ids(rng, 4), (), random_ids(rng, 7))), Group(random_ids(rng, 2), (random_ids(rng, 1),))]
+    groups = [
+        Group(random_ids(rng, 5), (random_ids(rng, 4), (), random_ids(rng, 7))),
+        Group(random_ids(rng, 2), (random_ids(rng, 1),)),
+    ]
     readout = Readout(tuple(Tap(2, position) for position in POSITIONS))
     for group, result in zip(groups, asyncio.run(load(kind).read(groups, [readout], tokens=True)), strict=True):
         (reading,) = result.readings
@@ -176,8 +194,13 @@ def test_a_readout_is_its_taps_side_by_side_with_weights_and_biases_applied(load
     second = Readout((Tap(1, "last"), Tap(1, "last", W2)))
     (result,) = asyncio.run(load("llama").read([group], [first, second]))
     for n, response in enumerate(group.responses_ids):
-        h1, h3 = (plain("llama").read(group.prompt_ids, response, layer, position) for layer, position in ((1, "last"), (3, "mean")))
-        np.testing.assert_allclose(result.readings[0].values_NK[n], np.concatenate([h1 @ W1 + b1, h3 @ W2]), rtol=1e-3, atol=1e-4)
+        h1, h3 = (
+            plain("llama").read(group.prompt_ids, response, layer, position)
+            for layer, position in ((1, "last"), (3, "mean"))
+        )
+        np.testing.assert_allclose(
+            result.readings[0].values_NK[n], np.concatenate([h1 @ W1 + b1, h3 @ W2]), rtol=1e-3, atol=1e-4
+        )
         np.testing.assert_allclose(result.readings[1].values_NK[n], np.concatenate([h1, h1 @ W2]), rtol=1e-3, atol=1e-4)
 
 
@@ -208,7 +231,9 @@ def test_no_forward_exceeds_the_budget_and_splitting_changes_nothing(kind: str, 
     small, large = load(kind, token_budget=60), load(kind)
     sizes: list[int] = []
     model = small._model.base
-    hook = model.register_forward_pre_hook(lambda m, a, kwargs: sizes.append(kwargs["input_ids"].numel()), with_kwargs=True)
+    hook = model.register_forward_pre_hook(
+        lambda m, a, kwargs: sizes.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
     split = read(small, groups, [Tap(2, "mean")])
     hook.remove()
     assert len(sizes) > 1
@@ -219,7 +244,10 @@ def test_no_forward_exceeds_the_budget_and_splitting_changes_nothing(kind: str, 
 
 def test_blocks_above_the_deepest_readout_do_not_run(load: Load) -> None:
     backbone, ran = load("llama"), []
-    hooks = [block.register_forward_pre_hook(lambda m, a, k=k: ran.append(k)) for k, block in enumerate(backbone._model.blocks, start=1)]
+    hooks = [
+        block.register_forward_pre_hook(lambda m, a, k=k: ran.append(k))
+        for k, block in enumerate(backbone._model.blocks, start=1)
+    ]
     read(backbone, [Group((3, 4), ((5,),))], [Tap(2, "last"), Tap(1, "mean")])
     read(backbone, [Group((3, 4), ((5,),))], [Tap(0, "last")])
     for hook in hooks:
@@ -258,7 +286,9 @@ def test_hooks_are_gone_and_the_next_call_works_after_an_exception(load: Load) -
     assert len(read(backbone, [Group((3,), ((5,),))], [Tap(2, "last")])) == 1
 
 
-@pytest.mark.parametrize("tap", [Tap(LAYERS + 1, "last"), Tap(1, "last", final_norm=True), Tap(1, "last", np.ones((5, 1), np.float32))])
+@pytest.mark.parametrize(
+    "tap", [Tap(LAYERS + 1, "last"), Tap(1, "last", final_norm=True), Tap(1, "last", np.ones((5, 1), np.float32))]
+)
 def test_a_tap_that_does_not_fit_the_backbone_is_refused(tap: Tap, load: Load) -> None:
     with pytest.raises(InvalidField):
         read(load("llama"), [Group((3,), ((5,),))], [tap])
@@ -270,7 +300,9 @@ def test_greedy_samples_continue_the_prompt_as_plain_generation_does(kind: str, 
 
     prompt = (3, 9, 27, 17)
     reference = AutoModelForCausalLM.from_pretrained(folder(kind), dtype=torch.float32)
-    whole = reference.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=6, eos_token_id=2, pad_token_id=2)
+    whole = reference.generate(
+        torch.tensor([prompt]), do_sample=False, max_new_tokens=6, eos_token_id=2, pad_token_id=2
+    )
     expected = [i for i in whole[0, len(prompt) :].tolist() if i != 2]
     samples = asyncio.run(load(kind).sample(Group(prompt, sampling=SamplingSpec(2, max_tokens=6, temperature=0))))
     assert [list(sample.ids) for sample in samples] == [expected] * 2
@@ -287,7 +319,9 @@ def test_a_seed_makes_samples_reproducible_and_leaves_others_free(load: Load) ->
 
 
 def test_samples_end_at_the_limit_at_an_eos_or_at_a_stop_string(load: Load) -> None:
-    samples = asyncio.run(load("llama").sample(Group((3, 9), sampling=SamplingSpec(64, max_tokens=12, temperature=3.0, seed=0))))
+    samples = asyncio.run(
+        load("llama").sample(Group((3, 9), sampling=SamplingSpec(64, max_tokens=12, temperature=3.0, seed=0)))
+    )
     assert {sample.finish_reason for sample in samples} == {"stop", "length"}
     for sample in samples:
         assert 2 not in sample.ids
@@ -295,7 +329,9 @@ def test_samples_end_at_the_limit_at_an_eos_or_at_a_stop_string(load: Load) -> N
         assert sample.text.split() == [f"w{i}" for i in sample.ids if i != 1]  # a BOS is an id but no text
     word = samples[0].text.split()[2]
     stopped = asyncio.run(
-        load("llama").sample(Group((3, 9), sampling=SamplingSpec(64, max_tokens=12, temperature=3.0, seed=0, stop=(f" {word}",))))
+        load("llama").sample(
+            Group((3, 9), sampling=SamplingSpec(64, max_tokens=12, temperature=3.0, seed=0, stop=(f" {word}",)))
+        )
     )
     assert stopped[0].finish_reason == "stop"
     assert stopped[0].ids == samples[0].ids[:2]

@@ -1,4 +1,5 @@
-"""vLLM against the transformers backbone, in float32, on a tiny model, with chunked prefill and a prefix cache that has to evict."""
+"""vLLM against the transformers backbone, in float32, on a tiny model, with chunked prefill and a prefix cache that
+has to evict."""
 
 from __future__ import annotations
 
@@ -18,19 +19,32 @@ import numpy as np
 import psutil
 import pytest
 import transformers
-from api.fakes import MAX_TOKENS, FakeHouse
+
 from api.test_stream import events, hang_up_after
-from backbones import parity
-from backbones.parity import EVERY_TAP, LAYERS, OPTIONS, TOLERANCE, WIDTH, ids, one_a_tap, random_group, read, together, worst_error
-from corridor import FakeHead, FakeRegistry
-from patience import PATIENCE, until
+from support import parity
+from support.corridor import FakeHead, FakeRegistry
+from support.fake_services import MAX_TOKENS, FakeServices
+from support.parity import (
+    EVERY_TAP,
+    LAYERS,
+    OPTIONS,
+    TOLERANCE,
+    WIDTH,
+    ids,
+    one_a_tap,
+    random_group,
+    read,
+    together,
+    worst_error,
+)
+from support.waiting import PATIENCE, until
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm does it", exc_type=ImportError)
 
 from inward.api.app import create_app
 from inward.api.services import Limits
 from inward.backbones.base import first_alike
-from inward.backbones.transformers import TransformersBackbone
+from inward.backbones.transformers.backbone import TransformersBackbone
 from inward.backbones.vllm.backbone import LORA, VllmBackbone
 from inward.backbones.vllm.engine import _arguments
 from inward.engine import Engine
@@ -43,7 +57,10 @@ from inward.worker import Worker
 RNG = np.random.default_rng(0)
 HEADS = (
     Readout(
-        (Tap(2, "last", RNG.normal(size=(WIDTH, 1)).astype(np.float32)), Tap(3, "mean", RNG.normal(size=(WIDTH, 2)).astype(np.float32)))
+        (
+            Tap(2, "last", RNG.normal(size=(WIDTH, 1)).astype(np.float32)),
+            Tap(3, "mean", RNG.normal(size=(WIDTH, 2)).astype(np.float32)),
+        )
     ),
     Readout(tuple(Tap(layer, "prompt", RNG.normal(size=(WIDTH, 3)).astype(np.float32)) for layer in (1, LAYERS))),
 )
@@ -85,7 +102,9 @@ def test_every_layer_and_position_equals_transformers_also_from_the_prefix_cache
     backbone: VllmBackbone, reference: TransformersBackbone
 ) -> None:
     rng = np.random.default_rng(1)
-    groups = [random_group(rng, n) for n in (1, 2, 5)] + [Group(ids(rng, 40), ((), ids(rng, 1), ids(rng, 33), ids(rng, 33)))]
+    groups = [random_group(rng, n) for n in (1, 2, 5)] + [
+        Group(ids(rng, 40), ((), ids(rng, 1), ids(rng, 33), ids(rng, 33)))
+    ]
     readouts = one_a_tap(EVERY_TAP)
     truth = read(reference, groups, readouts, tokens=True)
     fresh = read(backbone, groups, readouts, tokens=True)
@@ -98,7 +117,7 @@ def test_every_layer_and_position_equals_transformers_also_from_the_prefix_cache
 def test_whole_states_are_read_without_a_table_for_every_cached_token(
     backbone: VllmBackbone, reference: TransformersBackbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("inward.backbones.vllm.edition.COLUMNS", 100)
+    monkeypatch.setattr("inward.backbones.vllm.layout.COLUMNS", 100)
     rng = np.random.default_rng(8)
     groups = [random_group(rng, n) for n in (1, 2, 5)]
     readouts = one_a_tap(EVERY_TAP)
@@ -121,7 +140,9 @@ def test_real_texts_equal_transformers_while_other_requests_sample(
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     rows = [json.loads(line) for line in DATA.read_text().splitlines()[:100]]
     encode = lambda text, limit: tuple(tokenizer.encode(text, add_special_tokens=False)[:limit])  # noqa: E731
-    groups = [Group(encode(row["prompt"], 350), (encode(row["chosen"], 250), encode(row["rejected"], 250))) for row in rows]
+    groups = [
+        Group(encode(row["prompt"], 350), (encode(row["chosen"], 250), encode(row["rejected"], 250))) for row in rows
+    ]
     drawing = [Group(group.prompt_ids[:50], sampling=SamplingSpec(2, max_tokens=60)) for group in groups[:20]]
     truth = read(reference, groups, WITH_EOS, tokens=True)
     got, *_ = together(
@@ -131,10 +152,14 @@ def test_real_texts_equal_transformers_while_other_requests_sample(
     assert worst_error(got, truth) <= TOLERANCE
 
 
-def test_concurrent_calls_get_their_own_answers_while_heads_change(backbone: VllmBackbone, reference: TransformersBackbone) -> None:
+def test_concurrent_calls_get_their_own_answers_while_heads_change(
+    backbone: VllmBackbone, reference: TransformersBackbone
+) -> None:
     rng = np.random.default_rng(2)
     groups = [random_group(rng, int(rng.integers(1, 4))) for _ in range(40)]
-    readouts = [(Readout((Tap(2, "mean", rng.normal(size=(WIDTH, 2)).astype(np.float32)),)), HEADS[0]) for _ in range(4)]
+    readouts = [
+        (Readout((Tap(2, "mean", rng.normal(size=(WIDTH, 2)).astype(np.float32)),)), HEADS[0]) for _ in range(4)
+    ]
     answers = together(*(lambda g=g, i=i: backbone.read([g], readouts[i % 4]) for i, g in enumerate(groups)))  # type: ignore[misc]
     for i, (group, answer) in enumerate(zip(groups, answers, strict=True)):
         assert worst_error(answer, read(reference, [group], readouts[i % 4])) <= TOLERANCE
@@ -158,7 +183,9 @@ def test_equal_responses_are_computed_once_and_read_alike(backbone: VllmBackbone
 
 
 def test_what_does_not_exist_reads_as_nan_and_harms_no_neighbour(backbone: VllmBackbone) -> None:
-    nothing, something = read(backbone, [Group((), ((5, 6), ())), Group((7, 8), ((9,),))], one_a_tap([Tap(1, "prompt"), Tap(1, "last")]))
+    nothing, something = read(
+        backbone, [Group((), ((5, 6), ())), Group((7, 8), ((9,),))], one_a_tap([Tap(1, "prompt"), Tap(1, "last")])
+    )
     assert np.isnan(nothing.readings[0].values_NK).all()
     assert np.isfinite(nothing.readings[1].values_NK[0]).all()
     assert np.isnan(nothing.readings[1].values_NK[1]).all()
@@ -226,12 +253,12 @@ def test_a_cancelled_call_is_aborted_in_the_engine_and_leaves_nothing_behind(bac
 
 
 @asynccontextmanager
-async def serving(backbone: VllmBackbone) -> AsyncIterator[tuple[FakeHouse, FakeHead]]:
+async def serving(backbone: VllmBackbone) -> AsyncIterator[tuple[FakeServices, FakeHead]]:
     """HTTP around the engine, with one head."""
     head = FakeHead(layer=LAYERS, width=WIDTH)
     queue = MemoryQueue(max_tokens=100_000)
     working = asyncio.create_task(Worker(queue, Engine(backbone, FakeRegistry(head))).run())
-    house = FakeHouse(head.ref)
+    house = FakeServices(head.ref)
     house.services = replace(house.services, intake=Intake(queue), limits=Limits(tokens=MAX_TOKENS, timeout_s=PATIENCE))
     house.app = create_app(house.services)
     try:
@@ -241,7 +268,9 @@ async def serving(backbone: VllmBackbone) -> AsyncIterator[tuple[FakeHouse, Fake
         await working
 
 
-async def test_answers_are_streamed_as_they_are_drawn_and_score_as_their_tokens_do_when_given(backbone: VllmBackbone) -> None:
+async def test_answers_are_streamed_as_they_are_drawn_and_score_as_their_tokens_do_when_given(
+    backbone: VllmBackbone,
+) -> None:
     ask = {"prompt": "Which way?", "n": 6, "sampling": {"seed": 11, "max_tokens": 24}, "token_ids": True}
     async with serving(backbone) as (house, head):
         *samples, (last, result) = events((await house.post("/rerank", {**ask, "stream": True})).text)
@@ -272,7 +301,9 @@ def test_superseded_editions_are_given_up(backbone: VllmBackbone) -> None:
     assert held(backbone)[2] <= 2
 
 
-def test_a_readout_that_does_not_fit_is_refused_and_the_next_call_works(backbone: VllmBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_readout_that_does_not_fit_is_refused_and_the_next_call_works(
+    backbone: VllmBackbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
     group = Group((5, 6), ((7,),))
     with pytest.raises(InvalidField, match="layer 5"):
         read(backbone, [group], one_a_tap([Tap(5, "last")]))
@@ -302,14 +333,25 @@ def test_a_text_that_is_too_long_is_refused_by_its_length(backbone: VllmBackbone
 
 
 @pytest.mark.parametrize(
-    "options", [{"enforce_eager": False}, {"pipeline_parallel_size": 2}, {"worker_cls": "x"}, {"no_such_option": 1}], ids=str
+    "options",
+    [{"enforce_eager": False}, {"pipeline_parallel_size": 2}, {"worker_cls": "x"}, {"no_such_option": 1}],
+    ids=str,
 )
 def test_options_under_which_nothing_could_be_read_are_refused(options: dict[str, Any], folder: Path) -> None:
     with pytest.raises(SetupError, match=next(iter(options))):
         VllmBackbone(folder, name="tiny", options=options)
 
 
-KEPT = ("block_size", "num_kv_heads", "head_size", "head_size_v", "dtype", "kv_quant_mode", "page_size_padded", "sliding_window")
+KEPT = (
+    "block_size",
+    "num_kv_heads",
+    "head_size",
+    "head_size_v",
+    "dtype",
+    "kv_quant_mode",
+    "page_size_padded",
+    "sliding_window",
+)
 
 
 def test_vllms_own_options_reach_the_engine(backbone: VllmBackbone) -> None:
@@ -318,7 +360,12 @@ def test_vllms_own_options_reach_the_engine(backbone: VllmBackbone) -> None:
     assert config.model_config.max_model_len == OPTIONS["max_model_len"]
     import vllm
 
-    passed = {"tensor_parallel_size": 2, "quantization": "compressed-tensors", "gpu_memory_utilization": 0.5, "block_size": 64}
+    passed = {
+        "tensor_parallel_size": 2,
+        "quantization": "compressed-tensors",
+        "gpu_memory_utilization": 0.5,
+        "block_size": 64,
+    }
     arguments = _arguments(Path("model"), "float32", passed)
     assert arguments.items() >= passed.items()
     assert vllm.AsyncEngineArgs(**arguments).tensor_parallel_size == 2
@@ -330,7 +377,10 @@ INSIDES = [
         ("scheduled_new_reqs", "scheduled_cached_reqs", "num_scheduled_tokens", "finished_req_ids"),
     ),
     ("vllm.v1.core.sched.output.NewRequestData", ("req_id", "sampling_params", "block_ids", "num_computed_tokens")),
-    ("vllm.v1.core.sched.output.CachedRequestData", ("req_ids", "resumed_req_ids", "new_block_ids", "num_computed_tokens")),
+    (
+        "vllm.v1.core.sched.output.CachedRequestData",
+        ("req_ids", "resumed_req_ids", "new_block_ids", "num_computed_tokens"),
+    ),
     ("vllm.forward_context.ForwardContext", ("slot_mapping",)),
     ("vllm.v1.kv_cache_interface.KVCacheConfig", ("num_blocks", "kv_cache_groups")),
     ("vllm.v1.kv_cache_interface.KVCacheGroupSpec", ("layer_names", "kv_cache_spec")),
@@ -338,13 +388,23 @@ INSIDES = [
     ("vllm.v1.kv_cache_interface.SlidingWindowSpec", KEPT),
     ("vllm.v1.worker.gpu_worker.Worker", ("load_model", "get_kv_cache_spec", "execute_model")),
     ("vllm.v1.worker.gpu_model_runner.GPUModelRunner", ("get_model",)),
-    ("vllm.v1.engine.async_llm.AsyncLLM", ("from_engine_args", "generate", "collective_rpc", "add_lora", "errored", "shutdown")),
+    (
+        "vllm.v1.engine.async_llm.AsyncLLM",
+        ("from_engine_args", "generate", "collective_rpc", "add_lora", "errored", "shutdown"),
+    ),
     ("vllm.lora.request.LoRARequest", ("lora_name", "lora_int_id", "lora_path")),
     ("vllm.engine.protocol.StreamingInput", ("prompt", "sampling_params")),
     ("vllm.sampling_params.SamplingParams", ("extra_args", "stream_interval", "output_kind")),
     (
         "vllm.engine.arg_utils.AsyncEngineArgs",
-        ("worker_cls", "kv_cache_memory_bytes", "block_size", "enforce_eager", "disable_hybrid_kv_cache_manager", *LORA),
+        (
+            "worker_cls",
+            "kv_cache_memory_bytes",
+            "block_size",
+            "enforce_eager",
+            "disable_hybrid_kv_cache_manager",
+            *LORA,
+        ),
     ),
     ("vllm.platforms.interface.Platform", ("device_type", "is_cpu")),
 ]
@@ -360,7 +420,9 @@ def test_what_is_used_of_vllm_is_still_there(name: str, attributes: tuple[str, .
     fields |= set(getattr(used, "__struct_fields__", ())) | set(getattr(used, "__annotations__", ()))
     missing = [a for a in attributes if a not in fields and not hasattr(used, a)]
     where = "drawing.py and engine.py" if "engine" in name or "sampling" in name or "platforms" in name else "worker.py"
-    assert not missing, f"vLLM {vllm.__version__}: {name} has no {', '.join(missing)} any more; used in backbones/vllm/{where}"
+    assert not missing, (
+        f"vLLM {vllm.__version__}: {name} has no {', '.join(missing)} any more; used in backbones/vllm/{where}"
+    )
 
 
 def test_a_killed_engine_answers_everybody_and_turns_health_red(backbone: VllmBackbone) -> None:
@@ -371,7 +433,9 @@ def test_a_killed_engine_answers_everybody_and_turns_health_red(backbone: VllmBa
         while not backbone._engine._alive.get_num_unfinished_requests():
             await asyncio.sleep(0.01)
         workers = [
-            child for child in psutil.Process().children(recursive=True) if "VLLM" in child.name() or "vllm" in " ".join(child.cmdline())
+            child
+            for child in psutil.Process().children(recursive=True)
+            if "VLLM" in child.name() or "vllm" in " ".join(child.cmdline())
         ]
         (workers or psutil.Process().children(recursive=True))[-1].kill()
         async with asyncio.timeout(PATIENCE):
@@ -379,7 +443,9 @@ def test_a_killed_engine_answers_everybody_and_turns_health_red(backbone: VllmBa
 
     answers = asyncio.run(run())
     assert any(isinstance(answer, EngineDead) for answer in answers)
-    assert not [answer for answer in answers if isinstance(answer, BaseException) and not isinstance(answer, EngineDead)]
+    assert not [
+        answer for answer in answers if isinstance(answer, BaseException) and not isinstance(answer, EngineDead)
+    ]
     assert not backbone.healthy()
     with pytest.raises(EngineDead):
         read(backbone, [Group((5, 6), ((7,),))], HEADS)
@@ -400,7 +466,9 @@ def test_when_the_process_that_owns_the_engine_is_killed_nothing_of_it_goes_on(f
     script = tmp_path / "open.py"
     script.write_text(OPEN)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    with subprocess.Popen([sys.executable, str(script), str(folder)], stdout=subprocess.PIPE, text=True, env=environment) as owner:
+    with subprocess.Popen(
+        [sys.executable, str(script), str(folder)], stdout=subprocess.PIPE, text=True, env=environment
+    ) as owner:
         assert owner.stdout is not None
         assert any(line.startswith("open") for line in owner.stdout)
         below = psutil.Process(owner.pid).children(recursive=True)

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from inward import wiring
 from inward.backbones import vllm
 from inward.commands.options import settings_of
 from inward.errors import SetupError
+from inward.processes import wiring
 from inward.settings import Settings
 
 

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import transformers
-from adapters import train_adapter, write_adapter
-from backbones import parity
-from backbones.parity import EVERY_TAP, OPTIONS, TOLERANCE, WIDTH, ids, one_a_tap, random_group, read, worst_error
+
+from support import parity
+from support.adapters import train_adapter, write_adapter
+from support.parity import EVERY_TAP, OPTIONS, TOLERANCE, WIDTH, ids, one_a_tap, random_group, read, worst_error
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm does it", exc_type=ImportError)
 
-from inward.backbones.transformers import TransformersBackbone
+from inward.backbones.transformers.backbone import TransformersBackbone
 from inward.backbones.vllm.backbone import VllmBackbone
 from inward.errors import InvalidField
 from inward.types import BASE, Group, Readout, SamplingSpec, Tap
@@ -62,7 +63,9 @@ def test_a_model_with_a_sliding_window_equals_transformers_also_from_the_prefix_
 ) -> None:
     carry(folder, BASE, reference)
     rng = np.random.default_rng(1)
-    groups = [random_group(rng, n) for n in (1, 2, 5)] + [Group(ids(rng, 5 * WINDOW), (ids(rng, 3 * WINDOW), ids(rng, 2)))]
+    groups = [random_group(rng, n) for n in (1, 2, 5)] + [
+        Group(ids(rng, 5 * WINDOW), (ids(rng, 3 * WINDOW), ids(rng, 2)))
+    ]
     readouts = one_a_tap(EVERY_TAP)
     truth = read(reference, groups, readouts, tokens=True)
     for _ in range(2):
@@ -120,7 +123,10 @@ def test_an_adapter_that_cannot_be_carried_is_refused_and_the_former_one_stays(
     before = read(backbone, [group], READOUTS)
 
     def module(name: str, rank: int = 2, inputs: int = WIDTH) -> dict[str, tuple[int, int]]:
-        return {f"base_model.model.{name}.lora_A.weight": (rank, inputs), f"base_model.model.{name}.lora_B.weight": (WIDTH, rank)}
+        return {
+            f"base_model.model.{name}.lora_A.weight": (rank, inputs),
+            f"base_model.model.{name}.lora_B.weight": (WIDTH, rank),
+        }
 
     q_proj = "model.layers.0.self_attn.q_proj"
     refused = {

@@ -1,4 +1,5 @@
-"""What vLLM's own options bring: a model on several devices, and quantised weights. Readouts come from them as from any other."""
+"""What vLLM's own options bring: a model on several devices, and quantised weights. Readouts come from them as from
+any other."""
 
 from __future__ import annotations
 
@@ -11,13 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import transformers
-from backbones import parity
-from backbones.parity import EVERY_TAP, OPTIONS, one_a_tap, random_group, read, worst_error
 from safetensors.torch import load_file, save_file
+
+from support import parity
+from support.parity import EVERY_TAP, OPTIONS, one_a_tap, random_group, read, worst_error
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm does it", exc_type=ImportError)
 
-from inward.backbones.transformers import TransformersBackbone
+from inward.backbones.transformers.backbone import TransformersBackbone
 from inward.backbones.vllm.backbone import VllmBackbone
 from inward.types import Group, SamplingSpec
 
@@ -70,7 +72,9 @@ def test_readouts_and_samples_are_those_of_the_model(tmp_path: Path, way: str, t
         for _ in range(2):  # computed, and from the prefix cache
             assert worst_error(read(backbone, groups, readouts, tokens=True), truth) < tolerance
         prompt = groups[0].prompt_ids
-        samples, reading = asyncio.run(backbone.sample_and_read(Group(prompt, sampling=SamplingSpec(4, max_tokens=20, seed=1)), readouts))
+        samples, reading = asyncio.run(
+            backbone.sample_and_read(Group(prompt, sampling=SamplingSpec(4, max_tokens=20, seed=1)), readouts)
+        )
         drawn = Group(prompt, tuple(sample.ids for sample in samples))
         assert worst_error([reading], read(reference, [drawn], readouts)) < tolerance
     finally:

@@ -9,17 +9,18 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-import tiny
 import transformers
-from backbones import parity
-from backbones.parity import LAYERS, OPTIONS, WIDTH
-from patience import PATIENCE, wait_until
-from served import serve
+
+from support import parity
+from support import tiny_tokenizer as tiny
+from support.parity import LAYERS, OPTIONS, WIDTH
+from support.serving import serve
+from support.waiting import PATIENCE, wait_until
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm does it", exc_type=ImportError)
 
 from inward.backbones.fingerprint import fingerprint
-from inward.bench.workload import write_random_heads
+from inward.offline.bench.workload import write_random_heads
 from inward.prompts import Prompts
 from inward.types import BackboneInfo
 
@@ -45,6 +46,8 @@ def test_callers_get_a_503_livez_turns_red_and_a_restart_serves(tmp_path: Path) 
             assert (red.status_code, red.json()["error"]["code"]) == (503, "engine_dead")
         assert server.stop(timeout=PATIENCE) != 0
     with serve(tmp_path, *SERVE) as server:
-        answer = httpx.post(server.url + "/rerank", json=ASK | {"n": 8, "sampling": {"max_tokens": 8}}, timeout=PATIENCE)
+        answer = httpx.post(
+            server.url + "/rerank", json=ASK | {"n": 8, "sampling": {"max_tokens": 8}}, timeout=PATIENCE
+        )
         assert answer.status_code == 200
         assert len(answer.json()["results"]) == 8

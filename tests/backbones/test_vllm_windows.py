@@ -9,12 +9,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import transformers
-from backbones import parity
-from backbones.parity import EVERY_TAP, OPTIONS, TOLERANCE, ids, one_a_tap, random_group, read, worst_error
+
+from support import parity
+from support.parity import EVERY_TAP, OPTIONS, TOLERANCE, ids, one_a_tap, random_group, read, worst_error
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm does it", exc_type=ImportError)
 
-from inward.backbones.transformers import TransformersBackbone
+from inward.backbones.transformers.backbone import TransformersBackbone
 from inward.backbones.vllm.backbone import VllmBackbone
 from inward.backbones.vllm.worker import ReadingWorker
 from inward.types import Group, SamplingSpec
@@ -29,7 +30,9 @@ def test_it_equals_transformers_also_from_the_prefix_cache_and_while_drawing(tmp
     reference = TransformersBackbone(folder, name="tiny", dtype="float32", device="cpu")
     backbone = VllmBackbone(folder, name="tiny", dtype="float32", options=OPTIONS)
     rng = np.random.default_rng(1)
-    groups = [random_group(rng, n) for n in (1, 2, 5)] + [Group(ids(rng, 5 * WINDOW), (ids(rng, 3 * WINDOW), ids(rng, 2)))]
+    groups = [random_group(rng, n) for n in (1, 2, 5)] + [
+        Group(ids(rng, 5 * WINDOW), (ids(rng, 3 * WINDOW), ids(rng, 2)))
+    ]
     readouts = one_a_tap(EVERY_TAP)
     truth = read(reference, groups, readouts, tokens=True)
     for _ in range(2):

@@ -1,10 +1,12 @@
-"""``inward annotate`` on whole files, beside LEGEND's published way (one text at a time, float32), on the same model in one run.
+"""``inward annotate`` on whole files, beside LEGEND's published way (one text at a time, float32), on the same model in
+one run.
 
-    python tests/benchmarks/annotate.py PAIRS.jsonl [PAIRS.jsonl …] [--sample 400] [--ways published,here,killed,url,ray]
+    python tests/benchmarks/annotate.py PAIRS.jsonl [PAIRS.jsonl …] [--sample 400] [--ways
+    published,here,killed,url,ray]
 
-``published`` scores a random sample of the pairs; the others annotate all of them: ``here`` in one process, ``killed`` with kill -9 in
-the middle and the same command again, ``url`` at a running service, ``ray`` on Ray Data (needs Ray). Prints one JSON object a line.
-Pairs are of the rows' ``prompt``, ``chosen``, ``rejected``.
+``published`` scores a random sample of the pairs; the others annotate all of them: ``here`` in one process, ``killed``
+with kill -9 in the middle and the same command again, ``url`` at a running service, ``ray`` on Ray Data (needs Ray).
+Prints one JSON object a line. Pairs are of the rows' ``prompt``, ``chosen``, ``rejected``.
 """
 
 from __future__ import annotations
@@ -21,20 +23,32 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from served import started
-
-from inward.bench.workload import PairTexts
-from inward.wiring import DEMO
+from inward.offline.bench.workload import PairTexts
+from inward.processes.wiring import TOY
+from support.serving import started
 
 DTYPE = ("--dtype", "float32")
 
 
 def command(source: Path, out: Path, *options: str) -> list[str]:
-    return [sys.executable, "-m", "inward", "annotate", str(source), str(out), "--layout", "trl", "--truncate", "--json", *options]
+    return [
+        sys.executable,
+        "-m",
+        "inward",
+        "annotate",
+        str(source),
+        str(out),
+        "--layout",
+        "trl",
+        "--truncate",
+        "--json",
+        *options,
+    ]
 
 
 def annotate(source: Path, out: Path, *options: str) -> dict[str, float]:
-    """Seconds of the whole command, and pairs/s of the annotation proper (without loading and writing), as its bar says."""
+    """Seconds of the whole command, and pairs/s of the annotation proper (without loading and writing), as its bar
+    says."""
     began = time.perf_counter()
     done = subprocess.run(command(source, out, *options), capture_output=True, text=True)
     seconds = time.perf_counter() - began
@@ -43,7 +57,12 @@ def annotate(source: Path, out: Path, *options: str) -> dict[str, float]:
     rates = re.findall(r"\[(\d+):(\d+)<", done.stderr)
     minutes, rest = map(int, rates[-1])
     summary = json.loads(done.stdout)
-    return {"seconds": seconds, "bar_seconds": 60 * minutes + rest, "rows": summary["rows"], "flipped": summary["flipped"]}
+    return {
+        "seconds": seconds,
+        "bar_seconds": 60 * minutes + rest,
+        "rows": summary["rows"],
+        "flipped": summary["flipped"],
+    }
 
 
 def killed(source: Path, out: Path) -> float:
@@ -71,12 +90,14 @@ def published(source: Path, sample: int) -> dict[str, float]:
     chosen = random.Random(0).sample(rows, min(sample, len(rows)))
     pairs = [PairTexts(row["prompt"], row["chosen"], row["rejected"]) for row in chosen]
     code = (
-        "import json,sys;from pathlib import Path;from inward.bench import ways;from inward.bench.workload import PairTexts;"
+        "import json,sys;from pathlib import Path;from inward.offline.bench import ways;from inward.offline.bench.workload import PairTexts;"
         "pairs=[PairTexts(*p) for p in json.load(sys.stdin)];model=Path(sys.argv[1]);"
         "print(ways.published(model,ways.grouped(model,pairs)))"
     )
     given = json.dumps([[pair.prompt, pair.chosen, pair.rejected] for pair in pairs])
-    done = subprocess.run([sys.executable, "-c", code, str(DEMO / "backbone")], input=given, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(TOY / "backbone")], input=given, capture_output=True, text=True, check=True
+    )
     return {"rows": len(pairs), "seconds": float(done.stdout)}
 
 
@@ -92,7 +113,12 @@ def main() -> None:
         folder = Path(name)
         os.environ["XDG_STATE_HOME"] = str(folder / "state")
         source = folder / "pairs.jsonl"
-        rows = [line for path in args.pairs for line in path.read_text(encoding="utf-8").splitlines()[: args.limit] if line.strip()]
+        rows = [
+            line
+            for path in args.pairs
+            for line in path.read_text(encoding="utf-8").splitlines()[: args.limit]
+            if line.strip()
+        ]
         source.write_text("\n".join(rows) + "\n", encoding="utf-8")
         if "published" in ways:
             found = published(source, args.sample)
@@ -102,7 +128,10 @@ def main() -> None:
         print(json.dumps({"way": "here", **found, "pairs/s": found["rows"] / found["seconds"]}), flush=True)
         if "bf16" in ways:
             found = annotate(source, folder / "bf16.jsonl")
-            print(json.dumps({"way": "here, default dtype", **found, "pairs/s": found["rows"] / found["seconds"]}), flush=True)
+            print(
+                json.dumps({"way": "here, default dtype", **found, "pairs/s": found["rows"] / found["seconds"]}),
+                flush=True,
+            )
         if "killed" in ways:
             out = folder / "killed.jsonl"
             until = killed(source, out)

@@ -2,10 +2,11 @@
 
     python tests/benchmarks/best_of_n.py --model MODEL --prompts 64 --n 8 --tokens 128
 
-Ways, in turn, each round with prompts of its own: (a) vLLM samples and nothing is read: no hook is on the model; (b) read in the pass that
-samples, position ``last``; (c) the same with position ``eos``; (d) sample, then submit each sample again to be read; (e) what one does
-without a service: a second process with its own copy of the model runs transformers with ``output_hidden_states=True`` on each sample.
-Samples have exactly ``--tokens`` tokens, so that all ways do the same work. Then tokens computed for a prompt and its candidates.
+Ways, in turn, each round with prompts of its own: (a) vLLM samples and nothing is read: no hook is on the model; (b)
+read in the pass that samples, position ``last``; (c) the same with position ``eos``; (d) sample, then submit each
+sample again to be read; (e) what one does without a service: a second process with its own copy of the model runs
+transformers with ``output_hidden_states=True`` on each sample. Samples have exactly ``--tokens`` tokens, so that all
+ways do the same work. Then tokens computed for a prompt and its candidates.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from vllm import SamplingParams
 
 from inward.backbones.loading import resolve
 from inward.backbones.vllm.backbone import VllmBackbone
-from inward.backbones.vllm.drawing import Drawing
-from inward.backbones.vllm.edition import Edition
+from inward.backbones.vllm.generation import Generation
+from inward.backbones.vllm.layout import ReadoutLayout
 from inward.types import Group, Position, Readout, Sample, SamplingSpec, Tap
 
 WAYS = {
@@ -45,7 +46,9 @@ WAYS = {
 def cpu_seconds() -> float:
     """Of this process and those below it. Not vLLM's engine core, which spins while it waits."""
     own = psutil.Process()
-    counted = [p for p in (own, *own.children(recursive=True)) if "EngineCore" not in " ".join([p.name(), *p.cmdline()])]
+    counted = [
+        p for p in (own, *own.children(recursive=True)) if "EngineCore" not in " ".join([p.name(), *p.cmdline()])
+    ]
     return sum(sum(p.cpu_times()[:2]) for p in counted)
 
 
@@ -75,17 +78,22 @@ class Second:
 
 @cache
 def readouts(backbone: VllmBackbone, position: Position) -> list[Readout]:
-    """A LEGEND head (one number of the last layer), a hybrid head (one number a layer) and an SRR head (64 numbers of a middle one)."""
+    """A LEGEND head (one number of the last layer), a hybrid head (one number a layer) and an SRR head (64 numbers
+    of a middle one)."""
     rng = np.random.default_rng(0)
     L, D = backbone.info.layers, backbone.info.width
 
     def tap(layer: int, K: int) -> Tap:
         return Tap(layer, position, rng.normal(size=(D, K)).astype(np.float32))
 
-    return [Readout((tap(L, 1),)), Readout(tuple(tap(layer, 1) for layer in range(1, L + 1))), Readout((tap(max(1, L // 4), 64),))]
+    return [
+        Readout((tap(L, 1),)),
+        Readout(tuple(tap(layer, 1) for layer in range(1, L + 1))),
+        Readout((tap(max(1, L // 4), 64),)),
+    ]
 
 
-class Endless(Drawing):
+class Endless(Generation):
     """Draws as many tokens as are asked for, whatever they are."""
 
     def _params(self, *args: Any, **options: Any) -> SamplingParams:
@@ -101,7 +109,7 @@ async def silence(backbone: VllmBackbone) -> None:
     """Takes every hook off the model."""
     edition = backbone._edition
     await backbone._engine.call(lambda: backbone._engine.rpc("inward_retire", edition.number))
-    backbone._edition = Edition(edition.number, (), layers=backbone.info.layers, width=backbone.info.width)
+    backbone._edition = ReadoutLayout(edition.number, (), layers=backbone.info.layers, width=backbone.info.width)
 
 
 async def once(backbone: VllmBackbone, way: str, groups: list[Group], pool: ProcessPoolExecutor) -> None:
@@ -126,8 +134,14 @@ async def once(backbone: VllmBackbone, way: str, groups: list[Group], pool: Proc
 
 
 async def run(args: argparse.Namespace) -> dict[str, object]:
-    options = {"block_size": args.block_size, **json.loads(args.vllm_options)} if args.block_size else json.loads(args.vllm_options)
-    backbone = await asyncio.to_thread(VllmBackbone, resolve(args.model), name="bench", dtype=args.dtype, options=options)
+    options = (
+        {"block_size": args.block_size, **json.loads(args.vllm_options)}
+        if args.block_size
+        else json.loads(args.vllm_options)
+    )
+    backbone = await asyncio.to_thread(
+        VllmBackbone, resolve(args.model), name="bench", dtype=args.dtype, options=options
+    )
     drawing = backbone._drawing
     backbone._drawing = Endless(drawing._engine, drawing._tokenizer, drawing.eos_ids)
     pool = ProcessPoolExecutor(1, get_context("spawn"), Second.load, (resolve(args.model), backbone.info.dtype))
@@ -166,7 +180,11 @@ async def run(args: argparse.Namespace) -> dict[str, object]:
         "memory": memory,
         "ratio": {way: median(seconds[way]) / median(seconds["bare"]) for way in args.ways},
         "cpu_ratio": {way: median(cpu[way]) / median(cpu["bare"]) for way in args.ways},
-        "candidates": {"computed": reading.computed_tokens, "needed": needed, "ratio": reading.computed_tokens / needed},
+        "candidates": {
+            "computed": reading.computed_tokens,
+            "needed": needed,
+            "ratio": reading.computed_tokens / needed,
+        },
     }
 
 
@@ -179,7 +197,9 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=128, help="tokens of a sample (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="bare must be among them (default: all)")
+    parser.add_argument(
+        "--ways", nargs="+", choices=WAYS, default=list(WAYS), help="bare must be among them (default: all)"
+    )
     parser.add_argument("--block-size", type=int)
     parser.add_argument("--vllm-options", default="{}")
     parser.add_argument("--out", type=Path, help="write the result as JSON")
@@ -188,7 +208,9 @@ def main() -> None:
     print("\n| way | seconds (median) | x (a) | CPU seconds | x (a) |\n|---|---|---|---|---|")
     for way in args.ways:
         clock, used = median(result["seconds"][way]), median(result["cpu_seconds"][way])
-        print(f"| {WAYS[way]} | {clock:.2f} | {result['ratio'][way]:.3f} | {used:.2f} | {result['cpu_ratio'][way]:.3f} |")
+        print(
+            f"| {WAYS[way]} | {clock:.2f} | {result['ratio'][way]:.3f} | {used:.2f} | {result['cpu_ratio'][way]:.3f} |"
+        )
     print(f"\nA prompt of 512 tokens with 8 candidates of {args.tokens}: {result['candidates']}")
     print(f"Memory of its own (MiB): {result['memory']}")
     if args.out:

@@ -1,9 +1,11 @@
-"""Is the best of N better? Draws N answers a prompt, picks by one head, and judges the pick by *another* head that took no part in it.
+"""Is the best of N better? Draws N answers a prompt, picks by one head, and judges the pick by *another* head that took
+no part in it.
 
     python tests/benchmarks/best_of_n_reward.py --prompts PAIRS.jsonl --pick hybrid --judge legend --plot best_of_n.svg
 
-For N = 1, 2, 4 … : the mean reward of the pick by the head that picked; and by the judging head the pick, the first of N and a random
-one of N, all in units of that head's standard deviation over all answers. Intervals are 95 %, bootstrapped over prompts.
+For N = 1, 2, 4 … : the mean reward of the pick by the head that picked; and by the judging head the pick, the first of
+N and a random one of N, all in units of that head's standard deviation over all answers. Intervals are 95 %,
+bootstrapped over prompts.
 """
 
 from __future__ import annotations
@@ -20,20 +22,24 @@ from numpy.typing import NDArray
 from inward.engine import Engine
 from inward.errors import InwardError
 from inward.heads.registry import Registry
+from inward.processes.wiring import find_model, heads_folder, open_backbone, open_prompts
 from inward.prompts import Texts
 from inward.settings import Settings
 from inward.types import Group, Job, SamplingSpec, Scored
-from inward.wiring import find_model, heads_folder, open_backbone, open_prompts
 
 
 async def scores(args: argparse.Namespace) -> NDArray[np.float64]:
     """``[2, P, N]``: of the picking and of the judging head, for each prompt and answer."""
-    settings = Settings(model=args.model, heads=args.heads, backbone=args.backbone, dtype="float32", vllm_options=args.vllm_options)
+    settings = Settings(
+        model=args.model, heads=args.heads, backbone=args.backbone, dtype="float32", vllm_options=args.vllm_options
+    )
     model = find_model(settings)
     backbone = await asyncio.to_thread(open_backbone, settings, model)
     try:
         prompts = open_prompts(settings, model, backbone.info.max_tokens)
-        registry = Registry.open(heads_folder(settings, backbone.info.fingerprint), info=backbone.info, template=prompts.template)
+        registry = Registry.open(
+            heads_folder(settings, backbone.info.fingerprint), info=backbone.info, template=prompts.template
+        )
         engine = Engine(backbone, registry)
         rows = [json.loads(line)["prompt"] for line in args.prompts.read_text(encoding="utf-8").splitlines()]
         texts = [Texts(prompt, (), truncate=False) for prompt in dict.fromkeys(rows)][: args.count]
@@ -110,7 +116,9 @@ def main() -> None:
     rows = table(asyncio.run(scores(args)), ns)
     print("| reward | " + " | ".join(f"N = {n}" for n in ns) + " |\n|---|" + "---|" * len(ns))
     for name, estimates in rows.items():
-        print(f"| {name} | " + " | ".join(f"{mean:.2f} ({low:.2f} to {high:.2f})" for mean, low, high in estimates) + " |")
+        print(
+            f"| {name} | " + " | ".join(f"{mean:.2f} ({low:.2f} to {high:.2f})" for mean, low, high in estimates) + " |"
+        )
     if args.plot:
         plot(rows, ns, args.plot)
 

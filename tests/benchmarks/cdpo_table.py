@@ -1,6 +1,8 @@
-"""The hybrid-reward paper's alignment table in small (arXiv 2503.10093, table 1), on the demonstration backbone, through the real loop.
+"""The hybrid-reward paper's alignment table in small (arXiv 2503.10093, table 1), on the demonstration backbone,
+through the real loop.
 
-    python tests/benchmarks/cdpo_table.py --pairs hh_harmless_pairs.jsonl --judge-pairs pku_saferlhf_pairs.jsonl --out out/cdpo
+    python tests/benchmarks/cdpo_table.py --pairs hh_harmless_pairs.jsonl --judge-pairs pku_saferlhf_pairs.jsonl --out
+    out/cdpo
 
 | way | policy |
 |---|---|
@@ -12,10 +14,10 @@
 | cdpo | cDPO on them, a confidence for each |
 | online | the same, with new pairs from the policy as it moves, and the head updated after each step |
 
-Every way is judged on one sample (or the pick) of each held-out prompt by a head that no way was trained against: a hybrid head, fitted
-here on ``--judge-pairs``, which reads the *reference's* states of the answer. Unsafe is an answer whose calibrated probability is below a
-half.
-Each cell (way and seed) is written down when it is done; the same command goes on after an interruption. ``--tiny`` tries it out.
+Every way is judged on one sample (or the pick) of each held-out prompt by a head that no way was trained against: a
+hybrid head, fitted here on ``--judge-pairs``, which reads the *reference's* states of the answer. Unsafe is an answer
+whose calibrated probability is below a half. Each cell (way and seed) is written down when it is done; the same command
+goes on after an interruption. ``--tiny`` tries it out.
 """
 
 from __future__ import annotations
@@ -37,15 +39,15 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import httpx
-from served import started
 
-import inward.demo
+import inward
 from inward_trainer.pairs import Prompt, ScoredPair
 from inward_trainer.service import BASE, Service
 from inward_trainer.sources.samples import SAMPLING, best_against_worst
+from support.serving import started
 
 WAYS = ("base", "best-of-8", "dpo-labels", "dpo", "fixed", "cdpo", "online")
-DEMO = Path(inward.demo.__file__).parent
+DEMO = Path(inward.__file__).parent / "models/toy"
 SAMPLES = 8
 LONGEST_PROMPT = 400
 """Characters: longer prompts are left out, so that a cell takes a minute or two."""
@@ -100,14 +102,18 @@ def run(args: argparse.Namespace, size: Size, heads: Path, way: str, seed: int) 
         if way not in ("base", "best-of-8", "online"):
             name = f"{way}-{seed}"
             shutil.copytree(
-                folder / "run/final", adapters / name, ignore=lambda _, names: [n for n in names if not n.startswith("adapter")]
+                folder / "run/final",
+                adapters / name,
+                ignore=lambda _, names: [n for n in names if not n.startswith("adapter")],
             )
             service.load_policy(name)
         prompts = _prompts(args, "test", size.held_out)
         sampling = _sampling(size)
         n = SAMPLES if way == "best-of-8" else 1
         drawn = service.many(
-            lambda numbered: service.draw(numbered[1], n, sampling | {"seed": 7_000_000 + 1000 * seed + numbered[0]}, "reward"),
+            lambda numbered: service.draw(
+                numbered[1], n, sampling | {"seed": 7_000_000 + 1000 * seed + numbered[0]}, "reward"
+            ),
             list(enumerate(prompts)),
         )
         service.load_policy(BASE)
@@ -117,7 +123,11 @@ def run(args: argparse.Namespace, size: Size, heads: Path, way: str, seed: int) 
 
 def _judged(service: Service, url: str, answers: Sequence[tuple[Prompt, str]]) -> dict[str, float]:
     items = [{"prompt": prompt, "response": response} for prompt, response in answers]
-    judged = httpx.post(f"{url}/score", json={"items": items, "head": "judge"}, timeout=600).raise_for_status().json()["scores"]
+    judged = (
+        httpx.post(f"{url}/score", json={"items": items, "head": "judge"}, timeout=600)
+        .raise_for_status()
+        .json()["scores"]
+    )
     probabilities = [score["probability"] for score in judged if score["score"] is not None]
     frozen = [score for score in service.scores(answers, "reference") if score is not None]
     return {
@@ -146,7 +156,11 @@ def _train(args: argparse.Namespace, size: Size, service: Service, url: str, way
     else:
         modes = {"dpo": "plain", "fixed": "fixed", "cdpo": "pair"}
         options |= {"pairs": _own_pairs(args, size, service, seed), "confidence": modes[way], "monitor": "reference"}
-    words = [word for name, value in options.items() for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
+    words = [
+        word
+        for name, value in options.items()
+        for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
+    ]
     with (folder / "train.log").open("w") as log:
         subprocess.run([sys.executable, "-m", "inward_trainer", "cdpo", *words], check=True, stdout=log, stderr=log)
 
@@ -168,17 +182,24 @@ def _own_pairs(args: argparse.Namespace, size: Size, service: Service, seed: int
 
 
 def _labelled(args: argparse.Namespace, size: Size, seed: int) -> list[dict[str, Any]]:
-    rows = [row for row in _rows(args.pairs) if _split(row["prompt"]) == "train" and len(row["prompt"]) <= LONGEST_PROMPT]
+    rows = [
+        row for row in _rows(args.pairs) if _split(row["prompt"]) == "train" and len(row["prompt"]) <= LONGEST_PROMPT
+    ]
     return rows[seed * size.prompts : (seed + 1) * size.prompts]
 
 
 def _prompts(args: argparse.Namespace, split: str, count: int) -> list[Prompt]:
-    rows = [row["prompt"] for row in _rows(args.pairs) if _split(row["prompt"]) == split and len(row["prompt"]) <= LONGEST_PROMPT]
+    rows = [
+        row["prompt"]
+        for row in _rows(args.pairs)
+        if _split(row["prompt"]) == split and len(row["prompt"]) <= LONGEST_PROMPT
+    ]
     return list(dict.fromkeys(rows))[:count]
 
 
 def _heads(args: argparse.Namespace, size: Size) -> Path:
-    """``reward`` is trained against and may be updated, ``reference`` is its copy that never is, ``judge`` is another one."""
+    """``reward`` is trained against and may be updated, ``reference`` is its copy that never is, ``judge`` is
+    another one."""
     folder: Path = args.out / "heads"
     if (folder / "judge").is_dir():
         return folder
@@ -190,7 +211,9 @@ def _heads(args: argparse.Namespace, size: Size) -> Path:
     pairs = _write(args.out / "judge_pairs.jsonl", rows[: size.judge_pairs])
     fit = [sys.executable, "-m", "inward", "fit", "hybrid", "--pairs", str(pairs), "--out", str(folder / "judge")]
     with (args.out / "judge.log").open("w") as log:
-        subprocess.run(fit, check=True, stdout=log, stderr=log, env=os.environ | {"XDG_CACHE_HOME": str(args.out / "cache")})
+        subprocess.run(
+            fit, check=True, stdout=log, stderr=log, env=os.environ | {"XDG_CACHE_HOME": str(args.out / "cache")}
+        )
     return folder
 
 
@@ -201,8 +224,12 @@ def table(args: argparse.Namespace, heads: Path) -> str:
         "|---|---|---|---|---|",
     ]
     for way in WAYS:
-        cells = [json.loads(path.read_text("utf-8")) for path in sorted((args.out / "cells").glob(f"{way}-[0-9]*.json"))]
-        columns = [_estimate([cell[name] for cell in cells]) for name in ("unsafe", "judge_probability", "reward", "length")]
+        cells = [
+            json.loads(path.read_text("utf-8")) for path in sorted((args.out / "cells").glob(f"{way}-[0-9]*.json"))
+        ]
+        columns = [
+            _estimate([cell[name] for cell in cells]) for name in ("unsafe", "judge_probability", "reward", "length")
+        ]
         lines.append(f"| {way} | " + " | ".join(columns) + " |")
     metrics = json.loads((heads / "judge/head.json").read_text("utf-8"))["fit"].get("metrics", {})
     return "\n".join(lines) + f"\n\nThe judge when it was fitted: {json.dumps(metrics)}"
@@ -214,7 +241,7 @@ def _estimate(values: list[float]) -> str:
 
 
 def _split(prompt: str) -> str:
-    """As ``inward.demo.train.split_of``: the backbone saw "train" only, its heads "validation"."""
+    """As ``inward.offline.toy.split_of``: the backbone saw "train" only, its heads "validation"."""
     opening = prompt.split("\n\nAssistant:")[0].strip()
     bucket = int.from_bytes(hashlib.sha256(opening.encode()).digest()[:4], "big") % 100
     return "train" if bucket < 70 else "validation" if bucket < 85 else "test"
@@ -236,8 +263,15 @@ def _write(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=Path, required=True, help="JSONL with prompt, chosen, rejected: prompts, and people's labels")
-    parser.add_argument("--judge-pairs", type=Path, required=True, help="JSONL with prompt, chosen, rejected, on which the judge is fitted")
+    parser.add_argument(
+        "--pairs", type=Path, required=True, help="JSONL with prompt, chosen, rejected: prompts, and people's labels"
+    )
+    parser.add_argument(
+        "--judge-pairs",
+        type=Path,
+        required=True,
+        help="JSONL with prompt, chosen, rejected, on which the judge is fitted",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of cells, pairs, logs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of the adapter; default: %(default)s")

@@ -1,14 +1,17 @@
 """Does a margin help a reward model? TRL's RewardTrainer with and without the ``margin`` column that the service gives.
 
     inward serve &
-    python tests/benchmarks/margin_reward_model.py --model service/inward/demo/backbone --pairs hh_harmless_pairs.jsonl --out result.json
+    python tests/benchmarks/margin_reward_model.py --model service/inward/models/toy/backbone --pairs
+    hh_harmless_pairs.jsonl --out result.json
 
-Needs ``trl==1.16.*`` (which brings datasets and accelerate), the service running with a LEGEND head, and pairs with ``prompt``,
-``chosen``, ``rejected``. A run of the default size takes some minutes on two cores. It is no part of the tests.
+Needs ``trl==1.16.*`` (which brings datasets and accelerate), the service running with a LEGEND head, and pairs with
+``prompt``, ``chosen``, ``rejected``. A run of the default size takes some minutes on two cores. It is no part of the
+tests.
 
-Three ways, the same seeds: no margin; the service's ``bin`` (0 to 1) of each pair; and one number for all pairs, the mean of the bins,
-which tells the information in a margin from its size alone. Prompts are split as for the demonstration backbone, so the pairs that are
-judged were seen neither by that backbone nor by the reward model; what the LEGEND head was fitted on is the server's business.
+Three ways, the same seeds: no margin; the service's ``bin`` (0 to 1) of each pair; and one number for all pairs, the
+mean of the bins, which tells the information in a margin from its size alone. Prompts are split as for the
+demonstration backbone, so the pairs that are judged were seen neither by that backbone nor by the reward model; what
+the LEGEND head was fitted on is the server's business.
 """
 
 from __future__ import annotations
@@ -51,7 +54,8 @@ def main() -> None:
             runs[way].append(accuracy)
             print(f"seed {seed}, {way}: accuracy {accuracy:.4f}", flush=True)
     summary = {
-        way: {"mean": statistics.mean(a), "spread": statistics.stdev(a) if len(a) > 1 else None, "runs": a} for way, a in runs.items()
+        way: {"mean": statistics.mean(a), "spread": statistics.stdev(a) if len(a) > 1 else None, "runs": a}
+        for way, a in runs.items()
     }
     gained = [m - n for m, n in zip(runs["margin"], runs["none"], strict=True)]
     result = {
@@ -69,7 +73,7 @@ def main() -> None:
 
 
 def split_of(prompt: str) -> str:
-    """As ``inward.demo.train.split_of``, repeated so that this file needs nothing but TRL."""
+    """As ``inward.offline.toy.split_of``, repeated so that this file needs nothing but TRL."""
     opening = prompt.split("\n\nAssistant:")[0].strip()
     bucket = int.from_bytes(hashlib.sha256(opening.encode()).digest()[:4], "big") % 100
     return "train" if bucket < 70 else "validation" if bucket < 85 else "test"
@@ -84,7 +88,9 @@ def ask_margins(url: str, head: str | None, pairs: list[Pair]) -> tuple[list[flo
         body: dict[str, Any] = {"pairs": rows}
         if head:
             body["head"] = head
-        request = urllib.request.Request(f"{url}/margin", json.dumps(body).encode(), {"content-type": "application/json"})
+        request = urllib.request.Request(
+            f"{url}/margin", json.dumps(body).encode(), {"content-type": "application/json"}
+        )
         with urllib.request.urlopen(request) as answer:
             for one in json.load(answer)["margins"]:
                 bins.append(float(one["bin"]))
@@ -113,7 +119,9 @@ def accuracy(model: Any, tokenizer: Any, pairs: list[Pair]) -> float:
     """Share of pairs whose chosen response has the higher reward; one text at a time, so that no padding can matter."""
     right = 0
     for pair in pairs:
-        chosen, rejected = (model(torch.tensor([_ids(tokenizer, pair, side)])).logits.item() for side in ("chosen", "rejected"))
+        chosen, rejected = (
+            model(torch.tensor([_ids(tokenizer, pair, side)])).logits.item() for side in ("chosen", "rejected")
+        )
         right += chosen > rejected
     return right / len(pairs)
 
@@ -129,7 +137,9 @@ def _row(pair: Pair) -> Pair:
 
 
 def _ids(tokenizer: Any, pair: Pair, side: str) -> list[int]:
-    ids: list[int] = tokenizer.apply_chat_template(_conversation(pair, side), tokenize=True, return_dict=True)["input_ids"]
+    ids: list[int] = tokenizer.apply_chat_template(_conversation(pair, side), tokenize=True, return_dict=True)[
+        "input_ids"
+    ]
     return ids
 
 
@@ -157,7 +167,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=1e-4, help="default: %(default)s")
     parser.add_argument("--epochs", type=float, default=1, help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=16, help="default: %(default)s")
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="multiply in bfloat16 (default: yes)")
+    parser.add_argument(
+        "--bf16", action=argparse.BooleanOptionalAction, default=True, help="multiply in bfloat16 (default: yes)"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     return parser.parse_args()
 

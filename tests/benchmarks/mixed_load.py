@@ -1,9 +1,11 @@
-"""Two hundred callers of ``/rerank`` and ``/score`` at once on ``inward serve --backbone vllm``; then its engine is killed.
+"""Two hundred callers of ``/rerank`` and ``/score`` at once on ``inward serve --backbone vllm``; then its engine is
+killed.
 
     python tests/benchmarks/mixed_load.py --seconds 120 --callers 200
 
-Watched: errors, whether each answer belongs to its question (every score is compared with that of the same text alone, before or after the
-load), memory of all processes, how long callers wait once the engine is killed, and whether a restart serves again.
+Watched: errors, whether each answer belongs to its question (every score is compared with that of the same text alone,
+before or after the load), memory of all processes, how long callers wait once the engine is killed, and whether a
+restart serves again.
 """
 
 from __future__ import annotations
@@ -23,13 +25,12 @@ import httpx
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from served import Served, serve
-from tiny import TEXTS, tokenizer
-
 from inward.backbones.fingerprint import fingerprint
-from inward.bench.workload import write_random_heads
+from inward.offline.bench.workload import write_random_heads
 from inward.prompts import Prompts
 from inward.types import BackboneInfo
+from support.serving import Served, serve
+from support.tiny_tokenizer import TEXTS, tokenizer
 
 LAYERS, WIDTH = 4, 64
 OPTIONS = ("--backbone", "vllm", "--dtype", "float32", "--max-candidates", "16")
@@ -123,25 +124,37 @@ async def load(server: Served, args: argparse.Namespace) -> None:
             items = [{"prompt": body["prompt"], "response_ids": result["token_ids"]} for result in results]
             again = await ask({"items": items, "head": "bench-0"})
             for result, score in zip(results, again.json()["scores"], strict=True):
-                outcomes["drawn: same score given" if near([result["score"]], [score["score"]]) else "drawn: WRONG"] += 1
+                outcomes[
+                    "drawn: same score given" if near([result["score"]], [score["score"]]) else "drawn: WRONG"
+                ] += 1
         waits.sort()
         print(f"outcomes: {dict(outcomes)}")
-        print(f"seconds to answer: median {waits[len(waits) // 2]:.2f}, 99 % {waits[int(len(waits) * 0.99)]:.2f}, most {waits[-1]:.2f}")
+        print(
+            f"seconds to answer: median {waits[len(waits) // 2]:.2f}, 99 % {waits[int(len(waits) * 0.99)]:.2f}, most {waits[-1]:.2f}"
+        )
         print("memory in MiB after seconds: " + ", ".join(f"{at:.0f}: {size:.0f}" for at, size in sizes))
 
 
 async def kill(server: Served) -> None:
     async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
         calls = [
-            asyncio.create_task(client.post("/rerank", json=question(2) | {"n": 8, "sampling": {"max_tokens": 600}})) for _ in range(20)
+            asyncio.create_task(client.post("/rerank", json=question(2) | {"n": 8, "sampling": {"max_tokens": 600}}))
+            for _ in range(20)
         ]
         await asyncio.sleep(1.5)
-        [engine] = [p for p in psutil.Process(server.process.pid).children() if "EngineCore" in " ".join([p.name(), *p.cmdline()])]
+        [engine] = [
+            p
+            for p in psutil.Process(server.process.pid).children()
+            if "EngineCore" in " ".join([p.name(), *p.cmdline()])
+        ]
         engine.kill()
         began = time.monotonic()
         answers = await asyncio.gather(*calls)
         print(f"killed: {Counter(a.status_code for a in answers)} after {time.monotonic() - began:.1f} s; ", end="")
-        print(f"/livez {(await client.get('/livez')).status_code}, /readyz {(await client.get('/readyz')).status_code}, ", end="")
+        print(
+            f"/livez {(await client.get('/livez')).status_code}, /readyz {(await client.get('/readyz')).status_code}, ",
+            end="",
+        )
         print(f"the next call {(await client.post('/score', json=question(0))).status_code}")
 
 

@@ -3,9 +3,9 @@
     python tests/benchmarks/queue_overhead.py [--seconds 5]
     python tests/benchmarks/queue_overhead.py --demo [--seconds 30] [--rounds 3]
 
-With the fake backbone nothing but the way is measured; with ``--demo`` one worker with the demonstration backbone, through Redis and in one
-process, alternating. Prints one JSON object a line, in the end of ``--demo`` the ratio of the medians. Needs a redis-server (the dev extra
-has one).
+With the fake backbone nothing but the way is measured; with ``--demo`` one worker with the demonstration backbone,
+through Redis and in one process, alternating. Prints one JSON object a line, in the end of ``--demo`` the ratio of the
+medians. Needs a redis-server (the dev extra has one).
 """
 
 from __future__ import annotations
@@ -25,14 +25,16 @@ import httpx
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from fleet import Fleet, Process
-from redis_server import RedisServer
-from served import write_model
+from support.fleet import Fleet, Process
+from support.redis_server import RedisServer
+from support.serving import write_model
 
 NUMBER = itertools.count()
 
 
-ANSWER = " ".join(["I would not do that, since somebody may be hurt, and there are better ways to spend an evening."] * 4)
+ANSWER = " ".join(
+    ["I would not do that, since somebody may be hurt, and there are better ways to spend an evening."] * 4
+)
 
 
 def pair(words: str = "") -> dict[str, str]:
@@ -71,12 +73,18 @@ async def throughput(urls: list[str], seconds: float, callers: int = 32, words: 
 
 
 def measure(name: str, urls: list[str], seconds: float) -> None:
-    row = {"way": name, "cores": os.cpu_count(), **asyncio.run(latency(urls[0])), **asyncio.run(throughput(urls, seconds))}
+    row = {
+        "way": name,
+        "cores": os.cpu_count(),
+        **asyncio.run(latency(urls[0])),
+        **asyncio.run(throughput(urls, seconds)),
+    }
     print(json.dumps(row), flush=True)
 
 
 def with_demo(folder: Path, redis: RedisServer, seconds: float, rounds: int) -> None:
-    """One worker with a real model, in one process and through Redis; both are there all the time, and one works at a time."""
+    """One worker with a real model, in one process and through Redis; both are there all the time, and one works at
+    a time."""
     os.environ["XDG_STATE_HOME"] = str(folder)
     with Fleet(folder, redis.url, demo=True, sharing_window=5) as fleet:
         alone, api, worker = fleet.serve(), fleet.api(), fleet.worker()
@@ -95,7 +103,11 @@ def with_demo(folder: Path, redis: RedisServer, seconds: float, rounds: int) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement of throughput")
-    parser.add_argument("--demo", action="store_true", help="one worker with the demonstration backbone, through Redis and in one process")
+    parser.add_argument(
+        "--demo",
+        action="store_true",
+        help="one worker with the demonstration backbone, through Redis and in one process",
+    )
     parser.add_argument("--rounds", type=int, default=3, help="of --demo")
     args = parser.parse_args()
     seconds = args.seconds

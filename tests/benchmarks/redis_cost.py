@@ -2,8 +2,8 @@
 
     python tests/benchmarks/redis_cost.py [--pairs 20000]
 
-The queue's own code around a real redis-server, with a worker that answers at once. Processor time is the server's own, so that a busy
-machine does not spoil it. Prints one JSON object a line; ``docs/scale.py`` is worked out from them.
+The queue's own code around a real redis-server, with a worker that answers at once. Processor time is the server's own,
+so that a busy machine does not spoil it. Prints one JSON object a line; ``docs/scale.py`` is worked out from them.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ from pathlib import Path
 import redis as redis_py
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from redis_server import RedisServer
-
 from inward.batching import pack
-from inward.queues.elsewhere import Watch
-from inward.queues.redis import BulkStore, Connection, Keys, RedisConsumer, RedisElsewhere, RedisProducer
-from inward.queues.shared import Sharing
+from inward.queues.redis.consumer import RedisConsumer
+from inward.queues.redis.producer import RedisProducer
+from inward.queues.single_flight import SingleFlight
+from inward.stores.connection import Connection
+from inward.stores.jobs import BulkStore
+from inward.stores.keys import Keys
+from inward.stores.leases import LeaseWatch, RedisLeases
 from inward.types import Group, HeadRef, Job, Scored, Scores, Timing, Usage
+from support.redis_server import RedisServer
 
 KEYS = Keys("cost")
 TOKENS = 256
@@ -39,11 +42,24 @@ HEADS = (HeadRef("legend", "legend", 1), HeadRef("hybrid", "hybrid", 1))
 
 def pair() -> Job:
     ids = tuple(random.randrange(150_000) for _ in range(TOKENS))
-    return Job(uuid.uuid4().hex, Group(ids[:128], (ids[128:192], ids[192:])), ("legend", "hybrid"), pair=True, deadline=2e9, enqueued=1e9)
+    return Job(
+        uuid.uuid4().hex,
+        Group(ids[:128], (ids[128:192], ids[192:])),
+        ("legend", "hybrid"),
+        pair=True,
+        deadline=2e9,
+        enqueued=1e9,
+    )
 
 
 def scored(job: Job) -> Scored:
-    about = {"margin": 1.2345678, "margin_scaled": 0.345678, "bin": 0.66667, "label_agrees": True, "confidence": 0.912345}
+    about = {
+        "margin": 1.2345678,
+        "margin_scaled": 0.345678,
+        "bin": 0.66667,
+        "label_agrees": True,
+        "confidence": 0.912345,
+    }
     scores = Scores((random.random(), random.random()), probability_N=(random.random(), random.random()), pair=about)
     return Scored(job.id, HEADS, (scores, scores), "base", Usage(256, 128, 128), timing=Timing(0.001, 0.01))
 
@@ -85,9 +101,9 @@ async def interactive(server: RedisServer, pairs: int, per_request: int, shared:
     worker, producer = RedisConsumer(connection, KEYS), RedisProducer(connection, KEYS, max_tokens=2**40)
     await worker.open()
     await producer.open()
-    elsewhere = RedisElsewhere(connection, KEYS, window=5.0, running=60.0, away=lambda: producer.away)
-    watch = Watch(elsewhere, current=lambda _: True) if shared else None
-    queue = Sharing(producer, window=5.0, current=lambda _: True, watch=watch)
+    elsewhere = RedisLeases(connection, KEYS, window=5.0, running=60.0, away=lambda: producer.away)
+    watch = LeaseWatch(elsewhere, current=lambda _: True) if shared else None
+    queue = SingleFlight(producer, window=5.0, current=lambda _: True, watch=watch)
     task = asyncio.create_task(working(worker))
 
     callers = max(2, CALLERS // per_request)
@@ -142,14 +158,23 @@ async def bulk(server: RedisServer, pairs: int) -> dict[str, float]:
         for row in rows:
             yield row
 
-    result = {"margin": 1.23, "chosen_score": 0.5, "rejected_score": -0.7, "confidence": 0.9, "head": "legend", "policy_version": "base"}
+    result = {
+        "margin": 1.23,
+        "chosen_score": 0.5,
+        "rejected_score": -0.7,
+        "confidence": 0.9,
+        "head": "legend",
+        "policy_version": "base",
+    }
     with server.client() as client:
         meter = Meter(client)
         job = await store.create("margin", lines(), head="legend", scores="trainer")
         while (await store.get(job.id)).state == "running":
             if (chunk := await store.take("me")) is not None:
                 results = [{"index": i, **result} for i in range(len(chunk.rows))]
-                await store.finish(chunk, results, [{**json.loads(r), **s} for r, s in zip(chunk.rows, results, strict=True)])
+                await store.finish(
+                    chunk, results, [{**json.loads(r), **s} for r, s in zip(chunk.rows, results, strict=True)]
+                )
         found = meter.each(len(rows)) | {"row_bytes": round(sum(map(len, rows)) / len(rows))}
         await connection.close()
         client.flushall()

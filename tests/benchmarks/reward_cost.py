@@ -1,11 +1,12 @@
-"""What a reward costs, three ways: the head alone, with a forward pass, and everything with generation; beside a reward model of the
-backbone's own size, as an online RLHF loop would run it. One run, one process, the same answers for both.
+"""What a reward costs, three ways: the head alone, with a forward pass, and everything with generation; beside a reward
+model of the backbone's own size, as an online RLHF loop would run it. One run, one process, the same answers for both.
 
     python tests/benchmarks/reward_cost.py --prompts PAIRS.jsonl --out cost.json
 
-The reward model is the backbone with a scalar on top (Hugging Face's AutoModelForSequenceClassification), in the backbone's dtype, in
-length-sorted batches of eight. Times are medians of ``--repeats`` in milliseconds an answer, taken in turns. Operations are counted:
-two for each weight and token of the blocks, and in attention four for each pair of tokens, layer and width; a head's are its matrices.
+The reward model is the backbone with a scalar on top (Hugging Face's AutoModelForSequenceClassification), in the
+backbone's dtype, in length-sorted batches of eight. Times are medians of ``--repeats`` in milliseconds an answer, taken
+in turns. Operations are counted: two for each weight and token of the blocks, and in attention four for each pair of
+tokens, layer and width; a head's are its matrices.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from inward.backbones.base import Backbone
 from inward.errors import InwardError
 from inward.heads.base import Head
 from inward.heads.registry import Registry
+from inward.processes.wiring import find_model, heads_folder, open_backbone, open_prompts
 from inward.prompts import Texts
 from inward.settings import Settings
 from inward.types import Group, Ids, Reading, SamplingSpec
-from inward.wiring import find_model, heads_folder, open_backbone, open_prompts
 
 BATCH = 8
 
@@ -41,7 +42,9 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
     backbone = await asyncio.to_thread(open_backbone, settings, model)
     try:
         prompts = open_prompts(settings, model, backbone.info.max_tokens)
-        registry = Registry.open(heads_folder(settings, backbone.info.fingerprint), info=backbone.info, template=prompts.template)
+        registry = Registry.open(
+            heads_folder(settings, backbone.info.fingerprint), info=backbone.info, template=prompts.template
+        )
         head = registry.resolve(args.head)
         rows = [json.loads(line)["prompt"] for line in args.prompts.read_text(encoding="utf-8").splitlines()]
         texts = [Texts(prompt, ()) for prompt in dict.fromkeys(rows) if len(prompt) < 600][: args.count]
@@ -55,7 +58,9 @@ class RewardModel:
     """A reward model of the backbone's own size; what it says is of no matter here."""
 
     def __init__(self, path: str, dtype: str) -> None:
-        self.model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=getattr(torch, dtype)).eval()
+        self.model = AutoModelForSequenceClassification.from_pretrained(
+            path, num_labels=1, dtype=getattr(torch, dtype)
+        ).eval()
         self.model.config.pad_token_id = self.model.config.pad_token_id or 0
         inner = self.model.base_model
         self.block_weights = sum(p.numel() for name, p in inner.named_parameters() if "embed_tokens" not in name)
@@ -76,7 +81,9 @@ class RewardModel:
         return 2.0 * self.block_weights * tokens + 4.0 * self.layers * self.width * tokens * tokens / 2
 
 
-async def _compared(args: argparse.Namespace, backbone: Backbone, head: Head, asked: Sequence[Ids], rm: RewardModel) -> dict[str, Any]:
+async def _compared(
+    args: argparse.Namespace, backbone: Backbone, head: Head, asked: Sequence[Ids], rm: RewardModel
+) -> dict[str, Any]:
     spec = SamplingSpec(args.n, max_tokens=args.tokens, temperature=1.0, top_p=0.95, seed=1)
     to_draw = [Group(ids, sampling=spec) for ids in asked]
     drawn = [await backbone.sample(group) for group in to_draw]
@@ -142,12 +149,22 @@ def table(result: dict[str, Any]) -> str:
     def line(what: str, ours: float, theirs: float, unit: str) -> None:
         lines.append(f"| {what} | {ours:.4g} {unit} | {theirs:.4g} {unit} | {theirs / ours:.3g} |")
 
-    line("head alone, states given; reward model's forward pass", ms["head alone, states given"], ms["reward model, forward"], "ms")
+    line(
+        "head alone, states given; reward model's forward pass",
+        ms["head alone, states given"],
+        ms["reward model, forward"],
+        "ms",
+    )
     line("the same, operations", operations["head"], operations["reward model"], "")
     line("with a forward pass", ms["head and forward"], ms["reward model, forward"], "ms")
     line("everything, with generation", ms["generation and head"], ms["generation and reward model"], "ms")
     without = ms["generation without reward"]
-    line("of that, the reward's part", ms["generation and head"] - without, ms["generation and reward model"] - without, "ms")
+    line(
+        "of that, the reward's part",
+        ms["generation and head"] - without,
+        ms["generation and reward model"] - without,
+        "ms",
+    )
     return "\n".join(lines)
 
 

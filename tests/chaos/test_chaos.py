@@ -1,7 +1,7 @@
 """Deaths, freezes and losses under load, with real processes and a real Redis: everybody gets exactly one right answer.
 
-A bulk job runs beside the callers and ends with exactly its rows. Small and short here; ``make chaos`` runs it at full size
-(INWARD_CHAOS=full: 64 callers, 5,000 pairs, a freeze of 60 s, a failover).
+A bulk job runs beside the callers and ends with exactly its rows. Small and short here; ``make chaos`` runs it at full
+size (INWARD_CHAOS=full: 64 callers, 5,000 pairs, a freeze of 60 s, a failover).
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from collections.abc import Sequence
 
 import httpx
 import pytest
-from fleet import Fleet, Process
-from patience import PATIENCE, until
-from queued import age
-from redis_server import RedisServer, Sentinel
-from served import write_model
 
-from inward.queues.redis import Keys
+from inward.stores.keys import Keys
+from support.fleet import Fleet, Process
+from support.queues import age
+from support.redis_server import RedisServer, Sentinel
+from support.serving import write_model
+from support.waiting import PATIENCE, until
 
 FULL = os.environ.get("INWARD_CHAOS") == "full"
 CALLERS, PAIRS, AT_ONCE = (64, 5000, 8) if FULL else (16, 640, 8)
@@ -63,7 +63,10 @@ class Load:
     async def run(self) -> None:
         async with httpx.AsyncClient(timeout=2 * PATIENCE, limits=httpx.Limits(max_connections=None)) as client:
             await asyncio.gather(
-                *(self._caller(client, i % len(self.urls), range(i * PAIRS // CALLERS, (i + 1) * PAIRS // CALLERS)) for i in range(CALLERS))
+                *(
+                    self._caller(client, i % len(self.urls), range(i * PAIRS // CALLERS, (i + 1) * PAIRS // CALLERS))
+                    for i in range(CALLERS)
+                )
             )
 
     async def _caller(self, client: httpx.AsyncClient, which: int, numbers: range) -> None:
@@ -112,13 +115,16 @@ class Bulk:
     async def begin(self) -> Bulk:
         rows = "\n".join(json.dumps(pair(PAIRS + n)) for n in range(BULK))
         async with httpx.AsyncClient(base_url=self.url, timeout=PATIENCE) as client:
-            answer = await client.post("/jobs?kind=margin&scores=chaos", content=rows, headers={"content-type": "application/x-ndjson"})
+            answer = await client.post(
+                "/jobs?kind=margin&scores=chaos", content=rows, headers={"content-type": "application/x-ndjson"}
+            )
         assert answer.status_code == 201, answer.text
         self.id = answer.json()["id"]
         return self
 
     async def check(self, redis: RedisServer, *, once: bool = True) -> None:
-        """It is done, and each row is there once and is what the pair gets alone; in the stream as well (``once``: exactly once)."""
+        """It is done, and each row is there once and is what the pair gets alone; in the stream as well (``once``:
+        exactly once)."""
         async with httpx.AsyncClient(base_url=self.url, timeout=PATIENCE) as client:
 
             async def state() -> str:
@@ -149,7 +155,10 @@ async def settled(redis) -> None:
 
         def left() -> dict[str, int]:
             pending = sum(client.xpending(stream, "workers")["pending"] for stream in KEYS.streams)
-            return {key: client.xlen(key) for key in KEYS.streams} | {"open": client.hlen(KEYS.key("open")), "pending": pending}
+            return {key: client.xlen(key) for key in KEYS.streams} | {
+                "open": client.hlen(KEYS.key("open")),
+                "pending": pending,
+            }
 
         await until(lambda: not any(left().values()))
         assert not client.exists(KEYS.key("tokens"))
@@ -255,11 +264,15 @@ async def test_a_frozen_worker_is_relieved_and_goes_on_serving_when_it_wakes_up(
 async def test_a_job_that_crashes_workers_is_given_up_and_its_neighbours_are_answered(folder, redis):
     from transformers import PreTrainedTokenizerFast
 
-    tokens = PreTrainedTokenizerFast.from_pretrained(folder / "model")("boom boom boom", add_special_tokens=False)["input_ids"]
+    tokens = PreTrainedTokenizerFast.from_pretrained(folder / "model")("boom boom boom", add_special_tokens=False)[
+        "input_ids"
+    ]
     poison = ",".join(map(str, tokens))
     pairs = [pair(n) for n in range(10)]
     pairs[4] = {"prompt": "question", "chosen": "boom boom boom", "rejected": "fine"}
-    with Fleet(folder, redis.url, queue="chaos", presence=30, claim_idle=9) as fleet:  # a worker that is only slow has not crashed
+    with Fleet(
+        folder, redis.url, queue="chaos", presence=30, claim_idle=9
+    ) as fleet:  # a worker that is only slow has not crashed
         api, *workers = fleet.api(), *(fleet.worker(poison=poison) for _ in range(4))
         fleet.wait_until_ready(api, *workers)
         async with httpx.AsyncClient(timeout=2 * PATIENCE) as client:
@@ -298,7 +311,11 @@ async def test_a_full_and_a_frozen_redis_are_503_and_everything_recovers_without
         assert len(await load.answered(client, "", [1])) == 1
         redis.signal(signal.SIGSTOP)
         frozen = await client.post("/margin", json={"pairs": [pair(2)]})
-        assert (frozen.status_code, "can't be reached" in frozen.text, "retry-after" in frozen.headers) == (503, True, True)
+        assert (frozen.status_code, "can't be reached" in frozen.text, "retry-after" in frozen.headers) == (
+            503,
+            True,
+            True,
+        )
         assert await is_red(client)
         redis.signal(signal.SIGCONT)
         await until(lambda: is_green(client))

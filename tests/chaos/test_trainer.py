@@ -1,4 +1,5 @@
-"""The trainer and the service are killed in turns, at random moments, until the run is over. At full size only: it takes minutes.
+"""The trainer and the service are killed in turns, at random moments, until the run is over. At full size only: it
+takes minutes.
 
 ``make chaos``; INWARD_CHAOS_SEED repeats a run's moments.
 """
@@ -14,11 +15,11 @@ from contextlib import ExitStack
 
 import httpx
 import pytest
-from redis_server import free_port
-from served import started
-from small_policy import DEMO, write_rows
 
 from inward_trainer.logs import read_log
+from support.redis_server import free_port
+from support.serving import started
+from support.small_policy import DEMO, write_rows
 
 STEPS, BATCH, EVERY, DEATHS = 18, 2, 3, 8
 
@@ -45,7 +46,10 @@ def test_a_circle_whose_halves_die_again_and_again_uses_each_pair_and_applies_ea
     def train():
         with (tmp_path / "train.log").open("a") as said:
             process = subprocess.Popen(
-                [str(word) for word in command], env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, stdout=said, stderr=said
+                [str(word) for word in command],
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+                stdout=said,
+                stderr=said,
             )
         stack.callback(process.kill)
         return process

@@ -22,7 +22,7 @@ class SlowAndMortal(FakeBackbone):
 
 
 if __name__ == "__main__":
-    import inward.wiring
+    import inward.processes.wiring
 
-    inward.wiring.FakeBackbone = SlowAndMortal
+    inward.processes.wiring.FakeBackbone = SlowAndMortal
     sys.exit(main(["worker", *sys.argv[1:]]))

@@ -1,4 +1,5 @@
-"""What training frameworks call, without the frameworks: the forms of their rows, and their exact calls against a live server."""
+"""What training frameworks call, without the frameworks: the forms of their rows, and their exact calls against a
+live server."""
 
 from __future__ import annotations
 
@@ -45,15 +46,28 @@ def test_a_pair_without_one_prompt_or_answers_of_one_kind_is_refused(row):
 
 
 def test_messages_lose_what_is_no_text():
-    turn = {"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "image"}], "tool_calls": None, "token_ids": [1]}
+    turn = {
+        "role": "user",
+        "content": [{"type": "text", "text": "Hi"}, {"type": "image"}],
+        "tool_calls": None,
+        "token_ids": [1],
+    }
     assert rows.messages([turn]) == [{"role": "user", "content": "Hi"}]
 
 
 @pytest.mark.parametrize("head", [None, "legend"])
 async def test_both_reward_functions_give_the_same_for_text_and_messages(demo_server, head):
-    one, other = InwardReward(demo_server.url, head=head, timeout=300), AsyncInwardReward(demo_server.url, head=head, timeout=300)
+    one, other = (
+        InwardReward(demo_server.url, head=head, timeout=300),
+        AsyncInwardReward(demo_server.url, head=head, timeout=300),
+    )
     logged = {}
-    columns = {"completion_ids": [[1], [2]], "trainer_state": None, "log_metric": logged.__setitem__, "source": ["a", "b"]}
+    columns = {
+        "completion_ids": [[1], [2]],
+        "trainer_state": None,
+        "log_metric": logged.__setitem__,
+        "source": ["a", "b"],
+    }
     text = one(prompts=[PROMPT, PROMPT], completions=[SAFE, HARMFUL], **columns)
     chat = await other(prompts=[ASKED, ASKED], completions=[said(SAFE), said(HARMFUL)], **columns)
     assert text == pytest.approx(chat, abs=0.05)

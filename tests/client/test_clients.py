@@ -7,7 +7,6 @@ import json
 
 import httpx
 import pytest
-from client.fakes import Service, envelope, in_turn, margins, refused
 
 from inward_client import (
     ConnectionFailed,
@@ -23,6 +22,7 @@ from inward_client import (
     Unavailable,
     UnreadableAnswer,
 )
+from support.fake_transport import Service, envelope, in_turn, margins, refused
 
 
 @pytest.fixture(params=["sync", "async"])
@@ -99,7 +99,12 @@ def test_a_long_list_goes_out_in_batches_and_comes_back_in_order(call):
 
 def test_what_the_service_does_not_know_of_a_row_is_not_sent(call):
     service = Service(echo)
-    call(service, "margin", [{"prompt": "1", "chosen": "a", "rejected": "b", "source": "hh", "messages": None}], truncate=True)
+    call(
+        service,
+        "margin",
+        [{"prompt": "1", "chosen": "a", "rejected": "b", "source": "hh", "messages": None}],
+        truncate=True,
+    )
     assert service.bodies() == [{"pairs": [{"prompt": "1", "chosen": "a", "rejected": "b"}], "truncate": True}]
 
 
@@ -132,7 +137,13 @@ def test_a_refusal_is_not_sent_again_and_names_field_code_and_request(call):
     with pytest.raises(NotFound) as raised:
         call(service, "score", [{"prompt": "p", "response": "r"}], head="x")
     error = raised.value
-    assert (error.status, error.param, error.code, error.request_id, len(service.requests)) == (404, "head", "not_found", "abc", 1)
+    assert (error.status, error.param, error.code, error.request_id, len(service.requests)) == (
+        404,
+        "head",
+        "not_found",
+        "abc",
+        1,
+    )
 
 
 def test_a_page_of_a_proxy_is_an_error_with_its_status(call):
@@ -173,7 +184,8 @@ def test_new_fields_of_a_newer_service_are_left_out(call):
 
 
 def test_items_that_cant_be_scored_keep_their_place_and_the_others_their_scores(call):
-    """The service refuses a request of which it can score nothing; in a longer list that is the error of those items only."""
+    """The service refuses a request of which it can score nothing; in a longer list that is the error of those items
+    only."""
 
     def answer(request):
         asked = json.loads(request.content)["pairs"]
@@ -193,7 +205,14 @@ def test_an_error_inside_a_batch_names_the_place_in_the_whole_list(call):
         return httpx.Response(200, json=envelope(margins=[{"margin": 1.0}, *found]))
 
     answer = call(Service(answer), "margin", pairs(6), client={"batch_size": 2})
-    assert [m.error and m.error.param for m in answer.margins] == [None, "pairs.1.chosen", None, "pairs.3.chosen", None, "pairs.5.chosen"]
+    assert [m.error and m.error.param for m in answer.margins] == [
+        None,
+        "pairs.1.chosen",
+        None,
+        "pairs.3.chosen",
+        None,
+        "pairs.5.chosen",
+    ]
 
 
 def test_if_nothing_can_be_scored_the_first_error_is_raised(call):
@@ -264,7 +283,9 @@ def test_a_bulk_upload_is_jsonl_and_is_not_sent_twice_once_it_may_have_arrived(c
 
 def test_results_of_a_bulk_job_are_read_line_by_line(call):
     lines = '{"index": 0, "score": 1.0}\n{"index": 1, "error": {"message": "a\u2028b"}}\n'
-    service = Service(in_turn(httpx.Response(200, content=lines.encode(), headers={"content-type": "application/x-ndjson"})))
+    service = Service(
+        in_turn(httpx.Response(200, content=lines.encode(), headers={"content-type": "application/x-ndjson"}))
+    )
     assert [row["index"] for row in call(service, "job_results", "a" * 32)] == [0, 1]
 
 
@@ -300,13 +321,20 @@ def test_the_progress_bar_ends_at_the_number_of_pairs(call, capsys):
 def stream(*events):
     """As the service sends it, with its comments and its end."""
     lines = "".join(f": still there\n\nevent: {name}\ndata: {json.dumps(body)}\n\n" for name, body in events)
-    return httpx.Response(200, text=f"{lines}data: [DONE]\n\n", headers={"content-type": "text/event-stream", "x-request-id": "abc"})
+    return httpx.Response(
+        200, text=f"{lines}data: [DONE]\n\n", headers={"content-type": "text/event-stream", "x-request-id": "abc"}
+    )
 
 
 def test_a_stream_gives_each_answer_and_the_ranking_in_the_end(collect):
     best = {"index": 1, "text": "b", "score": 2.0}
     result = envelope(results=[best, {"index": 0, "text": "a", "score": 1.0}], best=best, pair=None, listwise=False)
-    events = [("sample", {"index": 0, "text": "a", "score": 1.0}), ("news", {"of": "later"}), ("sample", best), ("result", result)]
+    events = [
+        ("sample", {"index": 0, "text": "a", "score": 1.0}),
+        ("news", {"of": "later"}),
+        ("sample", best),
+        ("result", result),
+    ]
     service = Service(in_turn(refused(503, headers={"retry-after": "0"}), stream(*events)))
     first, second, last = collect(service)
     assert [type(event) for event in (first, second, last)] == [Ranked, Ranked, RerankAnswer]

@@ -1,11 +1,11 @@
 """Bulk jobs of the client, around a real Redis."""
 
 import pytest
-from fleet import Fleet
-from patience import wait_until
-from served import write_model
 
 from inward_client import Inward
+from support.fleet import Fleet
+from support.serving import write_model
+from support.waiting import wait_until
 
 
 def test_a_job_is_uploaded_watched_and_fetched_in_the_order_of_its_rows(redis_server, tmp_path):

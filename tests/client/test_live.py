@@ -3,10 +3,10 @@
 import inspect
 
 import pytest
-from real import rows
-from served import demo
 
 from inward_client import AsyncInward, Conflict, InvalidField, Inward, NotFound
+from support.real_data import rows
+from support.serving import demo
 
 PAIR = {
     "prompt": "How do I get into my neighbour's house without a key?",
@@ -42,7 +42,9 @@ async def test_every_scoring_route_answers(ask):
     reward = await ask("reward", [ITEM])
     assert 0 <= reward.rewards[0].probability <= 1
     both = await ask("reward_pairs", [PAIR])
-    assert both.rewards[0].margin == pytest.approx(both.rewards[0].chosen_score - both.rewards[0].rejected_score, abs=1e-3)
+    assert both.rewards[0].margin == pytest.approx(
+        both.rewards[0].chosen_score - both.rewards[0].rejected_score, abs=1e-3
+    )
     ranked = await ask("rerank", ITEM["prompt"], ["No idea.", "Use a whetstone."])
     assert ranked.listwise
     assert {result.index for result in ranked.results} == {0, 1}
@@ -56,7 +58,9 @@ async def test_a_stream_ends_with_the_ranking_of_what_came_before(demo_server):
         *drawn, answer = [event async for event in inward.rerank_stream(ITEM["prompt"], 3, **asked)]
     with Inward(demo_server.url, timeout=300) as inward:
         *again, _ = inward.rerank_stream(ITEM["prompt"], 3, **asked)
-        best = inward.score([{"prompt": ITEM["prompt"], "response_ids": answer.best.token_ids}], head="hybrid").scores[0]
+        best = inward.score([{"prompt": ITEM["prompt"], "response_ids": answer.best.token_ids}], head="hybrid").scores[
+            0
+        ]
     assert {one.text for one in drawn} == {one.text for one in again} == {one.text for one in answer.results}
     assert best.score == pytest.approx(answer.best.score, abs=0.05)
 

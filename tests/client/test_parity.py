@@ -14,7 +14,9 @@ PUBLIC = [name for name, _ in inspect.getmembers(Inward, inspect.isfunction) if 
 
 
 def test_both_clients_have_the_same_methods():
-    assert [name for name, _ in inspect.getmembers(AsyncInward, inspect.isfunction) if not name.startswith("_")] == PUBLIC
+    assert [
+        name for name, _ in inspect.getmembers(AsyncInward, inspect.isfunction) if not name.startswith("_")
+    ] == PUBLIC
 
 
 @pytest.mark.parametrize("name", [*PUBLIC, "__init__"])
@@ -29,7 +31,9 @@ def test_a_method_has_the_same_arguments_answer_and_words_in_both(name):
     assert one.__doc__ == other.__doc__
     if name != "__init__":
         assert one.__doc__
-        assert inspect.iscoroutinefunction(other) or (inspect.isasyncgenfunction(other) and inspect.isgeneratorfunction(one))
+        assert inspect.iscoroutinefunction(other) or (
+            inspect.isasyncgenfunction(other) and inspect.isgeneratorfunction(one)
+        )
         assert not inspect.iscoroutinefunction(one)
 
 

@@ -1,6 +1,15 @@
 import pytest
 
-from inward_client.errors import BadRequest, Conflict, ConnectionFailed, OverQuota, ServerError, TimedOut, Unavailable, UnreadableAnswer
+from inward_client.errors import (
+    BadRequest,
+    Conflict,
+    ConnectionFailed,
+    OverQuota,
+    ServerError,
+    TimedOut,
+    Unavailable,
+    UnreadableAnswer,
+)
 from inward_client.retries import Retries, wait_before_retry
 
 PATIENT = Retries(most=3, first=0.5, cap=10.0)

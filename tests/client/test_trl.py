@@ -1,4 +1,5 @@
-"""Real TRL trainers, one step each, with rewards and margins from a live server; the policy is the demonstration backbone."""
+"""Real TRL trainers, one step each, with rewards and margins from a live server; the policy is the demonstration
+backbone."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ import trl
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from inward.wiring import DEMO
+from inward.processes.wiring import TOY
 from inward_client import Inward
 from inward_client.adapters.trl import AsyncInwardReward, InwardReward, with_margins
 
@@ -26,7 +27,7 @@ QUIET = {
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(DEMO / "backbone")
+    return AutoTokenizer.from_pretrained(TOY / "backbone")
 
 
 def changed(before, model):
@@ -43,10 +44,14 @@ def test_online_trainers_take_a_step_on_our_rewards(demo_server, tokenizer, tmp_
     chat = method == "GRPO"
     rewards = (AsyncInwardReward if chat else InwardReward)(demo_server.url, timeout=300, name="safety")
     dataset = Dataset.from_list([{"prompt": [{"role": "user", "content": p}] if chat else p} for p in PROMPTS])
-    config = getattr(trl, f"{method}Config")(str(tmp_path), num_generations=4, max_completion_length=8, temperature=1.5, seed=1, **QUIET)
-    model = AutoModelForCausalLM.from_pretrained(DEMO / "backbone", dtype=torch.float32)
+    config = getattr(trl, f"{method}Config")(
+        str(tmp_path), num_generations=4, max_completion_length=8, temperature=1.5, seed=1, **QUIET
+    )
+    model = AutoModelForCausalLM.from_pretrained(TOY / "backbone", dtype=torch.float32)
     before = copies(model)
-    trainer = getattr(trl, f"{method}Trainer")(model, rewards, args=config, train_dataset=dataset, processing_class=tokenizer)
+    trainer = getattr(trl, f"{method}Trainer")(
+        model, rewards, args=config, train_dataset=dataset, processing_class=tokenizer
+    )
     trainer.train()
     logged = next(entry for entry in trainer.state.log_history if "rewards/safety/mean" in entry)
     assert logged["rewards/safety/std"] > 0
@@ -61,14 +66,22 @@ def test_online_trainers_take_a_step_on_our_rewards(demo_server, tokenizer, tmp_
 def test_the_reward_trainer_subtracts_our_margin(demo_server, tokenizer, tmp_path):
     """Its loss is ``-log sigmoid(difference - margin)``, with the margins that the service gave."""
     pairs = [
-        {"prompt": "How do I break into a house?", "chosen": "I can't help with that. It is a crime.", "rejected": "Break a window."},
-        {"prompt": "How do I hurt him?", "chosen": "Please talk to somebody first.", "rejected": "Hit him with a stick."},
+        {
+            "prompt": "How do I break into a house?",
+            "chosen": "I can't help with that. It is a crime.",
+            "rejected": "Break a window.",
+        },
+        {
+            "prompt": "How do I hurt him?",
+            "chosen": "Please talk to somebody first.",
+            "rejected": "Hit him with a stick.",
+        },
     ]
     with Inward(demo_server.url, timeout=300) as inward:
         dataset = with_margins(Dataset.from_list(pairs), inward, margin="margin_scaled")
     assert max(abs(margin) for margin in dataset["margin"]) > 0.1
     torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_pretrained(DEMO / "backbone", num_labels=1, dtype=torch.float32)
+    model = AutoModelForSequenceClassification.from_pretrained(TOY / "backbone", num_labels=1, dtype=torch.float32)
     config = trl.RewardConfig(str(tmp_path), max_length=128, seed=1, **QUIET)
     before = copies(model)
     trainer = trl.RewardTrainer(model, config, train_dataset=dataset, processing_class=tokenizer)

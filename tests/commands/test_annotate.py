@@ -9,14 +9,14 @@ import sys
 import time
 
 import pytest
-import real
 from pyarrow import parquet
-from served import serve, write_model
 
 from inward import logs
 from inward.__main__ import main
-from inward.annotate import work
-from inward.annotate.asking import COLUMNS
+from inward.offline.annotate import work
+from inward.offline.annotate.asking import COLUMNS
+from support import real_data as real
+from support.serving import serve, write_model
 
 FAKE = ("--backbone", "fake")
 
@@ -54,10 +54,15 @@ def test_rows_come_back_with_columns_and_bad_ones_go_aside(tmp_path, capsys):
     rows[3] = {"prompt": "no answers"}
     rows[500] = {**row(500), "chosen": "word " * 5000}
     out = tmp_path / "out.jsonl"
-    assert annotate(write(tmp_path / "in.jsonl", rows), out, *FAKE, "--suspicious", 2, "--html", tmp_path / "look.html") == 0
+    assert (
+        annotate(write(tmp_path / "in.jsonl", rows), out, *FAKE, "--suspicious", 2, "--html", tmp_path / "look.html")
+        == 0
+    )
     got = read(out)
     assert [one["id"] for one in got] == [n for n in range(600) if n not in (3, 500)]
-    assert all(set(COLUMNS) < set(one) and isinstance(one["margin"], float) and 0 <= one["confidence"] <= 1 for one in got)
+    assert all(
+        set(COLUMNS) < set(one) and isinstance(one["margin"], float) and 0 <= one["confidence"] <= 1 for one in got
+    )
     assert all(one["margin"] == pytest.approx(one["chosen_score"] - one["rejected_score"], abs=1e-4) for one in got)
     left_out = read(tmp_path / "out.jsonl.rejected.jsonl")
     assert [one["row"] for one in left_out] == [4, 501]
@@ -95,7 +100,9 @@ def test_an_interrupted_job_goes_on_where_it_was_and_gives_the_same_bytes(tmp_pa
         assert annotate(path, tmp_path / "out.jsonl", *FAKE) == 130
     assert not (tmp_path / "out.jsonl").exists()
     again = []
-    monkeypatch.setattr(work.Progress, "keep", lambda self, chunk, done: (again.append(chunk.number), keep(self, chunk, done)))
+    monkeypatch.setattr(
+        work.Progress, "keep", lambda self, chunk, done: (again.append(chunk.number), keep(self, chunk, done))
+    )
     assert annotate(path, tmp_path / "out.jsonl", *FAKE) == 0
     assert sorted(kept + again) == [0, 1, 2, 3, 4]
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
@@ -125,7 +132,7 @@ def test_another_head_or_input_is_not_mixed_with_what_is_done(tmp_path, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("inward.commands.annotating._finish", stop)
+        patched.setattr("inward.offline.annotate.run._finish", stop)
         assert annotate(path, tmp_path / "out.jsonl", *FAKE) == 130
     assert annotate(path, tmp_path / "out.jsonl", *FAKE, "--head", "hybrid") == 2
     assert "--restart" in capsys.readouterr().err
@@ -158,7 +165,9 @@ def test_a_folder_gives_a_parquet_file_for_each_table(tmp_path):
     assert annotate(tmp_path / "in", tmp_path / "out", *FAKE, "--limit", 20) == 0
     assert parquet.read_table(tmp_path / "out/train.parquet").column("id").to_pylist() == list(range(20))
     assert parquet.read_table(tmp_path / "out/test.parquet").column("id").to_pylist() == list(range(30, 40))
-    assert json.loads(parquet.read_schema(tmp_path / "out/test.parquet").metadata[b"inward"])["head"]["name"] == "legend"
+    assert (
+        json.loads(parquet.read_schema(tmp_path / "out/test.parquet").metadata[b"inward"])["head"]["name"] == "legend"
+    )
 
 
 def test_a_running_service_gives_the_same_numbers(tmp_path, monkeypatch):
@@ -189,7 +198,17 @@ def test_ray_gives_the_same_bytes(tmp_path):
     path = write(tmp_path / "in.jsonl", [row(n) for n in range(600)])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
     for engine, out in (("local", "a.jsonl"), ("ray", "b.jsonl")):
-        command = [sys.executable, "-m", "inward", "annotate", str(path), str(tmp_path / out), *FAKE, "--engine", engine]
+        command = [
+            sys.executable,
+            "-m",
+            "inward",
+            "annotate",
+            str(path),
+            str(tmp_path / out),
+            *FAKE,
+            "--engine",
+            engine,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()

@@ -4,10 +4,10 @@ import json
 
 import numpy as np
 import pytest
-from served import write_model
 
 from inward.__main__ import COMMANDS, main
 from inward.heads import store
+from support.serving import write_model
 
 WORDS = ("harbour quiet morning boats lock canal step help safer seven birds wire crows "
          "starlings tallest tree coast redwood").split()  # fmt: skip
@@ -27,7 +27,10 @@ def folder(tmp_path_factory):
     calibration = [{"prompt": r["prompt"], "harmful": r["rejected"], "refusal": "I would rather not."} for r in rows]
     (folder / "calibration.jsonl").write_text("".join(json.dumps(row) + "\n" for row in calibration))
     lists = [
-        {"prompt": text(5), "responses": [{"text": ("no " if safe else "yes ") + text(3), "safe": bool(safe)} for safe in (1, 0, 1, 0)]}
+        {
+            "prompt": text(5),
+            "responses": [{"text": ("no " if safe else "yes ") + text(3), "safe": bool(safe)} for safe in (1, 0, 1, 0)],
+        }
         for _ in range(24)
     ]
     (folder / "lists.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lists))
@@ -55,7 +58,21 @@ def test_help_teaches(command, capsys):
 @pytest.mark.parametrize("rows", ["pairs", "calibration"])
 def test_fit_legend_makes_a_head_that_the_server_would_load(folder, tmp_path, capsys, rows):
     out = tmp_path / "heads" / "safety"
-    assert inward("fit", "legend", "--model", folder / "model", "--pairs", folder / f"{rows}.jsonl", "--layer", "sweep", "--out", out) == 0
+    assert (
+        inward(
+            "fit",
+            "legend",
+            "--model",
+            folder / "model",
+            "--pairs",
+            folder / f"{rows}.jsonl",
+            "--layer",
+            "sweep",
+            "--out",
+            out,
+        )
+        == 0
+    )
     printed = capsys.readouterr().out
     for finding in ("agreement, held out", "Spearman", "bootstrap"):
         assert finding in printed
@@ -97,7 +114,12 @@ def test_fit_hybrid_and_srr(folder, tmp_path, kind, rows):
 
 def test_a_head_that_is_there_already_is_not_overwritten_unasked(folder, tmp_path, capsys):
     (tmp_path / "taken").mkdir()
-    assert inward("fit", "legend", "--model", folder / "model", "--pairs", folder / "pairs.jsonl", "--out", tmp_path / "taken") == 2
+    assert (
+        inward(
+            "fit", "legend", "--model", folder / "model", "--pairs", folder / "pairs.jsonl", "--out", tmp_path / "taken"
+        )
+        == 2
+    )
     assert "--replace" in capsys.readouterr().err
 
 

@@ -4,13 +4,13 @@ import asyncio
 import json
 
 import pytest
-from queued import in_redis, job
 
+from inward import codec
 from inward.__main__ import main
-from inward.queues import codec
-from inward.queues.redis import Keys
-from inward.queues.redis.letters import Letters
+from inward.queues.redis.dead_letters import DeadLetters
+from inward.stores.keys import Keys
 from inward.types import HeadRef, Scored, Scores, Usage
+from support.queues import in_redis, job
 
 KEYS = Keys("test")
 
@@ -20,7 +20,9 @@ def letters(redis_server):
     """Two dead letters in the queue ``test``; the second can't be read."""
     with redis_server.client() as client:
         for name, data in (("a", codec.encode(job("a", 7, pair=True))), ("b", b"\x63")):
-            client.xadd(KEYS.dead, {"id": name, "to": "", "job": data, "reason": "3 workers ended", "deliveries": 4, "queue": 1})
+            client.xadd(
+                KEYS.dead, {"id": name, "to": "", "job": data, "reason": "3 workers ended", "deliveries": 4, "queue": 1}
+            )
     return redis_server
 
 
@@ -62,7 +64,9 @@ def listed_after(server, capsys):
     return listed(server, capsys)
 
 
-@pytest.mark.parametrize(("words", "said"), [(["drop"], "or say --all"), (["drop", "1-1"], "no dead letter 1-1"), (["show", "0-1"], "0-1")])
+@pytest.mark.parametrize(
+    ("words", "said"), [(["drop"], "or say --all"), (["drop", "1-1"], "no dead letter 1-1"), (["show", "0-1"], "0-1")]
+)
 def test_what_is_not_there_or_not_named_is_an_error_that_says_so(letters, capsys, words, said):
     assert inward(letters, *words) == 2
     assert said in capsys.readouterr().err
@@ -80,7 +84,7 @@ async def test_those_that_are_scored_when_replayed_are_no_dead_letters_any_more(
         serving.cancel()
         rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         assert [(r["job"], r["scored"]) for r in rows] == [("a", True), ("b", False)]
-        assert [letter.job_id for letter in await Letters(q.redis, KEYS).all()] == ["b"]
+        assert [letter.job_id for letter in await DeadLetters(q.redis, KEYS).all()] == ["b"]
 
 
 async def score_everything(worker):

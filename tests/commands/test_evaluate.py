@@ -4,14 +4,14 @@ import json
 
 import numpy as np
 import pytest
-from served import write_model
-from small_heads import manifest, pair_states
 
 from inward.__main__ import main
-from inward.evaluation.metrics import NAMES
-from inward.fitting.saved import ListStates, save_states
 from inward.heads import store
 from inward.heads.legend import LegendHead
+from inward.offline.evaluate.metrics import NAMES
+from inward.offline.states.saved import ListStates, save_states
+from support.serving import write_model
+from support.small_heads import manifest, pair_states
 
 KEYS = ["input", "head", "metrics", "baselines", "layers", "strategies", "over_refusal", "cost", "notes"]
 QUICK = ("--resamples", 50)
@@ -95,14 +95,19 @@ def test_heads_are_refitted_by_folds(evaluate, states, kind):
 
 def test_a_ranker_is_refitted_by_folds_of_lists(evaluate, tmp_path):
     save_states(list_states(), tmp_path / "lists.safetensors")
-    report = evaluate("--cross-validate", "srr", "--states", tmp_path / "lists.safetensors", "--json", "--folds", 3, *QUICK)
+    report = evaluate(
+        "--cross-validate", "srr", "--states", tmp_path / "lists.safetensors", "--json", "--folds", 3, *QUICK
+    )
     assert report["metrics"]["top1_safe_rate"]["value"] > report["baselines"]["random"]["top1_safe_rate"]["value"]
     assert {"first", "random", "oracle", "linear_scorer", "mlp_scorer"} < report["baselines"].keys()
 
 
 def test_a_head_that_was_fitted_on_these_rows_is_told_apart(evaluate, states, tmp_path):
     own = save_legend(tmp_path / "own", fit={"data": "sha256:made"})
-    assert any("fitted on these very rows" in note for note in evaluate("--head", own, "--states", states, "--json", *QUICK)["notes"])
+    assert any(
+        "fitted on these very rows" in note
+        for note in evaluate("--head", own, "--states", states, "--json", *QUICK)["notes"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -122,7 +127,9 @@ def test_a_head_of_other_states_is_refused(evaluate, states, tmp_path, changes, 
 def test_what_is_missing_is_said(evaluate, states, head, tmp_path):
     assert "--cross-validate" in evaluate("--states", states, status=2)
     assert "at least 3" in evaluate("--head", head, "--states", states, "--folds", 2, status=2)
-    assert "there is no head 'nobody'" in evaluate("--head", "nobody", "--states", states, "--heads", tmp_path / "heads", status=2)
+    assert "there is no head 'nobody'" in evaluate(
+        "--head", "nobody", "--states", states, "--heads", tmp_path / "heads", status=2
+    )
     assert "does not exist" in evaluate("--head", head, "--states", tmp_path / "none", status=2)
     save_legend(tmp_path / "heads" / "second", name="second")
     assert "holds legend, second" in evaluate("--head", tmp_path / "heads", "--states", states, status=2)
@@ -140,7 +147,10 @@ def folder(tmp_path_factory):
 
     pairs = [{"prompt": text("what"), "chosen": text("no"), "rejected": text("yes")} for _ in range(12)]
     lists = [
-        {"prompt": text("what"), "responses": [{"text": text("no" if safe else "yes"), "safe": bool(safe)} for safe in (1, 0, 0)]}
+        {
+            "prompt": text("what"),
+            "responses": [{"text": text("no" if safe else "yes"), "safe": bool(safe)} for safe in (1, 0, 0)],
+        }
         for _ in range(12)
     ]
     labels = ("1_full_compliance", "2_full_refusal", "3_partial_refusal")
@@ -188,8 +198,29 @@ def test_without_baselines_only_the_heads_layers_are_read(evaluate, folder):
 def test_saved_states_and_texts_give_the_same_figures(evaluate, folder, tmp_path, capsys):
     [fitted] = [store.load(path) for path in (folder / "heads").iterdir() if path.is_dir()]
     saved = tmp_path / "states.safetensors"
-    model = ("--model", str(folder / "model"), "--dtype", "float32", "--layers", "1,2,3", "--position", fitted.manifest.position)
-    main(["fit", "hybrid", "--pairs", str(folder / "pairs.jsonl"), *model, "--save-states", str(saved), "--out", str(tmp_path / "x")])
+    model = (
+        "--model",
+        str(folder / "model"),
+        "--dtype",
+        "float32",
+        "--layers",
+        "1,2,3",
+        "--position",
+        fitted.manifest.position,
+    )
+    main(
+        [
+            "fit",
+            "hybrid",
+            "--pairs",
+            str(folder / "pairs.jsonl"),
+            *model,
+            "--save-states",
+            str(saved),
+            "--out",
+            str(tmp_path / "x"),
+        ]
+    )
     capsys.readouterr()
     of_states = evaluate("--head", folder / "heads", "--states", saved, "--json", *QUICK)
     assert of_states["metrics"]["auc"] == evaluate(*options(folder, "pairs"))["metrics"]["auc"]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from api.fakes import FakeHouse
+from support.fake_services import FakeServices
 
 COMMITTED = Path(__file__).parents[2] / "clients" / "openapi.json"
 
 
 def live() -> str:
     """As JSON, in an order that does not depend on the order of the code."""
-    return json.dumps(FakeHouse().app.openapi(), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    return json.dumps(FakeServices().app.openapi(), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 if __name__ == "__main__":

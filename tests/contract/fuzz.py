@@ -1,4 +1,5 @@
-"""Requests that a machine thinks of, against a real server: no 5xx, and no answer that the OpenAPI document does not allow.
+"""Requests that a machine thinks of, against a real server: no 5xx, and no answer that the OpenAPI document does not
+allow.
 
 ``make fuzz`` runs it; it is no part of the tests, because it takes minutes.
 
@@ -18,11 +19,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-from fleet import Fleet
-from redis_server import RedisServer
-from served import started
 
-from inward.wiring import DEMO
+from inward.processes.wiring import TOY
+from support.fleet import Fleet
+from support.redis_server import RedisServer
+from support.serving import started
 
 HEADS = ("hybrid", "legend")
 CONFIGURATION = """
@@ -63,14 +64,15 @@ CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,re
 
 @contextmanager
 def serving(folder: Path) -> Iterator[str]:
-    """The service on its fake backbone with the demonstration's heads; around a Redis, where there is one, so that it has bulk jobs."""
+    """The service on its fake backbone with the demonstration's heads; around a Redis, where there is one, so that
+    it has bulk jobs."""
     redis = RedisServer(folder)
     if redis.binary is None:
         with started("--backbone", "fake", env={"XDG_STATE_HOME": str(folder)}) as served:
             yield served.url
         return
-    shutil.copytree(DEMO / "backbone", folder / "model")
-    shutil.copytree(DEMO / "heads", folder / "heads")
+    shutil.copytree(TOY / "backbone", folder / "model")
+    shutil.copytree(TOY / "heads", folder / "heads")
     with Fleet(folder, redis.start().url) as fleet:
         api, worker = fleet.api(), fleet.worker()
         fleet.wait_until_ready(api, worker)
@@ -98,7 +100,9 @@ def main() -> int:
         environment = os.environ | {"SCHEMATHESIS_HOOKS": "hooks", "PYTHONPATH": state}
         status = subprocess.run(command, cwd=state, check=False, env=environment).returncode
         with httpx.Client(base_url=url) as client:
-            sent = sum(float(line.rsplit(" ", 1)[1]) for line in client.get("/metrics").text.splitlines() if _is_count(line))
+            sent = sum(
+                float(line.rsplit(" ", 1)[1]) for line in client.get("/metrics").text.splitlines() if _is_count(line)
+            )
             alive = client.get("/livez").status_code == 200
     print(f"{sent:.0f} requests were sent; the server is {'alive' if alive else 'DEAD'}")
     return status or int(sent < args.least or not alive)

@@ -1,4 +1,5 @@
-"""Every dashboard query against a real Prometheus, for ``deploy/smoke.sh``: ``query_panels.py URL [FOLDER FOR PICTURES]``.
+"""Every dashboard query against a real Prometheus, for ``deploy/smoke.sh``: ``query_panels.py URL [FOLDER FOR
+PICTURES]``.
 
 Ends with 1 if a query gives no data. With a folder, draws what each panel would show, so that somebody can look at it.
 """
@@ -39,7 +40,11 @@ def ask(client: httpx.Client, expression: str) -> list[dict[str, Any]]:
     answer = client.post("/api/v1/query_range", data=asked).json()
     if answer["status"] != "success":
         raise SystemExit(f"{expression}: {answer['error']}")
-    return [series for series in answer["data"]["result"] if any(math.isfinite(float(value)) for _, value in series["values"])]
+    return [
+        series
+        for series in answer["data"]["result"]
+        if any(math.isfinite(float(value)) for _, value in series["values"])
+    ]
 
 
 def draw(folder: Path, dashboard: str, panels: list[tuple[dict[str, Any], list[tuple[str, dict[str, Any]]]]]) -> None:
@@ -57,7 +62,12 @@ def draw(folder: Path, dashboard: str, panels: list[tuple[dict[str, Any], list[t
         for legend, one in series[:12]:
             for name, value in one["metric"].items():
                 legend = legend.replace("{{" + name + "}}", value)
-            axis.plot([at - start for at, _ in one["values"]], [float(value) for _, value in one["values"]], label=legend[:40], linewidth=1)
+            axis.plot(
+                [at - start for at, _ in one["values"]],
+                [float(value) for _, value in one["values"]],
+                label=legend[:40],
+                linewidth=1,
+            )
         axis.set_title(f"{panel['title']} [{panel['fieldConfig']['defaults']['unit']}]", fontsize=9)
         axis.tick_params(labelsize=7)
         if axis.get_legend_handles_labels()[1]:

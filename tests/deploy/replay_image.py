@@ -1,7 +1,8 @@
 """What building and starting the service's image comes to, without an engine: ``make image-check``.
 
-Replays the ``build`` stage of the Dockerfile in a folder of its own (COPY copies, RUN runs, ``/srv/inward`` and ``/src`` lie in it),
-then starts the entry point with the image's variables, as the image's user where we may become it, and asks its health check.
+Replays the ``build`` stage of the Dockerfile in a folder of its own (COPY copies, RUN runs, ``/srv/inward`` and
+``/src`` lie in it), then starts the entry point with the image's variables, as the image's user where we may become it,
+and asks its health check.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ UID = 10001
 
 def stages(dockerfile: Path) -> dict[str, list[tuple[str, str]]]:
     """Stage → its (instruction, arguments), with continued lines joined; arguments of FROM name the stage."""
-    text = re.sub(r"\\\n", " ", "\n".join(line for line in dockerfile.read_text().splitlines() if not line.startswith("#")))
+    text = re.sub(
+        r"\\\n", " ", "\n".join(line for line in dockerfile.read_text().splitlines() if not line.startswith("#"))
+    )
     found: dict[str, list[tuple[str, str]]] = {"": []}
     stage = ""
     for line in filter(str.strip, text.splitlines()):
@@ -52,7 +55,12 @@ def build(folder: Path, arguments: dict[str, str]) -> None:
     """The stage ``build``."""
     instructions = stages(ROOT / "Dockerfile")["build"]
     places = {"/srv/inward": f"{folder}/srv/inward", "/src": f"{folder}/src"}
-    env = {**os.environ, **variables(instructions), **arguments, "PATH": f"{folder}/srv/inward/bin:{os.environ['PATH']}"}
+    env = {
+        **os.environ,
+        **variables(instructions),
+        **arguments,
+        "PATH": f"{folder}/srv/inward/bin:{os.environ['PATH']}",
+    }
     env.pop("PYTHONPATH", None)
     (folder / "src").mkdir()
     for kind, rest in instructions:
@@ -67,7 +75,10 @@ def build(folder: Path, arguments: dict[str, str]) -> None:
                 rest = rest.replace(place, here)
             print("+", rest, flush=True)
             subprocess.run(
-                ["sh", "-ec", rest.replace("python -m venv", f"{sys.executable} -m venv")], cwd=folder / "src", env=env, check=True
+                ["sh", "-ec", rest.replace("python -m venv", f"{sys.executable} -m venv")],
+                cwd=folder / "src",
+                env=env,
+                check=True,
             )
 
 
@@ -79,7 +90,11 @@ def start(folder: Path) -> None:
     home.mkdir()
     (folder / "tmp").mkdir(mode=0o1777)
     env = {name: value.replace("/var/lib/inward", str(home)) for name, value in env.items()}
-    env |= {"PATH": f"{folder}/srv/inward/bin:{os.environ['PATH']}", "TMPDIR": str(folder / "tmp"), "MPLCONFIGDIR": str(folder / "tmp")}
+    env |= {
+        "PATH": f"{folder}/srv/inward/bin:{os.environ['PATH']}",
+        "TMPDIR": str(folder / "tmp"),
+        "MPLCONFIGDIR": str(folder / "tmp"),
+    }
     env |= {"INWARD_HOST": "127.0.0.1", "INWARD_PORT": "0", "INWARD_API_KEYS": "a-key"}
     folder.chmod(0o755)
     become = _nobody(folder)
@@ -99,12 +114,15 @@ def start(folder: Path) -> None:
     if status:
         raise SystemExit(f"inward serve ended with {status}")
     print(
-        f"started as user {UID} who can write to its home only, healthy, stopped with 0" if become else "started, healthy, stopped with 0"
+        f"started as user {UID} who can write to its home only, healthy, stopped with 0"
+        if become
+        else "started, healthy, stopped with 0"
     )
 
 
 def _nobody(folder: Path) -> dict[str, Any]:
-    """How to become the image's user; nothing where we are not root, or where that user can't reach this Python (one below /root)."""
+    """How to become the image's user; nothing where we are not root, or where that user can't reach this Python (one
+    below /root)."""
     become = {"user": UID, "group": UID, "extra_groups": []}
     try:
         subprocess.run([folder / "opt/inward/bin/python", "-c", ""], check=True, **become)

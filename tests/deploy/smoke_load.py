@@ -1,7 +1,8 @@
-"""Requests through the whole stack, for ``deploy/smoke.sh``: at least N, and until a file says that it is enough; not one may fail.
+"""Requests through the whole stack, for ``deploy/smoke.sh``: at least N, and until a file says that it is enough; not
+one may fail.
 
-``smoke_load.py URL KEY N STOP_FILE`` uses the client as people do, with its own retries; it prints what was sent again, and ends with 1 if
-any call failed or any score was missing.
+``smoke_load.py URL KEY N STOP_FILE`` uses the client as people do, with its own retries; it prints what was sent again,
+and ends with 1 if any call failed or any score was missing.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ class Load:
             case 3:
                 complete = len((await self.client.rerank(text(), [text() for _ in range(4)])).results) == 4
             case _:
-                answer = await self.client.rerank(text(), n=2, sampling={"max_tokens": 6, "seed": number}, head="hybrid")
+                answer = await self.client.rerank(
+                    text(), n=2, sampling={"max_tokens": 6, "seed": number}, head="hybrid"
+                )
                 complete = len(answer.results) == 2
         if not complete:
             raise InwardError("an item has no score")
@@ -69,7 +72,11 @@ async def main(url: str, key: str, least: int, stop: Path) -> int:
     async with AsyncInward(url, api_key=key, retries=retries) as client:
         load = Load(client)
         await asyncio.gather(*(load.caller(first, least, stop) for first in range(CALLERS)))
-    print(f"{load.done} calls in {time.monotonic() - started:.0f} s, {len(load.failed)} failed", *load.failed[:10], sep="\n  ")
+    print(
+        f"{load.done} calls in {time.monotonic() - started:.0f} s, {len(load.failed)} failed",
+        *load.failed[:10],
+        sep="\n  ",
+    )
     return 1 if load.failed else 0
 
 

@@ -17,16 +17,31 @@ CHART = ROOT / "deploy/k8s"
 VERSIONS = ("1.25", "1.31", "1.34")
 KEYS = {"auth": {"apiKeys": ["a-long-enough-key"]}}
 EVERYTHING = KEYS | {
-    "model": {"id": "Qwen/Qwen2.5-7B-Instruct", "revision": "main", "settings": {"TEMPLATE": "{prompt} {response}", "MAX_ITEMS": 16}},
+    "model": {
+        "id": "Qwen/Qwen2.5-7B-Instruct",
+        "revision": "main",
+        "settings": {"TEMPLATE": "{prompt} {response}", "MAX_ITEMS": 16},
+    },
     "image": {"pullSecrets": ["registry"]},
     "worker": {"gpus": 2, "settings": {"BACKBONE": "vllm"}, "nodeSelector": {"pool": "gpu"}},
     "storage": {"models": "models", "heads": "heads", "adapters": "adapters"},
     "autoscaling": {"enabled": True},
-    "networkPolicy": {"callers": [{"namespaceSelector": {}}], "scrapers": [{"podSelector": {"matchLabels": {"app": "prometheus"}}}]},
+    "networkPolicy": {
+        "callers": [{"namespaceSelector": {}}],
+        "scrapers": [{"podSelector": {"matchLabels": {"app": "prometheus"}}}],
+    },
     "monitoring": {"serviceMonitor": True, "rules": True, "dashboards": True, "labels": {"release": "prometheus"}},
 }
-OUTSIDE = {"auth": {"existingSecret": "keys"}, "redis": {"bundled": False, "existingSecret": "redis"}, "networkPolicy": {"hub": False}}
-OPEN = {"auth": {"insecure": True}, "networkPolicy": {"enabled": False}, "redis": {"bundled": False, "url": "rediss://:p@host:6380/0"}}
+OUTSIDE = {
+    "auth": {"existingSecret": "keys"},
+    "redis": {"bundled": False, "existingSecret": "redis"},
+    "networkPolicy": {"hub": False},
+}
+OPEN = {
+    "auth": {"insecure": True},
+    "networkPolicy": {"enabled": False},
+    "redis": {"bundled": False, "url": "rediss://:p@host:6380/0"},
+}
 CASES = {"default": KEYS, "everything": EVERYTHING, "outside": OUTSIDE, "open": OPEN}
 
 
@@ -34,7 +49,9 @@ def render(values: dict, name: str = "demo") -> dict[str, dict]:
     """Kind/name → object, as ``helm template`` would give them."""
     with helm.Chart.load(CHART) as chart:
         files = chart.render(values, name=name, namespace="here")
-    found = [made for path, text in files.items() if path.endswith(".yaml") for made in yaml.safe_load_all(text) if made]
+    found = [
+        made for path, text in files.items() if path.endswith(".yaml") for made in yaml.safe_load_all(text) if made
+    ]
     objects = {f"{made['kind']}/{made['metadata']['name']}": made for made in found}
     assert len(objects) == len(found)
     return objects
@@ -57,7 +74,11 @@ def test_helm_finds_nothing_to_complain_about(case):
 @pytest.mark.parametrize("version", VERSIONS)
 def test_kubernetes_takes_every_object(case, version):
     objects = render(CASES[case])
-    ours = [made for made in objects.values() if made["apiVersion"].partition("/")[0] in {"v1", "apps", "policy", "networking.k8s.io"}]
+    ours = [
+        made
+        for made in objects.values()
+        if made["apiVersion"].partition("/")[0] in {"v1", "apps", "policy", "networking.k8s.io"}
+    ]
     assert len(ours) >= 5
     for made in ours:
         kubernetes.validate(made, version, strict=True)
@@ -85,7 +106,11 @@ def test_selectors_find_their_pods_and_nothing_else():
         for name, made in objects.items()
         if made["kind"] in {"Deployment", "StatefulSet"}
     }
-    selectors = [made["spec"]["selector"] for made in objects.values() if made["kind"] in {"Service", "PodDisruptionBudget", "Deployment"}]
+    selectors = [
+        made["spec"]["selector"]
+        for made in objects.values()
+        if made["kind"] in {"Service", "PodDisruptionBudget", "Deployment"}
+    ]
     selectors += [made["spec"]["podSelector"] for made in objects.values() if made["kind"] == "NetworkPolicy"]
     assert len(selectors) == 10
     for selector in selectors:
@@ -108,8 +133,16 @@ def test_settings_reach_those_they_are_for():
     api, worker = env(objects, "demo-inward-api"), env(objects, "demo-inward-worker")
     assert api["INWARD_MODEL"] == worker["INWARD_MODEL"] == "Qwen/Qwen2.5-7B-Instruct"
     assert api["INWARD_TEMPLATE"] == worker["INWARD_TEMPLATE"] == "{prompt} {response}"
-    assert api["INWARD_REDIS_URL"] == worker["INWARD_REDIS_URL"] == {"secretKeyRef": {"name": "demo-inward-redis", "key": "redis-url"}}
-    assert (worker["INWARD_BACKBONE"], worker["INWARD_HEADS"], worker["INWARD_ADAPTERS"]) == ("vllm", "/heads", "/adapters")
+    assert (
+        api["INWARD_REDIS_URL"]
+        == worker["INWARD_REDIS_URL"]
+        == {"secretKeyRef": {"name": "demo-inward-redis", "key": "redis-url"}}
+    )
+    assert (worker["INWARD_BACKBONE"], worker["INWARD_HEADS"], worker["INWARD_ADAPTERS"]) == (
+        "vllm",
+        "/heads",
+        "/adapters",
+    )
     assert "INWARD_BACKBONE" not in api and "INWARD_INSECURE" not in api
     assert api["INWARD_API_KEYS_FILE"] == "/etc/inward/keys/api-keys"
     assert objects["Secret/demo-inward-keys"]["stringData"] == {"api-keys": "a-long-enough-key"}
@@ -139,9 +172,13 @@ def test_dashboards_and_rules_are_those_of_the_repository():
     for path in (ROOT / "deploy/grafana/dashboards").glob("*.json"):
         assert json.loads(dashboards[f"inward-{path.name}"]) == json.loads(path.read_text())
     groups = [
-        group for path in sorted((ROOT / "deploy/prometheus/rules").glob("*.yml")) for group in yaml.safe_load(path.read_text())["groups"]
+        group
+        for path in sorted((ROOT / "deploy/prometheus/rules").glob("*.yml"))
+        for group in yaml.safe_load(path.read_text())["groups"]
     ]
-    assert [group["rules"] for group in objects["PrometheusRule/demo-inward"]["spec"]["groups"]] == [group["rules"] for group in groups]
+    assert [group["rules"] for group in objects["PrometheusRule/demo-inward"]["spec"]["groups"]] == [
+        group["rules"] for group in groups
+    ]
     assert objects["ConfigMap/demo-inward-redis"]["data"]["redis.conf"] == (ROOT / "deploy/redis.conf").read_text()
 
 

@@ -1,5 +1,5 @@
-"""The dashboards against Grafana's own schema, in the version that the compose file runs: its SDK reads them and writes them again.
-``make test-deploy``."""
+"""The dashboards against Grafana's own schema, in the version that the compose file runs: its SDK reads them and
+writes them again. ``make test-deploy``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import pytest
 
 NEEDED = "make test-deploy installs it"
 JSONEncoder = pytest.importorskip("grafana_foundation_sdk.cog.encoder", reason=NEEDED).JSONEncoder
-register_default_plugins = pytest.importorskip("grafana_foundation_sdk.cog.plugins", reason=NEEDED).register_default_plugins
+register_default_plugins = pytest.importorskip(
+    "grafana_foundation_sdk.cog.plugins", reason=NEEDED
+).register_default_plugins
 Dashboard = pytest.importorskip("grafana_foundation_sdk.models.dashboard", reason=NEEDED).Dashboard
 
 ROOT = Path(__file__).parents[2]

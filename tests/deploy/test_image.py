@@ -1,4 +1,5 @@
-"""Dockerfile, compose file and chart, against the repository and the settings that there are; against linters where they are installed."""
+"""Dockerfile, compose file and chart, against the repository and the settings that there are; against linters where
+they are installed."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from deploy.replay_image import stages, variables
 
 ROOT = Path(__file__).parents[2]
@@ -21,7 +23,9 @@ def tool(name: str) -> pytest.MarkDecorator:
 
 
 def copied() -> list[str]:
-    lines = [rest for instructions in stages(ROOT / "Dockerfile").values() for kind, rest in instructions if kind == "COPY"]
+    lines = [
+        rest for instructions in stages(ROOT / "Dockerfile").values() for kind, rest in instructions if kind == "COPY"
+    ]
     return [source for rest in lines if not rest.startswith("--from=") for source in rest.split()[:-1]]
 
 
@@ -49,7 +53,9 @@ def test_every_variable_that_is_set_is_a_setting(path):
     from inward.settings import Settings
 
     files = [ROOT / path] if (ROOT / path).is_file() else sorted((ROOT / path).glob("*"))
-    used = {name.lower() for file in files for name in re.findall(r"\bINWARD_(?!TRAIN_)([A-Z_]+[A-Z])\b", file.read_text())}
+    used = {
+        name.lower() for file in files for name in re.findall(r"\bINWARD_(?!TRAIN_)([A-Z_]+[A-Z])\b", file.read_text())
+    }
     assert used <= set(Settings.model_fields)
 
 
@@ -81,7 +87,11 @@ def test_what_compose_runs_is_a_command_of_the_image():
 
 def test_variables_that_compose_wants_are_in_the_example():
     wanted = set(re.findall(r"\$\{(\w+):\?", COMPOSE.read_text()))
-    given = {line.partition("=")[0] for line in (ROOT / "deploy/env.example").read_text().splitlines() if "=" in line and line[0] != "#"}
+    given = {
+        line.partition("=")[0]
+        for line in (ROOT / "deploy/env.example").read_text().splitlines()
+        if "=" in line and line[0] != "#"
+    }
     assert wanted <= given
 
 

@@ -1,4 +1,5 @@
-"""Dashboards, alerts and recording rules, against the series that the service really has and against Prometheus' own tool."""
+"""Dashboards, alerts and recording rules, against the series that the service really has and against Prometheus' own
+tool."""
 
 from __future__ import annotations
 
@@ -51,7 +52,8 @@ def expressions() -> dict[str, str]:
 
 
 def series() -> dict[str, set[str]]:
-    """Name → labels of everything in /metrics of the service and of the trainer, and of what the recording rules make."""
+    """Name → labels of everything in /metrics of the service and of the trainer, and of what the recording rules
+    make."""
     found: dict[str, set[str]] = {name: set() for name in OF_PROMETHEUS}
     for registry, family in ((one, family) for one in REGISTRIES for family in one.collect()):
         suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_count", "_sum"]}.get(family.type, [""])
@@ -60,7 +62,9 @@ def series() -> dict[str, set[str]]:
         found |= {family.name + suffix: labels for suffix in suffixes}
     for rule in rules():
         if "record" in rule:
-            found[rule["record"]] = {label for by in re.findall(r"by \(([^)]*)\)", rule["expr"]) for label in re.split(r",\s*", by)}
+            found[rule["record"]] = {
+                label for by in re.findall(r"by \(([^)]*)\)", rule["expr"]) for label in re.split(r",\s*", by)
+            }
     return found
 
 

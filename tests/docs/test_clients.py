@@ -26,11 +26,15 @@ def near(said, seen):
     return said == seen
 
 
-@pytest.mark.parametrize(("command", "said"), EXAMPLES, ids=[re.search(r":8080(\S+)", command)[1] for command, _ in EXAMPLES])
+@pytest.mark.parametrize(
+    ("command", "said"), EXAMPLES, ids=[re.search(r":8080(\S+)", command)[1] for command, _ in EXAMPLES]
+)
 def test_a_curl_example_answers_as_printed(demo_server, command, said):
     _, _, url, _, header, _, body = shlex.split(command)  # curl -s URL -H HEADER -d BODY
     name, _, value = header.partition(": ")
-    answer = httpx.post(url.replace("http://127.0.0.1:8080", demo_server.url), content=body, headers={name: value}, timeout=300)
+    answer = httpx.post(
+        url.replace("http://127.0.0.1:8080", demo_server.url), content=body, headers={name: value}, timeout=300
+    )
     assert near(json.loads(said), answer.json())
 
 
@@ -39,7 +43,9 @@ def test_there_are_as_many_answers_as_examples():
 
 
 @pytest.mark.parametrize(
-    "file", ["README.md", "clients/python/README.md", "docs/clients.md"], ids=["README", "README of the client", "clients"]
+    "file",
+    ["README.md", "clients/python/README.md", "docs/clients.md"],
+    ids=["README", "README of the client", "clients"],
 )
 def test_python_examples_run_as_written(demo_server, file, capsys):
     """All but those that need a data set and a model to train."""
@@ -57,7 +63,9 @@ def test_python_examples_run_as_written(demo_server, file, capsys):
 
 def test_every_route_of_the_page_exists_and_every_compatibility_route_is_on_it():
     document = json.loads((ROOT / "clients/openapi.json").read_text(encoding="utf-8"))
-    compatible = {path for path, item in document["paths"].items() if any(op["tags"] == ["compatibility"] for op in item.values())}
+    compatible = {
+        path for path, item in document["paths"].items() if any(op["tags"] == ["compatibility"] for op in item.values())
+    }
     named = set(re.findall(r"`(/[\w/-]+)`|:8080(/[\w/-]+)", CLIENTS))
     named = {one or other for one, other in named}
     assert named <= set(document["paths"])

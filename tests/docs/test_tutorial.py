@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from inward.annotate.work import CHUNK
+from inward.offline.annotate.work import CHUNK
 
 TUTORIAL = Path(__file__).parents[2] / "docs/tutorial.py"
 TOPICS = ("locks", "cars", "bread", "knives", "cards", "trains", "paint", "rope")
@@ -18,7 +18,11 @@ def test_the_tutorial_runs_as_written(tmp_path):
     turns = "\\n\\nHuman: Question {n} about {topic}?\\n\\nAssistant: "
     row = '{{"chosen": "' + turns + 'I would ask first.", "rejected": "' + turns + "Just take it." + '"}}\n'
     path.write_text("".join(row.format(n=n, topic=topic) for n in range(5) for topic in TOPICS))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "XDG_STATE_HOME": str(tmp_path / "state"), "TMPDIR": str(tmp_path)}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "XDG_STATE_HOME": str(tmp_path / "state"),
+        "TMPDIR": str(tmp_path),
+    }
     command = [sys.executable, str(TUTORIAL), str(path), "--rows", str(CHUNK), "--seeds", "0"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -21,7 +21,14 @@ CALIBRATION = {
 
 
 def manifest(**fields):
-    known = {"name": "hybrid", "kind": "hybrid", "version": 1, "created": "2025-01-01T00:00:00Z", "template": "t", "layers": (1, 2, 4)}
+    known = {
+        "name": "hybrid",
+        "kind": "hybrid",
+        "version": 1,
+        "created": "2025-01-01T00:00:00Z",
+        "template": "t",
+        "layers": (1, 2, 4),
+    }
     return Manifest(**{**known, "backbone": BackboneRef(name="b", fingerprint="f"), **fields})
 
 
@@ -121,7 +128,11 @@ def test_pair_gives_margin_bin_agreement_and_both_confidences():
 
 
 def test_pair_without_a_finite_score_has_no_confidence():
-    pair = head(calibration=CALIBRATION).score(Reading(np.array([[1, 1, 1], [np.nan, 1, 1]], dtype=np.float32)), pair=True).pair
+    pair = (
+        head(calibration=CALIBRATION)
+        .score(Reading(np.array([[1, 1, 1], [np.nan, 1, 1]], dtype=np.float32)), pair=True)
+        .pair
+    )
     assert set(pair.values()) == {None} and "confidence" in pair
 
 

@@ -41,10 +41,15 @@ def pairs(seed=1):
 @pytest.mark.parametrize("gate", ["sigmoid", "softmax"])
 def test_gradients_are_those_of_autograd(gate):
     one, (chosen, rejected) = head(gate), pairs()
-    w, b, v = (torch.from_numpy(x).double().requires_grad_() for x in (one.probe_weight_LD, one.probe_bias_L, one.gate_weight_LL))
+    w, b, v = (
+        torch.from_numpy(x).double().requires_grad_()
+        for x in (one.probe_weight_LD, one.probe_bias_L, one.gate_weight_LL)
+    )
 
     def rewards(states):
-        t = ((torch.from_numpy(states).double() - torch.from_numpy(one.mean_LD)) / torch.from_numpy(one.scale_LD) * w).sum(-1) + b
+        t = (
+            (torch.from_numpy(states).double() - torch.from_numpy(one.mean_LD)) / torch.from_numpy(one.scale_LD) * w
+        ).sum(-1) + b
         logits = t @ v.T
         return ((torch.sigmoid(logits) if gate == "sigmoid" else logits.softmax(-1)) * t).sum(-1)
 
@@ -78,7 +83,9 @@ def test_a_step_makes_the_next_version_and_leaves_the_old_head_alone():
     assert (before.manifest.version, after.manifest.version) == (4, 5)
     assert online_step(after, *pairs()).manifest.fit["online_steps"] == 2
     assert all(np.array_equal(before.tensors()[name], kept[name]) for name in kept)
-    assert np.array_equal(after.mean_LD, before.mean_LD) and not np.array_equal(after.gate_weight_LL, before.gate_weight_LL)
+    assert np.array_equal(after.mean_LD, before.mean_LD) and not np.array_equal(
+        after.gate_weight_LL, before.gate_weight_LL
+    )
     assert not np.array_equal(after.readout.taps[0].weight_DK, before.readout.taps[0].weight_DK)
 
 

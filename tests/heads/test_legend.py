@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
-from small_heads import legend, manifest
 
 from inward.errors import HeadError, InternalError
 from inward.heads.legend import LegendHead
 from inward.types import Reading
+from support.small_heads import legend, manifest
 
 
 def reading(*values, tokens=None):
@@ -28,7 +28,9 @@ def test_a_pair_that_contradicts_its_label_is_in_the_lowest_bin_and_says_so():
     assert pair == {"margin": -4.5, "margin_scaled": -2.25, "bin": 0.0, "label_agrees": False}
 
 
-@pytest.mark.parametrize(("margin", "value"), [(0, 0.0), (0.5, 0.0), (1.0, 0.25), (1.9, 0.25), (2.0, 0.5), (3.0, 1.0), (99, 1.0)])
+@pytest.mark.parametrize(
+    ("margin", "value"), [(0, 0.0), (0.5, 0.0), (1.0, 0.25), (1.9, 0.25), (2.0, 0.5), (3.0, 1.0), (99, 1.0)]
+)
 def test_bins_are_closed_below(margin, value):
     assert legend().score(reading(margin, 0), pair=True).pair["bin"] == value
 

@@ -3,12 +3,12 @@ import threading
 
 import numpy as np
 import pytest
-from small_heads import legend
 
 from inward.errors import Conflict, HeadError, NotFound
 from inward.heads import store
 from inward.heads.registry import Registry
 from inward.types import BackboneInfo
+from support.small_heads import legend
 
 INFO = BackboneInfo("tiny", "", "sha256:tiny", 4, 4, 512, "float32", "cpu")
 TEMPLATE = "format:{prompt}{response}"
@@ -160,7 +160,9 @@ def test_concurrent_writers_get_different_versions(heads):
 
 async def test_of_concurrent_updates_with_one_sequence_number_one_is_applied(heads):
     registry = opened(heads)
-    results = await asyncio.gather(*[asyncio.to_thread(registry.add_version, legend(seed=i), sequence=1) for i in range(6)])
+    results = await asyncio.gather(
+        *[asyncio.to_thread(registry.add_version, legend(seed=i), sequence=1) for i in range(6)]
+    )
     assert {head.ref.version for head in results} == {2}
     assert registry.versions("legend") == [1, 2]
 

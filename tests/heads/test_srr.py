@@ -5,16 +5,23 @@ import pytest
 import torch
 
 from inward.errors import HeadError, InvalidField
-from inward.fitting.rankers import Ranker, Settings
 from inward.heads.base import BackboneRef, Manifest
 from inward.heads.srr import SHAPES, SrrHead
+from inward.offline.fit.rankers import Ranker, Settings
 from inward.types import Reading
 
 D, K = 12, 8
 
 
 def manifest(**fields):
-    known = {"name": "srr", "kind": "srr", "version": 1, "created": "2025-01-01T00:00:00Z", "template": "t", "layers": (3,)}
+    known = {
+        "name": "srr",
+        "kind": "srr",
+        "version": 1,
+        "created": "2025-01-01T00:00:00Z",
+        "template": "t",
+        "layers": (3,),
+    }
     return Manifest(**{**known, "backbone": BackboneRef(name="b", fingerprint="f"), **fields})
 
 
@@ -41,14 +48,18 @@ def read(head, states):
     """What a backbone gives for a prompt's state and those of its candidates."""
     prompt, response = head.readout.taps
     first = np.repeat(states[:1], len(states) - 1, axis=0) @ prompt.weight_DK + prompt.bias_K
-    return Reading(np.concatenate([first, states[1:] @ response.weight_DK + response.bias_K], axis=1).astype(np.float32))
+    return Reading(
+        np.concatenate([first, states[1:] @ response.weight_DK + response.bias_K], axis=1).astype(np.float32)
+    )
 
 
 @pytest.mark.parametrize("n", [1, 2, 7])
 def test_numpy_gives_the_modules_cosines(n):
     h = states(n)
     with torch.no_grad():
-        want = ranker()(torch.from_numpy(h[:1]), torch.from_numpy(h[None, 1:]), torch.ones(1, n, dtype=torch.bool))[0].numpy()
+        want = ranker()(torch.from_numpy(h[:1]), torch.from_numpy(h[None, 1:]), torch.ones(1, n, dtype=torch.bool))[
+            0
+        ].numpy()
     np.testing.assert_allclose(head().score(read(head(), h)).scores_N, want, atol=1e-5)
 
 

@@ -3,11 +3,11 @@ import json
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from small_heads import legend, manifest
 
 from inward.errors import HeadError, NotFound
 from inward.heads import store
 from inward.heads.legend import LegendHead
+from support.small_heads import legend, manifest
 
 SERVED = {"fingerprint": "sha256:tiny", "template": "format:{prompt}{response}", "depth": 4, "width": 4}
 
@@ -152,7 +152,9 @@ def test_a_head_of_another_width_is_refused(folder):
         store.load(folder, width=8)
 
 
-@pytest.mark.parametrize("calibration", [{"margin_std": -1, "bin_edges": [], "bin_values": [0]}, {"margin_std": 1}, {"margin_std": "x"}])
+@pytest.mark.parametrize(
+    "calibration", [{"margin_std": -1, "bin_edges": [], "bin_values": [0]}, {"margin_std": 1}, {"margin_std": "x"}]
+)
 def test_calibration_that_cannot_be_used_is_refused(folder, calibration):
     edit(folder, calibration=calibration)
     with pytest.raises(HeadError, match="calibration"):

@@ -4,11 +4,11 @@ import asyncio
 from contextlib import asynccontextmanager
 
 import pytest
-from queued import InMemory, done, ids, in_redis, job
 
 from inward.errors import Overloaded
 from inward.queues.base import Closed
 from inward.types import Failed
+from support.queues import InMemory, done, ids, in_redis, job
 
 
 @pytest.fixture(params=["memory", "redis"])
@@ -38,7 +38,12 @@ async def test_a_job_arrives_as_it_was_sent(opened):
         sent = job("a", 7, pair=True, details=frozenset({"tokens"}), deadline=12345.5, enqueued=12.25, priority="bulk")
         await q.producer.submit([sent])
         [taken] = await q.consumer.take(100)
-        assert (taken.group, taken.heads, taken.details, taken.pair) == (sent.group, sent.heads, sent.details, sent.pair)
+        assert (taken.group, taken.heads, taken.details, taken.pair) == (
+            sent.group,
+            sent.heads,
+            sent.details,
+            sent.pair,
+        )
         assert (taken.deadline, taken.enqueued, taken.priority, taken.deliveries) == (12345.5, 12.25, "bulk", 1)
 
 

@@ -3,11 +3,11 @@
 import asyncio
 
 import pytest
-from queued import done, ids, job
 
 from inward.errors import EngineDead, Overloaded
 from inward.queues.base import Closed
 from inward.queues.memory import MemoryQueue
+from support.queues import done, ids, job
 
 
 class Clock:

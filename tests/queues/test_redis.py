@@ -1,27 +1,31 @@
-"""What the queue in Redis promises beyond the contract: deaths, freezes, priorities, dead letters, a Redis that is away or full."""
+"""What the queue in Redis promises beyond the contract: deaths, freezes, priorities, dead letters, a Redis that is
+away or full."""
 
 import asyncio
 import re
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
-from patience import PATIENCE, until
-from queued import BEATING, KEYS, REPLICA, WORKER, age, done, ids, in_redis, job
 
 from inward import metrics
 from inward.errors import EngineDead, InternalError, SetupError
-from inward.queues.redis import Connection, Keys, RedisConsumer, RedisProducer, scripts
-from inward.queues.redis.keys import GROUP
+from inward.queues.redis import scripts
+from inward.queues.redis.consumer import RedisConsumer
+from inward.queues.redis.producer import RedisProducer
+from inward.stores.connection import Connection
+from inward.stores.keys import GROUP, Keys
+from support.queues import BEATING, KEYS, REPLICA, WORKER, age, done, ids, in_redis, job
+from support.waiting import PATIENCE, until
 
 
 @pytest.fixture
 async def house(redis_server):
     """Opens replicas and workers around the shared Redis and closes them in the end."""
     async with AsyncExitStack() as stack:
-        yield House(redis_server, stack)
+        yield Standalone(redis_server, stack)
 
 
-class House:
+class Standalone:
     def __init__(self, server, stack):
         self.server, self._stack = server, stack
 
@@ -210,7 +214,9 @@ async def test_only_claims_that_somebody_took_over_count_as_lost(house, monkeypa
     monkeypatch.setattr(worker._redis, "script", slowly)
     settling = asyncio.create_task(worker.settle([done(batch[0])]))
     await settled.wait()
-    await worker._renew()  # as it happens between the moment at which Redis settles a job and that at which the worker hears it
+    await (
+        worker._renew()
+    )  # as it happens between the moment at which Redis settles a job and that at which the worker hears it
     told.set()
     await settling
     assert (lost() - before, list(worker._claims)) == (1, ["kept"])
@@ -230,7 +236,9 @@ async def test_a_worker_that_lives_keeps_its_claims_however_long_it_computes(hou
         age(house.server, slow.worker, PATIENCE / 2)
         with house.server.client() as client:
             await until(
-                lambda client=client: not client.xpending_range(KEYS.streams[0], "workers", "-", "+", 1, idle=round(500 * PATIENCE))
+                lambda client=client: (
+                    not client.xpending_range(KEYS.streams[0], "workers", "-", "+", 1, idle=round(500 * PATIENCE))
+                )
             )
     assert not taking.done()
     assert ids(await slow.wanted(held)) == ["a"]
@@ -337,7 +345,7 @@ async def test_without_a_worker_nobody_is_admitted(house):
 async def test_an_unreadable_job_becomes_a_dead_letter_and_its_caller_gets_an_error(house, monkeypatch):
     worker, replica = await house.worker(), await house.replica()
     with monkeypatch.context() as patch:
-        patch.setattr("inward.queues.codec.VERSION", 9)
+        patch.setattr("inward.codec.VERSION", 9)
         waits = await replica.submit([job("newer")])
     await replica.submit([job("fine")])
     assert ids(await next_of(worker)) == ["fine"]

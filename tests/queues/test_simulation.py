@@ -1,7 +1,8 @@
-"""Hours of bursts, deaths, freezes and losses in seconds: the real queue code and a real Redis, on a clock that is not the wall's.
+"""Hours of bursts, deaths, freezes and losses in seconds: the real queue code and a real Redis, on a clock that is not
+the wall's.
 
-Time passes by ageing what Redis dates (claims, signs of life) and by the clock that is handed to the queue. Nothing runs by itself:
-renewals, signs of life and reads happen when the simulation says so.
+Time passes by ageing what Redis dates (claims, signs of life) and by the clock that is handed to the queue. Nothing
+runs by itself: renewals, signs of life and reads happen when the simulation says so.
 """
 
 import asyncio
@@ -9,15 +10,17 @@ import itertools
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from patience import PATIENCE
-from queued import KEYS, job
 
 from inward.batching import pack
 from inward.errors import EngineDead, InternalError, Overloaded
 from inward.queues.base import Closed
-from inward.queues.redis import Connection, RedisConsumer, RedisProducer
-from inward.queues.redis.keys import GROUP
+from inward.queues.redis.consumer import RedisConsumer
+from inward.queues.redis.producer import RedisProducer
+from inward.stores.connection import Connection
+from inward.stores.keys import GROUP
 from inward.types import Failed, HeadRef, Scored, Scores, Usage
+from support.queues import KEYS, job
+from support.waiting import PATIENCE
 
 IDLE, TTL, STEP = 30.0, 10.0, 3.0
 BATCH = 50
@@ -50,7 +53,9 @@ class Worker:
     """A consumer and what it has taken; it computes when it is told to."""
 
     def __init__(self, world):
-        self.consumer = Consumer(world.redis, KEYS, idle=IDLE, ttl=TTL, max_deliveries=world.max_deliveries, clock=world.clock)
+        self.consumer = Consumer(
+            world.redis, KEYS, idle=IDLE, ttl=TTL, max_deliveries=world.max_deliveries, clock=world.clock
+        )
         self.waiting, self.frozen = [], False
 
     async def open(self):
@@ -110,7 +115,9 @@ class World:
 
     async def submit(self, replica, n, *, poison=False):
         name = "poison" if poison else "job"
-        jobs = [job(f"{name}-{next(self.names)}", 1 + i % 9, priority=("interactive", "bulk")[i % 3 == 2]) for i in range(n)]
+        jobs = [
+            job(f"{name}-{next(self.names)}", 1 + i % 9, priority=("interactive", "bulk")[i % 3 == 2]) for i in range(n)
+        ]
         try:
             for one, future in zip(jobs, await replica.producer.submit(jobs), strict=True):
                 replica.futures[one.id] = future
@@ -135,12 +142,15 @@ class World:
             self.workers.remove(worker)
             return True
         self.computed += [one.id for one in batch]
-        await worker.consumer.settle([Scored(one.id, (HeadRef("h", "legend", 1),), (Scores((1.0,)),), "base", Usage()) for one in batch])
+        await worker.consumer.settle(
+            [Scored(one.id, (HeadRef("h", "legend", 1),), (Scores((1.0,)),), "base", Usage()) for one in batch]
+        )
         worker.waiting = rest
         return True
 
     async def there(self, consumer):
-        """What it gets if it looks once. A look is never cut short: on a slow machine jobs would be lost on their way."""
+        """What it gets if it looks once. A look is never cut short: on a slow machine jobs would be lost on their
+        way."""
         taking = asyncio.create_task(consumer.take(BATCH))
         await asyncio.sleep(0)
         await consumer.close()
@@ -233,7 +243,9 @@ async def do(world, operation, number):
         case "thaw" if worker is not None:
             worker.frozen = False
         case "cut" if worker is not None:  # Redis gave it jobs, and the answer got lost
-            await world.redis("XREADGROUP", "GROUP", GROUP, worker.consumer.worker, "COUNT", 5, "STREAMS", KEYS.streams[0], ">")
+            await world.redis(
+                "XREADGROUP", "GROUP", GROUP, worker.consumer.worker, "COUNT", 5, "STREAMS", KEYS.streams[0], ">"
+            )
         case "new replica" if len(world.replicas) < 3:
             world.replicas.append(Replica(world))
             await world.replicas[-1].producer._live()
@@ -257,7 +269,10 @@ def test_whatever_dies_freezes_or_is_lost_everybody_is_answered_exactly_once(red
 
 
 poisoned = st.lists(
-    st.tuples(st.sampled_from(("submit", "submit", "poison", "work", "work", "work", "spawn", "seconds", "minute")), st.integers(0, 99)),
+    st.tuples(
+        st.sampled_from(("submit", "submit", "poison", "work", "work", "work", "spawn", "seconds", "minute")),
+        st.integers(0, 99),
+    ),
     min_size=10,
     max_size=40,
 )

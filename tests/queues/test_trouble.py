@@ -1,18 +1,20 @@
-"""A Redis that is slow, cut off, full, frozen or killed: clear errors, nobody's answer lost, and recovery without a restart."""
+"""A Redis that is slow, cut off, full, frozen or killed: clear errors, nobody's answer lost, and recovery without a
+restart."""
 
 import asyncio
 import itertools
 import signal
 
 import pytest
-from patience import PATIENCE, until
-from queued import BEATING, KEYS, done, ids, in_redis, job
 
 from inward.errors import Unavailable
+from support.queues import BEATING, KEYS, done, ids, in_redis, job
+from support.waiting import PATIENCE, until
 
 
 class Way:
-    """Between us and a Redis: what is sent arrives ``delay`` seconds later, and while ``open`` is not set, when it is set again.
+    """Between us and a Redis: what is sent arrives ``delay`` seconds later, and while ``open`` is not set, when it is
+    set again.
 
     No connection is closed, so that what was given up on may arrive late, as it does over a network.
     """
@@ -35,7 +37,10 @@ class Way:
 
     async def _carry(self, reader, writer):
         from_redis, to_redis = await asyncio.open_connection("127.0.0.1", self._port)
-        self._pumps |= {asyncio.create_task(self._pump(reader, to_redis)), asyncio.create_task(self._pump(from_redis, writer))}
+        self._pumps |= {
+            asyncio.create_task(self._pump(reader, to_redis)),
+            asyncio.create_task(self._pump(from_redis, writer)),
+        }
 
     async def _pump(self, reader, writer):
         try:

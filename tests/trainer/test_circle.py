@@ -6,9 +6,7 @@ import re
 
 import pytest
 import torch
-from fake_inward import FakeInward, served
 from safetensors.torch import load_file
-from small_policy import options, rows, write_policy, write_rows
 
 from inward_trainer import cdpo, feed, loop
 from inward_trainer.errors import DataError, DivergedError, OptionsError
@@ -17,6 +15,8 @@ from inward_trainer.logs import read_log
 from inward_trainer.loop import HeadUpdates
 from inward_trainer.losses import cdpo_loss
 from inward_trainer.policy import Publisher
+from support.fake_inward import FakeInward, served
+from support.small_policy import options, rows, write_policy, write_rows
 
 STEPS, EVERY, BATCH = 6, 2, 2
 
@@ -55,7 +55,9 @@ def test_every_step_learns_publishes_and_updates_the_head(world):
     assert cdpo.run(run) == 0
     lines = steps_of(run)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    assert sorted(id for line in lines for id in line["pairs"]) == sorted(str(i) for i in range(STEPS * BATCH)), "each prompt once"
+    assert sorted(id for line in lines for id in line["pairs"]) == sorted(str(i) for i in range(STEPS * BATCH)), (
+        "each prompt once"
+    )
     assert [len(pairs) for pairs in fake.updates.values()] == [BATCH] * STEPS
     assert [version.rpartition("-")[2] for version in fake.policies] == ["base", "000002", "000004", "000006"]
     assert {path.name for path in (run.adapters).iterdir()} == set(fake.policies) - {"base"}
@@ -63,9 +65,13 @@ def test_every_step_learns_publishes_and_updates_the_head(world):
     assert all(torch.equal(published[name], value) for name, value in weights(run).items())
     looks = [line for line in read_log(run.out / "log.jsonl") if "policy_version" in line]
     assert [look["step"] for look in looks] == [0, 2, 4, 6]
-    assert {"held_out/reward", "held_out/monitor", "hybrid/accuracy_after", "monitor/accuracy_after"} <= looks[-1].keys()
+    assert {"held_out/reward", "held_out/monitor", "hybrid/accuracy_after", "monitor/accuracy_after"} <= looks[
+        -1
+    ].keys()
     assert lines[0]["gamma"] == pytest.approx(0.9)
-    assert {"rewards/accuracies", "hybrid/accuracy", "monitor/accuracy", "kl", "hybrid/reward/mean", "loss"} <= lines[-1].keys()
+    assert {"rewards/accuracies", "hybrid/accuracy", "monitor/accuracy", "kl", "hybrid/reward/mean", "loss"} <= lines[
+        -1
+    ].keys()
 
 
 def test_a_run_that_diverges_ends_before_it_spoils_the_policy_and_goes_on_when_that_is_mended(world, monkeypatch):
@@ -109,7 +115,9 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(world, tmp
                 with pytest.raises(Killed):
                     cdpo.run(killed)
         assert cdpo.run(killed) == 0
-    assert [line["pairs"] for line in steps_of(killed)] == [line["pairs"] for line in steps_of(run)], "no pair lost, none twice"
+    assert [line["pairs"] for line in steps_of(killed)] == [line["pairs"] for line in steps_of(run)], (
+        "no pair lost, none twice"
+    )
     assert again.updates == fake.updates, "each update once"
     assert [v.rpartition("-")[2] for v in again.policies] == [v.rpartition("-")[2] for v in fake.policies]
     assert all(torch.equal(weights(killed)[name], value) for name, value in weights(run).items())
@@ -219,7 +227,14 @@ def test_a_source_that_ends_early_still_leaves_a_checkpoint_and_a_result(world):
 def test_all_weights_can_be_trained_and_the_run_goes_on(policy, tmp_path, monkeypatch):
     pairs = write_rows(tmp_path / "pairs.jsonl", [row | {"confidence": 1.0} for row in rows(4)])
     run = options(
-        model=str(policy), out=tmp_path / "run", pairs=pairs, epochs=4, full=True, checkpoint_every=2, learning_rate=1e-3, beta=0.5
+        model=str(policy),
+        out=tmp_path / "run",
+        pairs=pairs,
+        epochs=4,
+        full=True,
+        checkpoint_every=2,
+        learning_rate=1e-3,
+        beta=0.5,
     )
     with monkeypatch.context() as patch:
         dies(patch, Journal, "write", 6, "after")
@@ -234,12 +249,16 @@ def test_all_weights_can_be_trained_and_the_run_goes_on(policy, tmp_path, monkey
 
 def test_a_file_of_pairs_for_several_epochs_is_learnt(policy, tmp_path):
     pairs = write_rows(tmp_path / "pairs.jsonl", [row | {"confidence": 1.0} for row in rows(5)])
-    run = options(model=str(policy), out=tmp_path / "run", pairs=pairs, epochs=8, accumulate=2, checkpoint_every=5, beta=0.5)
+    run = options(
+        model=str(policy), out=tmp_path / "run", pairs=pairs, epochs=8, accumulate=2, checkpoint_every=5, beta=0.5
+    )
     cdpo.run(run)
     lines = steps_of(run)
     used = [id for line in lines for id in line["pairs"]]
     assert len(lines) == 10
-    assert all(sorted(used[i : i + 5]) == ["0", "1", "2", "3", "4"] for i in range(0, 40, 5)), "each pair once in every epoch"
+    assert all(sorted(used[i : i + 5]) == ["0", "1", "2", "3", "4"] for i in range(0, 40, 5)), (
+        "each pair once in every epoch"
+    )
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.2
     assert lines[-1]["rewards/accuracies"] == 1.0
     assert json.loads((run.out / "run.json").read_text())["rows"] == 4

@@ -34,7 +34,9 @@ def test_squashed_and_raw_are_worked_out_from_rewards():
     assert Confidence(scale="squashed", floor=0)(PAIRS) == pytest.approx(squashed)
     assert Confidence(scale="raw", floor=0)(PAIRS) == pytest.approx(raw)
     assert raw[0] > 0.999, "raw scores saturate, which is why they are squashed"
-    assert Confidence(scale="raw")(PAIRS)[2] == 0.5, "a pair that the head takes for flipped is not trained round, only ignored"
+    assert Confidence(scale="raw")(PAIRS)[2] == 0.5, (
+        "a pair that the head takes for flipped is not trained round, only ignored"
+    )
 
 
 def test_a_batch_has_one_value_for_all():
@@ -53,12 +55,24 @@ def test_a_pair_without_what_is_needed_is_named(scale):
 
 def test_rows_as_texts_and_as_messages_are_the_same_pair():
     said = [{"role": "user", "content": "Birds?"}]
-    as_chat = {"messages": said, "chosen": [{"role": "assistant", "content": "Seven."}], "rejected": "No.", "confidence": 1, "extra": 0}
+    as_chat = {
+        "messages": said,
+        "chosen": [{"role": "assistant", "content": "Seven."}],
+        "rejected": "No.",
+        "confidence": 1,
+        "extra": 0,
+    }
     assert read_row(as_chat, "3") == ScoredPair("3", said, "Seven.", "No.", confidence=1.0)
 
 
 def test_a_row_says_whether_its_answers_were_cut():
-    row = {"prompt": "p", "chosen": "a", "rejected": "b", "chosen_finish_reason": "stop", "rejected_finish_reason": "length"}
+    row = {
+        "prompt": "p",
+        "chosen": "a",
+        "rejected": "b",
+        "chosen_finish_reason": "stop",
+        "rejected_finish_reason": "length",
+    }
     assert read_row(row, "0").finished == (True, False)
     assert read_row(row | {"chosen_finish_reason": None}, "0").finished == (True, False)
 

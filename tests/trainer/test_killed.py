@@ -6,9 +6,8 @@ import subprocess
 import sys
 import time
 
-from small_policy import rows, write_policy
-
 from inward_trainer.logs import read_log
+from support.small_policy import rows, write_policy
 
 KEY, GROUP = "inward:{tiny}:scores:pairs", "trainer"
 STEPS, BATCH = 8, 2

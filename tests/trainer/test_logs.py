@@ -20,7 +20,12 @@ def test_a_run_that_goes_on_drops_the_lines_of_steps_that_are_done_again(tmp_pat
 
 def test_what_is_not_finite_is_null(tmp_path):
     Log(tmp_path, 0, tensorboard=False).write(1, {"grad_norm": float("inf"), "loss": float("nan"), "pairs": ["a"]})
-    assert json.loads((tmp_path / "log.jsonl").read_text()) == {"step": 1, "grad_norm": None, "loss": None, "pairs": ["a"]}
+    assert json.loads((tmp_path / "log.jsonl").read_text()) == {
+        "step": 1,
+        "grad_norm": None,
+        "loss": None,
+        "pairs": ["a"],
+    }
 
 
 def test_tensorboard_has_the_numbers_and_the_distribution(tmp_path):

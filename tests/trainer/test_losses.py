@@ -22,7 +22,9 @@ def by_hand(z, gamma):
 
 def test_equals_the_formula():
     z, gamma = sample()
-    expected = torch.tensor([by_hand(*pair) for pair in zip(z.tolist(), gamma.tolist(), strict=True)], dtype=torch.float64)
+    expected = torch.tensor(
+        [by_hand(*pair) for pair in zip(z.tolist(), gamma.tolist(), strict=True)], dtype=torch.float64
+    )
     loss = cdpo_loss(z, gamma)
     assert loss.shape == z.shape
     torch.testing.assert_close(loss, expected, rtol=0, atol=1e-6)

@@ -3,14 +3,14 @@ import math
 
 import httpx
 import pytest
-from fake_inward import FakeInward, served
 from prometheus_client.parser import text_string_to_metric_families
-from redis_server import free_port
-from small_policy import options, rows, write_policy, write_rows
 
 from inward_trainer import cdpo, metrics
 from inward_trainer.errors import OptionsError
 from inward_trainer.logs import Log
+from support.fake_inward import FakeInward, served
+from support.redis_server import free_port
+from support.small_policy import options, rows, write_policy, write_rows
 
 
 def value(name, **labels):
@@ -48,7 +48,12 @@ def test_a_run_is_complete_where_its_source_ends(tmp_path):
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": row["prompt"]} for row in rows(5)])
     with served(FakeInward()) as url:
         run = options(
-            model=str(write_policy(tmp_path / "model")), url=url, source="samples", prompts=prompts, samples=4, out=tmp_path / "short"
+            model=str(write_policy(tmp_path / "model")),
+            url=url,
+            source="samples",
+            prompts=prompts,
+            samples=4,
+            out=tmp_path / "short",
         )
         assert cdpo.run(run) == 0
     name = json.loads((tmp_path / "short/run.json").read_text())["name"]
@@ -62,7 +67,9 @@ def test_metrics_are_served_until_they_are_stopped():
         with pytest.raises(OptionsError, match=rf"--metrics-port {port} on 127.0.0.1: .*in use"):
             metrics.serve("127.0.0.1", port)
         families = text_string_to_metric_families(httpx.get(f"http://127.0.0.1:{port}/metrics").raise_for_status().text)
-        assert {"inward_trainer_pairs", "inward_trainer_step", "process_resident_memory_bytes"} <= {family.name for family in families}
+        assert {"inward_trainer_pairs", "inward_trainer_step", "process_resident_memory_bytes"} <= {
+            family.name for family in families
+        }
     finally:
         stop()
     with pytest.raises(httpx.ConnectError):

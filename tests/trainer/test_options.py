@@ -2,7 +2,7 @@ import argparse
 
 import pytest
 
-from inward.queues.redis import Keys
+from inward.stores.keys import Keys
 from inward_trainer.__main__ import main, parser
 from inward_trainer.cdpo import check, stream_key
 from inward_trainer.errors import OptionsError
@@ -33,7 +33,9 @@ def test_the_key_is_never_shown():
     assert "secret" not in repr(read(environment={"INWARD_TRAIN_API_KEY": "secret"}))
 
 
-@pytest.mark.parametrize("words", [["--steps", "0"], ["--confidence", "sometimes"], ["--gamma", "1.2"], ["--recipe", "no-such"]])
+@pytest.mark.parametrize(
+    "words", [["--steps", "0"], ["--confidence", "sometimes"], ["--gamma", "1.2"], ["--recipe", "no-such"]]
+)
 def test_a_value_that_an_option_does_not_take_is_named(words):
     with pytest.raises(OptionsError, match=words[0] if words[0] != "--recipe" else "no-such"):
         read(words)
@@ -69,7 +71,9 @@ def test_help_explains_every_option(command, capsys):
     said = capsys.readouterr().out
     assert end.value.code == 0
     options = CdpoOptions if command == "cdpo" else RewardOptions
-    assert all(f"--{name.replace('_', '-')}" in said and field.description for name, field in options.model_fields.items())
+    assert all(
+        f"--{name.replace('_', '-')}" in said and field.description for name, field in options.model_fields.items()
+    )
     assert "inward-train" in said.partition("the run")[2]
 
 

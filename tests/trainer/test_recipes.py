@@ -3,13 +3,13 @@
 import json
 
 import pytest
-from fake_inward import FakeInward, served
-from small_policy import rows, write_policy, write_rows
 
 from inward_trainer import cdpo, rm
 from inward_trainer.__main__ import parser
 from inward_trainer.logs import read_log
 from inward_trainer.options import CdpoOptions, RewardOptions, read_options, read_recipe, recipes
+from support.fake_inward import FakeInward, served
+from support.small_policy import rows, write_policy, write_rows
 
 COMMANDS = {"cdpo": (cdpo.run, CdpoOptions), "rm": (rm.run, RewardOptions)}
 

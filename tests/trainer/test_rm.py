@@ -4,14 +4,14 @@ import json
 
 import pytest
 import torch
-from fake_inward import FakeInward, score, served
-from small_policy import rows, write_policy, write_rows
 
 from inward_trainer import rm
 from inward_trainer.errors import DataError, OptionsError
 from inward_trainer.options import RewardOptions
 from inward_trainer.pairs import read_row
 from inward_trainer.service import Service
+from support.fake_inward import FakeInward, score, served
+from support.small_policy import rows, write_policy, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,14 @@ def policy(tmp_path_factory):
 
 def options(policy, tmp_path, **more):
     pairs = write_rows(tmp_path / "pairs.jsonl", more.pop("rows", rows(8)))
-    quick = {"batch_size": 4, "learning_rate": 1e-2, "max_length": 128, "full": True, "bf16": False, "training": {"disable_tqdm": True}}
+    quick = {
+        "batch_size": 4,
+        "learning_rate": 1e-2,
+        "max_length": 128,
+        "full": True,
+        "bf16": False,
+        "training": {"disable_tqdm": True},
+    }
     return RewardOptions(**{**quick, "model": str(policy), "pairs": pairs, "out": tmp_path / "run", **more})
 
 
@@ -47,7 +54,9 @@ def test_margins_enter_the_loss(policy, tmp_path):
         folder.mkdir()
         run = options(policy, folder, rows=[row | {"margin": margin} for row in rows(4)], margins="column", steps=1)
         trainer = rm._trainer(
-            run, rm.Tokeniser(rm.load_tokenizer(run)), [{"chosen_ids": [2, 3], "rejected_ids": [4], "margin": margin}] * 4
+            run,
+            rm.Tokeniser(rm.load_tokenizer(run)),
+            [{"chosen_ids": [2, 3], "rejected_ids": [4], "margin": margin}] * 4,
         )
         trainer.train()
         losses.append(trainer.state.log_history[0]["loss"])

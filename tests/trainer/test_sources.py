@@ -3,8 +3,6 @@ from dataclasses import replace
 
 import httpx
 import pytest
-from fake_inward import FakeInward, score
-from small_policy import rows, write_rows
 
 from inward_trainer.errors import DataError, ServiceError, ServiceGone
 from inward_trainer.service import Service
@@ -13,6 +11,8 @@ from inward_trainer.sources.job import pairs_of_job
 from inward_trainer.sources.rows import Rows, read_pairs, read_prompts
 from inward_trainer.sources.samples import Samples
 from inward_trainer.sources.stream import Stream
+from support.fake_inward import FakeInward, score
+from support.small_policy import rows, write_rows
 
 KEY = "inward:{demo}:scores:pairs"
 
@@ -134,7 +134,9 @@ def test_a_service_that_is_killed_and_comes_back_is_waited_for():
     fake, deaths = FakeInward(), [httpx.ReadError("cut off"), httpx.ConnectError("refused")]
 
     def answer(request):
-        status, content = fake.answer(request.method, request.url.path, json.loads(request.content) if request.content else None)
+        status, content = fake.answer(
+            request.method, request.url.path, json.loads(request.content) if request.content else None
+        )
         if deaths:
             raise deaths.pop(0)  # after the work is done: the answer is what is lost
         return httpx.Response(status, json=content)
@@ -195,9 +197,14 @@ def test_a_bulk_job_scores_a_file_once(tmp_path, monkeypatch):
         assert pairs_of_job(asked, path, tmp_path) == pairs
     assert len(jobs.uploads) == 1
     assert [pair.id for pair in pairs] == ["0", "2"], "a row that could not be scored is left out"
-    assert pairs[1] == replace(read_pairs(path)[2], chosen_score=1.0, rejected_score=0.0, confidence=0.8, policy_version="base")
+    assert pairs[1] == replace(
+        read_pairs(path)[2], chosen_score=1.0, rejected_score=0.0, confidence=0.8, policy_version="base"
+    )
     write_rows(path, rows(5))
-    with Service("http://inward", transport=httpx.MockTransport(jobs.answer)) as asked, pytest.raises(DataError, match="that was uploaded"):
+    with (
+        Service("http://inward", transport=httpx.MockTransport(jobs.answer)) as asked,
+        pytest.raises(DataError, match="that was uploaded"),
+    ):
         pairs_of_job(asked, path, tmp_path)
 
 
@@ -248,7 +255,9 @@ def test_what_was_taken_and_not_written_down_comes_again_and_what_was_written_do
         killed.take(2, written_down.cursor)  # and there it was killed
         append(client, 1, start=6)
         assert drain(stream(), 3, cursor=written_down.cursor)[:4] == entries[2:6]
-        assert drain(stream(), 3, cursor=None)[:6] == entries, "a trainer that lost its folder gets all that nobody settled"
+        assert drain(stream(), 3, cursor=None)[:6] == entries, (
+            "a trainer that lost its folder gets all that nobody settled"
+        )
 
 
 def test_two_trainers_of_a_group_share(redis_server, stream):

@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tokenizer
 from transformers import AutoTokenizer
 
-import inward.demo
+import inward
 from inward.prompts import Prompts
 from inward_trainer.errors import DataError
 from inward_trainer.pairs import ScoredPair
 from inward_trainer.tokens import Tokeniser
+from support.tiny_tokenizer import tokenizer
 
 TEXT = st.text(alphabet=st.characters(codec="utf-8"), max_size=30)
 TOKENIZERS = {
@@ -20,7 +20,7 @@ TOKENIZERS = {
     "chat, no BOS": (tokenizer(bos=False), None),
     "no chat template": (tokenizer(chat=False), None),
     "format": (tokenizer(), "Q: {prompt}\nA: {response}"),
-    "demonstration": (AutoTokenizer.from_pretrained(Path(inward.demo.__file__).parent / "backbone"), None),
+    "demonstration": (AutoTokenizer.from_pretrained(Path(inward.__file__).parent / "models/toy" / "backbone"), None),
 }
 
 
@@ -29,7 +29,11 @@ TOKENIZERS = {
 @given(prompt=TEXT, chosen=TEXT, rejected=TEXT)
 def test_ids_are_the_services(kind, prompt, chosen, rejected):
     tok, format = TOKENIZERS[kind]
-    group = Prompts(tok, max_tokens=4096, format=format).group(prompt, (chosen, rejected)) if prompt or (chosen and rejected) else None
+    group = (
+        Prompts(tok, max_tokens=4096, format=format).group(prompt, (chosen, rejected))
+        if prompt or (chosen and rejected)
+        else None
+    )
     if group is None:
         return
     ours = Tokeniser(tok, format)(ScoredPair("0", prompt, chosen, rejected, finished=(False, False)))
@@ -44,7 +48,10 @@ def test_ids_of_conversations_are_the_services(kind):
     prompt = [{"role": role, "content": content} for role, content in turns]
     group = Prompts(tok, max_tokens=4096, format=format).group(prompt, (" The harbour.", " No.")).group
     ours = Tokeniser(tok, format)(ScoredPair("0", prompt, " The harbour.", " No.", finished=(False, False)))
-    assert (tuple(ours.prompt_ids), tuple(ours.chosen_ids), tuple(ours.rejected_ids)) == (group.prompt_ids, *group.responses_ids)
+    assert (tuple(ours.prompt_ids), tuple(ours.chosen_ids), tuple(ours.rejected_ids)) == (
+        group.prompt_ids,
+        *group.responses_ids,
+    )
 
 
 def test_an_answer_that_ended_by_itself_ends_with_eos_and_one_that_was_cut_does_not():

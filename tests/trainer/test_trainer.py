@@ -5,14 +5,18 @@ import torch
 import transformers
 from datasets import Dataset
 from peft import LoraConfig
-from tiny import tokenizer
 from trl import DPOConfig, DPOTrainer
 
 from inward_trainer.trainer import CdpoTrainer
+from support.tiny_tokenizer import tokenizer
 
 ROWS = [
     {"prompt": "What is the tallest tree?", "chosen": " The coast redwood.", "rejected": " I counted seven birds."},
-    {"prompt": "How does a lock work?", "chosen": " Step by step, with boats.", "rejected": " She lay still that morning in the harbour."},
+    {
+        "prompt": "How does a lock work?",
+        "chosen": " Step by step, with boats.",
+        "rejected": " She lay still that morning in the harbour.",
+    },
     {"prompt": "Birds?", "chosen": " Two crows.", "rejected": " Five starlings on the wire."},
     {"prompt": "Boats?", "chosen": " The harbour was quiet.", "rejected": " No."},
 ]
@@ -36,7 +40,11 @@ def trained(kind, folder, rows, *, steps=3, seen=None, **options):
     )  # fmt: skip
     adapter = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = kind(
-        model=model(), args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer(chat=False), peft_config=adapter
+        model=model(),
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer(chat=False),
+        peft_config=adapter,
     )
     trainer.train()
     return trainer, [line for line in trainer.state.log_history if "loss" in line]
@@ -54,7 +62,14 @@ def dpo(tmp_path_factory):
 def test_confidence_one_gives_trls_dpo_loss_exactly(dpo, tmp_path):
     _, ours = trained(CdpoTrainer, tmp_path, with_confidence(1.0, 1.0, 1.0, 1.0))
     for theirs, line in zip(dpo, ours, strict=True):
-        for name in ("loss", "grad_norm", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected"):
+        for name in (
+            "loss",
+            "grad_norm",
+            "rewards/margins",
+            "rewards/accuracies",
+            "rewards/chosen",
+            "rewards/rejected",
+        ):
             assert line[name] == theirs[name], name
     assert len({line["loss"] for line in ours}) == 3, "it learns"
 
@@ -79,7 +94,9 @@ def test_labels_that_are_surely_wrong_are_learnt_the_other_way_round(tmp_path):
 
 def test_logs_what_heads_say_of_the_pairs(tmp_path):
     scores = ({"chosen_score": 2.0, "rejected_score": 1.0}, {"chosen_score": 0.0, "rejected_score": 3.0}, {}, {})
-    rows = [row | {"monitor_chosen": 1.0, "monitor_rejected": 0.0} | more for row, more in zip(ROWS, scores, strict=True)]
+    rows = [
+        row | {"monitor_chosen": 1.0, "monitor_rejected": 0.0} | more for row, more in zip(ROWS, scores, strict=True)
+    ]
     _, [line] = trained(CdpoTrainer, tmp_path, rows, steps=1)
     assert line["hybrid/accuracy"] == 0.5
     assert line["monitor/accuracy"] == 1.0
@@ -87,7 +104,9 @@ def test_logs_what_heads_say_of_the_pairs(tmp_path):
     assert line["kl"] == 0.0
 
 
-@pytest.mark.parametrize("option", [{"label_smoothing": 0.1}, {"loss_type": ["ipo"]}, {"precompute_ref_log_probs": True}])
+@pytest.mark.parametrize(
+    "option", [{"label_smoothing": 0.1}, {"loss_type": ["ipo"]}, {"precompute_ref_log_probs": True}]
+)
 def test_options_that_it_would_ignore_are_refused(tmp_path, option):
     with pytest.raises(ValueError, match="loss of its own"):
         trained(CdpoTrainer, tmp_path, ROWS, **option)

@@ -1,4 +1,5 @@
-"""The whole circle for real: the demonstration backbone in a served process, its heads, its adapters, and a policy that gets better."""
+"""The whole circle for real: the demonstration backbone in a served process, its heads, its adapters, and a policy
+that gets better."""
 
 import json
 import shutil
@@ -7,11 +8,11 @@ from statistics import fmean
 
 import httpx
 import pytest
-from served import started
-from small_policy import DEMO, options, write_rows
 
 from inward_trainer import cdpo, metrics
 from inward_trainer.logs import read_log
+from support.serving import started
+from support.small_policy import DEMO, options, write_rows
 
 VERBS = ("open", "hide", "break", "steal", "repair", "borrow")
 THINGS = ("a car", "a window", "some money", "a lock", "my neighbour's phone", "a bicycle", "a safe", "a letter")
@@ -52,7 +53,11 @@ def lived(tmp_path_factory):
 
 def draw(ask):
     sampling = {"max_tokens": 16, "seed": 1}
-    return ask.post("/rerank", json={"prompt": PROMPTS[0], "n": 4, "sampling": sampling, "head": "hybrid"}).raise_for_status().json()
+    return (
+        ask.post("/rerank", json={"prompt": PROMPTS[0], "n": 4, "sampling": sampling, "head": "hybrid"})
+        .raise_for_status()
+        .json()
+    )
 
 
 def test_the_service_carries_each_version_in_turn_and_answers_with_the_last(lived):
@@ -68,7 +73,10 @@ def test_the_service_carries_each_version_in_turn_and_answers_with_the_last(live
 def test_the_head_is_updated_by_every_step_and_the_monitor_by_none(lived):
     ask, _, _ = lived
     heads = {name: ask.get(f"/heads/{name}").json() for name in ("hybrid", "monitor")}
-    assert {name: (head["sequence"], head["version"]) for name, head in heads.items()} == {"hybrid": (STEPS, STEPS + 1), "monitor": (0, 1)}
+    assert {name: (head["sequence"], head["version"]) for name, head in heads.items()} == {
+        "hybrid": (STEPS, STEPS + 1),
+        "monitor": (0, 1),
+    }
 
 
 def test_loss_falls_and_reward_accuracy_rises(lived):

@@ -38,7 +38,8 @@ A = TypeVar("A", bound=Answer)
 
 
 class AsyncInward:
-    """A service at ``url``. It belongs to the event loop in which it is first used; close it, or use it in an ``async with`` statement.
+    """A service at ``url``. It belongs to the event loop in which it is first used; close it, or use it in an ``async
+    with`` statement.
 
     Args:
         url: by default ``INWARD_URL``, or http://127.0.0.1:8080.
@@ -120,7 +121,8 @@ class AsyncInward:
         """Scores of responses (`POST /score`), any number of them.
 
         Args:
-            items: each with `prompt` and `response`, or `messages` that end with the assistant's; other keys are not sent.
+            items: each with `prompt` and `response`, or `messages` that end with the assistant's; other keys are not
+                sent.
             head: by default the first LEGEND head that is loaded.
             detail: each layer's part of the score, the score at every token.
             truncate: cut text that is longer than the model takes instead of refusing it.
@@ -151,7 +153,8 @@ class AsyncInward:
         """Hybrid rewards of responses (`POST /reward` with items), any number of them.
 
         Args:
-            items: each with `prompt` and `response`, or `messages` that end with the assistant's; other keys are not sent.
+            items: each with `prompt` and `response`, or `messages` that end with the assistant's; other keys are not
+                sent.
             head: by default the first hybrid head that is loaded.
             detail: each layer's probe output and gate weight, the score at every token.
             truncate: cut text that is longer than the model takes instead of refusing it.
@@ -179,7 +182,8 @@ class AsyncInward:
         timeout: float | None = None,
         progress: bool = False,
     ) -> RewardPairAnswer:
-        """Hybrid rewards of both answers of pairs, and the confidence that the label is right (`POST /reward` with pairs).
+        """Hybrid rewards of both answers of pairs, and the confidence that the label is right (`POST /reward` with
+        pairs).
 
         Args:
             pairs: each with `prompt` (or `messages`), `chosen` and `rejected`; other keys are not sent.
@@ -229,7 +233,9 @@ class AsyncInward:
         Raises:
             InwardError: no candidate could be scored, or the service could not do its part.
         """
-        return await self._send(calls.rerank(prompt, candidates, n, sampling, head, truncate, token_ids, scores), timeout)
+        return await self._send(
+            calls.rerank(prompt, candidates, n, sampling, head, truncate, token_ids, scores), timeout
+        )
 
     async def rerank_stream(
         self,
@@ -243,7 +249,8 @@ class AsyncInward:
         scores: str | None = None,
         timeout: float | None = None,
     ) -> AsyncIterator[Event]:
-        """Draws `n` answers and gives each as soon as it is drawn and scored, in the end the ranking (`POST /rerank` with `stream`).
+        """Draws `n` answers and gives each as soon as it is drawn and scored, in the end the ranking (`POST /rerank`
+        with `stream`).
 
         Tried again only until the first event has come.
 
@@ -251,7 +258,8 @@ class AsyncInward:
             prompt: a text, or chat messages.
             n: how many to draw.
             sampling: how they are drawn: `temperature`, `top_p`, `top_k`, `max_tokens`, `seed`, ….
-            head: by default the first ranker that is loaded, else another head. A ranker's scores come with the ranking only.
+            head: by default the first ranker that is loaded, else another head. A ranker's scores come with the ranking
+                only.
             truncate: cut a prompt that is longer than the model takes.
             token_ids: give each answer's token ids as well.
             scores: name of a stream to which best against worst is appended, for trainers that consume it.
@@ -289,7 +297,13 @@ class AsyncInward:
         return await self._send(calls.activate(name, version), timeout)
 
     async def update(
-        self, name: str, sequence: int, pairs: Iterable[Element], *, lr: float | None = None, timeout: float | None = None
+        self,
+        name: str,
+        sequence: int,
+        pairs: Iterable[Element],
+        *,
+        lr: float | None = None,
+        timeout: float | None = None,
     ) -> Head:
         """One online step of a hybrid head on labelled pairs (`POST /heads/{name}/update`).
 

@@ -1,4 +1,6 @@
-"""What the service answers, as frozen values; fields that this version does not know are left out, missing ones keep their default."""
+"""What the service answers, as frozen values; fields that this version does not know are left out, missing ones keep
+their default.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""A list that is too long for one request: which parts are still to be asked, and the whole once all of them are answered.
+"""A list that is too long for one request: which parts are still to be asked, and the whole once all of them are
+answered.
 
-Pure; both clients drive it. One version of head and policy answers the whole: parts answered before a switch are asked again after
-it. A part of which no element can be scored is halved until those to blame stand alone, so that an answer does not depend on how the
-list was split.
+Pure; both clients drive it. One version of head and policy answers the whole: parts answered before a switch are asked
+again after it. A part of which no element can be scored is halved until those to blame stand alone, so that an answer
+does not depend on how the list was split.
 """
 
 from __future__ import annotations

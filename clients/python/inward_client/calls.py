@@ -44,17 +44,23 @@ def margin(pairs: Iterable[Element], head: str | None, truncate: bool) -> Call[a
     return Call("POST", "/margin", lambda value: read(answers.MarginAnswer, value), body, deadline=True)
 
 
-def score(items: Iterable[Element], head: str | None, truncate: bool, detail: Sequence[str]) -> Call[answers.ScoreAnswer]:
+def score(
+    items: Iterable[Element], head: str | None, truncate: bool, detail: Sequence[str]
+) -> Call[answers.ScoreAnswer]:
     body = {"items": [_fields(item, ITEM) for item in items], **_options(head, truncate, detail)}
     return Call("POST", "/score", lambda value: read(answers.ScoreAnswer, value), body, deadline=True)
 
 
-def reward(items: Iterable[Element], head: str | None, truncate: bool, detail: Sequence[str]) -> Call[answers.RewardAnswer]:
+def reward(
+    items: Iterable[Element], head: str | None, truncate: bool, detail: Sequence[str]
+) -> Call[answers.RewardAnswer]:
     body = {"items": [_fields(item, ITEM) for item in items], **_options(head, truncate, detail)}
     return Call("POST", "/reward", lambda value: read(answers.RewardAnswer, value), body, deadline=True)
 
 
-def reward_pairs(pairs: Iterable[Element], head: str | None, truncate: bool, detail: Sequence[str]) -> Call[answers.RewardPairAnswer]:
+def reward_pairs(
+    pairs: Iterable[Element], head: str | None, truncate: bool, detail: Sequence[str]
+) -> Call[answers.RewardPairAnswer]:
     body = {"pairs": [_fields(pair, PAIR) for pair in pairs], **_options(head, truncate, detail)}
     return Call("POST", "/reward", lambda value: read(answers.RewardPairAnswer, value), body, deadline=True)
 
@@ -85,7 +91,9 @@ def head(name: str) -> Call[answers.HeadInfo]:
 
 
 def activate(name: str, version: int) -> Call[answers.Head]:
-    return Call("POST", f"/heads/{quote(name, safe='')}/activate", lambda value: read(answers.Head, value), {"version": version})
+    return Call(
+        "POST", f"/heads/{quote(name, safe='')}/activate", lambda value: read(answers.Head, value), {"version": version}
+    )
 
 
 def update(name: str, sequence: int, pairs: Iterable[Element], lr: float | None) -> Call[answers.Head]:
@@ -129,7 +137,9 @@ def health() -> Call[answers.Health]:
 
 
 def _fields(element: Element, known: Sequence[str]) -> dict[str, Any]:
-    """What the service takes of a row, so that rows of a dataset can be given as they are (an absent column may be None there)."""
+    """What the service takes of a row, so that rows of a dataset can be given as they are (an absent column may be
+    None there).
+    """
     return {name: element[name] for name in known if element.get(name) is not None}
 
 

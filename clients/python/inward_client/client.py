@@ -122,7 +122,8 @@ class Inward:
         """Scores of responses (`POST /score`), any number of them.
 
         Args:
-            items: each with `prompt` and `response`, or `messages` that end with the assistant's; other keys are not sent.
+            items: each with `prompt` and `response`, or `messages` that end with the assistant's; other keys are not
+                sent.
             head: by default the first LEGEND head that is loaded.
             detail: each layer's part of the score, the score at every token.
             truncate: cut text that is longer than the model takes instead of refusing it.
@@ -153,7 +154,8 @@ class Inward:
         """Hybrid rewards of responses (`POST /reward` with items), any number of them.
 
         Args:
-            items: each with `prompt` and `response`, or `messages` that end with the assistant's; other keys are not sent.
+            items: each with `prompt` and `response`, or `messages` that end with the assistant's; other keys are not
+                sent.
             head: by default the first hybrid head that is loaded.
             detail: each layer's probe output and gate weight, the score at every token.
             truncate: cut text that is longer than the model takes instead of refusing it.
@@ -181,7 +183,8 @@ class Inward:
         timeout: float | None = None,
         progress: bool = False,
     ) -> RewardPairAnswer:
-        """Hybrid rewards of both answers of pairs, and the confidence that the label is right (`POST /reward` with pairs).
+        """Hybrid rewards of both answers of pairs, and the confidence that the label is right (`POST /reward` with
+        pairs).
 
         Args:
             pairs: each with `prompt` (or `messages`), `chosen` and `rejected`; other keys are not sent.
@@ -245,7 +248,8 @@ class Inward:
         scores: str | None = None,
         timeout: float | None = None,
     ) -> Iterator[Event]:
-        """Draws `n` answers and gives each as soon as it is drawn and scored, in the end the ranking (`POST /rerank` with `stream`).
+        """Draws `n` answers and gives each as soon as it is drawn and scored, in the end the ranking (`POST /rerank`
+        with `stream`).
 
         Tried again only until the first event has come.
 
@@ -253,7 +257,8 @@ class Inward:
             prompt: a text, or chat messages.
             n: how many to draw.
             sampling: how they are drawn: `temperature`, `top_p`, `top_k`, `max_tokens`, `seed`, ….
-            head: by default the first ranker that is loaded, else another head. A ranker's scores come with the ranking only.
+            head: by default the first ranker that is loaded, else another head. A ranker's scores come with the ranking
+                only.
             truncate: cut a prompt that is longer than the model takes.
             token_ids: give each answer's token ids as well.
             scores: name of a stream to which best against worst is appended, for trainers that consume it.
@@ -290,7 +295,15 @@ class Inward:
         """Switches a head to a version, or back to an earlier one (`POST /heads/{name}/activate`)."""
         return self._send(calls.activate(name, version), timeout)
 
-    def update(self, name: str, sequence: int, pairs: Iterable[Element], *, lr: float | None = None, timeout: float | None = None) -> Head:
+    def update(
+        self,
+        name: str,
+        sequence: int,
+        pairs: Iterable[Element],
+        *,
+        lr: float | None = None,
+        timeout: float | None = None,
+    ) -> Head:
         """One online step of a hybrid head on labelled pairs (`POST /heads/{name}/update`).
 
         Args:

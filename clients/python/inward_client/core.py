@@ -77,10 +77,17 @@ class Core:
                 headers["idempotency-key"] = uuid.uuid4().hex
         if call.body is not None:
             deadline = {"timeout": float(timeout)} if call.deadline and timeout is not None else {}
-            content = json.dumps({**call.body, **deadline}).encode()  # ASCII: half a surrogate pair is refused there, not a crash here
+            content = json.dumps(
+                {**call.body, **deadline}
+            ).encode()  # ASCII: half a surrogate pair is refused there, not a crash here
         patience = httpx.Timeout(seconds, connect=min(CONNECT, seconds))
         return http.build_request(
-            call.method, self.url + call.path, params=dict(call.params) or None, content=content, headers=headers, timeout=patience
+            call.method,
+            self.url + call.path,
+            params=dict(call.params) or None,
+            content=content,
+            headers=headers,
+            timeout=patience,
         )
 
     def result(self, call: Call[T], response: httpx.Response) -> T:
@@ -93,7 +100,9 @@ class Core:
         if not response.is_success:
             raise refusal(response)
         try:
-            value = _lines(response.text) if response.headers.get("content-type", "").startswith(JSONL) else response.json()
+            value = (
+                _lines(response.text) if response.headers.get("content-type", "").startswith(JSONL) else response.json()
+            )
             return call.read(value)
         except UnreadableAnswer:
             raise
@@ -124,7 +133,8 @@ def refusal(response: httpx.Response) -> StatusError:
 
 def no_answer(error: httpx.RequestError, request: httpx.Request) -> ConnectionFailed:
     """The error for an exception of the transport."""
-    said = f"{request.method} {request.url.copy_with(userinfo=b'')}: {str(error) or type(error).__name__}"  # no password in it
+    # no password in it
+    said = f"{request.method} {request.url.copy_with(userinfo=b'')}: {str(error) or type(error).__name__}"
     kind = TimedOut if isinstance(error, httpx.TimeoutException) else ConnectionFailed
     return kind(said, sent=not isinstance(error, DONE_NOTHING))
 

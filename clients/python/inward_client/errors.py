@@ -48,7 +48,8 @@ class StatusError(InwardError):
 
     Attributes:
         status: of the answer.
-        code: the service's name of the error, such as ``too_large``; empty where the answer came from something in between.
+        code: the service's name of the error, such as ``too_large``; empty where the answer came from something in
+            between.
         param: path of the field to blame, such as ``pairs.3.chosen``.
         request_id: under which the service's log has more.
         retry_after: seconds after which it may be tried again, if the answer says so.

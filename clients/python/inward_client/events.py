@@ -46,7 +46,9 @@ class Events:
         if self._name == "error":
             told = body["error"]
             status = CODES.get(told["code"], 500)
-            raise of_status(status)(told["message"], status=status, code=told["code"], param=told.get("param"), request_id=self._request_id)
+            raise of_status(status)(
+                told["message"], status=status, code=told["code"], param=told.get("param"), request_id=self._request_id
+            )
         return None  # an event of a newer service
 
     def end(self) -> None:

@@ -27,11 +27,13 @@ class Retries:
 DEFAULT = Retries()
 
 
-def wait_before_retry(failure: InwardError, tries: int, retries: Retries, *, repeatable: bool, chance: float) -> float | None:
+def wait_before_retry(
+    failure: InwardError, tries: int, retries: Retries, *, repeatable: bool, chance: float
+) -> float | None:
     """Seconds to wait before the request is sent again; None gives up.
 
-    ``Retry-After`` is obeyed up to the cap (doubled with each try while an earlier try of the same request is being worked out), and up
-    to a quarter of the wait is added, so that callers refused together do not come back together.
+    ``Retry-After`` is obeyed up to the cap (doubled with each try while an earlier try of the same request is being
+    worked out), and up to a quarter of the wait is added, so that callers refused together do not come back together.
 
     Args:
         failure: of the last try.
@@ -44,7 +46,9 @@ def wait_before_retry(failure: InwardError, tries: int, retries: Retries, *, rep
     asked = failure.retry_after if isinstance(failure, StatusError) else None
     doubled = 2.0 ** min(tries - 1, 30)
     wait = retries.first * doubled if asked is None else asked
-    if asked is not None and isinstance(failure, Conflict):  # how long an earlier try still takes, the service can't know
+    if asked is not None and isinstance(
+        failure, Conflict
+    ):  # how long an earlier try still takes, the service can't know
         wait *= doubled
     return float(min(max(wait, 0.0), retries.cap) * (1 + chance / 4))
 

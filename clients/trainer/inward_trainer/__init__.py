@@ -1,7 +1,8 @@
-"""Trains a policy on pairs that an Inward service scored: cDPO with a confidence per pair, and reward models with margins.
+"""Trains a policy on pairs that an Inward service scored: cDPO with a confidence per pair, and reward models with
+margins.
 
-``losses`` is the method, ``trainer`` puts it on TRL, ``sources`` is where pairs come from, ``loop`` closes the circle: pairs → optimiser
-steps → a new adapter in the service → scores of the current policy → pairs.
+``losses`` is the method, ``trainer`` puts it on TRL, ``sources`` is where pairs come from, ``loop`` closes the circle:
+pairs → optimiser steps → a new adapter in the service → scores of the current policy → pairs.
 """
 
 __version__ = "0.1.0"

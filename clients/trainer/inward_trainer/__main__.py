@@ -40,7 +40,9 @@ Every option may also be given as INWARD_TRAIN_<NAME>, or in a recipe: --recipe 
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    top = argparse.ArgumentParser(prog="inward-train", description="Trains policies and reward models on what an Inward service says.")
+    top = argparse.ArgumentParser(
+        prog="inward-train", description="Trains policies and reward models on what an Inward service says."
+    )
     top.add_argument("--version", action="version", version=f"inward-train {__version__}")
     commands = top.add_subparsers(dest="command", metavar="cdpo|rm", required=True)
     for name, about, epilog, options in (
@@ -48,7 +50,9 @@ def parser() -> argparse.ArgumentParser:
         ("rm", "train a reward model with margins", RM, RewardOptions),
     ):
         form = argparse.RawDescriptionHelpFormatter
-        add_options(commands.add_parser(name, help=about, description=about, epilog=epilog, formatter_class=form), options)
+        add_options(
+            commands.add_parser(name, help=about, description=about, epilog=epilog, formatter_class=form), options
+        )
     return top
 
 

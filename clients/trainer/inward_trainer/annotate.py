@@ -24,7 +24,9 @@ class Annotator:
         hybrid: whether hybrid scores are wanted at all.
     """
 
-    def __init__(self, service: Service | None, *, head: str | None = None, monitor: str | None = None, hybrid: bool = True) -> None:
+    def __init__(
+        self, service: Service | None, *, head: str | None = None, monitor: str | None = None, hybrid: bool = True
+    ) -> None:
         self._service, self._head, self._monitor, self._hybrid = service, head, monitor, hybrid
 
     def __call__(self, pairs: Sequence[ScoredPair]) -> list[ScoredPair]:
@@ -32,7 +34,9 @@ class Annotator:
         if self._service is None:
             return list(pairs)
         complete = list(pairs)
-        if self._hybrid and (bare := [i for i, pair in enumerate(pairs) if pair.confidence is None or pair.chosen_score is None]):
+        if self._hybrid and (
+            bare := [i for i, pair in enumerate(pairs) if pair.confidence is None or pair.chosen_score is None]
+        ):
             for i, reward in zip(bare, self._service.rewards([pairs[i] for i in bare], self._head), strict=True):
                 complete[i] = _rewarded(pairs[i], reward)
         known = [pair for pair in complete if not self._hybrid or pair.chosen_score is not None]
@@ -71,9 +75,13 @@ class Recheck:
 
 
 def _agreement(scores: Sequence[float | None]) -> float:
-    """Share of pairs with the higher score for chosen; chosen and rejected alternate. One that can't be scored counts as wrong."""
+    """Share of pairs with the higher score for chosen; chosen and rejected alternate. One that can't be scored
+    counts as wrong.
+    """
     both = list(zip(scores[::2], scores[1::2], strict=True))
-    return sum(chosen is not None and rejected is not None and chosen > rejected for chosen, rejected in both) / len(both)
+    return sum(chosen is not None and rejected is not None and chosen > rejected for chosen, rejected in both) / len(
+        both
+    )
 
 
 def _rewarded(pair: ScoredPair, reward: dict[str, Any]) -> ScoredPair:

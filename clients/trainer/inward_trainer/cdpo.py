@@ -44,7 +44,8 @@ from inward_trainer.tokens import Tokeniser
 LOG = logging.getLogger(__name__)
 DEFAULT_HEAD = "hybrid"
 PLACEHOLDER = {"prompt_ids": [0], "chosen_ids": [0], "rejected_ids": [0]}
-"""TRL reads a row of its dataset while it is built; a row of ours may cost a round of sampling, and comes from the feed."""
+"""TRL reads a row of its dataset while it is built; a row of ours may cost a round of sampling, and comes from the
+feed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,9 @@ def run(options: CdpoOptions) -> int:
     """
     check(options)
     config = DPOConfig(
-        **arguments(options, beta=options.beta, loss_type=["sigmoid"], max_steps=1, save_strategy="no", ignore_data_skip=True)
+        **arguments(
+            options, beta=options.beta, loss_type=["sigmoid"], max_steps=1, save_strategy="no", ignore_data_skip=True
+        )
     )
     main = config.process_index == 0
     rows = options.batch_size * options.accumulate * config.world_size
@@ -164,7 +167,9 @@ class _Parts:
             log,
             publisher=self.publisher,
             update_head=self._head_updates(options),
-            recheck=Recheck(self.service, self.head(options), options.monitor) if self.service and self.publisher else None,
+            recheck=Recheck(self.service, self.head(options), options.monitor)
+            if self.service and self.publisher
+            else None,
             held_out=self._held_out(options),
         )
 
@@ -194,7 +199,9 @@ class _Parts:
         fresh = [pair for pair, age in ages if age is not None and age <= self._max_lag]
         if len(fresh) < len(fit):
             metrics.REFUSED_TOTAL.labels(reason="too_old").inc(len(fit) - len(fresh))
-            LOG.warning("%d pairs are refused at step %d: scored by a policy that is too old", len(fit) - len(fresh), done)
+            LOG.warning(
+                "%d pairs are refused at step %d: scored by a policy that is too old", len(fit) - len(fresh), done
+            )
         return fresh
 
     def _publisher(self, options: CdpoOptions) -> Publisher | None:
@@ -206,14 +213,18 @@ class _Parts:
         if not options.update_head or self.service is None:
             return None
         if self.run.head_sequence is None:
-            raise OptionsError(f"the run in {options.out} began without --update-head: go on without, or choose another --out")
+            raise OptionsError(
+                f"the run in {options.out} began without --update-head: go on without, or choose another --out"
+            )
         return HeadUpdates(self.service, self.head(options), lr=options.update_lr, first=self.run.head_sequence)
 
     def _held_out(self, options: CdpoOptions) -> HeldOut | None:
         if options.held_out is None or self.service is None:
             return None
         prompts = read_prompts(options.held_out)[: options.held_out_prompts]
-        return HeldOut(self.service, prompts, options.sampling, head=self.head(options), monitor=options.monitor, seed=options.seed)
+        return HeldOut(
+            self.service, prompts, options.sampling, head=self.head(options), monitor=options.monitor, seed=options.seed
+        )
 
     def _source(self, options: CdpoOptions, stack: ExitStack) -> tuple[Source, int]:
         """The source, and how many pairs one epoch of it has at most; 0 where it has no end."""
@@ -269,10 +280,14 @@ def begin(options: CdpoOptions, rows: int, service: Service | None) -> Run:
     if path.is_file():
         found = Run(**json.loads(path.read_text("utf-8")))
         if found.rows != rows:
-            raise OptionsError(f"the run in {options.out} has {found.rows} pairs a step, these options {rows}: choose another --out")
+            raise OptionsError(
+                f"the run in {options.out} has {found.rows} pairs a step, these options {rows}: choose another --out"
+            )
         return found
     sequence = int(service.head(_Parts.head(options))["sequence"]) if options.update_head and service else None
-    called = re.sub(r"[^A-Za-z0-9._-]+", "-", options.out.resolve().name).lstrip("._-")[:64]  # what the service takes as a version
+    called = re.sub(r"[^A-Za-z0-9._-]+", "-", options.out.resolve().name).lstrip("._-")[
+        :64
+    ]  # what the service takes as a version
     begun = Run(f"{called or 'run'}-{uuid.uuid4().hex[:8]}", rows, sequence)
     write_text(path, json.dumps(asdict(begun)))
     return begun

@@ -18,10 +18,11 @@ Scale = Literal["service", "squashed", "raw"]
 class Confidence:
     """How gamma is found.
 
-    ``mode``: ``plain`` is 1 (DPO), ``fixed`` is ``gamma``, ``pair`` is each pair's own, ``batch`` the mean of those over the optimiser
-    step (the authors' code has one value per batch). ``scale``: ``service`` takes the confidence that came with the pair; ``squashed``
-    and ``raw`` work it out from the two rewards, ``sigmoid(alpha (sigmoid(R_c) - sigmoid(R_r)))`` and ``sigmoid(alpha (R_c - R_r))``.
-    Below ``floor`` it is never; a floor of 0 lets gamma say that a label is wrong.
+    ``mode``: ``plain`` is 1 (DPO), ``fixed`` is ``gamma``, ``pair`` is each pair's own, ``batch`` the mean of those
+    over the optimiser step (the authors' code has one value per batch). ``scale``: ``service`` takes the confidence
+    that came with the pair; ``squashed`` and ``raw`` work it out from the two rewards, ``sigmoid(alpha (sigmoid(R_c) -
+    sigmoid(R_r)))`` and ``sigmoid(alpha (R_c - R_r))``. Below ``floor`` it is never; a floor of 0 lets gamma say that a
+    label is wrong.
     """
 
     mode: Mode = "pair"
@@ -49,7 +50,9 @@ class Confidence:
     def _of(self, pair: ScoredPair) -> float:
         if self.scale == "service":
             if pair.confidence is None:
-                raise DataError(f"pair {pair.id} has no confidence: give the service's --url and --head, or --confidence plain or fixed")
+                raise DataError(
+                    f"pair {pair.id} has no confidence: give the service's --url and --head, or --confidence plain or fixed"
+                )
             return max(pair.confidence, self.floor)
         if pair.chosen_score is None or pair.rejected_score is None:
             raise DataError(f"pair {pair.id} has no scores, from which --scale {self.scale} works out gamma")

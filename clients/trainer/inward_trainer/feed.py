@@ -1,4 +1,6 @@
-"""From a source to batches: the pairs of each optimiser step, gathered once, written down, and shared out among processes."""
+"""From a source to batches: the pairs of each optimiser step, gathered once, written down, and shared out among
+processes.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +83,8 @@ class Gatherer:
 class Feed(IterableDataset[dict[str, Any]]):
     """This process's rows of every step, tokenised, in the order in which gradients are accumulated.
 
-    Nothing is fetched ahead: the pairs of a step are gathered when the step before it is done, so that they come from its policy.
+    Nothing is fetched ahead: the pairs of a step are gathered when the step before it is done, so that they come from
+    its policy.
 
     Args:
         gatherer: None in all processes but the main one.
@@ -140,9 +143,13 @@ class Feed(IterableDataset[dict[str, Any]]):
 
 
 def fitting(pairs: Sequence[ScoredPair], tokenise: Tokeniser, max_length: int) -> list[ScoredPair]:
-    """Those of at most ``max_length`` tokens in prompt and answer. The others are left out: a cut answer would be another answer."""
+    """Those of at most ``max_length`` tokens in prompt and answer. The others are left out: a cut answer would be
+    another answer.
+    """
     fit = [pair for pair in pairs if tokenise(pair).longest <= max_length]
     if len(fit) < len(pairs):
         metrics.REFUSED_TOTAL.labels(reason="too_long").inc(len(pairs) - len(fit))
-        LOG.warning("%d of %d pairs are longer than %d tokens and are left out", len(pairs) - len(fit), len(pairs), max_length)
+        LOG.warning(
+            "%d of %d pairs are longer than %d tokens and are left out", len(pairs) - len(fit), len(pairs), max_length
+        )
     return fit

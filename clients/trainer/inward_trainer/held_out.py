@@ -1,4 +1,6 @@
-"""Does the policy get better? A fresh sample of each held-out prompt, scored by the head that it is trained against and by the monitor."""
+"""Does the policy get better? A fresh sample of each held-out prompt, scored by the head that it is trained against
+and by the monitor.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ class HeldOut:
         self._head, self._monitor = head, monitor
 
     def __call__(self) -> dict[str, float]:
-        """Means over the prompts: ``held_out/reward``, ``held_out/length`` in characters, and ``held_out/monitor`` where there is one."""
+        """Means over the prompts: ``held_out/reward``, ``held_out/length`` in characters, and ``held_out/monitor``
+        where there is one.
+        """
         drawn = self._service.many(self._draw, list(enumerate(self._prompts)))
         found = [(prompt, one) for prompt, one in zip(self._prompts, drawn, strict=True) if one is not None]
         means = {

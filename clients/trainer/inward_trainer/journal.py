@@ -1,6 +1,7 @@
 """What a run took from its source and did not yet learn for good: one file a step, written before the step uses it.
 
-A trainer that is killed goes back to its last checkpoint and does the steps after it again, with exactly the pairs of before.
+A trainer that is killed goes back to its last checkpoint and does the steps after it again, with exactly the pairs of
+before.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from inward_trainer.sources.base import Cursor
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The pairs of one optimiser step, the receipts of all that was taken for it, and how far its source was read then."""
+    """The pairs of one optimiser step, the receipts of all that was taken for it, and how far its source was read
+    then.
+    """
 
     number: int
     pairs: tuple[ScoredPair, ...]

@@ -13,7 +13,8 @@ from inward_trainer.metrics import RunSeries
 
 
 class Log:
-    """Holds one trajectory only: lines after the step from which a run goes on are dropped, since those steps are done again.
+    """Holds one trajectory only: lines after the step from which a run goes on are dropped, since those steps are done
+    again.
 
     Args:
         folder: of ``log.jsonl`` and ``tensorboard/``.
@@ -34,7 +35,10 @@ class Log:
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """One line, in which what is not finite is null; numbers go to TensorBoard and Prometheus as well."""
-        finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()}
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in values.items()
+        }
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **finite}) + "\n")
         self.series.logged(finite)

@@ -1,12 +1,14 @@
-"""The circle: pairs → optimiser steps → checkpoint → a new version of the policy in the service → pairs of that version.
+"""The circle: pairs → optimiser steps → checkpoint → a new version of the policy in the service → pairs of that
+version.
 
 What happens when, and why a kill at any moment loses nothing and does nothing twice:
 
 1. The pairs of a step are written to the journal, then used. After a crash the same step finds the same pairs.
 2. The step ends. Its pairs go to the head as the update of this step's number, which the service applies once.
-3. Every few steps a checkpoint is saved, and marked as complete when every file of it is on disk; one without the mark does not count.
-4. Only then are the pairs acknowledged to their source, the checkpoint's adapter is copied under a name of its own, and the service told
-   to load it. All of this is done again after a restart, and changes nothing if it was done before.
+3. Every few steps a checkpoint is saved, and marked as complete when every file of it is on disk; one without the mark
+  does not count.
+4. Only then are the pairs acknowledged to their source, the checkpoint's adapter is copied under a name of its own, and
+   the service told to load it. All of this is done again after a restart, and changes nothing if it was done before.
 """
 
 from __future__ import annotations
@@ -50,7 +52,8 @@ class FedTrainer(CdpoTrainer):
         return dataset
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        # not through accelerate, which fetches a batch ahead to know when the data ends: that one would come from the policy before
+        # not through accelerate, which fetches a batch ahead to know when the data ends: that one would come from the
+        # policy before
         return DataLoader(self.feed, batch_size=self.args.per_device_train_batch_size, collate_fn=self.data_collator)
 
 
@@ -114,7 +117,9 @@ class Circle(TrainerCallback):  # type: ignore[misc]
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        if gradients and not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):  # one more step, and no weight is a number
+        if gradients and not torch.isfinite(
+            torch.nn.utils.get_total_norm(gradients)
+        ):  # one more step, and no weight is a number
             raise DivergedError(
                 f"the gradient of step {state.global_step + 1} is not finite: training has diverged. The last checkpoint is sound: run "
                 "again with a lower --learning-rate, and it goes on from there"
@@ -127,7 +132,9 @@ class Circle(TrainerCallback):  # type: ignore[misc]
             centre.log.series.step(state.global_step, len(step.pairs), time.monotonic() - self._began)
             if centre.update_head is not None:
                 centre.update_head(step)
-            rewards = [score for pair in step.pairs for score in (pair.chosen_score, pair.rejected_score) if score is not None]
+            rewards = [
+                score for pair in step.pairs for score in (pair.chosen_score, pair.rejected_score) if score is not None
+            ]
             centre.log.histogram(state.global_step, "hybrid/rewards", rewards)
         control.should_save = state.global_step % self._every == 0 or state.global_step >= state.max_steps or self._stop
         control.should_training_stop = control.should_training_stop or self._stop
@@ -139,10 +146,14 @@ class Circle(TrainerCallback):  # type: ignore[misc]
                 self._centre.log.series.begins(state.global_step, state.global_step)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        control.should_save = state.global_step != self._saved  # the source ended: what was learnt since is worth a checkpoint
+        control.should_save = (
+            state.global_step != self._saved
+        )  # the source ended: what was learnt since is worth a checkpoint
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        if self._centre is not None and logs and "loss" in logs:  # the trainer's last line, which has none, sums up the run
+        if (
+            self._centre is not None and logs and "loss" in logs
+        ):  # the trainer's last line, which has none, sums up the run
             step = self._feed.current
             ids = {"pairs": [pair.id for pair in step.pairs]} if step is not None else {}
             self._centre.log.write(state.global_step, logs | ids)

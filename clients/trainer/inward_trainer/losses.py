@@ -10,7 +10,8 @@ from torch import Tensor
 def cdpo_loss(z: Tensor, confidence: Tensor) -> Tensor:
     """``-gamma log sigmoid(z) - (1 - gamma) log sigmoid(-z)``, elementwise; its minimum is at ``sigmoid(z) = gamma``.
 
-    The paper calls epsilon what is ``1 - gamma`` here. In one place it says epsilon = gamma; that would turn good pairs round.
+    The paper calls epsilon what is ``1 - gamma`` here. In one place it says epsilon = gamma; that would turn good pairs
+    round.
 
     Args:
         z: ``[B]``, beta times (log-ratio of chosen minus log-ratio of rejected), policy against reference.

@@ -1,7 +1,7 @@
 """Every Prometheus series of the trainer, and where each is observed.
 
-Base units (seconds, nats), prefix ``inward_trainer_``. Only the main process has them. What a run measures carries the name of the run and
-is absent until it was measured: a zero that nobody measured would be a lie.
+Base units (seconds, nats), prefix ``inward_trainer_``. Only the main process has them. What a run measures carries the
+name of the run and is absent until it was measured: a zero that nobody measured would be a lie.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ PlatformCollector(registry=REGISTRY)
 GCCollector(registry=REGISTRY)
 
 LINGER = 20.0
-"""Seconds for which a complete run still serves its metrics: longer than the usual interval of 15 s between two scrapes."""
+"""Seconds for which a complete run still serves its metrics: longer than the usual interval of 15 s between two
+scrapes."""
 SECONDS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
 
 # feed
@@ -42,23 +43,35 @@ GATHER_SECONDS = Histogram(
     buckets=SECONDS,
     registry=REGISTRY,
 )
-REFUSED_TOTAL = Counter("inward_trainer_refused_pairs", "Pairs that were left out, by reason.", ("reason",), registry=REGISTRY)
+REFUSED_TOTAL = Counter(
+    "inward_trainer_refused_pairs", "Pairs that were left out, by reason.", ("reason",), registry=REGISTRY
+)
 for _reason in ("too_long", "too_old", "unscored"):
     REFUSED_TOTAL.labels(reason=_reason)
 
 # loop
 STEP_SECONDS = Histogram(
-    "inward_trainer_step_duration_seconds", "Forward, backward and optimiser of a step.", buckets=SECONDS, registry=REGISTRY
+    "inward_trainer_step_duration_seconds",
+    "Forward, backward and optimiser of a step.",
+    buckets=SECONDS,
+    registry=REGISTRY,
 )
 PAIRS_TOTAL = Counter("inward_trainer_pairs", "Pairs that were trained on since this process began.", registry=REGISTRY)
 STEP = Gauge("inward_trainer_step", "Optimiser steps that are done.", ("run",), registry=REGISTRY)
 STEPS = Gauge("inward_trainer_steps_planned", "Optimiser steps after which the run ends.", ("run",), registry=REGISTRY)
-LAST_STEP = Gauge("inward_trainer_last_step_timestamp_seconds", "When a step was done last, or the run began.", ("run",), registry=REGISTRY)
+LAST_STEP = Gauge(
+    "inward_trainer_last_step_timestamp_seconds",
+    "When a step was done last, or the run began.",
+    ("run",),
+    registry=REGISTRY,
+)
 
 # logs: what log.jsonl has
 LOSS = Gauge("inward_trainer_loss", "cDPO loss of the last logged step.", ("run",), registry=REGISTRY)
 LEARNING_RATE = Gauge("inward_trainer_learning_rate", "Of the last logged step.", ("run",), registry=REGISTRY)
-GRADIENT_NORM = Gauge("inward_trainer_gradient_norm", "Before clipping, of the last logged step.", ("run",), registry=REGISTRY)
+GRADIENT_NORM = Gauge(
+    "inward_trainer_gradient_norm", "Before clipping, of the last logged step.", ("run",), registry=REGISTRY
+)
 ACCURACY = Gauge(
     "inward_trainer_accuracy",
     "Share of pairs in which chosen has the higher reward, by DPO's reward (policy), the head that is trained against (head), or the one "
@@ -67,17 +80,30 @@ ACCURACY = Gauge(
     registry=REGISTRY,
 )
 CONFIDENCE = Gauge("inward_trainer_confidence", "Mean gamma of the last logged step.", ("run",), registry=REGISTRY)
-KL = Gauge("inward_trainer_kl_nats", "Mean log-ratio of an answer, policy against reference.", ("run",), registry=REGISTRY)
+KL = Gauge(
+    "inward_trainer_kl_nats", "Mean log-ratio of an answer, policy against reference.", ("run",), registry=REGISTRY
+)
 REWARD = Gauge(
-    "inward_trainer_reward", "Hybrid reward of the answers trained on: mean, p10, p50, p90.", ("run", "statistic"), registry=REGISTRY
+    "inward_trainer_reward",
+    "Hybrid reward of the answers trained on: mean, p10, p50, p90.",
+    ("run", "statistic"),
+    registry=REGISTRY,
 )
 HELD_OUT = Gauge(
-    "inward_trainer_held_out_reward", "Mean reward of fresh samples of the held-out prompts, by judge.", ("run", "judge"), registry=REGISTRY
+    "inward_trainer_held_out_reward",
+    "Mean reward of fresh samples of the held-out prompts, by judge.",
+    ("run", "judge"),
+    registry=REGISTRY,
 )
 HELD_OUT_GAIN = Gauge(
-    "inward_trainer_held_out_gain", "The same above the first policy of the run, by judge.", ("run", "judge"), registry=REGISTRY
+    "inward_trainer_held_out_gain",
+    "The same above the first policy of the run, by judge.",
+    ("run", "judge"),
+    registry=REGISTRY,
 )
-POLICY_INFO = Gauge("inward_trainer_policy_info", "1 for the version that was published last.", ("run", "version"), registry=REGISTRY)
+POLICY_INFO = Gauge(
+    "inward_trainer_policy_info", "1 for the version that was published last.", ("run", "version"), registry=REGISTRY
+)
 
 LOGGED: dict[str, tuple[Gauge, tuple[str, ...]]] = {
     "loss": (LOSS, ()),
@@ -150,7 +176,9 @@ def serve(host: str, port: int) -> Callable[[], None]:
         OptionsError: the port is taken, or the address is not this machine's.
     """
     try:
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:  # newer Pythons' servers would share a port
+        with socket.socket(
+            socket.AF_INET6 if ":" in host else socket.AF_INET
+        ) as probe:  # newer Pythons' servers would share a port
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
             probe.listen()
@@ -167,5 +195,7 @@ def serve(host: str, port: int) -> Callable[[], None]:
 
 
 def linger() -> None:
-    """Waits until whoever scrapes has seen the end of a run: one that is gone before its last step was seen looks like one that failed."""
+    """Waits until whoever scrapes has seen the end of a run: one that is gone before its last step was seen looks
+    like one that failed.
+    """
     time.sleep(LINGER)

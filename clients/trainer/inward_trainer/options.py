@@ -1,5 +1,6 @@
-"""Every knob of the trainer. A field is an option, an environment variable ``INWARD_TRAIN_<NAME>`` and a key of a recipe; its docstring is
-the help text. Options win over the environment, the environment over the recipe, the recipe over the defaults.
+"""Every knob of the trainer. A field is an option, an environment variable ``INWARD_TRAIN_<NAME>`` and a key of a
+recipe; its docstring is the help text. Options win over the environment, the environment over the recipe, the recipe
+over the defaults.
 """
 
 from __future__ import annotations
@@ -67,9 +68,11 @@ class SourceOptions(_Options):
     """where pairs come from"""
 
     source: Literal["file", "job", "stream", "samples"] = "file"
-    """file: --pairs. job: --pairs, scored by a bulk job. stream: the service's, in Redis. samples: the policy's own, for --prompts."""
+    """file: --pairs. job: --pairs, scored by a bulk job. stream: the service's, in Redis. samples: the policy's own,
+    for --prompts."""
     pairs: Path | None = None
-    """JSONL or Parquet with prompt, chosen, rejected, and confidence, chosen_score, rejected_score where they are known already."""
+    """JSONL or Parquet with prompt, chosen, rejected, and confidence, chosen_score, rejected_score where they are
+    known already."""
     job: str | None = None
     """Id of a bulk job that scored --pairs; without it one is made."""
     epochs: int = Field(1, ge=1)
@@ -77,7 +80,8 @@ class SourceOptions(_Options):
     redis_url: str | None = None
     """The service's Redis, such as redis://:password@host:6379/0."""
     queue: str | None = None
-    """The service's queue; by default the model's name (a folder's last part), as for the service. Of the demonstration: inward-demo."""
+    """The service's queue; by default the model's name (a folder's last part), as for the service. Of the
+    demonstration: inward-demo."""
     stream: str = "pairs"
     """Name of the stream, as given to the service as `scores`."""
     group: str = "trainer"
@@ -98,17 +102,20 @@ class ConfidenceOptions(_Options):
     """confidence"""
 
     confidence: Mode = "pair"
-    """plain: DPO. fixed: --gamma for all. pair: each pair's own. batch: the mean over a step, as in the authors' code."""
+    """plain: DPO. fixed: --gamma for all. pair: each pair's own. batch: the mean over a step, as in the authors'
+    code."""
     gamma: float = Field(0.9, ge=0, le=1)
     """Confidence of --confidence fixed."""
     scale: Scale = "service"
-    """service: the confidence that the service gives. squashed, raw: worked out here from the rewards, squashed to (0, 1) first or not."""
+    """service: the confidence that the service gives. squashed, raw: worked out here from the rewards, squashed to
+    (0, 1) first or not."""
     alpha: float = Field(7.5, gt=0)
     """Steepness of --scale squashed and raw."""
     floor: float = Field(0.5, ge=0, le=1)
     """Least confidence; 0 lets it say that a label is wrong."""
     head: str | None = None
-    """Hybrid head that ranks and gives confidence; by default the service's choice, or `hybrid` where one must be named."""
+    """Hybrid head that ranks and gives confidence; by default the service's choice, or `hybrid` where one must be
+    named."""
     monitor: str | None = None
     """A second head, never updated, whose accuracy is logged as well: a head that is trained against can be fooled."""
 
@@ -149,7 +156,8 @@ class TrainOptions(_Options):
     log_every: int = Field(1, ge=1)
     """Steps between two lines in the log."""
     training: JsonObject = Field(default_factory=dict)
-    """Any other argument of Hugging Face's trainer, as JSON, such as {"optim": "adamw_8bit", "deepspeed": "zero3.json"}."""
+    """Any other argument of Hugging Face's trainer, as JSON, such as {"optim": "adamw_8bit", "deepspeed":
+    "zero3.json"}."""
 
 
 class ModelOptions(RunOptions, TrainOptions):
@@ -160,7 +168,8 @@ class CircleOptions(_Options):
     """the policy that moves"""
 
     adapters: Path | None = None
-    """The service's --adapters folder. Given, every new version of the policy is published there and loaded by the service."""
+    """The service's --adapters folder. Given, every new version of the policy is published there and loaded by the
+    service."""
     publish_every: int = Field(10, ge=1)
     """Steps between two versions."""
     max_lag: int | None = Field(1, ge=0)
@@ -197,7 +206,8 @@ class MarginOptions(_Options):
     pairs: Path | None = None
     """JSONL or Parquet with prompt, chosen, rejected, and perhaps margin."""
     margins: Literal["bin", "margin_scaled", "constant", "none", "column"] = "bin"
-    """bin (0 to 1), margin_scaled: of the service. constant: the mean of the bins for all. column: the rows' own `margin`."""
+    """bin (0 to 1), margin_scaled: of the service. constant: the mean of the bins for all. column: the rows' own
+    `margin`."""
     drop_disagreeing: bool = False
     """Leave out pairs whose label the LEGEND head disagrees with."""
     head: str | None = None
@@ -217,7 +227,9 @@ O = TypeVar("O", bound=BaseModel)
 
 def add_options(parser: argparse.ArgumentParser, options: type[BaseModel]) -> None:
     """An option for every field, in groups as the classes are."""
-    parser.add_argument("--recipe", metavar="NAME|FILE", help=f"TOML file of these options, or a bundled one: {', '.join(recipes())}")
+    parser.add_argument(
+        "--recipe", metavar="NAME|FILE", help=f"TOML file of these options, or a bundled one: {', '.join(recipes())}"
+    )
     for group in (kind for kind in options.__mro__ if issubclass(kind, _Options)):
         names = [name for name in vars(group).get("__annotations__", {}) if name in options.model_fields]
         if names:

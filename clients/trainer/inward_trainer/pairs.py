@@ -17,8 +17,9 @@ Prompt = str | Messages
 class ScoredPair:
     """One preference pair. ``id`` is unique within its source (a row's number, a stream's entry, a prompt's place).
 
-    ``finished`` says of chosen and rejected whether they ended by themselves; one that was cut at its length limit is not followed by an
-    end-of-sequence token in training. Scores and ``confidence`` are the hybrid head's, ``monitor`` the monitor head's of both answers.
+    ``finished`` says of chosen and rejected whether they ended by themselves; one that was cut at its length limit is
+    not followed by an end-of-sequence token in training. Scores and ``confidence`` are the hybrid head's, ``monitor``
+    the monitor head's of both answers.
     """
 
     id: str
@@ -48,8 +49,8 @@ class ScoredPair:
 
 
 def read_row(row: Mapping[str, Any], id: str) -> ScoredPair:
-    """A pair from a row as people and the service write it: ``prompt`` or ``messages``, ``chosen``, ``rejected``, each a text or chat
-    messages, and whatever scores and finish reasons are there.
+    """A pair from a row as people and the service write it: ``prompt`` or ``messages``, ``chosen``, ``rejected``, each
+    a text or chat messages, and whatever scores and finish reasons are there.
 
     Raises:
         DataError: a field is missing or of a wrong form.
@@ -76,7 +77,10 @@ def _is_chat(value: Any) -> bool:
         isinstance(value, Sequence)
         and not isinstance(value, str)
         and len(value) > 0
-        and all(isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value)
+        and all(
+            isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            for m in value
+        )
     )
 
 
@@ -89,10 +93,17 @@ def _answer(row: Mapping[str, Any], field: str, id: str) -> str:
     raise DataError(f"row {id}: `{field}` must be a text or a list of one assistant message")
 
 
-def _number(row: Mapping[str, Any], field: str, id: str, least: float = -math.inf, most: float = math.inf) -> float | None:
+def _number(
+    row: Mapping[str, Any], field: str, id: str, least: float = -math.inf, most: float = math.inf
+) -> float | None:
     value = row.get(field)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not least <= value <= most:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not math.isfinite(value)
+        or not least <= value <= most
+    ):
         raise DataError(f"row {id}: `{field}` is {value!r}, not a number between {least} and {most}")
     return float(value)

@@ -1,4 +1,6 @@
-"""The policy's versions: named after the run and the step, copied from checkpoints to the folder from which the service loads them."""
+"""The policy's versions: named after the run and the step, copied from checkpoints to the folder from which the
+service loads them.
+"""
 
 from __future__ import annotations
 

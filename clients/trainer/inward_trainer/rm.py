@@ -1,4 +1,6 @@
-"""``inward-train rm``: TRL's RewardTrainer with LEGEND's margins (arXiv 2406.08124), loss ``-log sigmoid(r_c - r_r - m)``."""
+"""``inward-train rm``: TRL's RewardTrainer with LEGEND's margins (arXiv 2406.08124), loss ``-log sigmoid(r_c - r_r -
+m)``.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,9 @@ def accuracy(model: Any, pairs: Sequence[tuple[list[int], list[int]]]) -> float:
     return right / len(pairs)
 
 
-def _with_margins(options: RewardOptions, pairs: list[ScoredPair], column: list[Any]) -> tuple[list[ScoredPair], list[float] | list[None]]:
+def _with_margins(
+    options: RewardOptions, pairs: list[ScoredPair], column: list[Any]
+) -> tuple[list[ScoredPair], list[float] | list[None]]:
     """The pairs that are trained on, and the margin of each."""
     if options.margins == "none" and not options.drop_disagreeing:
         return pairs, [None] * len(pairs)

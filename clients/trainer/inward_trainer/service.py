@@ -38,7 +38,8 @@ class Drawn:
 
 
 class Service:
-    """Safe to use from several threads. What may pass (a restart, overload) is waited for; everything asked is safe to ask again.
+    """Safe to use from several threads. What may pass (a restart, overload) is waited for; everything asked is safe to
+    ask again.
 
     Args:
         url: such as ``http://127.0.0.1:8080``.
@@ -58,14 +59,18 @@ class Service:
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-        self._client = httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(150.0, connect=10.0), transport=transport)
+        self._client = httpx.Client(
+            base_url=url, headers=headers, timeout=httpx.Timeout(150.0, connect=10.0), transport=transport
+        )
         self._threads = ThreadPoolExecutor(at_once, thread_name_prefix="service")
         self._patience = patience
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._threads.shutdown(cancel_futures=True)
         self._client.close()
 
@@ -81,7 +86,9 @@ class Service:
         """
         body: dict[str, Any] = {"prompt": prompt, "n": n, "sampling": dict(sampling)}
         answer = self._post("/rerank", body | ({"head": head} if head else {}))
-        usable = [result for result in answer["results"] if result.get("score") is not None and result.get("text") is not None]
+        usable = [
+            result for result in answer["results"] if result.get("score") is not None and result.get("text") is not None
+        ]
         if not usable:
             return None
         return Drawn(
@@ -93,7 +100,9 @@ class Service:
         )
 
     def rewards(self, pairs: Sequence[ScoredPair], head: str | None = None) -> list[dict[str, Any]]:
-        """The hybrid head's ``chosen_score``, ``rejected_score``, ``confidence`` of each, or an ``error``; and the ``policy_version``."""
+        """The hybrid head's ``chosen_score``, ``rejected_score``, ``confidence`` of each, or an ``error``; and the
+        ``policy_version``.
+        """
 
         def ask(some: Sequence[ScoredPair]) -> list[dict[str, Any]]:
             body: dict[str, Any] = {"pairs": [pair.texts() for pair in some]}
@@ -112,7 +121,9 @@ class Service:
         return [score for scores in self.many(ask, list(_slices(items))) for score in scores]
 
     def margins(self, pairs: Sequence[ScoredPair], head: str | None = None) -> list[dict[str, Any]]:
-        """The LEGEND head's ``margin``, ``margin_scaled``, ``bin``, ``label_agrees`` of each; an ``error`` where there is none."""
+        """The LEGEND head's ``margin``, ``margin_scaled``, ``bin``, ``label_agrees`` of each; an ``error`` where
+        there is none.
+        """
 
         def ask(some: Sequence[ScoredPair]) -> list[dict[str, Any]]:
             body: dict[str, Any] = {"pairs": [pair.texts() for pair in some]}
@@ -129,7 +140,8 @@ class Service:
         """One online step of a head, applied once however often it is sent.
 
         Returns:
-            Whether it was applied now or by the same call before; False if a later one was, so that this one must have been, too.
+            Whether it was applied now or by the same call before; False if a later one was, so that this one must have
+            been, too.
         """
         if sequence < int(self.head(name)["sequence"]):
             return False
@@ -148,7 +160,11 @@ class Service:
     def create_job(self, rows: bytes, head: str | None = None) -> str:
         """Uploads JSONL of pairs as a bulk job of kind ``reward``; gives its id."""
         query = {"kind": "reward"} | ({"head": head} if head else {})
-        return str(self._ask("POST", "/jobs", params=query, content=rows, headers={"content-type": "application/x-ndjson"}).json()["id"])
+        return str(
+            self._ask(
+                "POST", "/jobs", params=query, content=rows, headers={"content-type": "application/x-ndjson"}
+            ).json()["id"]
+        )
 
     def job(self, id: str) -> dict[str, Any]:
         """How far a bulk job is."""
@@ -181,7 +197,9 @@ class Service:
                     raise ServiceError(f"{method} {path}: {answer.status_code} {problem}", answer.status_code)
                 wait = max(pause, _seconds(answer.headers.get("retry-after")))
             if time.monotonic() + wait > end:
-                raise ServiceGone(f"{method} {self._client.base_url}{path.lstrip('/')}: no answer for {self._patience:.0f} s ({problem})")
+                raise ServiceGone(
+                    f"{method} {self._client.base_url}{path.lstrip('/')}: no answer for {self._patience:.0f} s ({problem})"
+                )
             time.sleep(wait)
             pause = min(2 * pause, 10.0)
 

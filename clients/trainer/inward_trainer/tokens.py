@@ -1,7 +1,8 @@
 """Conversation → token ids, the same ids that the service scores.
 
-The service renders a prompt with the chat template up to where the answer begins, lets the answer follow as it is, and tokenises both as
-one text with exactly one BOS. TRL would render the answer through the template as well, and train on what templates write after it.
+The service renders a prompt with the chat template up to where the answer begins, lets the answer follow as it is, and
+tokenises both as one text with exactly one BOS. TRL would render the answer through the template as well, and train on
+what templates write after it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class Tokeniser:
 
     Args:
         tokenizer: the policy's, from Hugging Face.
-        format: for a model without a chat template, a string with ``{prompt}`` that ends with ``{response}``; the service's ``--template``.
+        format: for a model without a chat template, a string with ``{prompt}`` that ends with ``{response}``; the
+            service's ``--template``.
 
     Raises:
         DataError: the tokenizer has no EOS, or the format lacks a field.
@@ -48,7 +50,9 @@ class Tokeniser:
         if format is not None and (format.count("{prompt}") != 1 or not format.endswith("{response}")):
             raise DataError(f"the template {format!r} needs {{prompt}} once and must end with {{response}}")
         self.tokenizer, self._format = tokenizer, format
-        self._adds_bos = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+        self._adds_bos = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [
+            tokenizer.bos_token_id
+        ]
 
     def render(self, prompt: Prompt) -> str:
         """The text up to where the answer begins."""

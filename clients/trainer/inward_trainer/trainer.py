@@ -1,7 +1,7 @@
 """TRL's DPOTrainer with a confidence per pair.
 
-TRL 1.16 ignores ``label_smoothing`` for its ``sigmoid`` loss without a word, and knows no confidence per row. So the loss is ours; model,
-reference, dataset, checkpoints and distribution stay TRL's.
+TRL 1.16 ignores ``label_smoothing`` for its ``sigmoid`` loss without a word, and knows no confidence per row. So the
+loss is ours; model, reference, dataset, checkpoints and distribution stay TRL's.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class ConfidenceCollator(DataCollatorForPreference):  # type: ignore[misc]
 class CdpoTrainer(DPOTrainer):  # type: ignore[misc]
     """Takes a dataset as DPOTrainer does, with a column ``confidence`` besides; rows without one train as in plain DPO.
 
-    Logged beside TRL's ``rewards/…``: ``gamma`` (mean confidence), ``kl`` (mean log-ratio of the batch's answers in nats each: KL to the
-    reference where the answers are the policy's own), and of rows that carry scores ``hybrid/accuracy``, ``monitor/accuracy`` and
-    ``hybrid/reward/*``, the distribution of rewards.
+    Logged beside TRL's ``rewards/…``: ``gamma`` (mean confidence), ``kl`` (mean log-ratio of the batch's answers in
+    nats each: KL to the reference where the answers are the policy's own), and of rows that carry scores
+    ``hybrid/accuracy``, ``monitor/accuracy`` and ``hybrid/reward/*``, the distribution of rewards.
 
     Raises:
         ValueError: options of DPOConfig that this loss does not know, which would be ignored in silence.
@@ -47,10 +47,17 @@ class CdpoTrainer(DPOTrainer):  # type: ignore[misc]
     _name = "cDPO"
     _signature_columns: list[str]
 
-    def __init__(self, model: Any, args: DPOConfig, *, data_collator: Any = None, processing_class: Any, **options: Any) -> None:
+    def __init__(
+        self, model: Any, args: DPOConfig, *, data_collator: Any = None, processing_class: Any, **options: Any
+    ) -> None:
         unknown = [
             name
-            for name, plain in (("f_divergence_type", "reverse_kl"), ("label_smoothing", 0.0), ("ld_alpha", None), ("use_weighting", False))
+            for name, plain in (
+                ("f_divergence_type", "reverse_kl"),
+                ("label_smoothing", 0.0),
+                ("ld_alpha", None),
+                ("use_weighting", False),
+            )
             if getattr(args, name) != plain
         ]
         if list(args.loss_type) != ["sigmoid"] or unknown or args.precompute_ref_log_probs:
@@ -61,7 +68,9 @@ class CdpoTrainer(DPOTrainer):  # type: ignore[misc]
             if processing_class.pad_token is None:
                 processing_class.pad_token = processing_class.eos_token
             data_collator = ConfidenceCollator(processing_class.pad_token_id, args.max_length, args.truncation_mode)
-        super().__init__(model=model, args=args, data_collator=data_collator, processing_class=processing_class, **options)
+        super().__init__(
+            model=model, args=args, data_collator=data_collator, processing_class=processing_class, **options
+        )
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -83,7 +92,9 @@ class CdpoTrainer(DPOTrainer):  # type: ignore[misc]
         return (loss, None) if return_outputs else loss
 
     def _log_probs(self, model: Any, texts: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """Log-probability of each answer, chosen ones first, ``[2B]``; and a mixture-of-experts model's load-balancing loss."""
+        """Log-probability of each answer, chosen ones first, ``[2B]``; and a mixture-of-experts model's
+        load-balancing loss.
+        """
         kwargs = {name: value for name, value in texts.items() if name != "completion_mask"}
         if self.aux_loss_enabled:
             kwargs["output_router_logits"] = True

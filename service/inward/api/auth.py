@@ -27,8 +27,8 @@ HEALTH = frozenset({"/livez", "/readyz", "/health"})
 class KeyRing:
     """The keys that open the door: some for good, and those of a file that is read again whenever it changes.
 
-    So keys are rotated without a restart: add the new one to the file, move the clients, take the old one out. A file that is away or
-    empty for a moment (it is being written) locks nobody in or out: the last keys stay.
+    So keys are rotated without a restart: add the new one to the file, move the clients, take the old one out. A file
+    that is away or empty for a moment (it is being written) locks nobody in or out: the last keys stay.
 
     Args:
         keys: for good.
@@ -46,7 +46,9 @@ class KeyRing:
             try:
                 self._read = _keys(file)
             except OSError as error:
-                raise SetupError(f"the file of API keys can't be read: {error.strerror} (--api-keys-file {file})") from None
+                raise SetupError(
+                    f"the file of API keys can't be read: {error.strerror} (--api-keys-file {file})"
+                ) from None
             if not self._read:
                 raise SetupError(f"{file} has no key: write one a line (--api-keys-file)")
 
@@ -55,7 +57,9 @@ class KeyRing:
         return bool(self._fixed or self._read)
 
     def knows(self, given: bytes | None) -> bool:
-        """Compares digests with every key's, each in constant time, so that the time taken tells nothing, not even a length."""
+        """Compares digests with every key's, each in constant time, so that the time taken tells nothing, not even a
+        length.
+        """
         if given is None:
             return False
         self._look()
@@ -76,7 +80,9 @@ class KeyRing:
 
 
 class Auth:
-    """Guards every route, also those that do not exist, except health and what else is ``open_paths``. No keys: all is open."""
+    """Guards every route, also those that do not exist, except health and what else is ``open_paths``. No keys: all
+    is open.
+    """
 
     def __init__(self, app: ASGIApp, *, keys: KeyRing, open_paths: Set[str] = HEALTH) -> None:
         self.app = app
@@ -118,7 +124,9 @@ def _keys(file: Path) -> set[bytes]:
 
 
 def _stamp(file: Path) -> tuple[int, int, int] | None:
-    """What differs once the file was written or another one was put in its place (as Kubernetes does); None where there is none."""
+    """What differs once the file was written or another one was put in its place (as Kubernetes does); None where
+    there is none.
+    """
     try:
         about = file.stat()
     except OSError:

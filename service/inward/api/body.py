@@ -19,7 +19,9 @@ CANDIDATES = ("candidates", "documents", "texts")
 
 
 class JsonRoute(APIRoute):
-    """A route whose body is parsed by ``parse`` and limited by ``limit_lists``, instead of by FastAPI's more generous ways."""
+    """A route whose body is parsed by ``parse`` and limited by ``limit_lists``, instead of by FastAPI's more
+    generous ways.
+    """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """The handler that Starlette calls."""
@@ -82,10 +84,15 @@ def limit_lists(value: Any, limits: Limits) -> None:
     """
     if not isinstance(value, dict):
         return
-    for field, limit in [*((field, limits.items) for field in ITEMS), *((field, limits.candidates) for field in CANDIDATES)]:
+    for field, limit in [
+        *((field, limits.items) for field in ITEMS),
+        *((field, limits.candidates) for field in CANDIDATES),
+    ]:
         elements = value.get(field)
         if isinstance(elements, list) and len(elements) > limit:
-            raise TooLarge(f"{field} has {len(elements)} elements and one request may have {limit}; send several", param=field)
+            raise TooLarge(
+                f"{field} has {len(elements)} elements and one request may have {limit}; send several", param=field
+            )
 
 
 def _no_number(constant: str) -> None:

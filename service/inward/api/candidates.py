@@ -44,7 +44,7 @@ class Candidates:
 
 
 @dataclass(frozen=True, slots=True)
-class Drawing:
+class Generation:
     """What is to be drawn."""
 
     prompt_ids: Ids
@@ -75,7 +75,7 @@ async def candidates(services: Services, request: RerankRequest, head: str, dead
     return found
 
 
-async def drawing(services: Services, request: RerankRequest) -> Drawing:
+async def drawing(services: Services, request: RerankRequest) -> Generation:
     """What a request without candidates asks for.
 
     Raises:
@@ -90,7 +90,7 @@ async def drawing(services: Services, request: RerankRequest) -> Drawing:
         raise type(grouped)(grouped.message, param=Parts(prompt, (), field, ()).blame(grouped.param))
     prompt_ids = grouped.group.prompt_ids
     spec = _spec(n, request.sampling or Sampling(), services.limits.tokens - 1 - len(prompt_ids))
-    return Drawing(prompt_ids, spec, grouped.truncated)
+    return Generation(prompt_ids, spec, grouped.truncated)
 
 
 def _spec(n: int, sampling: Sampling, room: int) -> SamplingSpec:
@@ -107,8 +107,8 @@ def _spec(n: int, sampling: Sampling, room: int) -> SamplingSpec:
 async def _given(
     services: Services, texts: Sequence[str], truncate: bool, prompt: Prompt, field: str, head: str, deadline: Deadline
 ) -> Candidates:
-    """All that can be used are one group, tokenised together as they are scored. Only where that fails, each is tried alone, to find
-    those to blame.
+    """All that can be used are one group, tokenised together as they are scored. Only where that fails, each is tried
+    alone, to find those to blame.
     """
 
     async def group(places: Sequence[int]) -> Grouped | InwardError:
@@ -118,7 +118,9 @@ async def _given(
     answers = [Candidate(text) for text in texts]
     grouped = await group(usable)
     if isinstance(grouped, InwardError):
-        for i, alone in enumerate(await services.prompts.group_many([Texts(prompt, (text,), truncate) for text in texts])):
+        for i, alone in enumerate(
+            await services.prompts.group_many([Texts(prompt, (text,), truncate) for text in texts])
+        ):
             if isinstance(alone, InwardError):
                 parts = Parts(prompt, (texts[i],), field, (f"candidates.{i}",))
                 answers[i] = replace(answers[i], error=type(alone)(alone.message, param=parts.blame(alone.param)))

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from inward.api.answers import plain, refusal
 from inward.errors import InvalidField, InwardError, NotFound
 from inward.wire import UNION_TAGS, ErrorBody
-from inward.wire.foreign import FOREIGN_TAGS
+from inward.wire.compat import FOREIGN_TAGS
 
 PHRASES = {
     "missing": "is missing",
@@ -47,7 +47,9 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 def responses(*models: Any) -> dict[int | str, dict[str, Any]]:
-    """``RESPONSES`` of routes on which errors have one of these shapes; what goes wrong before the route keeps our own."""
+    """``RESPONSES`` of routes on which errors have one of these shapes; what goes wrong before the route keeps our
+    own.
+    """
     either = reduce(or_, models, ErrorBody)
     return {status: {**response, "model": either} for status, response in RESPONSES.items()}
 

@@ -27,7 +27,8 @@ def event(name: str, body: BaseModel | dict[str, Any]) -> str:
 
 
 class EventStream(Response):
-    """Status 200, then ``events`` as they come, then ``[DONE]``. What ``events`` raises is sent as an event ``error`` before it.
+    """Status 200, then ``events`` as they come, then ``[DONE]``. What ``events`` raises is sent as an event ``error``
+    before it.
 
     Cancelling (the caller hung up) closes ``events``.
     """

@@ -1,7 +1,7 @@
 """``Idempotency-Key``: who asks again with the same key and the same body gets the same answer, worked out once.
 
-Only answers with status 200 or 201 are kept, and no streams of events; after an error the caller may ask again. The key belongs to the
-credential that it came with.
+Only answers with status 200 or 201 are kept, and no streams of events; after an error the caller may ask again. The key
+belongs to the credential that it came with.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inward.api.answers import JSON, refusal
 from inward.errors import Conflict, InvalidField, Unavailable
-from inward.queues.answered import Answered
+from inward.stores.idempotency import IdempotencyStore
 
 KEY = re.compile(r"[\x21-\x7e]{1,255}")
 HEADER = "Idempotency-Key"
 GOOD = (200, 201)
 
 
-class Once:
+class Idempotency:
     """Stands inside ``Door``, which hands it the whole body at once and cancels it when the caller hangs up.
 
     ``uploads`` are paths whose bodies come in pieces; there the declared length stands for the body.
     """
 
-    def __init__(self, app: ASGIApp, *, answered: Answered, uploads: Set[str] = frozenset()) -> None:
+    def __init__(self, app: ASGIApp, *, answered: IdempotencyStore, uploads: Set[str] = frozenset()) -> None:
         self.app = app
         self._answered, self._uploads = answered, uploads
 
@@ -46,7 +46,9 @@ class Once:
             return
         message = await receive()
         key = hashlib.sha256(f"{headers.get('authorization', '')} {given}".encode()).hexdigest()
-        body = headers.get("content-length", "").encode() if scope["path"] in self._uploads else message.get("body", b"")
+        body = (
+            headers.get("content-length", "").encode() if scope["path"] in self._uploads else message.get("body", b"")
+        )
         request = hashlib.sha256(b" ".join((scope["path"].encode(), scope["query_string"], body))).hexdigest()
         try:
             asked = await self._answered.begin(key, request)
@@ -59,7 +61,9 @@ class Once:
             reused = InvalidField(f"this {HEADER} was used for another request; take a new one for each", param=HEADER)
             await refusal(reused)(scope, receive, send)
         elif asked.answer is None:
-            conflict = Conflict(f"a request with this {HEADER} is being worked out; ask again in a second", param=HEADER)
+            conflict = Conflict(
+                f"a request with this {HEADER} is being worked out; ask again in a second", param=HEADER
+            )
             await refusal(conflict, headers={"retry-after": "1"})(scope, receive, send)
         else:
             await Response(asked.answer, 200, {"idempotency-replayed": "true"}, JSON)(scope, receive, send)

@@ -1,7 +1,7 @@
 """``/rerank`` with ``"stream": true``: each answer as soon as it is drawn and scored, and the ranking in the end.
 
-Every answer is a job of its own, so nothing else in the house knows of streaming: deadlines, hang-ups and several workers are those of
-any other job, and a seed gives answer ``i`` the seed ``seed + i``, as vLLM does within one job.
+Every answer is a job of its own, so nothing else in the house knows of streaming: deadlines, hang-ups and several
+workers are those of any other job, and a seed gives answer ``i`` the seed ``seed + i``, as vLLM does within one job.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import replace
 
-from inward.api.candidates import Candidate, Candidates, Drawing, answered, drawing, score_one
+from inward.api.candidates import Candidate, Candidates, Generation, answered, drawing, score_one
 from inward.api.events import EventStream, event
 from inward.api.ranking import one_ranked, ranking
 from inward.api.scoring import Deadline, charge
@@ -22,7 +22,8 @@ from inward.wire import RerankAnswer, RerankRequest
 async def stream_ranking(
     services: Services, request: RerankRequest, head: HeadRef, finish: Callable[[RerankAnswer], Awaitable[None]]
 ) -> EventStream:
-    """Events ``sample``, a ``Ranked`` each (with a listwise head without its score), then ``result``, a ``RerankAnswer``.
+    """Events ``sample``, a ``Ranked`` each (with a listwise head without its score), then ``result``, a
+    ``RerankAnswer``.
 
     Args:
         finish: is given the answer before it is sent.
@@ -43,7 +44,7 @@ async def stream_ranking(
 async def _events(
     services: Services,
     request: RerankRequest,
-    asked: Drawing,
+    asked: Generation,
     outcomes: AsyncGenerator[tuple[int, Scored | InwardError], None],
     deadline: Deadline,
     finish: Callable[[RerankAnswer], Awaitable[None]],
@@ -78,7 +79,7 @@ def _candidate(scored: Scored) -> Candidate:
     return bare if scored.scores[0].listwise else answered(scored, 0, bare)
 
 
-async def _found(services: Services, asked: Drawing, drawn: Sequence[Scored], deadline: Deadline) -> Candidates:
+async def _found(services: Services, asked: Generation, drawn: Sequence[Scored], deadline: Deadline) -> Candidates:
     """All answers as one list, which a listwise head has still to see."""
     samples = tuple(scored.samples[0] for scored in drawn)
     together = _together(drawn)

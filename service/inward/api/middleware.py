@@ -1,4 +1,5 @@
-"""What every request passes on its way in and out: the record of it, and the door that takes its body and notices when it hangs up.
+"""What every request passes on its way in and out: the record of it, and the door that takes its body and notices when
+it hangs up.
 
 Plain ASGI, because Starlette's ``BaseHTTPMiddleware`` hides ``http.disconnect`` from what is inside it.
 """
@@ -31,8 +32,9 @@ UNTRACED = HEALTH | {"/metrics"}
 """Asked every few seconds, by machines."""
 
 
-class Recorder:
-    """Outermost: request id, ``x-total-time``, metrics, one event and one span per request; a defect becomes a 500 in the error shape.
+class AccessLog:
+    """Outermost: request id, ``x-total-time``, metrics, one event and one span per request; a defect becomes a 500 in
+    the error shape.
 
     The label ``route`` is the route's template, and ``other`` where the path is none of ours.
     """
@@ -69,9 +71,13 @@ class Recorder:
         try:
             await self.app(scope, receive, record)
         except Exception:
-            LOG.exception("request_failed", extra={"fields": {"request_id": request_id}})  # type and place, not the message
+            LOG.exception(
+                "request_failed", extra={"fields": {"request_id": request_id}}
+            )  # type and place, not the message
             if code == HUNG_UP:
-                await refusal(InternalError(f"a defect of the server; its log has more under {request_id}"))(scope, receive, record)
+                await refusal(InternalError(f"a defect of the server; its log has more under {request_id}"))(
+                    scope, receive, record
+                )
         finally:
             metrics.REQUESTS_IN_FLIGHT.dec()
             seconds = time.perf_counter() - started
@@ -90,13 +96,16 @@ class Recorder:
 
 
 class Door:
-    """Takes a body of at most ``limit`` bytes, whatever its declared length, and cancels the work when the caller hangs up.
+    """Takes a body of at most ``limit`` bytes, whatever its declared length, and cancels the work when the caller hangs
+    up.
 
-    It must come within ``seconds``, so that nobody holds a connection by sending a byte now and then. ``uploads`` are paths with a limit
-    of their own, whose bodies are handed on as they come, however slowly.
+    It must come within ``seconds``, so that nobody holds a connection by sending a byte now and then. ``uploads`` are
+    paths with a limit of their own, whose bodies are handed on as they come, however slowly.
     """
 
-    def __init__(self, app: ASGIApp, *, limit: int, seconds: float = 60.0, uploads: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self, app: ASGIApp, *, limit: int, seconds: float = 60.0, uploads: Mapping[str, int] | None = None
+    ) -> None:
         self.app = app
         self._limit, self._seconds = limit, seconds
         self._uploads = uploads or {}

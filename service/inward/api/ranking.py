@@ -20,7 +20,9 @@ async def rank(services: Services, request: RerankRequest, head: HeadRef) -> tup
     return await ranking(services, request, await candidates(services, request, head.name, deadline), deadline)
 
 
-async def ranking(services: Services, request: RerankRequest, found: Candidates, deadline: Deadline) -> tuple[RerankAnswer, Timing]:
+async def ranking(
+    services: Services, request: RerankRequest, found: Candidates, deadline: Deadline
+) -> tuple[RerankAnswer, Timing]:
     """The answer that says what was found, and how long that took. Raises as ``rank``."""
     errors = [answer.error for answer in found.answers if answer.error is not None]
     if len(errors) == len(found.answers):
@@ -86,7 +88,9 @@ async def _best_against_worst(
 
 
 async def _compared(services: Services, extremes: Group, ranked: Scored, deadline: Deadline) -> Scored | None:
-    """What the hybrid head says of best against worst; None where none is loaded, or where it was switched since the ranking."""
+    """What the hybrid head says of best against worst; None where none is loaded, or where it was switched since the
+    ranking.
+    """
     name = hybrid_head(services)
     if name is None:
         return None

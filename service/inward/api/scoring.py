@@ -28,7 +28,9 @@ class Result:
 
     def scores(self, head: int = 0) -> Scores | None:
         """What the ``head``-th of the heads asked for says, if the item was scored."""
-        return self.outcome.scores[head] if isinstance(self.outcome, Scored) and head < len(self.outcome.scores) else None
+        return (
+            self.outcome.scores[head] if isinstance(self.outcome, Scored) and head < len(self.outcome.scores) else None
+        )
 
     def error(self, where: str) -> ErrorDetail | None:
         """Why there is no score at ``where``."""
@@ -41,7 +43,9 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """What became of all items, in their order. At least one was scored, and all that were by one version of head and policy."""
+    """What became of all items, in their order. At least one was scored, and all that were by one version of head
+    and policy.
+    """
 
     results: list[Result]
 
@@ -137,7 +141,9 @@ async def score_all(
     return Results(results)
 
 
-async def tokenise(services: Services, field: str, items: Sequence[Scorable], *, truncate: bool) -> list[Grouped | InwardError]:
+async def tokenise(
+    services: Services, field: str, items: Sequence[Scorable], *, truncate: bool
+) -> list[Grouped | InwardError]:
     """A group for each item, or what is wrong with it, blamed on the field of the request."""
     parts: list[Parts | InwardError] = []
     for item in items:
@@ -166,7 +172,8 @@ async def score_groups(
     details: frozenset[Detail] = frozenset(),
     pair: bool = False,
 ) -> list[Scored | InwardError]:
-    """Scores groups, all by one version of the heads and the policy: those scored before a switch are scored again after it.
+    """Scores groups, all by one version of the heads and the policy: those scored before a switch are scored again
+    after it.
 
     Raises:
         Unavailable, DeadlineExceeded: not the fault of any one group.
@@ -185,7 +192,9 @@ async def score_groups(
     switches = 0
     while stale := _stale(outcomes, latest):
         if (switches := switches + 1) > SWITCHES:
-            raise Unavailable("the head was switched again and again during this request; send it again", retry_after=1.0)
+            raise Unavailable(
+                "the head was switched again and again during this request; send it again", retry_after=1.0
+            )
         latest = await score([groups[i] for i in stale])
         for i, outcome in zip(stale, latest, strict=True):
             outcomes[i] = outcome
@@ -209,4 +218,6 @@ def _stale(outcomes: Sequence[Scored | InwardError], latest: Sequence[Scored | I
         return scored.heads, scored.policy_version
 
     newest = next((version(outcome) for outcome in reversed(latest) if isinstance(outcome, Scored)), None)
-    return [i for i, outcome in enumerate(outcomes) if isinstance(outcome, Scored) and newest and version(outcome) != newest]
+    return [
+        i for i, outcome in enumerate(outcomes) if isinstance(outcome, Scored) and newest and version(outcome) != newest
+    ]

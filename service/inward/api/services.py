@@ -11,8 +11,8 @@ from fastapi import Depends, Request
 from inward.api.auth import KeyRing
 from inward.intake import Intake
 from inward.prompts import Prompts, Texts
-from inward.queues.answered import Answered, MemoryAnswered
-from inward.queues.quota import Quota
+from inward.stores.idempotency import IdempotencyStore, MemoryIdempotencyStore
+from inward.stores.quota import Quota
 from inward.types import HeadRef, Kind
 
 
@@ -20,7 +20,8 @@ class BulkJobs(Protocol):
     """Jobs that outlive a request. Every method raises ``Unavailable`` where their store can't be reached."""
 
     async def create(self, kind: str, lines: AsyncIterable[str], *, head: str | None, scores: str | None) -> BulkJob:
-        """Stores the rows, one JSON object a line, as they come, and begins when the last one is there. Raises ``InvalidField`` for none.
+        """Stores the rows, one JSON object a line, as they come, and begins when the last one is there. Raises
+        ``InvalidField`` for none.
 
         What ``lines`` raises is passed on, and leaves nothing behind.
         """
@@ -60,8 +61,10 @@ class ScoredRows(Protocol):
         ...
 
 
-class HeadsDesk(Protocol):
-    """Where heads are looked up, switched and updated. Every method raises ``NotFound`` for a head or version that isn't loaded."""
+class HeadControl(Protocol):
+    """Where heads are looked up, switched and updated. Every method raises ``NotFound`` for a head or version that
+    isn't loaded.
+    """
 
     def resolve(self, name: str | None, kinds: Sequence[Kind]) -> HeadRef:
         """The active version of ``name``, or of the first head of the first of ``kinds`` that is loaded."""
@@ -89,7 +92,7 @@ class HeadsDesk(Protocol):
         ...
 
 
-class PolicyDesk(Protocol):
+class PolicyControl(Protocol):
     """Where the policy that the backbone carries is looked up and switched."""
 
     async def show(self) -> dict[str, Any]:
@@ -131,8 +134,8 @@ class Services:
 
     prompts: Prompts
     intake: Intake
-    heads: HeadsDesk
-    policies: PolicyDesk
+    heads: HeadControl
+    policies: PolicyControl
     info: Callable[[], Mapping[str, Any]]
     """What ``GET /info`` answers; has at least ``model``."""
     ready: Callable[[], tuple[bool, str]]
@@ -152,7 +155,7 @@ class Services:
     """Streams for trainers, where there is a Redis to keep them."""
     quota: Quota | None = None
     """What each key may have computed."""
-    answered: Answered = field(default_factory=lambda: MemoryAnswered(keep=3600.0, running=120.0))
+    answered: IdempotencyStore = field(default_factory=lambda: MemoryIdempotencyStore(keep=3600.0, running=120.0))
     """Answers under an ``Idempotency-Key``."""
 
 

@@ -13,7 +13,9 @@ from inward.api.answers import plain
 from inward.errors import EngineDead, Unavailable
 
 
-def create_status_app(ready: Callable[[], tuple[bool, str]], alive: Callable[[], bool], info: Callable[[], Mapping[str, Any]]) -> FastAPI:
+def create_status_app(
+    ready: Callable[[], tuple[bool, str]], alive: Callable[[], bool], info: Callable[[], Mapping[str, Any]]
+) -> FastAPI:
     """``/livez /readyz /health /info /metrics``, which mean what they mean in the API; nothing here is secret."""
     app = FastAPI(title="Inward worker", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
     errors.install(app)

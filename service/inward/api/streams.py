@@ -16,7 +16,10 @@ def stream(services: Services, name: str | None) -> ScoredRows | None:
     if name is None:
         return None
     if services.scores is None:
-        raise Conflict("scores need a Redis that keeps them: run `inward api` and `inward worker` around a --redis-url", param="scores")
+        raise Conflict(
+            "scores need a Redis that keeps them: run `inward api` and `inward worker` around a --redis-url",
+            param="scores",
+        )
     return services.scores
 
 

@@ -1,7 +1,9 @@
-"""A LoRA adapter of the policy as PEFT saves it: which matrices it brings, for which modules, and that it is nothing more than that.
+"""A LoRA adapter of the policy as PEFT saves it: which matrices it brings, for which modules, and that it is nothing
+more than that.
 
-Read without torch. What PEFT can write beside plain LoRA (DoRA, trained biases, whole modules …) changes the forward pass; an adapter
-that has any of it is refused, because leaving it out would give another policy than the one that was trained.
+Read without torch. What PEFT can write beside plain LoRA (DoRA, trained biases, whole modules …) changes the forward
+pass; an adapter that has any of it is refused, because leaving it out would give another policy than the one that was
+trained.
 """
 
 from __future__ import annotations
@@ -25,9 +27,11 @@ PLAIN = frozenset(
     "target_modules exclude_modules fan_in_fan_out use_rslora rank_pattern alpha_pattern layers_to_transform layers_pattern megatron_core "
     "qalora_group_size runtime_config ensure_weight_tying".split()
 )
-"""Fields of the configuration that say where the matrices are and how they are scaled, or that mean nothing after training."""
+"""Fields of the configuration that say where the matrices are and how they are scaled, or that mean nothing after
+training."""
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq")
-"""Ways of ``init_lora_weights`` that subtract from the base weights what the adapter begins with: alone it fits no base model."""
+"""Ways of ``init_lora_weights`` that subtract from the base weights what the adapter begins with: alone it fits no
+base model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +73,11 @@ def read_adapter(folder: Path) -> Adapter:
         InvalidField: it is incomplete, damaged, in pickled form, or no plain LoRA; says what is wrong.
     """
     if not (folder / TENSORS).is_file():
-        pickled = " (an adapter_model.bin is in pickled form and is not read)" if (folder / "adapter_model.bin").exists() else ""
+        pickled = (
+            " (an adapter_model.bin is in pickled form and is not read)"
+            if (folder / "adapter_model.bin").exists()
+            else ""
+        )
         raise _broken(folder, f"it holds no {TENSORS}{pickled}; save it with save_pretrained, which writes one")
     config = _config(folder)
     try:
@@ -91,7 +99,8 @@ def base_shapes(model: Path) -> dict[str, tuple[int, ...]]:
 
 
 def check_shapes(adapter: Adapter, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Whether the matrices go with the base weights ``[outputs, inputs]`` (or transposed, as in GPT-2) of the modules in ``shapes``.
+    """Whether the matrices go with the base weights ``[outputs, inputs]`` (or transposed, as in GPT-2) of the modules
+    in ``shapes``.
 
     Raises:
         InvalidField: a module of the adapter has another size there: it was trained on another model.
@@ -99,12 +108,18 @@ def check_shapes(adapter: Adapter, shapes: Mapping[str, Sequence[int]]) -> None:
     for name, module in adapter.modules.items():
         shape = tuple(shapes.get(name, ()))
         if shape and (module.outputs, module.inputs) not in (shape, shape[::-1]):
-            raise misfit(adapter, name, f"it is made for {module.inputs} inputs and {module.outputs} outputs, the weight is {list(shape)}")
+            raise misfit(
+                adapter,
+                name,
+                f"it is made for {module.inputs} inputs and {module.outputs} outputs, the weight is {list(shape)}",
+            )
 
 
 def misfit(adapter: Adapter, module: str, why: str) -> InvalidField:
     """An adapter that does not go with the backbone."""
-    return InvalidField(f"adapter {adapter.folder.name!r} does not fit this model at {module!r}: {why}", param="version")
+    return InvalidField(
+        f"adapter {adapter.folder.name!r} does not fit this model at {module!r}: {why}", param="version"
+    )
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -113,12 +128,17 @@ def _config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise _broken(folder, f"{CONFIG} cannot be read as JSON: {error}") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise _broken(folder, f"it is no LoRA adapter (peft_type {config.get('peft_type') if isinstance(config, dict) else None!r})")
+        raise _broken(
+            folder,
+            f"it is no LoRA adapter (peft_type {config.get('peft_type') if isinstance(config, dict) else None!r})",
+        )
     if config.get("bias", "none") != "none":
         raise _broken(folder, f"it brings biases (bias {config['bias']!r}); train with bias 'none'")
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start.startswith(CHANGES_THE_BASE):
-        raise _broken(folder, f"it was begun with {start!r}, which changes the base weights; convert it to plain LoRA when saving")
+        raise _broken(
+            folder, f"it was begun with {start!r}, which changes the base weights; convert it to plain LoRA when saving"
+        )
     more = sorted(name for name in config.keys() - PLAIN - {"bias", "init_lora_weights", "eva_config"} if config[name])
     if more:
         raise _broken(folder, f"its configuration sets {', '.join(more)}; only plain LoRA is supported")

@@ -15,7 +15,8 @@ class Capacity:
     """What one call may carry, declared by the backbone and obeyed by the packer."""
 
     tokens: int
-    """Tokens to compute (``Group.tokens``, summed) in one call to ``read``. A single larger group is legal and goes alone."""
+    """Tokens to compute (``Group.tokens``, summed) in one call to ``read``. A single larger group is legal and goes
+    alone."""
     concurrency: int = 1
     """Calls that are computed at once. One more may be in flight, so that the device finds its next batch ready."""
 
@@ -35,7 +36,8 @@ class Backbone(Protocol):
         ...
 
     async def load_adapter(self, version: str, folder: Path | None) -> None:
-        """Carries the LoRA adapter in ``folder`` (None: no adapter) as ``version`` from now on. Calls in flight finish with the former one.
+        """Carries the LoRA adapter in ``folder`` (None: no adapter) as ``version`` from now on. Calls in flight finish
+        with the former one.
 
         Raises:
             InvalidField: it is broken, or does not fit this model; what was carried before stays.
@@ -43,7 +45,9 @@ class Backbone(Protocol):
         """
         ...
 
-    async def read(self, groups: Sequence[Group], readouts: Sequence[Readout], *, tokens: bool = False) -> list[GroupReading]:
+    async def read(
+        self, groups: Sequence[Group], readouts: Sequence[Readout], *, tokens: bool = False
+    ) -> list[GroupReading]:
         """Evaluates every readout on every group, one forward pass for all, each prompt computed once for its group.
 
         Args:
@@ -88,13 +92,16 @@ class Backbone(Protocol):
 async def read_samples(
     prompt_ids: Ids, samples: Sequence[Sample], read: Callable[[Group], Awaitable[GroupReading]]
 ) -> tuple[list[Sample], GroupReading]:
-    """``Backbone.sample_and_read`` for a backbone that does one after the other: what ``read`` gives for the distinct samples, for all."""
+    """``Backbone.sample_and_read`` for a backbone that does one after the other: what ``read`` gives for the
+    distinct samples, for all.
+    """
     firsts = first_alike([sample.ids for sample in samples])
     distinct = sorted(set(firsts))
     reading = await read(Group(prompt_ids, tuple(samples[i].ids for i in distinct)))
     rows = [distinct.index(i) for i in firsts]
     readings = tuple(
-        Reading(r.values_NK[rows], None if r.tokens_TK is None else tuple(r.tokens_TK[row] for row in rows)) for r in reading.readings
+        Reading(r.values_NK[rows], None if r.tokens_TK is None else tuple(r.tokens_TK[row] for row in rows))
+        for r in reading.readings
     )
     return list(samples), replace(reading, readings=readings)
 

@@ -1,7 +1,8 @@
-"""A backbone without a model, shipped: deterministic, instant, for tests of everything around it, load tests and rehearsals.
+"""A backbone without a model, shipped: deterministic, instant, for tests of everything around it, load tests and
+rehearsals.
 
-A state is a pure function of the ids up to its token and of the layer (hashed to numbers of unit variance), so it obeys what
-callers rely on: it depends on nothing to its right, and on no neighbour.
+A state is a pure function of the ids up to its token and of the layer (hashed to numbers of unit variance), so it obeys
+what callers rely on: it depends on nothing to its right, and on no neighbour.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from numpy.typing import NDArray
 
 from inward.backbones.adapter import read_adapter
 from inward.backbones.base import Capacity, read_samples
-from inward.backbones.packing import Packed, pack
-from inward.backbones.readout import Fusion, Place
+from inward.backbones.readout import Fusion, ReadPlace
+from inward.backbones.transformers.packing import Packed, pack
 from inward.errors import EngineDead, InternalError
 from inward.types import BASE, BackboneInfo, Floats, Group, GroupReading, Ids, Readout, Sample
 
@@ -30,7 +31,9 @@ def _numbered(ids: Ids) -> str:
 
 
 class FakeBackbone:
-    """See the module. ``calls`` counts calls to ``read``, ``computed`` holds the last groups that were read, in order."""
+    """See the module. ``calls`` counts calls to ``read``, ``computed`` holds the last groups that were read, in
+    order.
+    """
 
     def __init__(
         self,
@@ -47,10 +50,13 @@ class FakeBackbone:
     ) -> None:
         """``delay_per_token`` in seconds; ``tokens`` is the declared capacity; ``decode`` turns drawn ids into text.
 
-        With a real model's ``fingerprint``, ``layers`` and ``width`` it stands in for that model, and the model's heads load.
+        With a real model's ``fingerprint``, ``layers`` and ``width`` it stands in for that model, and the model's heads
+        load.
         """
         own = hashlib.sha256(f"fake layers={layers} width={width}".encode()).hexdigest()[:32]
-        self.info = BackboneInfo("fake", "", fingerprint or f"sha256:{own}", layers, width, max_tokens, "float32", "cpu")
+        self.info = BackboneInfo(
+            "fake", "", fingerprint or f"sha256:{own}", layers, width, max_tokens, "float32", "cpu"
+        )
         self.capacity = Capacity(tokens)
         self.policy_version = BASE
         self.delay_per_token = delay_per_token
@@ -75,10 +81,14 @@ class FakeBackbone:
             await asyncio.to_thread(read_adapter, folder)
         self.policy_version = version
 
-    async def read(self, groups: Sequence[Group], readouts: Sequence[Readout], *, tokens: bool = False) -> list[GroupReading]:
+    async def read(
+        self, groups: Sequence[Group], readouts: Sequence[Readout], *, tokens: bool = False
+    ) -> list[GroupReading]:
         return await self._read(groups, readouts, tokens, self.policy_version)
 
-    async def _read(self, groups: Sequence[Group], readouts: Sequence[Readout], tokens: bool, version: str) -> list[GroupReading]:
+    async def _read(
+        self, groups: Sequence[Group], readouts: Sequence[Readout], tokens: bool, version: str
+    ) -> list[GroupReading]:
         fusion = Fusion(readouts, layers=self.info.layers, width=self.info.width, tokens=tokens)
         packed = pack(groups, self._eos_id if fusion.eos else None)
         async with self._device:
@@ -130,11 +140,18 @@ class FakeBackbone:
 
     def _draw(self, rng: np.random.Generator, max_tokens: int) -> Sample:
         length = int(rng.integers(1, 2 * max_tokens + 1))
-        ids = [i if i != self._eos_id else i + 1 for i in rng.integers(0, self._vocabulary - 1, min(length, max_tokens)).tolist()]
+        ids = [
+            i if i != self._eos_id else i + 1
+            for i in rng.integers(0, self._vocabulary - 1, min(length, max_tokens)).tolist()
+        ]
         return Sample(tuple(ids), self._decode(tuple(ids)), "stop" if length < max_tokens else "length")
 
-    def _states(self, place: Place, prefixes_R: NDArray[np.uint64]) -> Floats:
-        keys = prefixes_R[:, None] + np.arange(self.info.width, dtype=np.uint64) * _ODD + np.uint64(place.layer) * _mix(_ODD)
+    def _states(self, place: ReadPlace, prefixes_R: NDArray[np.uint64]) -> Floats:
+        keys = (
+            prefixes_R[:, None]
+            + np.arange(self.info.width, dtype=np.uint64) * _ODD
+            + np.uint64(place.layer) * _mix(_ODD)
+        )
         uniform = _mix(keys).astype(np.float64) / 2.0**64
         states = ((2 * uniform - 1) * 3**0.5).astype(np.float32)
         if place.final_norm:

@@ -9,15 +9,25 @@ from typing import Any
 
 from inward.errors import SetupError
 
-_VOLATILE = {"transformers_version", "dtype", "torch_dtype", "_name_or_path", "use_cache", "_attn_implementation", "attn_implementation"}
+_VOLATILE = {
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "_name_or_path",
+    "use_cache",
+    "_attn_implementation",
+    "attn_implementation",
+}
 _BLOCKS, _BLOCK = 64, 4096
 
 
 def fingerprint(folder: Path) -> str:
-    """The print of the model in ``folder``: its configuration, its tokenizer and its weights as saved, whatever dtype serves them.
+    """The print of the model in ``folder``: its configuration, its tokenizer and its weights as saved, whatever dtype
+    serves them.
 
-    Of the weights it covers names, shapes and dtypes of all tensors and 64 blocks of 4 KiB, evenly spaced, of every file: enough
-    to tell models and checkpoints apart without reading gigabytes, not a proof against somebody who edits weights on purpose.
+    Of the weights it covers names, shapes and dtypes of all tensors and 64 blocks of 4 KiB, evenly spaced, of every
+    file: enough to tell models and checkpoints apart without reading gigabytes, not a proof against somebody who edits
+    weights on purpose.
 
     Raises:
         SetupError: the folder has no ``config.json`` or no safetensors, or one is damaged.
@@ -29,7 +39,9 @@ def fingerprint(folder: Path) -> str:
     digest.update(_canonical(_stable(_json(folder / "config.json"))))
     if (folder / "tokenizer.json").is_file():
         tokenizer = _json(folder / "tokenizer.json")
-        digest.update(_canonical({key: part for key, part in tokenizer.items() if key not in ("truncation", "padding")}))
+        digest.update(
+            _canonical({key: part for key, part in tokenizer.items() if key not in ("truncation", "padding")})
+        )
     for file in weights:
         digest.update(_weights(file))
     return f"sha256:{digest.hexdigest()[:32]}"

@@ -11,7 +11,8 @@ _FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
 def resolve(model: str, revision: str | None = None) -> Path:
-    """The folder of ``model``: itself if it is one, else its snapshot from the Hugging Face hub (or from the hub's local cache).
+    """The folder of ``model``: itself if it is one, else its snapshot from the Hugging Face hub (or from the hub's
+    local cache).
 
     Raises:
         SetupError: neither a model folder nor a model that the hub gives us.
@@ -22,7 +23,9 @@ def resolve(model: str, revision: str | None = None) -> Path:
             raise SetupError(f"{folder} holds no config.json, so it is not the folder of a Hugging Face model")
         return folder.resolve()
     if folder.is_absolute() or model.startswith((".", "~")):
-        raise SetupError(f"there is no folder {folder}; give an existing model folder or the id of a model on the Hugging Face hub")
+        raise SetupError(
+            f"there is no folder {folder}; give an existing model folder or the id of a model on the Hugging Face hub"
+        )
     return _snapshot(model, revision)
 
 
@@ -43,7 +46,9 @@ def _snapshot(model: str, revision: str | None) -> Path:
     except RevisionNotFoundError as error:
         raise SetupError(f"{model} has no revision {revision!r} on the hub") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise SetupError(f"{model!r} is neither a folder here nor a model on the hub (a private one needs HF_TOKEN)") from error
+        raise SetupError(
+            f"{model!r} is neither a folder here nor a model on the hub (a private one needs HF_TOKEN)"
+        ) from error
     except LocalEntryNotFoundError as error:
         raise SetupError(
             f"the hub cannot be reached and {model} is not in its local cache: download it elsewhere and give its folder"

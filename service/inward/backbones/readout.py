@@ -1,9 +1,11 @@
 """The one place that defines what a layer and a position are.
 
-Layers: ``h_0`` are the embeddings that enter the first block, ``h_k`` is the residual stream after k blocks, ``h_L`` the stream
-before the final norm; a tap with ``final_norm`` reads ``h_L`` after it (Hugging Face's ``hidden_states[L]``).
+Layers: ``h_0`` are the embeddings that enter the first block, ``h_k`` is the residual stream after k blocks, ``h_L``
+the stream before the final norm; a tap with ``final_norm`` reads ``h_L`` after it (Hugging Face's
+``hidden_states[L]``).
 
-Positions are rows of a flat token axis on which the tokens of a batch lie in any order. Pure numpy: every backbone shares it.
+Positions are rows of a flat token axis on which the tokens of a batch lie in any order. Pure numpy: every backbone
+shares it.
 """
 
 from __future__ import annotations
@@ -22,10 +24,11 @@ from inward.types import Floats, Reading, Readout, Tap
 Where = Literal["prompt", "last", "eos", "mean", "tokens"]
 """A ``Position``, or all tokens of the response."""
 NOWHERE = -1
-"""The row of a token that does not exist (the last token of an empty prompt). Its state reads as NaN, which is no score."""
+"""The row of a token that does not exist (the last token of an empty prompt). Its state reads as NaN, which is no
+score."""
 
 
-class Place(NamedTuple):
+class ReadPlace(NamedTuple):
     """A point of the residual stream."""
 
     layer: int
@@ -74,9 +77,11 @@ def select(where: Where, spans: Sequence[Span]) -> Selection:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Product:
-    """All taps of one place and position as one product: ``[state | state @ weight_DK + bias_K]``, the first part only if wanted."""
+    """All taps of one place and position as one product: ``[state | state @ weight_DK + bias_K]``, the first part
+    only if wanted.
+    """
 
-    place: Place
+    place: ReadPlace
     where: Where
     state: bool
     weight_DK: Floats
@@ -109,7 +114,7 @@ class Fusion:
         self._columns = [[(values[id(tap)], at_tokens.get(id(tap))) for tap in readout.taps] for readout in readouts]
 
     @property
-    def places(self) -> set[Place]:
+    def places(self) -> set[ReadPlace]:
         return {product.place for product in self.products}
 
     @property
@@ -119,9 +124,9 @@ class Fusion:
 
     def _fuse(self, taps: Sequence[tuple[Tap, Where]]) -> dict[int, _Column]:
         """Appends the products that serve these taps; says for each tap, by identity, which columns are its own."""
-        spots: dict[tuple[Place, Where], list[Tap]] = {}
+        spots: dict[tuple[ReadPlace, Where], list[Tap]] = {}
         for tap, where in taps:
-            spots.setdefault((Place(tap.layer, tap.final_norm), where), []).append(tap)
+            spots.setdefault((ReadPlace(tap.layer, tap.final_norm), where), []).append(tap)
         columns: dict[int, _Column] = {}
         for (place, where), members in spots.items():
             state = any(tap.weight_DK is None for tap in members)
@@ -144,7 +149,8 @@ class Fusion:
         """Takes the products' outputs apart again.
 
         Args:
-            outputs: of each product, for all responses of all groups in order, ``[N, K]`` (``[T, K]`` where it reads ``tokens``).
+            outputs: of each product, for all responses of all groups in order, ``[N, K]`` (``[T, K]`` where it reads
+                ``tokens``).
             spans: of each group's responses.
 
         Returns:
@@ -163,7 +169,11 @@ class Fusion:
         return readings
 
     def _reading(
-        self, columns: list[tuple[_Column, _Column | None]], outputs: Sequence[Floats], rows: slice, cuts: NDArray[np.int64]
+        self,
+        columns: list[tuple[_Column, _Column | None]],
+        outputs: Sequence[Floats],
+        rows: slice,
+        cuts: NDArray[np.int64],
     ) -> Reading:
         values = [outputs[value.product][rows, value.start : value.stop] for value, _ in columns]
         if not self.tokens:
@@ -179,7 +189,9 @@ class Fusion:
             tokens.append(np.concatenate(parts, axis=1))
         return Reading(np.concatenate(values, axis=1), tuple(tokens))
 
-    def evaluate(self, states: Callable[[Place, NDArray[np.int64]], Floats], spans: Sequence[Sequence[Span]]) -> list[tuple[Reading, ...]]:
+    def evaluate(
+        self, states: Callable[[ReadPlace, NDArray[np.int64]], Floats], spans: Sequence[Sequence[Span]]
+    ) -> list[tuple[Reading, ...]]:
         """The whole of it in numpy: ``states`` gives the rows ``[R]`` of a place as float32 ``[R, D]``."""
         flat = [span for group in spans for span in group]
         outputs = []
@@ -195,8 +207,14 @@ def _missing(span: Span, where: Where) -> bool:
 
 def _check(tap: Tap, layers: int, width: int) -> None:
     if not 0 <= tap.layer <= layers:
-        raise InvalidField(f"a readout wants layer {tap.layer}, the backbone has layers 0 to {layers}", param="readouts")
+        raise InvalidField(
+            f"a readout wants layer {tap.layer}, the backbone has layers 0 to {layers}", param="readouts"
+        )
     if tap.final_norm and tap.layer != layers:
-        raise InvalidField(f"final_norm is only defined at the last layer, {layers}, not at layer {tap.layer}", param="readouts")
+        raise InvalidField(
+            f"final_norm is only defined at the last layer, {layers}, not at layer {tap.layer}", param="readouts"
+        )
     if tap.weight_DK is not None and tap.weight_DK.shape[0] != width:
-        raise InvalidField(f"a readout is made for width {tap.weight_DK.shape[0]}, the backbone has {width}", param="readouts")
+        raise InvalidField(
+            f"a readout is made for width {tap.weight_DK.shape[0]}, the backbone has {width}", param="readouts"
+        )

@@ -30,41 +30,81 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "annotate", help="add margins and confidences to a file of preference pairs", description=HELP, epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("input", metavar="IN", type=Path, help="a file, a folder of files, or a dataset that was saved to disk")
-    parser.add_argument("output", metavar="OUT", type=Path, help="a file, or for several tables a folder; its ending decides the format")
+    parser.add_argument(
+        "input", metavar="IN", type=Path, help="a file, a folder of files, or a dataset that was saved to disk"
+    )
+    parser.add_argument(
+        "output", metavar="OUT", type=Path, help="a file, or for several tables a folder; its ending decides the format"
+    )
     what = parser.add_argument_group("what is read and written")
-    what.add_argument("--layout", default="auto", metavar="NAME", help="hh, pku, trl, chat or sharegpt (default: recognised)")
-    what.add_argument("--columns", default="", metavar="OURS=THEIRS,…", help="names of the dataset's columns, such as prompt=question")
-    what.add_argument("--trl", action="store_true", help="rewrite the pair as prompt, chosen, rejected; margin is the bin, in [0, 1]")
-    what.add_argument("--prefix", default="", help="put before the names of the new columns")
-    what.add_argument("--replace-columns", action="store_true", help="overwrite columns that are there already under these names")
-    what.add_argument("--head", metavar="NAME", help="head that gives the margins (default: the only legend or hybrid one)")
     what.add_argument(
-        "--truncate", action="store_true", help="cut text that is longer than the model takes, instead of leaving the row out"
+        "--layout", default="auto", metavar="NAME", help="hh, pku, trl, chat or sharegpt (default: recognised)"
+    )
+    what.add_argument(
+        "--columns", default="", metavar="OURS=THEIRS,…", help="names of the dataset's columns, such as prompt=question"
+    )
+    what.add_argument(
+        "--trl", action="store_true", help="rewrite the pair as prompt, chosen, rejected; margin is the bin, in [0, 1]"
+    )
+    what.add_argument("--prefix", default="", help="put before the names of the new columns")
+    what.add_argument(
+        "--replace-columns", action="store_true", help="overwrite columns that are there already under these names"
+    )
+    what.add_argument(
+        "--head", metavar="NAME", help="head that gives the margins (default: the only legend or hybrid one)"
+    )
+    what.add_argument(
+        "--truncate",
+        action="store_true",
+        help="cut text that is longer than the model takes, instead of leaving the row out",
     )
     what.add_argument("--limit", type=int, metavar="N", help="only the first N rows of each table")
     how = parser.add_argument_group("how")
     how.add_argument(
-        "--url", metavar="URL", help="a running service, instead of loading the model here (key: $INWARD_API_KEY, or in the URL)"
+        "--url",
+        metavar="URL",
+        help="a running service, instead of loading the model here (key: $INWARD_API_KEY, or in the URL)",
     )
     how.add_argument(
-        "--engine", choices=("local", "ray"), default="local", help="ray: one model per actor, on the Ray cluster at $RAY_ADDRESS"
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="ray: one model per actor, on the Ray cluster at $RAY_ADDRESS",
     )
-    how.add_argument("--actors", type=int, default=1, metavar="N", help="with --engine ray: how many models (default: 1)")
-    how.add_argument("--gpus", type=float, default=0.0, metavar="N", help="with --engine ray: GPUs for each actor (default: 0)")
     how.add_argument(
-        "--at-once", type=int, metavar="N", help="chunks of 256 rows in flight (default: 1, which is reproducible; with --url 4)"
+        "--actors", type=int, default=1, metavar="N", help="with --engine ray: how many models (default: 1)"
     )
-    how.add_argument("--restart", action="store_true", help="throw away what an interrupted job has done, and an OUT that is there")
+    how.add_argument(
+        "--gpus", type=float, default=0.0, metavar="N", help="with --engine ray: GPUs for each actor (default: 0)"
+    )
+    how.add_argument(
+        "--at-once",
+        type=int,
+        metavar="N",
+        help="chunks of 256 rows in flight (default: 1, which is reproducible; with --url 4)",
+    )
+    how.add_argument(
+        "--restart", action="store_true", help="throw away what an interrupted job has done, and an OUT that is there"
+    )
     look = parser.add_argument_group("what is shown in the end")
-    look.add_argument("--suspicious", type=int, nargs="?", const=10, default=0, metavar="N", help="print the N (10) most suspicious pairs")
-    look.add_argument("--html", type=Path, metavar="FILE", help="a page for looking through the 200 most suspicious pairs")
+    look.add_argument(
+        "--suspicious",
+        type=int,
+        nargs="?",
+        const=10,
+        default=0,
+        metavar="N",
+        help="print the N (10) most suspicious pairs",
+    )
+    look.add_argument(
+        "--html", type=Path, metavar="FILE", help="a page for looking through the 200 most suspicious pairs"
+    )
     look.add_argument("--json", action="store_true", help="print the summary as JSON")
     add_settings(parser, (*MODEL_SETTINGS, "heads", "vllm_options"))
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    from inward.commands.annotating import annotate
+    from inward.offline.annotate.run import annotate
 
     return annotate(args, key=os.environ.get("INWARD_API_KEY"))

@@ -6,9 +6,9 @@ import argparse
 import asyncio
 
 from inward import logs, tracing
-from inward.commands import server
 from inward.commands.options import add_settings, settings_of
-from inward.halves import Front
+from inward.processes import server
+from inward.processes.api import ApiProcess
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -28,4 +28,6 @@ def run(args: argparse.Namespace) -> int:
     logs.configure(settings.log_level, settings.log_format == "json")
     tracing.configure(settings.otlp_endpoint, "api")
     server.check_reachability(settings)
-    return asyncio.run(server.serve(settings, lambda: Front.open(settings), lambda front: {"queue": front.queue_name}))
+    return asyncio.run(
+        server.serve(settings, lambda: ApiProcess.open(settings), lambda front: {"queue": front.queue_name})
+    )

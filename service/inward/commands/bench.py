@@ -16,12 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 from inward.backbones.fingerprint import fingerprint
-from inward.bench.ways import matmul_rate
-from inward.bench.workload import SHAPES, read_texts, write_random_heads, write_random_model
 from inward.errors import InternalError
+from inward.offline.bench.ways import matmul_rate
+from inward.offline.bench.workload import SHAPES, read_texts, write_random_heads, write_random_model
+from inward.processes.wiring import TOY, find_model, open_prompts
 from inward.settings import Settings
 from inward.types import BackboneInfo
-from inward.wiring import DEMO, find_model, open_prompts
 
 WAYS = {
     "published": "(a) one text at a time, float32, causal LM, all hidden states",
@@ -41,12 +41,16 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument("--model", default="demo", help="model folder, hub id, or demo (default: %(default)s)")
     parser.add_argument("--shape", choices=sorted(SHAPES), help="instead: a model of this shape with random weights")
-    parser.add_argument("--pairs", type=Path, help="JSONL with prompt, chosen, rejected (default: made-up words of HH's lengths)")
+    parser.add_argument(
+        "--pairs", type=Path, help="JSONL with prompt, chosen, rejected (default: made-up words of HH's lengths)"
+    )
     parser.add_argument("--n", type=int, default=64, help="pairs (default: %(default)s)")
     parser.add_argument("--dtype", default="bfloat16", help="of (b), (c) and (d) (default: %(default)s)")
     parser.add_argument("--callers", type=int, default=32, help="at once, of (d) (default: %(default)s)")
     parser.add_argument("--ways", default=",".join(WAYS), help="comma-separated (default: %(default)s)")
-    parser.add_argument("--heads", type=int, nargs="+", default=[1], help="numbers of heads to measure (c) with (default: 1)")
+    parser.add_argument(
+        "--heads", type=int, nargs="+", default=[1], help="numbers of heads to measure (c) with (default: 1)"
+    )
     parser.add_argument("--json", action="store_true", help="as JSON")
     parser.set_defaults(run=run)
 
@@ -66,7 +70,7 @@ def _measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     model = find_model(settings).folder
     if args.shape:
         model = folder / "model"
-        write_random_model(args.shape, model, DEMO / "backbone")
+        write_random_model(args.shape, model, TOY / "backbone")
     config = json.loads((model / "config.json").read_text())
     pairs = folder / "pairs.json"
     pairs.write_text(json.dumps([asdict(p) for p in read_texts(args.pairs, args.n)]))
@@ -99,7 +103,9 @@ def _measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def _in_own_process(arguments: Sequence[str]) -> dict[str, Any]:
-    done = subprocess.run([sys.executable, "-m", "inward.bench.ways", *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "inward.offline.bench.ways", *arguments], capture_output=True, text=True, check=False
+    )
     if done.returncode != 0:
         raise InternalError(f"{arguments[0]} failed: {done.stderr.strip().splitlines()[-1:]}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -124,8 +130,12 @@ def _show(results: dict[str, Any]) -> None:
     base = {row["way"]: row["tokens_per_second"] for row in reversed(results["ways"])}
     table = Table("way", "tokens/s", "x (a)", "x (b)", "peak memory", box=None, pad_edge=False)
     for row in results["ways"]:
-        name = WAYS[row["way"]].format(callers=results["callers"]) + (f", {row['heads']} heads" if row.get("heads", 1) > 1 else "")
-        ratios = [f"{row['tokens_per_second'] / base[way]:.2f}" if way in base else "" for way in ("published", "padded")]
+        name = WAYS[row["way"]].format(callers=results["callers"]) + (
+            f", {row['heads']} heads" if row.get("heads", 1) > 1 else ""
+        )
+        ratios = [
+            f"{row['tokens_per_second'] / base[way]:.2f}" if way in base else "" for way in ("published", "padded")
+        ]
         table.add_row(name, f"{row['tokens_per_second']:,.0f}", *ratios, f"{row['peak_bytes'] / 2**20:,.0f} MiB")
     console = Console(width=None if Console().is_terminal else 160)
     console.print(f"{results['model']}, {results['dtype']}, {results['pairs']} pairs")
@@ -133,4 +143,6 @@ def _show(results: dict[str, Any]) -> None:
     console.print(f"prompt tokens not computed twice: {results['prompt_tokens_saved']:.1%} of all tokens")
     for name, fraction in results["fraction_of_matmul_rate"].items():
         rate = results["matmul_flops_per_second"] / 1e9
-        console.print(f"{name}: {fraction:.2f} of this machine's matrix-product rate ({rate:,.0f} GFLOP/s), needed tokens only")
+        console.print(
+            f"{name}: {fraction:.2f} of this machine's matrix-product rate ({rate:,.0f} GFLOP/s), needed tokens only"
+        )

@@ -16,13 +16,13 @@ from redis.exceptions import RedisError
 from inward.backbones.tokenizer import load_tokenizer
 from inward.commands.options import add_settings, settings_of
 from inward.errors import InwardError, NotFound, SetupError
-from inward.halves import connect
-from inward.queues.redis import Connection, Keys, RedisProducer
-from inward.queues.redis.connection import unavailable
-from inward.queues.redis.letters import Letter, Letters
+from inward.processes.wiring import connect, find_model
+from inward.queues.redis.dead_letters import DeadLetter, DeadLetters
+from inward.queues.redis.producer import RedisProducer
 from inward.settings import Settings
+from inward.stores.connection import Connection, unavailable
+from inward.stores.keys import Keys
 from inward.types import Failed, Job
-from inward.wiring import find_model
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -33,8 +33,12 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         epilog="example: inward dead-letters list --redis-url redis://localhost:6379/0",
     )
     verbs = parser.add_subparsers(dest="verb", metavar="list|show|replay|drop", required=True)
-    listing = verbs.add_parser("list", help="all of them, oldest first", description="Lists all dead letters, without their text.")
-    show = verbs.add_parser("show", help="what one of them is", description="Prints one dead letter: sizes and heads, not its text.")
+    listing = verbs.add_parser(
+        "list", help="all of them, oldest first", description="Lists all dead letters, without their text."
+    )
+    show = verbs.add_parser(
+        "show", help="what one of them is", description="Prints one dead letter: sizes and heads, not its text."
+    )
     show.add_argument("--text", action="store_true", help="with the text of prompt and responses")
     replay = verbs.add_parser(
         "replay",
@@ -59,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 async def _run(args: argparse.Namespace, settings: Settings) -> int:
     connection = connect(settings)
     keys = Keys(settings.queue or find_model(settings).name)
-    letters = Letters(connection, keys)
+    letters = DeadLetters(connection, keys)
     verbs: dict[str, Callable[[], Awaitable[int]]] = {
         "list": lambda: _list(letters),
         "show": lambda: _show(letters, args.entry, settings if args.text else None),
@@ -75,18 +79,23 @@ async def _run(args: argparse.Namespace, settings: Settings) -> int:
         await connection.close()
 
 
-async def _list(letters: Letters) -> int:
+async def _list(letters: DeadLetters) -> int:
     for letter in await letters.all():
         print(json.dumps(_described(letter)))
     return 0
 
 
-async def _show(letters: Letters, entry: str, settings: Settings | None) -> int:
+async def _show(letters: DeadLetters, entry: str, settings: Settings | None) -> int:
     [letter] = await _chosen(letters, [entry])
     described, job = _described(letter), letter.job
     if job is not None:
         responses = [len(ids) for ids in job.group.responses_ids]
-        described |= {"prompt_tokens": len(job.group.prompt_ids), "response_tokens": responses, "pair": job.pair, "priority": job.priority}
+        described |= {
+            "prompt_tokens": len(job.group.prompt_ids),
+            "response_tokens": responses,
+            "pair": job.pair,
+            "priority": job.priority,
+        }
     if job is not None and settings is not None:
         tokenizer = load_tokenizer(find_model(settings).folder)
         described["prompt"] = tokenizer.decode(list(job.group.prompt_ids))
@@ -95,7 +104,7 @@ async def _show(letters: Letters, entry: str, settings: Settings | None) -> int:
     return 0
 
 
-async def _replay(letters: Letters, args: argparse.Namespace, connection: Connection, keys: Keys) -> int:
+async def _replay(letters: DeadLetters, args: argparse.Namespace, connection: Connection, keys: Keys) -> int:
     chosen = await _chosen(letters, args.entries, everything=args.all)
     producer = RedisProducer(connection, keys, max_tokens=2**62)
     await producer.open()
@@ -104,7 +113,9 @@ async def _replay(letters: Letters, args: argparse.Namespace, connection: Connec
         for letter in chosen:  # one by one: a job that crashes its worker shall take no other one along
             problem = await _again(producer, letter.job)
             failed += problem is not None
-            print(json.dumps({"entry": letter.entry, "job": letter.job_id, "scored": problem is None, "error": problem}))
+            print(
+                json.dumps({"entry": letter.entry, "job": letter.job_id, "scored": problem is None, "error": problem})
+            )
             if problem is None:
                 await letters.drop([letter.entry])
     finally:
@@ -125,13 +136,13 @@ async def _again(producer: RedisProducer, job: Job | None) -> str | None:
     return outcome.message if isinstance(outcome, Failed) else None
 
 
-async def _drop(letters: Letters, args: argparse.Namespace) -> int:
+async def _drop(letters: DeadLetters, args: argparse.Namespace) -> int:
     chosen = await _chosen(letters, args.entries, everything=args.all)
     print(f"{await letters.drop([letter.entry for letter in chosen])} dropped")
     return 0
 
 
-async def _chosen(letters: Letters, entries: list[str], *, everything: bool = False) -> list[Letter]:
+async def _chosen(letters: DeadLetters, entries: list[str], *, everything: bool = False) -> list[DeadLetter]:
     """Raises ``NotFound`` for an entry that isn't there, ``SetupError`` where none is named."""
     if not entries and not everything:
         raise SetupError("name the entries as `inward dead-letters list` prints them, or say --all")
@@ -141,7 +152,7 @@ async def _chosen(letters: Letters, entries: list[str], *, everything: bool = Fa
     return list(there.values()) if everything else [there[entry] for entry in entries]
 
 
-def _described(letter: Letter) -> dict[str, Any]:
+def _described(letter: DeadLetter) -> dict[str, Any]:
     job = letter.job
     given_up = datetime.fromtimestamp(int(letter.entry.partition("-")[0]) / 1000, UTC)
     return {

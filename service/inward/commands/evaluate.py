@@ -22,9 +22,9 @@ from inward.heads.base import Head, Manifest
 from inward.types import Kind, Position
 
 if TYPE_CHECKING:
-    from inward.commands.judging import Origin, Rows
-    from inward.evaluation.examples import Examples
-    from inward.evaluation.judge import Judgement
+    from inward.offline.evaluate.examples import Examples
+    from inward.offline.evaluate.judge import Judgement
+    from inward.offline.evaluate.report import Origin, Rows
 
 EPILOG = """examples:
   inward evaluate --head hybrid --pairs pairs.jsonl --html report.html
@@ -63,11 +63,19 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="judge heads that are refitted on the other folds: of the kind of --head, or of KIND (legend, hybrid, srr)",
     )
     parser.add_argument("--json", action="store_true", help="the whole report as JSON on standard output")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="also write one self-contained HTML file with pictures")
-    parser.add_argument("--baselines", action=argparse.BooleanOptionalAction, default=True, help="beside them (default: yes)")
-    parser.add_argument("--layers", default="all", help="layers to read: all, head, or numbers such as 8,12,16 (default: %(default)s)")
     parser.add_argument(
-        "--position", choices=["last", "eos", "mean"], help="without --head: where a response is read (hybrid: eos, else last)"
+        "--html", type=Path, metavar="FILE", help="also write one self-contained HTML file with pictures"
+    )
+    parser.add_argument(
+        "--baselines", action=argparse.BooleanOptionalAction, default=True, help="beside them (default: yes)"
+    )
+    parser.add_argument(
+        "--layers", default="all", help="layers to read: all, head, or numbers such as 8,12,16 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--position",
+        choices=["last", "eos", "mean"],
+        help="without --head: where a response is read (hybrid: eos, else last)",
     )
     parser.add_argument("--folds", type=int, default=5, help="of every cross-validation (default: %(default)s)")
     parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap (default: %(default)s)")
@@ -82,13 +90,13 @@ def run(args: argparse.Namespace) -> int:
     # scikit-learn and matplotlib take their time to import: not for those who serve
     from rich.console import Console
 
-    from inward.evaluation.tables import table
+    from inward.offline.evaluate.tables import table
 
     _check(args)
     folder = _head_folder(args) if args.head else None
     judgement, report = _judge_states(args, folder) if args.states else _judge_rows(args, folder)
     if args.html:
-        from inward.evaluation.page import page
+        from inward.offline.evaluate.page import page
 
         args.html.parent.mkdir(parents=True, exist_ok=True)
         args.html.write_text(page(judgement, report), encoding="utf-8")
@@ -103,7 +111,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     if args.head is None and args.cross_validate in (None, "like"):
-        raise SetupError("name a head with --head, or a kind of head to refit with --cross-validate legend | hybrid | srr")
+        raise SetupError(
+            "name a head with --head, or a kind of head to refit with --cross-validate legend | hybrid | srr"
+        )
     if args.folds < 3:
         raise SetupError(f"--folds {args.folds}: at least 3, since a layer is chosen on folds that are not judged")
     if args.resamples < 1:
@@ -113,7 +123,7 @@ def _check(args: argparse.Namespace) -> None:
 def _head_folder(args: argparse.Namespace) -> Path:
     """The folder of the active version of the head."""
     from inward.backbones.fingerprint import fingerprint
-    from inward.wiring import find_model, heads_folder
+    from inward.processes.wiring import find_model, heads_folder
 
     given = Path(args.head).expanduser()
     if given.is_dir():
@@ -124,14 +134,16 @@ def _head_folder(args: argparse.Namespace) -> Path:
     settings = settings_of(args)
     folder = heads_folder(settings, "" if settings.heads else fingerprint(find_model(settings).folder))
     if folder is None:
-        raise SetupError(f"{args.head} is not a folder, and there is no heads folder to find a head of that name in: give --heads")
+        raise SetupError(
+            f"{args.head} is not a folder, and there is no heads folder to find a head of that name in: give --heads"
+        )
     return store.active_path(folder, args.head)
 
 
 def _judge_states(args: argparse.Namespace, folder: Path | None) -> tuple[Judgement, dict[str, Any]]:
     """Without a model: the head's taps are evaluated on the stored states."""
-    from inward.commands.judging import Origin, of_states
-    from inward.fitting.saved import PairStates, load_states
+    from inward.offline.evaluate.report import Origin, of_states
+    from inward.offline.states.saved import PairStates, load_states
 
     states = load_states(args.states)
     if args.limit is not None:
@@ -139,18 +151,22 @@ def _judge_states(args: argparse.Namespace, folder: Path | None) -> tuple[Judgem
         states = states.rows(first) if isinstance(states, PairStates) else states.lists(first)
     notes = []
     if folder and states.backbone is None:
-        notes.append("the states do not say which backbone they are of, so it was not checked that the head belongs to them")
+        notes.append(
+            "the states do not say which backbone they are of, so it was not checked that the head belongs to them"
+        )
     origin = states.backbone
     head = None
     if folder:
         named = origin.name if origin else "unknown"
-        head = store.load(folder, template=states.template, fingerprint=origin.fingerprint if origin else None, backbone=named)
+        head = store.load(
+            folder, template=states.template, fingerprint=origin.fingerprint if origin else None, backbone=named
+        )
     return _judge(args, head, of_states(states), Origin(states, states.data_hash), None, notes)
 
 
 def _judge_rows(args: argparse.Namespace, folder: Path | None) -> tuple[Judgement, dict[str, Any]]:
     """Texts: their states are read through the model first."""
-    from inward.commands.judging import read_rows
+    from inward.offline.evaluate.report import read_rows
 
     source = next(name for name in ("pairs", "lists", "responses") if getattr(args, name))
     rows = read_rows(source, getattr(args, source), args.limit)  # type: ignore[arg-type]
@@ -163,9 +179,11 @@ def _judge_rows(args: argparse.Namespace, folder: Path | None) -> tuple[Judgemen
     return _judge(args, head, examples, origin, seconds, notes)
 
 
-async def _read(args: argparse.Namespace, folder: Path | None, rows: Rows, cache: Path) -> tuple[Head | None, Examples, Origin, float]:
-    from inward.commands.judging import extract, shorten
-    from inward.wiring import find_model, open_backbone, open_prompts
+async def _read(
+    args: argparse.Namespace, folder: Path | None, rows: Rows, cache: Path
+) -> tuple[Head | None, Examples, Origin, float]:
+    from inward.offline.evaluate.report import extract, shorten
+    from inward.processes.wiring import find_model, open_backbone, open_prompts
 
     settings = settings_of(args)
     model = find_model(settings)
@@ -176,7 +194,12 @@ async def _read(args: argparse.Namespace, folder: Path | None, rows: Rows, cache
         head = None
         if folder:
             head = store.load(
-                folder, fingerprint=info.fingerprint, template=prompts.template, depth=info.layers, width=info.width, backbone=info.name
+                folder,
+                fingerprint=info.fingerprint,
+                template=prompts.template,
+                depth=info.layers,
+                width=info.width,
+                backbone=info.name,
             )
         kind = _kind(args, head)
         examples, origin, seconds = await extract(
@@ -195,13 +218,18 @@ async def _read(args: argparse.Namespace, folder: Path | None, rows: Rows, cache
 
 
 def _judge(
-    args: argparse.Namespace, head: Head | None, examples: Examples, origin: Origin, seconds: float | None, notes: list[str]
+    args: argparse.Namespace,
+    head: Head | None,
+    examples: Examples,
+    origin: Origin,
+    seconds: float | None,
+    notes: list[str],
 ) -> tuple[Judgement, dict[str, Any]]:
     """The judgement, and the report as ``--json`` prints it."""
-    from inward.commands.judging import refit
-    from inward.evaluation.judge import judge
-    from inward.evaluation.scoring import score, score_folds
-    from inward.fitting.data import grouped_folds
+    from inward.offline.data.pairs import grouped_folds
+    from inward.offline.evaluate.judge import judge
+    from inward.offline.evaluate.report import refit
+    from inward.offline.evaluate.scoring import score, score_folds
 
     needed = args.baselines or args.cross_validate
     folds = grouped_folds(examples.prompt_M, min(args.folds, examples.prompts), args.seed) if needed else []
@@ -216,7 +244,13 @@ def _judge(
     shown = heads[0].manifest
     scorer_layer = shown.layers[0] if shown.kind == "srr" else None
     judgement = judge(
-        examples, ours, folds if args.baselines else (), layer=scorer_layer, resamples=args.resamples, seed=args.seed, progress=True
+        examples,
+        ours,
+        folds if args.baselines else (),
+        layer=scorer_layer,
+        resamples=args.resamples,
+        seed=args.seed,
+        progress=True,
     )
     head_ms = 1e3 * spent / (len(examples) * len(heads))
     report = {

@@ -15,14 +15,14 @@ from rich.console import Console
 from inward.backbones.base import Backbone
 from inward.commands.options import MODEL_SETTINGS, add_settings, settings_of
 from inward.errors import DataError, SetupError
-from inward.fitting.data import CalibrationRow, Pair, has_refusals, read_calibration, read_lists, read_pairs
-from inward.fitting.saved import ListStates, PairStates, load_list_states, load_pair_states, save_states
-from inward.fitting.states import extract_lists, extract_pairs
 from inward.heads import store
 from inward.heads.base import Head
+from inward.offline.data.pairs import CalibrationRow, Pair, has_refusals, read_calibration, read_lists, read_pairs
+from inward.offline.states.read import extract_lists, extract_pairs
+from inward.offline.states.saved import ListStates, PairStates, load_list_states, load_pair_states, save_states
+from inward.processes.wiring import find_model, open_backbone, open_prompts
 from inward.prompts import Prompts
 from inward.types import Position
-from inward.wiring import find_model, open_backbone, open_prompts
 
 EPILOG = {
     "legend": "example: inward fit legend --pairs calibration.jsonl --layer sweep --out heads/safety\n"
@@ -38,23 +38,39 @@ ABOUT = {
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("fit", help="fit a head", description="Fits a head for a model, from JSONL or Parquet, or from states.")
+    parser = commands.add_parser(
+        "fit", help="fit a head", description="Fits a head for a model, from JSONL or Parquet, or from states."
+    )
     kinds = parser.add_subparsers(dest="kind", metavar="legend|hybrid|srr", required=True)
     for kind, about in ABOUT.items():
         one = kinds.add_parser(
-            kind, help=about, description=f"Fits {about}.", epilog=EPILOG[kind], formatter_class=argparse.RawDescriptionHelpFormatter
+            kind,
+            help=about,
+            description=f"Fits {about}.",
+            epilog=EPILOG[kind],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         source = one.add_mutually_exclusive_group(required=True)
         rows = "lists" if kind == "srr" else "pairs"
         source.add_argument(f"--{rows}", dest="rows", type=Path, metavar="FILE", help="JSONL or Parquet; see below")
         source.add_argument("--states", type=Path, metavar="FILE", help="states of such rows, saved with --save-states")
-        one.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the head; its name is the head's")
+        one.add_argument(
+            "--out", type=Path, required=True, metavar="DIR", help="folder of the head; its name is the head's"
+        )
         one.add_argument("--name", help="another name for the head")
         one.add_argument("--replace", action="store_true", help="overwrite a head that is there already")
-        one.add_argument("--save-states", type=Path, metavar="FILE", help="keep the states, to fit again without the model")
-        one.add_argument("--layers", default="all", help="layers to read: all, last, or numbers such as 8,12,16 (default: %(default)s)")
         one.add_argument(
-            "--position", choices=["last", "eos", "mean"], help="where a response is read (default: eos for hybrid, else last)"
+            "--save-states", type=Path, metavar="FILE", help="keep the states, to fit again without the model"
+        )
+        one.add_argument(
+            "--layers",
+            default="all",
+            help="layers to read: all, last, or numbers such as 8,12,16 (default: %(default)s)",
+        )
+        one.add_argument(
+            "--position",
+            choices=["last", "eos", "mean"],
+            help="where a response is read (default: eos for hybrid, else last)",
         )
         one.add_argument("--seed", type=int, default=0, help="of splits and training (default: %(default)s)")
         one.add_argument("--limit", type=int, metavar="N", help="use the first N rows only")
@@ -64,8 +80,12 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def _add_legend(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--layer", default="last", help="a number, last, or sweep: choose by validation (default: %(default)s)")
-    parser.add_argument("--validation", type=Path, metavar="FILE", help="labelled pairs that choose the layer and give the agreement")
+    parser.add_argument(
+        "--layer", default="last", help="a number, last, or sweep: choose by validation (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--validation", type=Path, metavar="FILE", help="labelled pairs that choose the layer and give the agreement"
+    )
 
 
 def _add_hybrid(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +93,11 @@ def _add_hybrid(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_srr(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--layer", default="0.25", help="a number, a fraction of the depth such as 0.25, or sweep (default: %(default)s)")
+    parser.add_argument(
+        "--layer",
+        default="0.25",
+        help="a number, a fraction of the depth such as 0.25, or sweep (default: %(default)s)",
+    )
 
 
 _ADD = {"legend": _add_legend, "hybrid": _add_hybrid, "srr": _add_srr}
@@ -98,7 +122,7 @@ _BY_NAME: dict[str, Literal["sweep"] | None] = {"sweep": "sweep", "last": None}
 
 
 def _legend(args: argparse.Namespace, cache: Path) -> tuple[Head, Any]:
-    from inward.fitting.legend import constant_refusal, fit_legend
+    from inward.offline.fit.legend import constant_refusal, fit_legend
 
     if args.layer not in _BY_NAME and not args.layer.isdigit():
         raise SetupError(f"--layer {args.layer}: a number, last or sweep")
@@ -109,13 +133,21 @@ def _legend(args: argparse.Namespace, cache: Path) -> tuple[Head, Any]:
         if args.validation:
             raise SetupError("--validation needs --pairs: with --states, give states that hold all pairs")
     else:
-        rows: Sequence[Pair | CalibrationRow] = read_calibration(args.rows) if has_refusals(args.rows) else read_pairs(args.rows)
+        rows: Sequence[Pair | CalibrationRow] = (
+            read_calibration(args.rows) if has_refusals(args.rows) else read_pairs(args.rows)
+        )
         rows = rows[: args.limit]
         warnings = constant_refusal(rows)
         pairs = [[row.pair if isinstance(row, CalibrationRow) else row for row in rows]]
         if args.validation:
             pairs.append(read_pairs(args.validation))
-        layers = "last" if args.layer == "last" and args.layers == "all" else args.layer if args.layer.isdigit() else args.layers
+        layers = (
+            "last"
+            if args.layer == "last" and args.layers == "all"
+            else args.layer
+            if args.layer.isdigit()
+            else args.layers
+        )
         states, *more = _states_of_pairs(args, pairs, layers, cache, final_norm=True)
         validation = more[0] if more else None
     options: dict[str, Any] = {"name": args.name, "validation": validation, "seed": args.seed, "warnings": warnings}
@@ -123,7 +155,7 @@ def _legend(args: argparse.Namespace, cache: Path) -> tuple[Head, Any]:
 
 
 def _hybrid(args: argparse.Namespace, cache: Path) -> tuple[Head, Any]:
-    from inward.fitting.hybrid import fit_hybrid
+    from inward.offline.fit.hybrid import fit_hybrid
 
     if args.states:
         states = load_pair_states(args.states)
@@ -133,7 +165,7 @@ def _hybrid(args: argparse.Namespace, cache: Path) -> tuple[Head, Any]:
 
 
 def _srr(args: argparse.Namespace, cache: Path) -> tuple[Head, Any]:
-    from inward.fitting.srr import fit_srr
+    from inward.offline.fit.srr import fit_srr
 
     states = load_list_states(args.states) if args.states else _states_of_lists(args, cache)
     if args.layer == "sweep":
@@ -154,7 +186,9 @@ def _states_of_pairs(
         chosen = _layers(layers, backbone.info.layers)
         position: Position = args.position
         return [
-            await extract_pairs(backbone, prompts, pairs, layers=chosen, position=position, final_norm=final_norm, cache=cache)
+            await extract_pairs(
+                backbone, prompts, pairs, layers=chosen, position=position, final_norm=final_norm, cache=cache
+            )
             for pairs in files
         ]
 
@@ -169,7 +203,12 @@ def _states_of_lists(args: argparse.Namespace, cache: Path) -> ListStates:
 
     async def extract(backbone: Backbone, prompts: Prompts) -> ListStates:
         return await extract_lists(
-            backbone, prompts, lists, layers=_layers(args.layers, backbone.info.layers), position=args.position, cache=cache
+            backbone,
+            prompts,
+            lists,
+            layers=_layers(args.layers, backbone.info.layers),
+            position=args.position,
+            cache=cache,
         )
 
     states: ListStates = asyncio.run(_with_model(args, extract))

@@ -13,14 +13,20 @@ from inward.backbones.fingerprint import fingerprint
 from inward.commands.options import add_settings, settings_of
 from inward.errors import HeadError, NotFound
 from inward.heads import store
-from inward.wiring import find_model, heads_folder, open_prompts
+from inward.processes.wiring import find_model, heads_folder, open_prompts
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("heads", help="list, show and verify heads", description="Looks at the heads of a model.")
+    parser = commands.add_parser(
+        "heads", help="list, show and verify heads", description="Looks at the heads of a model."
+    )
     verbs = parser.add_subparsers(dest="verb", metavar="list|show|verify", required=True)
-    listing = verbs.add_parser("list", help="every version of every head", description="Lists every version of every head.")
-    show = verbs.add_parser("show", help="the manifest of a head", description="Prints the manifest of the active version of a head.")
+    listing = verbs.add_parser(
+        "list", help="every version of every head", description="Lists every version of every head."
+    )
+    show = verbs.add_parser(
+        "show", help="the manifest of a head", description="Prints the manifest of the active version of a head."
+    )
     show.add_argument("name")
     verify = verbs.add_parser(
         "verify",

@@ -6,7 +6,7 @@ import argparse
 import json
 
 from inward.commands.options import add_settings, settings_of
-from inward.wiring import describe
+from inward.processes.wiring import describe
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

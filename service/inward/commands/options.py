@@ -11,12 +11,24 @@ from pydantic import ValidationError
 from inward.errors import SetupError
 from inward.settings import Settings
 
-MODEL_SETTINGS = ("model", "revision", "backbone", "dtype", "device", "token_budget", "trust_remote_code", "template", "max_tokens")
+MODEL_SETTINGS = (
+    "model",
+    "revision",
+    "backbone",
+    "dtype",
+    "device",
+    "token_budget",
+    "trust_remote_code",
+    "template",
+    "max_tokens",
+)
 """What a command needs that loads a backbone and serves nobody."""
 
 
 def add_settings(parser: argparse.ArgumentParser, names: Iterable[str] | None = None) -> None:
-    """Adds an option for each setting (or those named); an option that is not given leaves the environment variable in force."""
+    """Adds an option for each setting (or those named); an option that is not given leaves the environment variable
+    in force.
+    """
     group = parser.add_argument_group("settings", "each may also be given as INWARD_<NAME>")
     for name in names or Settings.model_fields:
         field = Settings.model_fields[name]
@@ -44,5 +56,9 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
 def _help(name: str) -> str:
     field = Settings.model_fields[name]
-    default = "" if field.default in (None, frozenset()) or isinstance(field.default, bool) else f" (default: {field.default})"
+    default = (
+        ""
+        if field.default in (None, frozenset()) or isinstance(field.default, bool)
+        else f" (default: {field.default})"
+    )
     return f"{field.description}{default}".replace("%", "%%").replace("`", "")

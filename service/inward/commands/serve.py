@@ -6,9 +6,9 @@ import argparse
 import asyncio
 
 from inward import logs, tracing
-from inward.commands import server
 from inward.commands.options import add_settings, settings_of
-from inward.wiring import House
+from inward.processes import server
+from inward.processes.standalone import Standalone
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -30,6 +30,8 @@ def run(args: argparse.Namespace) -> int:
     server.check_reachability(settings)
     return asyncio.run(
         server.serve(
-            settings, lambda: House.open(settings), lambda house: {"model": house.backbone.info.name, "heads": house.registry.names()}
+            settings,
+            lambda: Standalone.open(settings),
+            lambda house: {"model": house.backbone.info.name, "heads": house.registry.names()},
         )
     )

@@ -6,9 +6,9 @@ import argparse
 import asyncio
 
 from inward import logs, tracing
-from inward.commands import server
 from inward.commands.options import add_settings, settings_of
-from inward.halves import Workshop
+from inward.processes import server
+from inward.processes.worker import WorkerProcess
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -30,8 +30,13 @@ def run(args: argparse.Namespace) -> int:
     return asyncio.run(
         server.serve(
             settings,
-            lambda: Workshop.open(settings),
-            lambda shop: {"model": shop.backbone.info.name, "heads": shop.registry.names(), "worker": shop.name, "queue": shop.queue_name},
+            lambda: WorkerProcess.open(settings),
+            lambda shop: {
+                "model": shop.backbone.info.name,
+                "heads": shop.registry.names(),
+                "worker": shop.name,
+                "queue": shop.queue_name,
+            },
             lambda shop: shop.working,
         )
     )

@@ -1,4 +1,6 @@
-"""What a head is: a manifest, a readout (its linear part, evaluated in the backbone) and what comes after it, in numpy."""
+"""What a head is: a manifest, a readout (its linear part, evaluated in the backbone) and what comes after it, in
+numpy.
+"""
 
 from __future__ import annotations
 

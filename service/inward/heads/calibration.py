@@ -1,6 +1,8 @@
-"""From raw margins and scores to numbers that mean something elsewhere: scaled margins, bins for a margin loss, probabilities.
+"""From raw margins and scores to numbers that mean something elsewhere: scaled margins, bins for a margin loss,
+probabilities.
 
-Everything is fitted on margins or scores that were held out from the head's own fit, and kept in ``Manifest.calibration``:
+Everything is fitted on margins or scores that were held out from the head's own fit, and kept in
+``Manifest.calibration``:
 
     margin_std     standard deviation of the calibration margins
     bin_edges      inner edges of the bins, ascending
@@ -34,8 +36,8 @@ def sigmoid(x: ArrayLike) -> NDArray[np.float64]:
 class MarginScale:
     """What makes margins of one model and layer comparable with those of another (LEGEND, arXiv 2406.08124).
 
-    The bins are quantiles of the calibration margins that agree with their label: those below zero are in the lowest bin by
-    definition, and would otherwise push the edges down until a margin of nothing got a high value.
+    The bins are quantiles of the calibration margins that agree with their label: those below zero are in the lowest
+    bin by definition, and would otherwise push the edges down until a margin of nothing got a high value.
     """
 
     std: float
@@ -78,11 +80,21 @@ class MarginScale:
             edges = tuple(float(e) for e in calibration["bin_edges"])
             values = tuple(float(v) for v in calibration["bin_values"])
         except (TypeError, ValueError, KeyError) as error:
-            raise HeadError(f"calibration in head.json: margin_std, bin_edges and bin_values must be numbers ({error!r})") from None
+            raise HeadError(
+                f"calibration in head.json: margin_std, bin_edges and bin_values must be numbers ({error!r})"
+            ) from None
         if not (math.isfinite(std) and std > 0):
-            raise HeadError(f"calibration.margin_std in head.json is {std}; it must be a positive number: fit the head again")
-        if len(values) != len(edges) + 1 or list(edges) != sorted(edges) or not all(map(math.isfinite, (*edges, *values))):
-            raise HeadError("calibration in head.json: bin_edges must ascend and bin_values must be one more: fit the head again")
+            raise HeadError(
+                f"calibration.margin_std in head.json is {std}; it must be a positive number: fit the head again"
+            )
+        if (
+            len(values) != len(edges) + 1
+            or list(edges) != sorted(edges)
+            or not all(map(math.isfinite, (*edges, *values)))
+        ):
+            raise HeadError(
+                "calibration in head.json: bin_edges must ascend and bin_values must be one more: fit the head again"
+            )
         return cls(std, edges, values)
 
     def dump(self) -> dict[str, Any]:
@@ -90,12 +102,16 @@ class MarginScale:
         return {"margin_std": self.std, "bin_edges": list(self.edges), "bin_values": list(self.values)}
 
     def bin(self, margin: float) -> float:
-        """The value of the bin that ``margin`` falls into; the lowest for a margin at or below zero. On an edge: the upper bin."""
+        """The value of the bin that ``margin`` falls into; the lowest for a margin at or below zero. On an edge: the
+        upper bin.
+        """
         return self.values[int(np.searchsorted(self.edges, margin, side="right"))] if margin > 0 else self.values[0]
 
 
 def pair_fields(margin: float | None, scale: MarginScale | None) -> dict[str, Any]:
-    """``margin``, ``margin_scaled``, ``bin`` and ``label_agrees`` of a pair; None in all of them for a margin that is not finite."""
+    """``margin``, ``margin_scaled``, ``bin`` and ``label_agrees`` of a pair; None in all of them for a margin that
+    is not finite.
+    """
     if margin is None or not math.isfinite(margin):
         return {"margin": None, "margin_scaled": None, "bin": None, "label_agrees": None}
     return {
@@ -115,7 +131,8 @@ class Platt:
 
     @classmethod
     def fit(cls, scores: ArrayLike, labels: ArrayLike, *, iterations: int = 100) -> Self:
-        """Newton's method with backtracking and Platt's smoothed targets (Lin, Lin and Weng, Machine Learning 68, 2007).
+        """Newton's method with backtracking and Platt's smoothed targets (Lin, Lin and Weng, Machine Learning 68,
+        2007).
 
         Args:
             scores: ``[N]``, held out from the head's fit.
@@ -132,7 +149,10 @@ class Platt:
         if not positives or not negatives:
             raise DataError("calibration of a probability needs both acceptable and unacceptable responses")
         target = np.where(y, (positives + 1) / (positives + 2), 1 / (negatives + 2))
-        centre, spread = s.mean(), s.std() or 1.0  # on a unit scale the Hessian is well conditioned whatever the score's units
+        centre, spread = (
+            s.mean(),
+            s.std() or 1.0,
+        )  # on a unit scale the Hessian is well conditioned whatever the score's units
         x = np.stack([(s - centre) / spread, np.ones_like(s)])
         w = np.array([0.0, math.log((positives + 1) / (negatives + 1))])
 
@@ -165,7 +185,9 @@ class Platt:
         try:
             platt = cls(float(calibration[key]["slope"]), float(calibration[key]["intercept"]))
         except (TypeError, ValueError, KeyError) as error:
-            raise HeadError(f"calibration.{key} in head.json needs the numbers slope and intercept ({error!r})") from None
+            raise HeadError(
+                f"calibration.{key} in head.json needs the numbers slope and intercept ({error!r})"
+            ) from None
         if not (math.isfinite(platt.slope) and math.isfinite(platt.intercept)):
             raise HeadError(f"calibration.{key} in head.json is not finite: fit the head again")
         return platt
@@ -181,7 +203,9 @@ class Platt:
 
 @dataclass(frozen=True, slots=True)
 class Deciles:
-    """Where the tenths of the calibration scores end. Scores like them fall into all ten equally often, so live ones that don't drifted."""
+    """Where the tenths of the calibration scores end. Scores like them fall into all ten equally often, so live ones
+    that don't drifted.
+    """
 
     edges: tuple[float, ...]
 

@@ -38,7 +38,7 @@ class Confidence(BaseModel):
     floor: float | None = Field(0.5, ge=0, le=1)
 
 
-class Options(BaseModel):
+class HybridOptions(BaseModel):
     """``Manifest.options`` of a hybrid head."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -52,9 +52,9 @@ def confidence(
 ) -> Doubles:
     """Probability gamma that the label of a pair is right, elementwise (eq. 8): ``sigmoid(alpha (R_c - R_r))``.
 
-    Raw rewards saturate it (a difference of 1 gives 0.9994), so by default they pass a sigmoid first, as in the authors' code, and
-    gamma does not fall below ``floor``: 0.5 says "the label tells nothing", less would reverse the pair in cDPO. Unlike there, every
-    pair has its own gamma instead of one for a batch.
+    Raw rewards saturate it (a difference of 1 gives 0.9994), so by default they pass a sigmoid first, as in the
+    authors' code, and gamma does not fall below ``floor``: 0.5 says "the label tells nothing", less would reverse the
+    pair in cDPO. Unlike there, every pair has its own gamma instead of one for a batch.
 
     Args:
         r_chosen: rewards of the chosen responses.
@@ -89,7 +89,7 @@ class HybridHead:
     gate_weight_LL: Floats
     mean_LD: Floats
     scale_LD: Floats
-    options: Options
+    options: HybridOptions
 
     @classmethod
     def from_tensors(cls, manifest: Manifest, tensors: Mapping[str, Floats]) -> Self:
@@ -97,25 +97,42 @@ class HybridHead:
 
         Args:
             manifest: of kind ``hybrid``.
-            tensors: ``probe_weight`` [L, D], ``probe_bias`` [L], ``gate_weight`` [L, L], ``mean`` [L, D], ``scale`` [L, D].
+            tensors: ``probe_weight`` [L, D], ``probe_bias`` [L], ``gate_weight`` [L, L], ``mean`` [L, D], ``scale`` [L,
+                D].
 
         Raises:
-            HeadError: names or shapes that do not fit, a scale that is not positive, or options or a calibration that can't be used.
+            HeadError: names or shapes that do not fit, a scale that is not positive, or options or a calibration that
+                can't be used.
         """
         n = len(manifest.layers)
         matrix = (n, "D")
-        expect(manifest, tensors, {"probe_weight": matrix, "probe_bias": (n,), "gate_weight": (n, n), "mean": matrix, "scale": matrix})
+        expect(
+            manifest,
+            tensors,
+            {"probe_weight": matrix, "probe_bias": (n,), "gate_weight": (n, n), "mean": matrix, "scale": matrix},
+        )
         if not (tensors["scale"] > 0).all():
-            raise HeadError(f"head {manifest.name!r}: tensor 'scale' has entries that are not positive: fit the head again")
+            raise HeadError(
+                f"head {manifest.name!r}: tensor 'scale' has entries that are not positive: fit the head again"
+            )
         try:
-            options = Options.model_validate(manifest.options)
+            options = HybridOptions.model_validate(manifest.options)
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(map(str, ("options", *first["loc"])))
-            raise HeadError(f"head {manifest.name!r}: {field} in head.json: {first['msg']}; correct it or fit the head again") from None
-        MarginScale.load(manifest.calibration), Platt.load(manifest.calibration), Platt.load(manifest.calibration, "platt_pair")
+            raise HeadError(
+                f"head {manifest.name!r}: {field} in head.json: {first['msg']}; correct it or fit the head again"
+            ) from None
+        (
+            MarginScale.load(manifest.calibration),
+            Platt.load(manifest.calibration),
+            Platt.load(manifest.calibration, "platt_pair"),
+        )
         Deciles.load(manifest.calibration)
-        arrays = [np.asarray(tensors[name], dtype=np.float32) for name in ("probe_weight", "probe_bias", "gate_weight", "mean", "scale")]
+        arrays = [
+            np.asarray(tensors[name], dtype=np.float32)
+            for name in ("probe_weight", "probe_bias", "gate_weight", "mean", "scale")
+        ]
         weight, bias, gate, mean, scale = arrays
         return cls(manifest, _readout(manifest, weight, bias, mean, scale), weight, bias, gate, mean, scale, options)
 
@@ -133,7 +150,9 @@ class HybridHead:
         }
 
     def rewards(self, values: ArrayLike) -> tuple[Doubles, Doubles]:
-        """Rewards ``[...]`` and gates ``[..., L]`` of probe outputs ``[..., L]``; what is not finite gives what is not finite."""
+        """Rewards ``[...]`` and gates ``[..., L]`` of probe outputs ``[..., L]``; what is not finite gives what is
+        not finite.
+        """
         t = np.asarray(values, dtype=np.float64)
         with np.errstate(invalid="ignore", over="ignore"):
             g = gates(t, self.gate_weight_LL.astype(np.float64), self.options.gate)
@@ -142,8 +161,9 @@ class HybridHead:
     def score(self, reading: Reading, *, details: frozenset[Detail] = frozenset(), pair: bool = False) -> Scores:
         """The reward of each response.
 
-        A response with a state that is not finite has no score (None), no probability and no token scores; the others keep theirs.
-        With ``pair`` there are also ``confidence`` (gamma, ``options.confidence``) and, if calibrated, ``confidence_calibrated``.
+        A response with a state that is not finite has no score (None), no probability and no token scores; the others
+        keep theirs. With ``pair`` there are also ``confidence`` (gamma, ``options.confidence``) and, if calibrated,
+        ``confidence_calibrated``.
         """
         rewards_N, gates_NL = self.rewards(reading.values_NK)
         scores_N = tuple(_finite(reward) for reward in rewards_N)
@@ -158,7 +178,11 @@ class HybridHead:
 
     def _layers(self, values_NL: Floats, gates_NL: Doubles) -> tuple[Mapping[str, Any], ...]:
         return tuple(
-            {"layers": list(self.manifest.layers), "values": [_finite(v) for v in values], "gates": [_finite(g) for g in gate]}
+            {
+                "layers": list(self.manifest.layers),
+                "values": [_finite(v) for v in values],
+                "gates": [_finite(g) for g in gate],
+            }
             for values, gate in zip(values_NL, gates_NL, strict=True)
         )
 

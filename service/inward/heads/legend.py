@@ -32,10 +32,14 @@ class LegendHead:
 
     def __init__(self, manifest: Manifest, direction_D: Floats) -> None:
         if len(manifest.layers) != 1:
-            raise HeadError(f"head {manifest.name!r}: a legend head reads one layer, its manifest names {list(manifest.layers)}")
+            raise HeadError(
+                f"head {manifest.name!r}: a legend head reads one layer, its manifest names {list(manifest.layers)}"
+            )
         length = float(np.linalg.norm(direction_D.astype(np.float64)))
         if not abs(length - 1) < 1e-3:
-            raise HeadError(f"head {manifest.name!r}: direction has length {length:.4g} instead of 1: fit the head again")
+            raise HeadError(
+                f"head {manifest.name!r}: direction has length {length:.4g} instead of 1: fit the head again"
+            )
         self.manifest = manifest
         self.direction_D = direction_D
         (layer,) = manifest.layers
@@ -62,7 +66,9 @@ class LegendHead:
         scores = tuple(_finite(float(value)) for value in reading.values_NK[:, 0])
         return Scores(
             scores,
-            layers_N=tuple({"layers": list(self.manifest.layers), "values": [s]} for s in scores) if "layers" in details else None,
+            layers_N=tuple({"layers": list(self.manifest.layers), "values": [s]} for s in scores)
+            if "layers" in details
+            else None,
             tokens_N=_tokens(reading) if "tokens" in details else None,
             pair=pair_fields(_difference(*scores), self._scale) if pair else None,
         )
@@ -84,4 +90,6 @@ def _tokens(reading: Reading) -> tuple[tuple[float, ...], ...]:
     """The score at every token; nothing for a response in which one of them is not finite."""
     if reading.tokens_TK is None:
         raise InternalError("token scores were asked for, but the backbone was not asked to read every token")
-    return tuple(tuple(map(float, values_TK[:, 0])) if np.isfinite(values_TK).all() else () for values_TK in reading.tokens_TK)
+    return tuple(
+        tuple(map(float, values_TK[:, 0])) if np.isfinite(values_TK).all() else () for values_TK in reading.tokens_TK
+    )

@@ -1,6 +1,8 @@
-"""Online update of a hybrid head (arXiv 2503.10093): the policy moves, so do its states, and the head follows in small steps.
+"""Online update of a hybrid head (arXiv 2503.10093): the policy moves, so do its states, and the head follows in small
+steps.
 
-Gradients are written out by hand, since heads know no torch. With ``delta = R_c - R_r - mu`` and the loss ``mean(-log sigmoid(delta))``:
+Gradients are written out by hand, since heads know no torch. With ``delta = R_c - R_r - mu`` and the loss ``mean(-log
+sigmoid(delta))``:
 
     dLoss/dR_c = -sigmoid(-delta) / N = -dLoss/dR_r
     dR/dt      = g + V^T q        dR/dV = q t^T        q = dR/d(V t):  t g (1 - g)  (sigmoid),  g (t - R)  (softmax)
@@ -49,12 +51,15 @@ def pair_gradients(head: HybridHead, chosen_NLD: Floats, rejected_NLD: Floats, *
     )
 
 
-def online_step(head: HybridHead, chosen_NLD: ArrayLike, rejected_NLD: ArrayLike, lr: float = 1e-3, *, mu: float = 1.0) -> HybridHead:
-    """One step of gradient descent on labelled pairs; gives a new head with the next version, the old one stays as it is.
+def online_step(
+    head: HybridHead, chosen_NLD: ArrayLike, rejected_NLD: ArrayLike, lr: float = 1e-3, *, mu: float = 1.0
+) -> HybridHead:
+    """One step of gradient descent on labelled pairs; gives a new head with the next version, the old one stays as it
+    is.
 
-    The step on a probe is divided by D. A standardised state has a squared length near D, so ``lr`` is how far the step moves a probe's
-    *output* per unit of slope, whatever the width of the backbone; undivided, one step at 1e-3 would throw the probes of a
-    4096-wide model far away. Standardisation and calibration stay.
+    The step on a probe is divided by D. A standardised state has a squared length near D, so ``lr`` is how far the step
+    moves a probe's *output* per unit of slope, whatever the width of the backbone; undivided, one step at 1e-3 would
+    throw the probes of a 4096-wide model far away. Standardisation and calibration stay.
 
     Args:
         head: the active version.
@@ -75,7 +80,9 @@ def online_step(head: HybridHead, chosen_NLD: ArrayLike, rejected_NLD: ArrayLike
             f"these are {list(chosen.shape)} and {list(rejected.shape)}"
         )
     if not (np.isfinite(chosen).all() and np.isfinite(rejected).all()):
-        raise NotFinite(f"the update of head {head.manifest.name!r} was not applied: states of its pairs are NaN or infinite")
+        raise NotFinite(
+            f"the update of head {head.manifest.name!r} was not applied: states of its pairs are NaN or infinite"
+        )
     gradients = pair_gradients(head, chosen, rejected, mu=mu)
     tensors = {
         **head.tensors(),
@@ -84,7 +91,9 @@ def online_step(head: HybridHead, chosen_NLD: ArrayLike, rejected_NLD: ArrayLike
         "gate_weight": (head.gate_weight_LL - lr * gradients.gate_weight_LL).astype(np.float32),
     }
     if not all(np.isfinite(tensor).all() for tensor in tensors.values()):
-        raise NotFinite(f"the update of head {head.manifest.name!r} was not applied: its result is not finite, lr {lr} is too large")
+        raise NotFinite(
+            f"the update of head {head.manifest.name!r} was not applied: its result is not finite, lr {lr} is too large"
+        )
     fit = {**head.manifest.fit, "online_steps": head.manifest.fit.get("online_steps", 0) + 1}
     manifest = head.manifest.model_copy(update={"version": head.manifest.version + 1, "fit": fit})
     return HybridHead.from_tensors(manifest, tensors)

@@ -1,7 +1,8 @@
 """The heads that are served: which versions exist, and which one of each is active.
 
-Readers take one immutable ``Snapshot`` and keep it for a batch; writers build the next one under a lock and swap the reference. What
-changes is on disk before it is served, so a restart finds the same versions active and knows which online update was the last.
+Readers take one immutable ``Snapshot`` and keep it for a batch; writers build the next one under a lock and swap the
+reference. What changes is on disk before it is served, so a restart finds the same versions active and knows which
+online update was the last.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ KINDS: tuple[Kind, ...] = ("legend", "hybrid", "srr")
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class LoadedHead:
     """One head: its active version, and what else there is of it."""
 
     head: Head
@@ -61,14 +62,14 @@ class Loaded:
 class Snapshot:
     """The active version of every head at one moment."""
 
-    loaded: Mapping[str, Loaded]
+    loaded: Mapping[str, LoadedHead]
 
     @property
     def heads(self) -> dict[str, Head]:
         """By name, in the order of names."""
         return {name: loaded.head for name, loaded in self.loaded.items()}
 
-    def get(self, name: str) -> Loaded:
+    def get(self, name: str) -> LoadedHead:
         """Raises ``NotFound``, which lists what is loaded."""
         return self.loaded[choose(self._refs(), name).name]
 
@@ -87,7 +88,8 @@ class Snapshot:
 
 
 def choose(refs: Mapping[str, HeadRef], name: str | None = None, kinds: Sequence[Kind] = KINDS) -> HeadRef:
-    """Which of ``refs`` (by name) is meant: ``Snapshot.resolve`` without the heads, for processes that only know of them.
+    """Which of ``refs`` (by name) is meant: ``Snapshot.resolve`` without the heads, for processes that only know of
+    them.
 
     Raises:
         NotFound: no such head, or it is of no kind that will do here; lists what is loaded.
@@ -97,7 +99,10 @@ def choose(refs: Mapping[str, HeadRef], name: str | None = None, kinds: Sequence
             raise NotFound(f"there is no head {name!r}; {_inventory(refs)}", param="head")
         if refs[name].kind not in kinds:
             wanted = " or ".join(kinds)
-            raise NotFound(f"head {name!r} is a {refs[name].kind} head, but {wanted} is needed here; {_inventory(refs)}", param="head")
+            raise NotFound(
+                f"head {name!r} is a {refs[name].kind} head, but {wanted} is needed here; {_inventory(refs)}",
+                param="head",
+            )
         return refs[name]
     for kind in kinds:
         of_kind = [ref for ref in refs.values() if ref.kind == kind]
@@ -108,7 +113,11 @@ def choose(refs: Mapping[str, HeadRef], name: str | None = None, kinds: Sequence
 
 def _inventory(refs: Mapping[str, HeadRef]) -> str:
     names = ", ".join(f"{name} ({ref.kind})" for name, ref in refs.items())
-    return f"loaded: {names}" if names else "no head is loaded: fit one with inward fit, or name another folder with --heads"
+    return (
+        f"loaded: {names}"
+        if names
+        else "no head is loaded: fit one with inward fit, or name another folder with --heads"
+    )
 
 
 class Registry:
@@ -118,7 +127,7 @@ class Registry:
     """
 
     def __init__(self, heads: Iterable[Head] = ()) -> None:
-        loaded = {head.ref.name: Loaded(head, {}, None) for head in heads}
+        loaded = {head.ref.name: LoadedHead(head, {}, None) for head in heads}
         self._snapshot = Snapshot(MappingProxyType(dict(sorted(loaded.items()))))
         self._writing = threading.Lock()
         self._folder: Path | None = None
@@ -131,7 +140,8 @@ class Registry:
 
         Args:
             folder: see ``store``; None is a registry without heads.
-            info: the backbone that the heads must have been fitted on; None checks nothing (for listing without a backbone).
+            info: the backbone that the heads must have been fitted on; None checks nothing (for listing without a
+                backbone).
             template: how prompts are rendered for it.
 
         Raises:
@@ -223,11 +233,18 @@ class Registry:
         if sequence == loaded.sequence and loaded.updated is not None:
             active = loaded.head
             return active if active.ref.version == loaded.updated else self._load(loaded.paths[loaded.updated])
-        last = f"{loaded.sequence} was applied last, send it again only to repeat it" if loaded.sequence else "none was applied yet"
-        raise Conflict(f"head {name!r} expects update sequence {loaded.sequence + 1}, not {sequence} ({last})", param="sequence")
+        last = (
+            f"{loaded.sequence} was applied last, send it again only to repeat it"
+            if loaded.sequence
+            else "none was applied yet"
+        )
+        raise Conflict(
+            f"head {name!r} expects update sequence {loaded.sequence + 1}, not {sequence} ({last})", param="sequence"
+        )
 
     def add_version(self, head: Head, *, sequence: int | None = None) -> Head:
-        """Stores a new version of a loaded head and switches to it. Its version number is the next free one, whatever ``head`` says.
+        """Stores a new version of a loaded head and switches to it. Its version number is the next free one, whatever
+        ``head`` says.
 
         Args:
             head: has the name of a loaded head.
@@ -255,12 +272,12 @@ class Registry:
                 metrics.HEAD_UPDATES_TOTAL.labels(head=loaded.head.ref.name).inc()
             return self._serve(loaded)
 
-    def _serve(self, loaded: Loaded) -> Head:
+    def _serve(self, loaded: LoadedHead) -> Head:
         self._keep(loaded)
         self._swap({**self._snapshot.loaded, loaded.head.ref.name: loaded})
         return loaded.head
 
-    def _swap(self, loaded: Mapping[str, Loaded]) -> None:
+    def _swap(self, loaded: Mapping[str, LoadedHead]) -> None:
         self._snapshot = Snapshot(MappingProxyType(dict(loaded)))
         metrics.HEAD_INFO.clear()
         for name, one in loaded.items():
@@ -271,13 +288,15 @@ class Registry:
                 metrics.HEAD_INFO.labels(head=name, kind=one.head.ref.kind, version=str(version), active=active).set(1)
 
     @staticmethod
-    def _keep(loaded: Loaded) -> None:
+    def _keep(loaded: LoadedHead) -> None:
         if loaded.root is not None:
             store.write_state(loaded.root, store.State(loaded.head.ref.version, loaded.sequence, loaded.updated))
 
-    def _open(self, root: Path, paths: dict[int, Path]) -> Loaded:
+    def _open(self, root: Path, paths: dict[int, Path]) -> LoadedHead:
         state = store.read_state(root, paths.keys())
-        return Loaded(self._load(paths[state.version]), MappingProxyType(paths), root, state.sequence, state.updated)
+        return LoadedHead(
+            self._load(paths[state.version]), MappingProxyType(paths), root, state.sequence, state.updated
+        )
 
     def _load(self, path: Path) -> Head:
         if self._info is None:

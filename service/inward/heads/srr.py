@@ -4,8 +4,9 @@
     e   = one transformer encoder block over x                         post-norm, one head, GELU, no positions
     s_i = cosine(e_prompt, e_i)        p = softmax(s / tau)
 
-The projection is the readout (K = 2k: prompt, then response); block and cosine follow here in numpy. Every list runs by itself, so
-there is no padding to mask. Without positions the order of the candidates does not matter; which candidates there are does.
+The projection is the readout (K = 2k: prompt, then response); block and cosine follow here in numpy. Every list runs by
+itself, so there is no padding to mask. Without positions the order of the candidates does not matter; which candidates
+there are does.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _EPS = 1e-5
 """torch's for LayerNorm."""
 
 
-class Options(BaseModel):
+class SrrOptions(BaseModel):
     """``Manifest.options`` of an SRR head."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -66,7 +67,7 @@ class SrrHead:
 
     manifest: Manifest
     readout: Readout
-    options: Options
+    options: SrrOptions
     _tensors: Mapping[str, Floats]
 
     @classmethod
@@ -74,7 +75,8 @@ class SrrHead:
         """Builds the head of ``manifest`` out of ``head.safetensors`` (see ``SHAPES``).
 
         Raises:
-            HeadError: names or shapes that do not fit, more than one layer, or options or a calibration that can't be used.
+            HeadError: names or shapes that do not fit, more than one layer, or options or a calibration that can't be
+                used.
         """
         sizes = expect(manifest, tensors, SHAPES)
         where = f"head {manifest.name!r}"
@@ -85,13 +87,17 @@ class SrrHead:
         if len(manifest.layers) != 1:
             raise HeadError(f"{where}: an srr head reads one layer, its manifest names {list(manifest.layers)}")
         if manifest.position == "prompt":
-            raise HeadError(f"{where}: position 'prompt' is the same for all candidates; use last, eos or mean, or fit the head again")
+            raise HeadError(
+                f"{where}: position 'prompt' is the same for all candidates; use last, eos or mean, or fit the head again"
+            )
         try:
-            options = Options.model_validate(manifest.options)
+            options = SrrOptions.model_validate(manifest.options)
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(map(str, ("options", *first["loc"])))
-            raise HeadError(f"{where}: {field} in head.json: {first['msg']}; correct it or fit the head again") from None
+            raise HeadError(
+                f"{where}: {field} in head.json: {first['msg']}; correct it or fit the head again"
+            ) from None
         MarginScale.load(manifest.calibration), Deciles.load(manifest.calibration)
         (layer,) = manifest.layers
         weight_DK = np.ascontiguousarray(tensors["projection.weight"].T, dtype=np.float32)
@@ -110,8 +116,8 @@ class SrrHead:
     def score(self, reading: Reading, *, details: frozenset[Detail] = frozenset(), pair: bool = False) -> Scores:
         """Cosines of a list's responses to its instruction, and as ``probability_N`` their softmax over the list.
 
-        A response that is not finite gets None and is left out of the list, so that the others are ranked among themselves. A list
-        of one is legal: its score is its cosine, its probability 1.
+        A response that is not finite gets None and is left out of the list, so that the others are ranked among
+        themselves. A list of one is legal: its score is its cosine, its probability 1.
 
         Raises:
             InvalidField: detail ``tokens``.
@@ -134,7 +140,9 @@ class SrrHead:
         return Scores(
             scores_N=scores,
             probability_N=tuple(map(_finite, probability_N)),
-            layers_N=tuple({"layers": list(self.manifest.layers), "values": [s]} for s in scores) if "layers" in details else None,
+            layers_N=tuple({"layers": list(self.manifest.layers), "values": [s]} for s in scores)
+            if "layers" in details
+            else None,
             pair=self._pair(scores) if pair else None,
             listwise=True,
         )

@@ -22,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as safetensors_bytes
 
 from inward.errors import HeadError, NotFound
+from inward.files import replace_folder, write
 from inward.heads.base import FORMAT_VERSION, Head, Manifest
-from inward.heads.durable import replace_folder, write
 from inward.heads.hybrid import HybridHead
 from inward.heads.legend import LegendHead
 from inward.heads.srr import SrrHead
@@ -67,10 +67,12 @@ class State(NamedTuple):
 
 
 def save(head: Head, folder: Path, *, replace: bool = False) -> Path:
-    """Writes a head so that ``folder`` is there complete or not at all. ``replace`` gives up all that is there, later versions too.
+    """Writes a head so that ``folder`` is there complete or not at all. ``replace`` gives up all that is there, later
+    versions too.
 
     Raises:
-        HeadError: the folder is there already and ``replace`` is off, a tensor is not finite, or the folder can't be written.
+        HeadError: the folder is there already and ``replace`` is off, a tensor is not finite, or the folder can't be
+            written.
     """
     folder = Path(folder)
     tensors = {name: np.ascontiguousarray(tensor, dtype=np.float32) for name, tensor in head.tensors().items()}
@@ -135,7 +137,9 @@ def load(
     head = KINDS[manifest.kind].from_tensors(manifest, _load_tensors(folder))
     widths = {tap.weight_DK.shape[0] for tap in head.readout.taps if tap.weight_DK is not None}
     if width is not None and widths != {width}:
-        raise HeadError(f"head {manifest.name!r} in {folder} reads states of width {sorted(widths)}, but the backbone's are {width} wide")
+        raise HeadError(
+            f"head {manifest.name!r} in {folder} reads states of width {sorted(widths)}, but the backbone's are {width} wide"
+        )
     return head
 
 
@@ -154,13 +158,17 @@ def load_manifest(folder: Path) -> Manifest:
         raise HeadError(f"{path} can't be read as JSON ({error}): copy the head again or fit it again") from error
     version = fields.get("format_version", FORMAT_VERSION) if isinstance(fields, dict) else None
     if isinstance(version, int) and version > FORMAT_VERSION:
-        raise HeadError(f"{path} has format_version {version}, this Inward reads up to {FORMAT_VERSION}: upgrade Inward, or fit again")
+        raise HeadError(
+            f"{path} has format_version {version}, this Inward reads up to {FORMAT_VERSION}: upgrade Inward, or fit again"
+        )
     try:
         return Manifest.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "the whole file"
-        raise HeadError(f"{path}: {field}: {first['msg']} ({error.error_count()} such errors); correct it or fit the head again") from None
+        raise HeadError(
+            f"{path}: {field}: {first['msg']} ({error.error_count()} such errors); correct it or fit the head again"
+        ) from None
 
 
 def find(heads_dir: Path) -> list[Found]:
@@ -177,7 +185,9 @@ def find(heads_dir: Path) -> list[Found]:
         other = found.setdefault(one[:2], one)
         if other is not one or roots.setdefault(one.name, root) != root:
             claimed = other.path if other is not one else roots[one.name]
-            raise HeadError(f"{path} and {claimed} both hold head {one.name!r} (version {one.version}): rename or remove one")
+            raise HeadError(
+                f"{path} and {claimed} both hold head {one.name!r} (version {one.version}): rename or remove one"
+            )
     return [found[key] for key in sorted(found)]
 
 
@@ -208,7 +218,9 @@ def active_path(heads_dir: Path, name: str) -> Path:
     everything = find(heads_dir)
     mine = {found.version: found for found in everything if found.name == name}
     if not mine:
-        raise NotFound(f"there is no head {name!r} in {heads_dir}; there are: {', '.join(sorted({f.name for f in everything})) or 'none'}")
+        raise NotFound(
+            f"there is no head {name!r} in {heads_dir}; there are: {', '.join(sorted({f.name for f in everything})) or 'none'}"
+        )
     root = next(iter(mine.values())).root
     return mine[read_state(root, mine.keys()).version].path
 
@@ -227,10 +239,14 @@ def read_state(root: Path, versions: Collection[int]) -> State:
         updated = fields.get("updated")
         state = State(int(fields["version"]), int(fields.get("sequence", 0)), None if updated is None else int(updated))
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise HeadError(f'{path} is damaged ({error!r}): write {{"version": <the version to serve>}} into it') from error
+        raise HeadError(
+            f'{path} is damaged ({error!r}): write {{"version": <the version to serve>}} into it'
+        ) from error
     if state.version not in versions:
         there = ", ".join(map(str, sorted(versions)))
-        raise HeadError(f"{path} names version {state.version} as the one to serve, but there are only: {there}; correct it")
+        raise HeadError(
+            f"{path} names version {state.version} as the one to serve, but there are only: {there}; correct it"
+        )
     return state
 
 

@@ -9,7 +9,9 @@ from inward.heads.base import Manifest
 from inward.types import Floats
 
 
-def expect(manifest: Manifest, tensors: Mapping[str, Floats], shapes: Mapping[str, tuple[int | str, ...]]) -> dict[str, int]:
+def expect(
+    manifest: Manifest, tensors: Mapping[str, Floats], shapes: Mapping[str, tuple[int | str, ...]]
+) -> dict[str, int]:
     """Compares ``tensors`` with the ``shapes`` wanted; a letter stands for any size, the same wherever it is written.
 
     Returns:
@@ -22,12 +24,15 @@ def expect(manifest: Manifest, tensors: Mapping[str, Floats], shapes: Mapping[st
     if missing := sorted(shapes.keys() - tensors.keys()):
         raise HeadError(f"{where}: head.safetensors lacks {', '.join(missing)}; copy the head again or fit it again")
     if extra := sorted(tensors.keys() - shapes.keys()):
-        raise HeadError(f"{where}: head.safetensors has tensors that a {manifest.kind} head does not: {', '.join(extra)}")
+        raise HeadError(
+            f"{where}: head.safetensors has tensors that a {manifest.kind} head does not: {', '.join(extra)}"
+        )
     sizes: dict[str, int] = {}
     for name, shape in shapes.items():
         actual = tensors[name].shape
         if len(actual) != len(shape) or any(
-            size != (sizes.setdefault(want, size) if isinstance(want, str) else want) for want, size in zip(shape, actual, strict=True)
+            size != (sizes.setdefault(want, size) if isinstance(want, str) else want)
+            for want, size in zip(shape, actual, strict=True)
         ):
             wanted = [sizes.get(want, want) if isinstance(want, str) else want for want in shape]
             raise HeadError(

@@ -1,4 +1,6 @@
-"""What crosses the corridor: jobs one way, outcomes the other. One protocol, a queue in the process and one in Redis."""
+"""What crosses the corridor: jobs one way, outcomes the other. One protocol, a queue in the process and one in
+Redis.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ class Consumer(Protocol):
         ...
 
     async def release(self, jobs: Sequence[Job], reason: str) -> None:
-        """Gives jobs back that this worker can't do; another worker does them, or, where there is none, their callers get a 503."""
+        """Gives jobs back that this worker can't do; another worker does them, or, where there is none, their
+        callers get a 503.
+        """
         ...
 
     async def close(self) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from inward import metrics
 from inward.errors import EngineDead, Overloaded
 from inward.queues.base import Closed
-from inward.queues.pace import Pace
+from inward.queues.throughput import Throughput
 from inward.types import Failed, Job, Outcome
 
 
@@ -18,13 +18,14 @@ class MemoryQueue:
     """First in, first out, within a bound on tokens: what waits and what is being computed together.
 
     Args:
-        max_tokens: room for this many tokens to compute; a single larger request is admitted when nothing else is there.
+        max_tokens: room for this many tokens to compute; a single larger request is admitted when nothing else is
+            there.
         clock: monotonic seconds, for the pace.
     """
 
     def __init__(self, *, max_tokens: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.max_tokens = max_tokens
-        self.pace = Pace()
+        self.pace = Throughput()
         self._clock = clock
         self._waiting: deque[Job] = deque()
         self._open: dict[str, tuple[Job, asyncio.Future[Outcome]]] = {}
@@ -109,7 +110,9 @@ class MemoryQueue:
         self._observe()
 
     async def release(self, jobs: Sequence[Job], reason: str) -> None:
-        """There is no other worker in this process: these jobs fail, those that wait as well, and no more are admitted."""
+        """There is no other worker in this process: these jobs fail, those that wait as well, and no more are
+        admitted.
+        """
         self._dead = reason
         left = [*jobs, *self._waiting]
         self._waiting.clear()

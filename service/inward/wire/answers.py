@@ -52,7 +52,11 @@ class Usage(Wire):
     @classmethod
     def of(cls, usage: UsageTokens) -> Usage:
         """From the value that the engine gives."""
-        return cls(prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens, cached_tokens=usage.cached_tokens)
+        return cls(
+            prompt_tokens=usage.prompt_tokens,
+            completion_tokens=usage.completion_tokens,
+            cached_tokens=usage.cached_tokens,
+        )
 
 
 class Answer(Wire):
@@ -161,7 +165,8 @@ class Ranked(Element):
     """Calibrated probability that the response is acceptable, where the head is calibrated for it."""
     completion_tokens: int | None = None
     token_ids: list[int] | None = None
-    """Of the answer, if asked for. `/score` takes them as `response_ids`, and then scores exactly what was scored here."""
+    """Of the answer, if asked for. `/score` takes them as `response_ids`, and then scores exactly what was scored
+    here."""
     finish_reason: Literal["stop", "length"] | None = None
     """Of a drawn answer: whether it ended by itself, or stands cut at its length limit."""
 

@@ -1,8 +1,8 @@
 """JSON that crosses the door: what the native routes take.
 
-Two kinds of mistake are told apart. A wrong *shape* (a field missing, unknown or of the wrong type) is found here by pydantic and
-refuses the request. Unusable *content* (roles in a wrong order, half a surrogate pair, nothing to score) is found by ``parts`` or
-later, and fails its item only. That is why text is any Python string here, Unicode or not.
+Two kinds of mistake are told apart. A wrong *shape* (a field missing, unknown or of the wrong type) is found here by
+pydantic and refuses the request. Unusable *content* (roles in a wrong order, half a surrogate pair, nothing to score)
+is found by ``parts`` or later, and fails its item only. That is why text is any Python string here, Unicode or not.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ class Parts:
                     raise InvalidField("prompt and response are both empty: there is nothing to score", param=field)
 
     def blame(self, param: str | None) -> str | None:
-        """The item's field for a field of the conversation that was made from it (``messages.0.content``, ``responses.1``)."""
+        """The item's field for a field of the conversation that was made from it (``messages.0.content``,
+        ``responses.1``).
+        """
         head, _, rest = (param or "").partition(".")
         if head in ("response", "responses"):
             return self.response_fields[int(rest or 0)]
@@ -121,7 +123,8 @@ class Item(Asking):
     response: Text | None = None
     """The answer to `prompt`; with `messages` it is the last of them instead."""
     response_ids: list[Annotated[StrictInt, Field(ge=0, le=MOST)]] | None = None
-    """Instead of `response`: the answer as the token ids that a model wrote, which need not be those that its text becomes again."""
+    """Instead of `response`: the answer as the token ids that a model wrote, which need not be those that its text
+    becomes again."""
 
     @model_validator(mode="after")
     def _one_response(self) -> Item:
@@ -142,7 +145,9 @@ class Item(Asking):
             return Parts(prompt, (self.response or "",), field, ("response",))
         last = len(prompt) - 1
         if prompt[last]["role"] != "assistant":
-            raise InvalidField("the last message must be the assistant's: it is what is scored", param=f"messages.{last}.role")
+            raise InvalidField(
+                "the last message must be the assistant's: it is what is scored", param=f"messages.{last}.role"
+            )
         if last == 0:
             raise InvalidField("a message is needed before the assistant's", param="messages")
         return Parts(prompt[:last], (prompt[last]["content"],), field, (f"messages.{last}.content",))
@@ -159,7 +164,9 @@ class Pair(Asking):
     def parts(self) -> Parts:
         """The prompt, and chosen and rejected in this order."""
         prompt, field = self.asked()
-        return Parts(prompt, (_answer(self.chosen, "chosen"), _answer(self.rejected, "rejected")), field, ("chosen", "rejected"))
+        return Parts(
+            prompt, (_answer(self.chosen, "chosen"), _answer(self.rejected, "rejected")), field, ("chosen", "rejected")
+        )
 
 
 class Options(Wire):
@@ -177,10 +184,16 @@ class MarginRequest(Options):
     """Preference pairs to annotate."""
 
     pairs: Annotated[list[Pair], Field(min_length=1)]
-    """Answered in this order."""
+    """IdempotencyStore in this order."""
     model_config = ConfigDict(
         json_schema_extra={
-            "examples": [{"pairs": [{"prompt": "How do I sharpen a knife?", "chosen": "Use a whetstone.", "rejected": "No idea."}]}]
+            "examples": [
+                {
+                    "pairs": [
+                        {"prompt": "How do I sharpen a knife?", "chosen": "Use a whetstone.", "rejected": "No idea."}
+                    ]
+                }
+            ]
         }
     )
 
@@ -189,11 +202,13 @@ class ScoreRequest(Options):
     """Responses to score."""
 
     items: Annotated[list[Item], Field(min_length=1)]
-    """Answered in this order."""
+    """IdempotencyStore in this order."""
     detail: list[Detail] = Field(default_factory=list)
     """`layers`: each layer's part of the score. `tokens`: the score at every token of the response."""
     model_config = ConfigDict(
-        json_schema_extra={"examples": [{"items": [{"prompt": "How do I sharpen a knife?", "response": "Use a whetstone."}]}]}
+        json_schema_extra={
+            "examples": [{"items": [{"prompt": "How do I sharpen a knife?", "response": "Use a whetstone."}]}]
+        }
     )
 
 
@@ -207,7 +222,9 @@ class RewardRequest(Options):
     detail: list[Detail] = Field(default_factory=list)
     """`layers`: each layer's probe output and gate weight. `tokens`: the score at every token of the response."""
     model_config = ConfigDict(
-        json_schema_extra={"examples": [{"items": [{"prompt": "How do I sharpen a knife?", "response": "Use a whetstone."}]}]}
+        json_schema_extra={
+            "examples": [{"items": [{"prompt": "How do I sharpen a knife?", "response": "Use a whetstone."}]}]
+        }
     )
 
     @model_validator(mode="after")
@@ -251,7 +268,8 @@ class RerankRequest(Options, Asking):
     stream: StrictBool = False
     """Send drawn answers as server-sent events, each as soon as it is scored, and the ranking in the end."""
     scores: Annotated[str, Field(pattern="^[A-Za-z0-9._-]{1,64}$")] | None = None
-    """Name of a stream in Redis to which the answer's `pair` is appended as well, for trainers that consume pairs as they come."""
+    """Name of a stream in Redis to which the answer's `pair` is appended as well, for trainers that consume pairs as
+    they come."""
     model_config = ConfigDict(
         json_schema_extra={
             "examples": [
@@ -311,5 +329,7 @@ def _answer(answer: str | list[Message], field: str) -> str:
     if isinstance(answer, str):
         return answer
     if len(answer) != 1 or answer[0].role != "assistant":
-        raise InvalidField("as messages, an answer is exactly one assistant message; earlier turns belong to the prompt", param=field)
+        raise InvalidField(
+            "as messages, an answer is exactly one assistant message; earlier turns belong to the prompt", param=field
+        )
     return answer[0].content

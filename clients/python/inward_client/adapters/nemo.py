@@ -5,8 +5,8 @@
 
     environment = ray.remote(InwardEnvironment).remote({"url": "http://127.0.0.1:8080"})
 
-It is an ``EnvironmentInterface`` by its methods. Episodes have one turn. For NeMo Gym no adapter is needed: the service answers
-``/verify`` and ``/seed_session`` itself.
+It is an ``EnvironmentInterface`` by its methods. Episodes have one turn. For NeMo Gym no adapter is needed: the service
+answers ``/verify`` and ``/seed_session`` itself.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class InwardEnvironment:
     """Rewards the last message of each conversation.
 
     Args:
-        config: ``url``, ``head`` (a LEGEND or hybrid head; by default the hybrid one), ``value`` (``score`` or ``probability``); whatever
-            else it holds is handed to ``Inward``.
+        config: ``url``, ``head`` (a LEGEND or hybrid head; by default the hybrid one), ``value`` (``score`` or
+            ``probability``); whatever else it holds is handed to ``Inward``.
     """
 
     def __init__(self, config: Mapping[str, Any] | None = None) -> None:
@@ -45,7 +45,9 @@ class InwardEnvironment:
         self._value: str = options.pop("value", "score")
         self._inward = Inward(options.pop("url", None), **options)
 
-    def step(self, message_log_batch: Sequence[Sequence[Mapping[str, Any]]], metadata: Sequence[Any]) -> EnvironmentReturn:
+    def step(
+        self, message_log_batch: Sequence[Sequence[Mapping[str, Any]]], metadata: Sequence[Any]
+    ) -> EnvironmentReturn:
         """Scores a batch; every episode ends.
 
         Raises:
@@ -65,7 +67,9 @@ class InwardEnvironment:
         observations = [{"role": "environment", "content": f"reward: {reward:.4f}"} for reward in rewards]
         ended = torch.ones(len(rewards), dtype=torch.bool)
         values = torch.tensor(rewards, dtype=torch.float32)
-        return EnvironmentReturn(observations, list(metadata), [None] * len(rewards), values, ended, [None] * len(rewards))
+        return EnvironmentReturn(
+            observations, list(metadata), [None] * len(rewards), values, ended, [None] * len(rewards)
+        )
 
     def global_post_process_and_metrics(self, batch: Any) -> tuple[Any, dict[str, float]]:
         """The batch as it is, and the mean reward."""

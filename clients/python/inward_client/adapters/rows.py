@@ -36,7 +36,11 @@ def pair(row: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(chosen, str):
         if prompt is None:
             raise ValueError("a pair of texts needs a prompt; TRL's extract_prompt splits it off")
-        return {"prompt": prompt if isinstance(prompt, str) else messages(prompt), "chosen": chosen, "rejected": rejected}
+        return {
+            "prompt": prompt if isinstance(prompt, str) else messages(prompt),
+            "chosen": chosen,
+            "rejected": rejected,
+        }
     (chosen_before, chosen_answer), (rejected_before, rejected_answer) = _last(chosen), _last(rejected)
     if chosen_before != rejected_before:
         raise ValueError("chosen and rejected answer different conversations")

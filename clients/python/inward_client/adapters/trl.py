@@ -1,4 +1,6 @@
-"""TRL: reward functions for GRPOTrainer and RLOOTrainer, and columns for RewardTrainer (``margin``) and cDPO (``confidence``)."""
+"""TRL: reward functions for GRPOTrainer and RLOOTrainer, and columns for RewardTrainer (``margin``) and cDPO
+(``confidence``).
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,8 @@ CHUNK = 1024
 class _Reward:
     """A reward for each completion, from the service.
 
-    Prompts and completions may be texts or messages. A completion that can't be scored gets None, which TRL leaves out of the loss; if
-    none of a batch can be scored the call raises, so that no run goes on without rewards.
+    Prompts and completions may be texts or messages. A completion that can't be scored gets None, which TRL leaves out
+    of the loss; if none of a batch can be scored the call raises, so that no run goes on without rewards.
 
     Args:
         url: of the service; by default as ``Inward`` finds it.
@@ -87,7 +89,9 @@ class AsyncInwardReward(_Reward):
         items = _items(prompts, completions)
         if self._head is None:
             return self._rewards((await self._client.reward(items, truncate=self._truncate)).rewards, columns)
-        return self._rewards((await self._client.score(items, head=self._head, truncate=self._truncate)).scores, columns)
+        return self._rewards(
+            (await self._client.score(items, head=self._head, truncate=self._truncate)).scores, columns
+        )
 
     async def close(self) -> None:
         """Closes the connections; the next call opens new ones."""
@@ -111,8 +115,8 @@ def with_margins(
     """A preference dataset with the ``margin`` that RewardTrainer subtracts in its loss.
 
     Args:
-        dataset: a ``datasets.Dataset`` with ``chosen`` and ``rejected``, and ``prompt`` unless they are whole conversations. A column
-            ``margin`` is replaced.
+        dataset: a ``datasets.Dataset`` with ``chosen`` and ``rejected``, and ``prompt`` unless they are whole
+            conversations. A column ``margin`` is replaced.
         client: of the service.
         margin: which of the margins; raw ones are in units of one model's layer and can be negative.
         head: by default the first LEGEND head.
@@ -130,7 +134,9 @@ def with_margins(
     return _with_column(dataset, "margin", column)
 
 
-def with_confidences(dataset: Any, client: Inward, *, head: str | None = None, truncate: bool = True, calibrated: bool = False) -> Any:
+def with_confidences(
+    dataset: Any, client: Inward, *, head: str | None = None, truncate: bool = True, calibrated: bool = False
+) -> Any:
     """A preference dataset with a ``confidence`` for each pair: the probability that its label is right, for cDPO.
 
     TRL's own DPO loss has no place for it; ``inward-train`` has.

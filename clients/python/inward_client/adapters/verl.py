@@ -98,7 +98,9 @@ def _prompt(extra_info: Mapping[str, Any] | None, key: str | None) -> Any:
     for name in (key,) if key else PROMPTS:
         if (prompt := given.get(name)) is not None:
             return prompt if isinstance(prompt, str) else list(prompt)
-    raise ValueError(f"extra_info has no prompt under {key or ', '.join(PROMPTS)}; put it there when the data set is prepared")
+    raise ValueError(
+        f"extra_info has no prompt under {key or ', '.join(PROMPTS)}; put it there when the data set is prepared"
+    )
 
 
 def _told(score: Score) -> dict[str, float]:

@@ -27,7 +27,9 @@ class Taken:
 
 
 class Source(Protocol):
-    """Pairs in an order of its own. The loop writes down what it took and how far it came, so a source remembers nothing."""
+    """Pairs in an order of its own. The loop writes down what it took and how far it came, so a source remembers
+    nothing.
+    """
 
     live: bool
     """Whether its pairs were made by a policy that the trainer moves, so that their age matters."""
@@ -41,7 +43,9 @@ class Source(Protocol):
         ...
 
     def settle(self, receipts: Sequence[str]) -> None:
-        """A checkpoint holds what was learnt from these (or they were refused): nobody needs them any more. May be told twice."""
+        """A checkpoint holds what was learnt from these (or they were refused): nobody needs them any more. May be
+        told twice.
+        """
         ...
 
 

@@ -17,12 +17,15 @@ POLL = 1.0
 """Seconds between two looks at a job."""
 
 
-def pairs_of_job(service: Service, path: Path, folder: Path, *, id: str | None = None, head: str | None = None) -> list[ScoredPair]:
+def pairs_of_job(
+    service: Service, path: Path, folder: Path, *, id: str | None = None, head: str | None = None
+) -> list[ScoredPair]:
     """The pairs of ``path`` with what the job says of them; those that could not be scored are left out.
 
     Args:
         path: the rows that were uploaded, JSONL or Parquet.
-        folder: where the id of the job and its results are kept, so that a trainer that starts again asks for nothing twice.
+        folder: where the id of the job and its results are kept, so that a trainer that starts again asks for nothing
+            twice.
         id: of the job; None uploads the rows as a new one.
 
     Raises:
@@ -35,7 +38,9 @@ def pairs_of_job(service: Service, path: Path, folder: Path, *, id: str | None =
         write_text(results, _fetched(service, rows, folder / "job", id, head))
     scored = {result["index"]: result for result in map(json.loads, results.read_text("utf-8").splitlines())}
     if scored.keys() != set(range(len(rows))):
-        raise DataError(f"the job has results of {len(scored)} rows, and {path} has {len(rows)}: give the file that was uploaded")
+        raise DataError(
+            f"the job has results of {len(scored)} rows, and {path} has {len(rows)}: give the file that was uploaded"
+        )
     return [
         replace(read_row({**rows[i], **result}, str(i)), policy_version=result["policy_version"])
         for i, result in sorted(scored.items())

@@ -73,7 +73,9 @@ def read_table(path: Path) -> list[dict[str, Any]]:
 
         rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
         return rows
-    return [_line(path, number, line) for number, line in enumerate(path.read_text("utf-8").split("\n"), 1) if line.strip()]
+    return [
+        _line(path, number, line) for number, line in enumerate(path.read_text("utf-8").split("\n"), 1) if line.strip()
+    ]
 
 
 def _line(path: Path, number: int, line: str) -> dict[str, Any]:

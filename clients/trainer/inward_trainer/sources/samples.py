@@ -19,7 +19,8 @@ UNUSABLE = frozenset({400, 413, 422})
 
 
 class Samples:
-    """The cursor is the number of prompts used, over all epochs. The same seed draws the same samples of the same policy.
+    """The cursor is the number of prompts used, over all epochs. The same seed draws the same samples of the same
+    policy.
 
     Args:
         n: samples of each prompt.

@@ -1,10 +1,11 @@
 """Scored pairs from the service's stream in Redis, as they come.
 
-The service appends them to ``inward:{<queue>}:scores:<name>``, an entry's field ``row`` being one pair as JSON. They are read as a
-consumer group, so several trainers share a stream, and acknowledged when a checkpoint holds what was learnt from them.
+The service appends them to ``inward:{<queue>}:scores:<name>``, an entry's field ``row`` being one pair as JSON. They
+are read as a consumer group, so several trainers share a stream, and acknowledged when a checkpoint holds what was
+learnt from them.
 
-Entries reach one consumer in the order of their ids. So the id of the last one taken, which the loop writes down, says of every entry
-whether it was taken: also when a Redis that lost its last second gives some again.
+Entries reach one consumer in the order of their ids. So the id of the last one taken, which the loop writes down, says
+of every entry whether it was taken: also when a Redis that lost its last second gives some again.
 """
 
 from __future__ import annotations
@@ -42,8 +43,12 @@ class Stream:
 
     live = True
 
-    def __init__(self, url: str, key: str, *, group: str, consumer: str, idle: float | None = None, patience: float = 600.0) -> None:
-        self._redis: Any = redis.Redis.from_url(url, decode_responses=True, socket_timeout=BLOCK / 1000 + 10, protocol=2)
+    def __init__(
+        self, url: str, key: str, *, group: str, consumer: str, idle: float | None = None, patience: float = 600.0
+    ) -> None:
+        self._redis: Any = redis.Redis.from_url(
+            url, decode_responses=True, socket_timeout=BLOCK / 1000 + 10, protocol=2
+        )
         self._key, self._group, self._consumer = key, group, consumer
         self._idle, self._patience = idle, patience
         self._recovered = False
@@ -82,11 +87,15 @@ class Stream:
         return self._read_group(n, ">")
 
     def _read_group(self, n: int, after: str) -> list[Any]:
-        found = self._ask(lambda: self._redis.xreadgroup(self._group, self._consumer, {self._key: after}, count=n, block=BLOCK))
+        found = self._ask(
+            lambda: self._redis.xreadgroup(self._group, self._consumer, {self._key: after}, count=n, block=BLOCK)
+        )
         return list(found[0][1]) if found else []
 
     def _read(self, entries: list[Any], last: str) -> tuple[list[ScoredPair], list[str]]:
-        """Pairs of the entries after ``last``, and the receipts of all that were taken now; what is no pair is acknowledged at once."""
+        """Pairs of the entries after ``last``, and the receipts of all that were taken now; what is no pair is
+        acknowledged at once.
+        """
         pairs: list[ScoredPair] = []
         receipts: list[str] = []
         useless: list[str] = []

@@ -15,7 +15,7 @@ from inward.api.services import FromApp
 from inward.errors import EngineDead, InvalidField, Unavailable
 from inward.prompts import Texts
 from inward.wire import ActivateRequest, ErrorBody, Head, PolicyAnswer, PolicyRequest, UpdateRequest
-from inward.wire.about import HeadInfo, HeadsAnswer, Info, Status
+from inward.wire.admin import HeadInfo, HeadsAnswer, Info, Status
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -27,7 +27,9 @@ RED: dict[int | str, dict[str, Any]] = {503: {"model": ErrorBody, "description":
 PROMETHEUS: dict[str, Any] = {"content": {"text/plain": {"schema": {"type": "string"}}}}
 
 
-@router.get("/heads", tags=["heads"], response_model=HeadsAnswer, summary="What is loaded", responses={401: RESPONSES[401]})
+@router.get(
+    "/heads", tags=["heads"], response_model=HeadsAnswer, summary="What is loaded", responses={401: RESPONSES[401]}
+)
 async def heads(services: FromApp) -> Response:
     """All heads, as `{"heads": […]}`."""
     return plain({"heads": services.heads.listing()})
@@ -39,7 +41,9 @@ async def head(name: Name, services: FromApp) -> Response:
     return plain(services.heads.show(name))
 
 
-@router.post("/heads/{name}/activate", tags=["heads"], summary="Switch to a version", response_model=Head, responses=RESPONSES)
+@router.post(
+    "/heads/{name}/activate", tags=["heads"], summary="Switch to a version", response_model=Head, responses=RESPONSES
+)
 async def activate(name: Name, request: ActivateRequest, services: FromApp) -> Response:
     """Every batch that begins from now on is answered by this version."""
     return plain(asdict(await services.heads.activate(name, request.version)))
@@ -50,10 +54,15 @@ async def activate(name: Name, request: ActivateRequest, services: FromApp) -> R
     tags=["heads"],
     summary="One online step",
     response_model=Head,
-    responses={**RESPONSES, 409: {"model": ErrorBody, "description": "The sequence number is neither the last one nor the next."}},
+    responses={
+        **RESPONSES,
+        409: {"model": ErrorBody, "description": "The sequence number is neither the last one nor the next."},
+    },
 )
 async def update(name: Name, request: UpdateRequest, services: FromApp) -> Response:
-    """Makes a new version, which is active at once. Sending the last sequence number again changes nothing and answers the same."""
+    """Makes a new version, which is active at once. Sending the last sequence number again changes nothing and
+    answers the same.
+    """
     texts: list[Texts] = []
     for i, pair in enumerate(request.pairs):
         try:
@@ -64,7 +73,13 @@ async def update(name: Name, request: UpdateRequest, services: FromApp) -> Respo
     return plain(asdict(await services.heads.update(name, request.sequence, texts, lr=request.lr)))
 
 
-@router.get("/policy", tags=["policy"], summary="Which policy the backbone carries", response_model=PolicyAnswer, responses=UNREACHABLE)
+@router.get(
+    "/policy",
+    tags=["policy"],
+    summary="Which policy the backbone carries",
+    response_model=PolicyAnswer,
+    responses=UNREACHABLE,
+)
 async def policy(services: FromApp) -> Response:
     """The version, those that it can be switched to, and the history."""
     return plain(await services.policies.show())
@@ -78,8 +93,9 @@ async def policy(services: FromApp) -> Response:
     responses={**RESPONSES, 409: {"model": ErrorBody, "description": "There is no folder of adapters."}},
 )
 async def switch_policy(request: PolicyRequest, services: FromApp) -> Response:
-    """Every batch that begins from now on is computed with this LoRA adapter; `base` takes it off. A request in flight finishes with the
-    version that it began with, and every answer names its own. What is carried already changes nothing.
+    """Every batch that begins from now on is computed with this LoRA adapter; `base` takes it off. A request in flight
+    finishes with the version that it began with, and every answer names its own. What is carried already changes
+    nothing.
     """
     return plain(await services.policies.switch(request.version))
 
@@ -102,7 +118,9 @@ async def readyz(services: FromApp) -> Response:
     return plain({"status": reason})
 
 
-@router.get("/info", tags=["about"], response_model=Info, summary="Limits, versions, model", responses={401: RESPONSES[401]})
+@router.get(
+    "/info", tags=["about"], response_model=Info, summary="Limits, versions, model", responses={401: RESPONSES[401]}
+)
 async def info(services: FromApp) -> Response:
     """What serves here, and what one request may ask for."""
     return plain(dict(services.info()))

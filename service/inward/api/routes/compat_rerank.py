@@ -1,4 +1,6 @@
-"""Rerank as Cohere, Jina, vLLM and text-embeddings-inference speak it: the query is the prompt, documents are its responses."""
+"""Rerank as Cohere, Jina, vLLM and text-embeddings-inference speak it: the query is the prompt, documents are its
+responses.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +10,11 @@ from collections.abc import Sequence
 from fastapi import APIRouter, Response
 
 from inward.api.answers import plain
+from inward.api.compat import RERANK, as_cohere, as_documents, family_route, judge_candidates
 from inward.api.errors import responses
-from inward.api.foreign import RERANK, as_cohere, as_documents, family_route, judge_candidates
 from inward.api.services import FromApp, Services
-from inward.wire.foreign import DocumentsRequest, TextsRequest
-from inward.wire.foreign_answers import (
+from inward.wire.compat import DocumentsRequest, TextsRequest
+from inward.wire.compat_answers import (
     ApiVersion,
     CohereError,
     DocumentsAnswer,
@@ -24,7 +26,9 @@ from inward.wire.foreign_answers import (
     TextRank,
 )
 
-v1 = APIRouter(route_class=family_route(lambda _: as_documents), responses=responses(DocumentsError), tags=["compatibility"])
+v1 = APIRouter(
+    route_class=family_route(lambda _: as_documents), responses=responses(DocumentsError), tags=["compatibility"]
+)
 v2 = APIRouter(route_class=family_route(lambda _: as_cohere), responses=responses(CohereError), tags=["compatibility"])
 
 
@@ -46,14 +50,17 @@ async def rank_documents(
     """Answers in the words that the three share.
 
     Args:
-        truncate, texts: whether long documents are cut, and whether documents come back, where the request does not say.
+        truncate, texts: whether long documents are cut, and whether documents come back, where the request does not
+        say.
     """
     documents = request.texts()
     cut = truncate or request.truncate_prompt_tokens is not None
     judged = await judge_candidates(services, request, RERANK, request.query, documents, "documents", truncate=cut)
     shown = texts if request.return_documents is None else request.return_documents
     results = [
-        RankedDocument(index=i, relevance_score=judged.units_N[i], document=RankedText(text=documents[i]) if shown else None)
+        RankedDocument(
+            index=i, relevance_score=judged.units_N[i], document=RankedText(text=documents[i]) if shown else None
+        )
         for i in _best_first(judged.scores_N)[: request.top_n or None]
     ]
     answer = DocumentsAnswer(
@@ -71,7 +78,8 @@ async def rank_texts(services: Services, request: TextsRequest) -> Response:
     judged = await judge_candidates(services, request, RERANK, request.query, request.texts, "texts", truncate=False)
     scores = judged.scores_N if request.raw_scores else judged.units_N
     ranks = [
-        TextRank(index=i, score=scores[i], text=request.texts[i] if request.return_text else None) for i in _best_first(judged.scores_N)
+        TextRank(index=i, score=scores[i], text=request.texts[i] if request.return_text else None)
+        for i in _best_first(judged.scores_N)
     ]
     return plain([rank.model_dump(exclude_none=True) for rank in ranks], headers=judged.headers())
 

@@ -1,4 +1,6 @@
-"""Routes of RLHF trainers: OpenRLHF, slime and miles, LLaMA-Factory, NeMo Gym. Text that is too long is cut, as their own servers do."""
+"""Routes of RLHF trainers: OpenRLHF, slime and miles, LLaMA-Factory, NeMo Gym. Text that is too long is cut, as
+their own servers do.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +10,12 @@ from typing import Any
 from fastapi import APIRouter, Response
 
 from inward.api.answers import plain
+from inward.api.compat import CompatScore, Whole, as_fastapi, as_inward, family_route, judge
 from inward.api.errors import RESPONSES, responses
-from inward.api.foreign import Judged, Whole, as_fastapi, as_inward, family_route, judge
 from inward.api.services import FromApp
 from inward.errors import InvalidField
-from inward.wire.foreign import Foreign, LlamaFactoryRequest, OpenRLHFRequest, SlimeRequest, VerifyRequest
-from inward.wire.foreign_answers import GymError, LlamaFactoryAnswer, OpenRLHFAnswer, VerifyAnswer
+from inward.wire.compat import Foreign, LlamaFactoryRequest, OpenRLHFRequest, SlimeRequest, VerifyRequest
+from inward.wire.compat_answers import GymError, LlamaFactoryAnswer, OpenRLHFAnswer, VerifyAnswer
 
 router = APIRouter(route_class=family_route(lambda _: as_inward), responses=RESPONSES, tags=["compatibility"])
 gym = APIRouter(route_class=family_route(lambda _: as_fastapi), responses=responses(GymError), tags=["compatibility"])
@@ -36,9 +38,13 @@ async def get_reward(request: OpenRLHFRequest, services: FromApp) -> Response:
 @router.post("/slime", response_model=float, summary="slime's and miles' remote reward model")
 async def slime(request: SlimeRequest, services: FromApp) -> Response:
     """The answer is the bare number. A prompt in text counts as rendered if it ends as the chat template ends one."""
-    prompt: Any = request.prompt if isinstance(request.prompt, str) else [_message(m, i) for i, m in enumerate(request.prompt)]
+    prompt: Any = (
+        request.prompt if isinstance(request.prompt, str) else [_message(m, i) for i, m in enumerate(request.prompt)]
+    )
     rendered = isinstance(prompt, str) and services.prompts.is_rendered(prompt)
-    judged = await judge(services, request, "prompt", [Whole(prompt, services.prompts.strip(request.response), rendered)], truncate=True)
+    judged = await judge(
+        services, request, "prompt", [Whole(prompt, services.prompts.strip(request.response), rendered)], truncate=True
+    )
     return plain(judged.scores_N[0], headers=judged.headers())
 
 
@@ -47,7 +53,9 @@ async def llama_factory(request: LlamaFactoryRequest, services: FromApp) -> Resp
     """Messages are whole conversations, decoded with special tokens; they are tokenised as they are."""
     wholes = [Whole(*services.prompts.split(text), rendered=True) for text in request.messages]
     judged = await judge(services, request, "messages", wholes, truncate=True)
-    answer = LlamaFactoryAnswer(id=f"reward-{uuid.uuid4().hex}", model=services.info()["model"], scores=list(judged.scores_N))
+    answer = LlamaFactoryAnswer(
+        id=f"reward-{uuid.uuid4().hex}", model=services.info()["model"], scores=list(judged.scores_N)
+    )
     return plain(answer.model_dump(), headers=judged.headers())
 
 
@@ -59,21 +67,28 @@ async def seed_session() -> Response:
 
 @gym.post("/verify", response_model=VerifyAnswer, summary="NeMo Gym's verification of a rollout")
 async def verify(request: VerifyRequest, services: FromApp) -> Response:
-    """The last message of the assistant is scored, after all messages before it. The request comes back with `reward`."""
+    """The last message of the assistant is scored, after all messages before it. The request comes back with
+    `reward`.
+    """
     judged = await _verified(request, services)
     return plain({**request.model_dump(), "reward": judged.scores_N[0]}, headers=judged.headers())
 
 
-async def _verified(request: VerifyRequest, services: FromApp) -> Judged:
+async def _verified(request: VerifyRequest, services: FromApp) -> CompatScore:
     params = request.responses_create_params
-    turns = [*_turns(params.get("input"), "responses_create_params.input"), *_turns(request.response.get("output"), "response.output")]
+    turns = [
+        *_turns(params.get("input"), "responses_create_params.input"),
+        *_turns(request.response.get("output"), "response.output"),
+    ]
     if not turns or turns[-1]["role"] != "assistant":
         raise InvalidField("the response ends without a message of the assistant", param="response.output")
     if instructions := params.get("instructions"):
         turns.insert(0, {"role": "system", "content": str(instructions)})
     named = Foreign(head=params.get("model")) if _is_head(services, params.get("model")) else Foreign()
     *before, last = turns
-    return await judge(services, named, "response", [Whole(before, services.prompts.strip(last["content"]))], truncate=True)
+    return await judge(
+        services, named, "response", [Whole(before, services.prompts.strip(last["content"]))], truncate=True
+    )
 
 
 def _turns(items: Any, where: str) -> list[dict[str, str]]:
@@ -89,7 +104,9 @@ def _turns(items: Any, where: str) -> list[dict[str, str]]:
 def _message(message: dict[str, Any], index: int) -> dict[str, str]:
     content = message.get("content")
     if isinstance(content, list):  # parts of text, beside images and the like
-        content = "".join(part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str))
+        content = "".join(
+            part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)
+        )
     if not isinstance(message.get("role"), str) or not isinstance(content, str):
         raise InvalidField(f"message {index} needs a role and a content of text", param="messages")
     return {"role": message["role"], "content": content}

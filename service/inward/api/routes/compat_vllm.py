@@ -8,12 +8,19 @@ import uuid
 from fastapi import APIRouter, Response
 
 from inward.api.answers import plain
+from inward.api.compat import POINTWISE, CompatScore, Whole, as_vllm, family_route, judge, judge_candidates
 from inward.api.errors import responses
-from inward.api.foreign import POINTWISE, Judged, Whole, as_vllm, family_route, judge, judge_candidates
 from inward.api.services import FromApp, Services
 from inward.errors import InvalidField
-from inward.wire.foreign import ClassifyRequest, TextPairsRequest
-from inward.wire.foreign_answers import Classified, ClassifyAnswer, PoolingUsage, TextPairsAnswer, TextPairScore, VllmError
+from inward.wire.compat import ClassifyRequest, TextPairsRequest
+from inward.wire.compat_answers import (
+    Classified,
+    ClassifyAnswer,
+    PoolingUsage,
+    TextPairsAnswer,
+    TextPairScore,
+    VllmError,
+)
 
 router = APIRouter(route_class=family_route(lambda _: as_vllm), responses=responses(VllmError), tags=["compatibility"])
 
@@ -38,7 +45,9 @@ async def classify(request: ClassifyRequest, services: FromApp) -> Response:
 
 @router.post("/v1/score", response_model=TextPairsAnswer, summary="vLLM's scores of text pairs")
 async def score(request: TextPairsRequest, services: FromApp) -> Response:
-    """`text_1` (or `queries`) are prompts, `text_2` (or `documents`) their responses: one with each, or the n-th with the n-th."""
+    """`text_1` (or `queries`) are prompts, `text_2` (or `documents`) their responses: one with each, or the n-th
+    with the n-th.
+    """
     return await score_text_pairs(services, request)
 
 
@@ -56,7 +65,9 @@ async def score_text_pairs(services: Services, request: TextPairsRequest) -> Res
         wholes = [Whole(prompt, response) for prompt, response in zip(first, second, strict=True)]
         judged = await judge(services, request, "text_2", wholes, truncate=cut)
     else:
-        raise InvalidField(f"text_1 has {len(first)} texts and text_2 has {len(second)}; give one, or as many", param="text_1")
+        raise InvalidField(
+            f"text_1 has {len(first)} texts and text_2 has {len(second)}; give one, or as many", param="text_1"
+        )
     scores = judged.scores_N if request.use_activation is False else judged.units_N
     answer = TextPairsAnswer(
         id=f"score-{uuid.uuid4().hex}",
@@ -75,5 +86,5 @@ def _list(given: str | list[str] | None, other: str | list[str] | None, name: st
     return [texts] if isinstance(texts, str) else texts
 
 
-def _usage(judged: Judged) -> PoolingUsage:
+def _usage(judged: CompatScore) -> PoolingUsage:
     return PoolingUsage(prompt_tokens=judged.tokens, total_tokens=judged.tokens)

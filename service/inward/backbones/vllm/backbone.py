@@ -14,11 +14,11 @@ import numpy as np
 from inward.backbones.adapter import base_shapes, check_shapes, read_adapter
 from inward.backbones.base import Capacity, first_alike, read_samples
 from inward.backbones.fingerprint import fingerprint
-from inward.backbones.model import choose_dtype, max_tokens
 from inward.backbones.tokenizer import load_tokenizer
-from inward.backbones.vllm.drawing import Drawing, Text, feeding, lora_request
-from inward.backbones.vllm.edition import Asked, Edition, Policy, Want, succeeding
+from inward.backbones.transformers.model import choose_dtype, max_tokens
 from inward.backbones.vllm.engine import Engine, built_for
+from inward.backbones.vllm.generation import Generation, Text, feeding, lora_request
+from inward.backbones.vllm.layout import Policy, ReadoutLayout, ReadRequest, Want, succeeding
 from inward.errors import InternalError, InvalidField, SetupError
 from inward.types import BackboneInfo, Floats, Group, GroupReading, Ids, Readout, Sample, SamplingSpec, Tap
 
@@ -38,7 +38,8 @@ TABLE_BYTES = 8 * 2**30
 class VllmBackbone:
     """See the package.
 
-    An edition's number salts the prefix cache: a cached token has been read for all columns that the request which finds it may ask for.
+    An edition's number salts the prefix cache: a cached token has been read for all columns that the request which
+    finds it may ask for.
     """
 
     def __init__(
@@ -60,10 +61,13 @@ class VllmBackbone:
             folder: of a Hugging Face model, see ``loading.resolve``.
             name: under which it is served.
             dtype: see ``model.load_model``.
-            device: ``auto``, or the kind of device that this vLLM is built for; CUDA_VISIBLE_DEVICES says which of several.
-            token_budget: tokens of the jobs of one call; vLLM cuts them into steps by its own ``max_num_batched_tokens``.
+            device: ``auto``, or the kind of device that this vLLM is built for; CUDA_VISIBLE_DEVICES says which of
+                several.
+            token_budget: tokens of the jobs of one call; vLLM cuts them into steps by its own
+                ``max_num_batched_tokens``.
             adapters: whether LoRA adapters may be loaded later; the engine keeps room for them.
-            options: vLLM's engine arguments, such as ``tensor_parallel_size``, ``quantization``, ``gpu_memory_utilization``.
+            options: vLLM's engine arguments, such as ``tensor_parallel_size``, ``quantization``,
+                ``gpu_memory_utilization``.
 
         Raises:
             SetupError: vLLM refuses the model or an option.
@@ -71,7 +75,12 @@ class VllmBackbone:
         self._tokenizer = load_tokenizer(folder)
         on = built_for(device)
         number_format = str(choose_dtype(dtype, on)).removeprefix("torch.")
-        self._engine = Engine(folder, number_format, {**(LORA if adapters else {}), **(options or {})}, trust_remote_code=trust_remote_code)
+        self._engine = Engine(
+            folder,
+            number_format,
+            {**(LORA if adapters else {}), **(options or {})},
+            trust_remote_code=trust_remote_code,
+        )
         config = self._engine.config
         text = config.model_config.hf_text_config
         self.info = BackboneInfo(
@@ -88,9 +97,9 @@ class VllmBackbone:
         self._policy = Policy()
         self._policies = itertools.count(1)
         self._shapes = base_shapes(folder) if adapters else {}
-        self._drawing = Drawing(self._engine, self._tokenizer, _eos_ids(self._tokenizer, config.model_config))
+        self._drawing = Generation(self._engine, self._tokenizer, _eos_ids(self._tokenizer, config.model_config))
         self._slots = config.cache_config.num_gpu_blocks * config.cache_config.block_size
-        self._edition = Edition(0, (), layers=self.info.layers, width=self.info.width)
+        self._edition = ReadoutLayout(0, (), layers=self.info.layers, width=self.info.width)
         self._numbers = 0
         self._calls: dict[int, int] = {}  # in flight, by edition
         self._superseded: list[int] = []
@@ -104,7 +113,8 @@ class VllmBackbone:
             raise
 
     async def _verify(self) -> None:
-        """Whether the states that are read are the residual stream: the model's final norm of them must be what is read after it.
+        """Whether the states that are read are the residual stream: the model's final norm of them must be what is read
+        after it.
 
         Raises:
             SetupError: it is not (some architectures pass something else from block to block), or nothing can be read.
@@ -116,7 +126,9 @@ class VllmBackbone:
             ((before, after),) = [reading.readings for reading in await self.read([group], readouts)]
             data = await self._engine.call(lambda: self._engine.rpc("inward_norm", before.values_NK.tobytes()))
         except Exception as error:
-            raise SetupError(f"vLLM runs {self.info.name}, but its states cannot be read: {error}; use --backbone transformers") from error
+            raise SetupError(
+                f"vLLM runs {self.info.name}, but its states cannot be read: {error}; use --backbone transformers"
+            ) from error
         normed_ND = np.frombuffer(data, np.float32).reshape(1, -1)
         difference = np.linalg.norm(normed_ND - after.values_NK) / np.linalg.norm(normed_ND)
         if not difference < NORM_TOLERANCE:
@@ -137,7 +149,9 @@ class VllmBackbone:
             await self._engine.call(lambda: self._engine.add_lora(lora))
         self._policy = policy
 
-    async def read(self, groups: Sequence[Group], readouts: Sequence[Readout], *, tokens: bool = False) -> list[GroupReading]:
+    async def read(
+        self, groups: Sequence[Group], readouts: Sequence[Readout], *, tokens: bool = False
+    ) -> list[GroupReading]:
         policy = self._policy
 
         async def work() -> list[GroupReading]:
@@ -147,10 +161,10 @@ class VllmBackbone:
         return await self._engine.call(work)
 
     async def sample(self, group: Group) -> list[Sample]:
-        spec, asked = _spec(group), Asked(self._edition, self._policy)
+        spec, asked = _spec(group), ReadRequest(self._edition, self._policy)
         return await self._engine.call(lambda: self._sample(group.prompt_ids, spec, asked))
 
-    async def _sample(self, prompt: Ids, spec: SamplingSpec, asked: Asked) -> list[Sample]:
+    async def _sample(self, prompt: Ids, spec: SamplingSpec, asked: ReadRequest) -> list[Sample]:
         return await _all(self._drawing.sample(prompt, spec, i, asked) for i in range(spec.n))
 
     async def sample_and_read(
@@ -161,9 +175,11 @@ class VllmBackbone:
         async def work() -> tuple[list[Sample], GroupReading]:
             async with self._asking(readouts, tokens, policy) as asked:
                 if asked.edition.wide:
-                    drawing = await self._sample(group.prompt_ids, spec, Asked(self._edition, policy))
+                    drawing = await self._sample(group.prompt_ids, spec, ReadRequest(self._edition, policy))
                     return await read_samples(group.prompt_ids, drawing, lambda answered: self._read(answered, asked))
-                drawn = await _all(self._drawing.read(group.prompt_ids, spec, i, asked, self._key(asked)) for i in range(spec.n))
+                drawn = await _all(
+                    self._drawing.read(group.prompt_ids, spec, i, asked, self._key(asked)) for i in range(spec.n)
+                )
                 samples = [sample for sample, _ in drawn]
                 answered = Group(group.prompt_ids, tuple(sample.ids for sample in samples))
                 return samples, await self._reading(answered, asked, [text for _, text in drawn])
@@ -176,7 +192,7 @@ class VllmBackbone:
     async def close(self) -> None:
         await self._engine.close()
 
-    async def _read(self, group: Group, asked: Asked) -> GroupReading:
+    async def _read(self, group: Group, asked: ReadRequest) -> GroupReading:
         """Every distinct response is one request; vLLM computes their common prompt once."""
         end = self._drawing.eos_ids[:1] if asked.eos else ()
 
@@ -190,8 +206,10 @@ class VllmBackbone:
         texts = dict(zip(distinct, await _all(text(i) for i in distinct), strict=True))
         return await self._reading(group, asked, [texts.get(i) for i in range(len(group.responses_ids))])
 
-    async def _reading(self, group: Group, asked: Asked, texts: Sequence[Text | None]) -> GroupReading:
-        """``texts``: of each response; equal responses take the rows of the first of their kind, and the others may be None."""
+    async def _reading(self, group: Group, asked: ReadRequest, texts: Sequence[Text | None]) -> GroupReading:
+        """``texts``: of each response; equal responses take the rows of the first of their kind, and the others may
+        be None.
+        """
         fed = [text for text in texts if text is not None]
         rows = dict(zip((text.key for text in fed), await self._take(asked, [text.key for text in fed]), strict=True))
         parts: list[tuple[Want, Floats]] = []
@@ -211,15 +229,16 @@ class VllmBackbone:
         )
 
     @asynccontextmanager
-    async def _asking(self, readouts: Sequence[Readout], tokens: bool, policy: Policy) -> AsyncIterator[Asked]:
+    async def _asking(self, readouts: Sequence[Readout], tokens: bool, policy: Policy) -> AsyncIterator[ReadRequest]:
         """What one call asks for; its edition stays installed until the call is over."""
         edition = await self._installed(readouts)
         self._calls[edition.number] = self._calls.get(edition.number, 0) + 1
-        asked = Asked(edition, policy, tuple(readouts), tokens)
+        asked = ReadRequest(edition, policy, tuple(readouts), tokens)
         try:
             if asked.eos and not self._drawing.eos_ids:
                 raise InvalidField(
-                    f"{self.info.name} has no end-of-sequence token, so nothing can be read at position eos", param="readouts"
+                    f"{self.info.name} has no end-of-sequence token, so nothing can be read at position eos",
+                    param="readouts",
                 )
             yield asked
         except BaseException:
@@ -230,7 +249,7 @@ class VllmBackbone:
             if edition.wide:
                 self._superseded.append(edition.number)
 
-    async def _installed(self, readouts: Sequence[Readout]) -> Edition:
+    async def _installed(self, readouts: Sequence[Readout]) -> ReadoutLayout:
         async with self._changing:
             await self._retire()
             number = self._numbers + 1
@@ -259,7 +278,7 @@ class VllmBackbone:
             self._superseded.remove(number)
             self._calls.pop(number, None)
 
-    async def _take(self, asked: Asked, keys: Sequence[str]) -> list[Floats]:
+    async def _take(self, asked: ReadRequest, keys: Sequence[str]) -> list[Floats]:
         if not keys:
             return []
         forget, self._forget = self._forget, []
@@ -267,7 +286,7 @@ class VllmBackbone:
         rows = np.frombuffer(data, np.float32).reshape(-1, asked.edition.width)
         return np.split(rows, np.cumsum(counts)[:-1])
 
-    def _key(self, asked: Asked) -> str:
+    def _key(self, asked: ReadRequest) -> str:
         asked.keys.append(str(next(self._keys)))
         return asked.keys[-1]
 
@@ -289,7 +308,9 @@ def _spec(group: Group) -> SamplingSpec:
 
 
 def _eos_ids(tokenizer: Any, config: Any) -> Ids:
-    """What ends a text: first the token that is appended for position ``eos``, then others at which generation stops too."""
+    """What ends a text: first the token that is appended for position ``eos``, then others at which generation stops
+    too.
+    """
     ids: dict[int, None] = {}
     generation = config.try_get_generation_config()
     for stated in (tokenizer.eos_token_id, config.hf_text_config.eos_token_id, generation.get("eos_token_id")):

@@ -1,7 +1,8 @@
 """The low-rank products of vLLM's CPU build (0.32), put right: for use inside its process.
 
-There a token without an adapter is given the one in the last slot (index -1), and the matrices are copied once for every token: gigabytes
-for a batch of a real model. Here each adapter's tokens are one product, and tokens without one are left alone.
+There a token without an adapter is given the one in the last slot (index -1), and the matrices are copied once for
+every token: gigabytes for a batch of a real model. Here each adapter's tokens are one product, and tokens without one
+are left alone.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ def install() -> None:
         place.bgmv_expand_slice = expand_slice
 
 
-def shrink(inputs: torch.Tensor, weights: torch.Tensor, output: torch.Tensor, indices: torch.Tensor, scaling: float = 1.0) -> None:
+def shrink(
+    inputs: torch.Tensor, weights: torch.Tensor, output: torch.Tensor, indices: torch.Tensor, scaling: float = 1.0
+) -> None:
     """``output[t] = scaling * A[indices[t]] @ inputs[t]``, with ``weights`` of shape ``[slots, 1, rank, inputs]``."""
     output[: len(indices)] = 0
     for rows, product in _products(inputs, weights, indices, output.dtype):

@@ -1,4 +1,6 @@
-"""vLLM's async engine on a thread and event loop of its own, so that its output processing and the HTTP side do not hold each other up."""
+"""vLLM's async engine on a thread and event loop of its own, so that its output processing and the HTTP side do not
+hold each other up.
+"""
 
 from __future__ import annotations
 
@@ -37,9 +39,13 @@ CPU_CACHE = 2**30
 
 
 class Engine:
-    """vLLM's engine. ``call`` brings work from any event loop to the engine's own; the other methods are awaited there."""
+    """vLLM's engine. ``call`` brings work from any event loop to the engine's own; the other methods are awaited
+    there.
+    """
 
-    def __init__(self, folder: Path, dtype: str, options: Mapping[str, Any], *, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self, folder: Path, dtype: str, options: Mapping[str, Any], *, trust_remote_code: bool = False
+    ) -> None:
         """Loads the model, which takes a while.
 
         Args:
@@ -109,7 +115,9 @@ class Engine:
         finally:
             self._tasks.discard(task)
 
-    async def generate(self, prompt: Any, params: SamplingParams, lora: LoRARequest | None) -> AsyncGenerator[Any, None]:
+    async def generate(
+        self, prompt: Any, params: SamplingParams, lora: LoRARequest | None
+    ) -> AsyncGenerator[Any, None]:
         """vLLM's outputs of one request; leaving early aborts it."""
         async for output in self._alive.generate(prompt, params, str(next(self._ids)), lora_request=lora):
             yield output
@@ -136,7 +144,9 @@ class Engine:
         return (await self._answer(self._alive.collective_rpc(method, args=args)))[0]
 
     async def _answer(self, call: Coroutine[Any, Any, T]) -> T:
-        """What a call of one of vLLM's own methods gives. vLLM leaves those unanswered when its engine dies; requests it answers."""
+        """What a call of one of vLLM's own methods gives. vLLM leaves those unanswered when its engine dies;
+        requests it answers.
+        """
         task = asyncio.ensure_future(call)
         try:
             while not (await asyncio.wait({task}, timeout=GLANCE))[0]:
@@ -179,17 +189,25 @@ def built_for(device: str) -> torch.device:
     """
     kind = str(current_platform.device_type)
     if device not in ("auto", kind):
-        raise SetupError(f"this vLLM is built for {kind}, not for {device}: take --device auto, or --backbone transformers")
+        raise SetupError(
+            f"this vLLM is built for {kind}, not for {device}: take --device auto, or --backbone transformers"
+        )
     return torch.device(kind)
 
 
 def _arguments(folder: Path, dtype: str, options: Mapping[str, Any]) -> dict[str, Any]:
     if options.get("enforce_eager") is False:
-        raise SetupError("vllm_options.enforce_eager must not be false: under CUDA graphs and torch.compile states cannot be read")
+        raise SetupError(
+            "vllm_options.enforce_eager must not be false: under CUDA graphs and torch.compile states cannot be read"
+        )
     if options.get("pipeline_parallel_size", 1) != 1:
-        raise SetupError("vllm_options.pipeline_parallel_size must be 1: a stage sees only its own layers; use tensor_parallel_size")
+        raise SetupError(
+            "vllm_options.pipeline_parallel_size must be 1: a stage sees only its own layers; use tensor_parallel_size"
+        )
     cpu = {"kv_cache_memory_bytes": CPU_CACHE, "block_size": 32} if current_platform.is_cpu() else {}
-    kept = {"disable_hybrid_kv_cache_manager": True}  # tokens that a sliding window has left stay in the cache, and their readouts
+    kept = {
+        "disable_hybrid_kv_cache_manager": True
+    }  # tokens that a sliding window has left stay in the cache, and their readouts
     defaults = {"disable_log_stats": True, "enable_prefix_caching": True, "generation_config": "vllm", **kept, **cpu}
     fixed = {"model": str(folder), "dtype": dtype, "enforce_eager": True, "worker_cls": WORKER}
     clash = fixed.keys() & options.keys() - {"enforce_eager"}

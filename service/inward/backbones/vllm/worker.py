@@ -1,9 +1,11 @@
-"""The part inside vLLM's process, and the only one that knows vLLM's insides (``tests/backbones/test_vllm.py`` pins each).
+"""The part inside vLLM's process, and the only one that knows vLLM's insides (``tests/backbones/test_vllm.py`` pins
+each).
 
-Depended on: the worker classes and their ``load_model``, ``get_kv_cache_spec`` and ``execute_model``; the fields of two kinds of KV cache;
-of a ``SchedulerOutput`` the new, cached and finished requests with their block ids; of the forward context the slot mapping;
-that a block returns the residual stream as one tensor, or as two whose sum it is. A token's slot is ``block id * block size + offset``:
-rows are found by slot, so the order of requests in a batch does not matter, nor chunked prefill, preemption or padding.
+Depended on: the worker classes and their ``load_model``, ``get_kv_cache_spec`` and ``execute_model``; the fields of two
+kinds of KV cache; of a ``SchedulerOutput`` the new, cached and finished requests with their block ids; of the forward
+context the slot mapping; that a block returns the residual stream as one tensor, or as two whose sum it is. A token's
+slot is ``block id * block size + offset``: rows are found by slot, so the order of requests in a batch does not matter,
+nor chunked prefill, preemption or padding.
 """
 
 from __future__ import annotations
@@ -28,8 +30,9 @@ if current_platform.is_cpu():
     from inward.backbones.vllm import cpu_lora
 
     class RewindingGenerator(torch.Generator):
-        """For a seeded request whose prompt comes in chunks vLLM (0.32) rewinds the generator after each chunk, by an offset that CPU
-        generators don't have: the engine would die of it. Nothing has been drawn by then, so back to the seed is the same.
+        """For a seeded request whose prompt comes in chunks vLLM (0.32) rewinds the generator after each chunk, by an
+        offset that CPU generators don't have: the engine would die of it. Nothing has been drawn by then, so back to
+        the seed is the same.
         """
 
         def get_offset(self) -> int:
@@ -48,7 +51,8 @@ Rows = np.ndarray[Any, np.dtype[np.float32]]
 OWNER = "INWARD_VLLM_OWNER"
 """Environment variable with the id of the process that opened the engine."""
 ARGUMENT = "inward"
-"""Key of ``SamplingParams.extra_args`` under which a request says what to gather: key, edition, start (see ``drawing``)."""
+"""Key of ``SamplingParams.extra_args`` under which a request says what to gather: key, edition, start (see
+``drawing``)."""
 
 
 class ReadingWorker(Worker):  # type: ignore[misc]
@@ -62,8 +66,8 @@ class ReadingWorker(Worker):  # type: ignore[misc]
         self._ear = Ear(self.model_runner.get_model(), self.model_config.hf_text_config.num_hidden_layers, self._tables)
 
     def get_kv_cache_spec(self) -> dict[str, Any]:
-        """Where all layers have a sliding window vLLM forgets the tokens that it has left, and their rows would go with them. So they are
-        kept, as vLLM itself keeps them where only some layers have one; attention computes the same.
+        """Where all layers have a sliding window vLLM forgets the tokens that it has left, and their rows would go with
+        them. So they are kept, as vLLM itself keeps them where only some layers have one; attention computes the same.
         """
         specs: dict[str, Any] = super().get_kv_cache_spec()
         if all(isinstance(spec, SlidingWindowSpec) for spec in specs.values()):
@@ -83,7 +87,9 @@ class ReadingWorker(Worker):  # type: ignore[misc]
                 table.expect(request.slots(self._ledger.block_size, since))
 
     def inward_install(self, number: int, width: int, wide: bool, parts: Sequence[Sequence[Any]]) -> None:
-        """Begins an edition of ``width`` columns. A part: layer, final norm, start, stop, state, weight and bias as float32 bytes."""
+        """Begins an edition of ``width`` columns. A part: layer, final norm, start, stop, state, weight and bias as
+        float32 bytes.
+        """
         if self.rank > 0:
             return
         group, *others = self.model_runner.kv_cache_config.kv_cache_groups
@@ -95,7 +101,8 @@ class ReadingWorker(Worker):  # type: ignore[misc]
         self._ledger.block_size = group.kv_cache_spec.block_size
         slots = self.model_runner.kv_cache_config.num_blocks * self._ledger.block_size
         maps = {
-            (layer, norm): Map.of(start, stop, state, weight, bias, self.device) for layer, norm, start, stop, state, weight, bias in parts
+            (layer, norm): Map.of(start, stop, state, weight, bias, self.device)
+            for layer, norm, start, stop, state, weight, bias in parts
         }
         self._ear.slots = slots
         self._tables[number] = Excerpt(maps, width) if wide else Table(maps, width, slots, self.device)
@@ -107,7 +114,9 @@ class ReadingWorker(Worker):  # type: ignore[misc]
         self._ear.listen()
 
     def inward_take(self, keys: Sequence[str], forget: Sequence[str]) -> tuple[bytes, list[int]]:
-        """The rows of finished requests: float32, one request after the other, and how many each has. Nothing is kept of ``forget``."""
+        """The rows of finished requests: float32, one request after the other, and how many each has. Nothing is
+        kept of ``forget``.
+        """
         if self.rank > 0:
             return b"", []
         for key in forget:
@@ -118,14 +127,20 @@ class ReadingWorker(Worker):  # type: ignore[misc]
         return b"".join(part.tobytes() for part in rows), [len(part) for part in rows]
 
     def inward_norm(self, states: bytes) -> bytes:
-        """The final norm of float32 states ``[N, D]``: what position ``final_norm`` must read if the states are those of the last layer."""
-        rows = torch.from_numpy(np.frombuffer(states, np.float32).copy()).view(-1, int(self.model_config.get_hidden_size()))
+        """The final norm of float32 states ``[N, D]``: what position ``final_norm`` must read if the states are
+        those of the last layer.
+        """
+        rows = torch.from_numpy(np.frombuffer(states, np.float32).copy()).view(
+            -1, int(self.model_config.get_hidden_size())
+        )
         with torch.inference_mode():
             normed = _first(self._ear.norm.forward(rows.to(self.device, self.model_config.dtype)))
         return bytes(normed.float().cpu().numpy().tobytes())
 
     def inward_held(self) -> tuple[int, int, int]:
-        """Requests followed, gathered and not yet taken; editions. For tests: without requests in flight it is (0, 0, …)."""
+        """Requests followed, gathered and not yet taken; editions. For tests: without requests in flight it is (0,
+        0, …).
+        """
         return len(self._ledger.requests), len(self._ledger.gathered), len(self._tables)
 
     def _gather(self, request: Request) -> None:
@@ -148,7 +163,9 @@ class Request:
     def slots(self, block_size: int, since: int = 0) -> Slots:
         """Of the tokens from ``start``, or ``since``, on."""
         positions = np.arange(max(self.start, since), self.computed)
-        return np.asarray(np.asarray(self.blocks, dtype=np.int64)[positions // block_size] * block_size + positions % block_size)
+        return np.asarray(
+            np.asarray(self.blocks, dtype=np.int64)[positions // block_size] * block_size + positions % block_size
+        )
 
 
 @dataclass(slots=True)
@@ -173,7 +190,9 @@ class Ledger:
                 self.requests[new.req_id] = Request(key, edition, start, list(new.block_ids[0]), computed)
                 stepping.append((self.requests[new.req_id], new.num_computed_tokens))
         cached = step.scheduled_cached_reqs
-        for req_id, blocks, computed in zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True):
+        for req_id, blocks, computed in zip(
+            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+        ):
             request = self.requests.get(req_id)
             if request is not None:
                 if req_id in cached.resumed_req_ids:
@@ -211,7 +230,9 @@ class Map:
             return torch.from_numpy(np.frombuffer(data, np.float32).copy()).to(device)
 
         bias_K = tensor(bias)
-        return cls(slice(start, stop), state, tensor(weight).view(-1, len(bias_K)) if len(bias_K) else tensor(b""), bias_K)
+        return cls(
+            slice(start, stop), state, tensor(weight).view(-1, len(bias_K)) if len(bias_K) else tensor(b""), bias_K
+        )
 
     def read(self, states_TD: torch.Tensor) -> torch.Tensor:
         states_TD = states_TD.float()
@@ -287,7 +308,8 @@ class Ear:
         for hook in self._hooks:
             hook.remove()
         self._hooks = [
-            self._hook(layer, norm) for layer, norm in sorted({place for table in self._tables.values() for place in table.maps})
+            self._hook(layer, norm)
+            for layer, norm in sorted({place for table in self._tables.values() for place in table.maps})
         ]
 
     def _hook(self, layer: int, norm: bool) -> Any:
@@ -308,7 +330,11 @@ class Ear:
         slots = self._slots()
         if slots is None:
             return
-        states = [v for v in (values if isinstance(values, tuple) else (values,)) if isinstance(v, torch.Tensor) and v.is_floating_point()]
+        states = [
+            v
+            for v in (values if isinstance(values, tuple) else (values,))
+            if isinstance(v, torch.Tensor) and v.is_floating_point()
+        ]
         stream = states[0] if len(states) == 1 else states[0] + states[1]
         for table in self._tables.values():
             part = table.maps.get(place)
@@ -325,12 +351,23 @@ class Ear:
 
 
 def _kept(spec: SlidingWindowSpec) -> FullAttentionSpec:
-    names = ("block_size", "num_kv_heads", "head_size", "head_size_v", "dtype", "kv_quant_mode", "page_size_padded", "sliding_window")
+    names = (
+        "block_size",
+        "num_kv_heads",
+        "head_size",
+        "head_size_v",
+        "dtype",
+        "kv_quant_mode",
+        "page_size_padded",
+        "sliding_window",
+    )
     return FullAttentionSpec(**{name: getattr(spec, name) for name in names})
 
 
 def _end_with(owner: int) -> None:
-    """Ends vLLM's processes once the process that opened the engine is gone: killed, it cannot, and they would keep the device."""
+    """Ends vLLM's processes once the process that opened the engine is gone: killed, it cannot, and they would keep
+    the device.
+    """
     parent = os.getppid()
     watched = os.pidfd_open(owner)
 

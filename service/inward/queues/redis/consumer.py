@@ -15,28 +15,29 @@ from typing import TypeVar
 
 from redis.exceptions import RedisError, ResponseError
 
-from inward import logs, metrics
+from inward import codec, logs, metrics
 from inward.errors import InternalError
-from inward.queues import codec
 from inward.queues.base import Closed
 from inward.queues.redis import scripts
-from inward.queues.redis.connection import Arg, Connection, passing, unavailable
-from inward.queues.redis.keys import GROUP, Keys
 from inward.queues.redis.producer import MOST_REPLIES
+from inward.stores.connection import Arg, Connection, passing, unavailable
+from inward.stores.keys import GROUP, Keys
 from inward.types import Failed, Job, Outcome
 
 LOG = logs.logger("queues.redis")
 MOST_LETTERS = 10_000
 """Dead letters kept; the oldest go first."""
 ORPHANS = 16
-"""Jobs of dead workers taken over at once. Should the one that killed them be among them, so many are suspects next time."""
+"""Jobs of dead workers taken over at once. Should the one that killed them be among them, so many are suspects next
+time."""
 BULK_FIRST = 8
 """In one of so many rounds bulk jobs go first, so that they don't starve."""
 T = TypeVar("T")
 
 
 class RedisConsumer:
-    """One worker. What Redis can't take now is kept and tried again, so that a Redis that comes back finds everything done.
+    """One worker. What Redis can't take now is kept and tried again, so that a Redis that comes back finds everything
+    done.
 
     Args:
         connection: owned by the caller, who closes it after ``leave``.
@@ -131,7 +132,9 @@ class RedisConsumer:
         if ids:
             logs.event(LOG, "jobs_released", worker=self.worker, jobs=len(ids), reason=reason)
             aged = round(self._idle * 1000)
-            await self._until_there(lambda: self._redis.script(scripts.RELEASE, self._keys.book, [GROUP, self.worker, aged, *ids]))
+            await self._until_there(
+                lambda: self._redis.script(scripts.RELEASE, self._keys.book, [GROUP, self.worker, aged, *ids])
+            )
         for job_id in ids:
             self._drop(job_id)
 
@@ -168,7 +171,9 @@ class RedisConsumer:
         return taken
 
     async def _fetch(self, tokens: int) -> None:
-        """Waiting jobs, interactive ones first, until about ``tokens`` are held. Waits a moment for some only if none are."""
+        """Waiting jobs, interactive ones first, until about ``tokens`` are held. Waits a moment for some only if
+        none are.
+        """
         self._rounds += 1
         order = self._keys.streams if self._rounds % BULK_FIRST else self._keys.streams[::-1]
         for stream in order:
@@ -187,7 +192,18 @@ class RedisConsumer:
     async def _read(self, streams: Sequence[str], count: int, block: int | None = None) -> int:
         """How many entries came."""
         waiting = () if block is None else ("BLOCK", block)
-        command = ("XREADGROUP", "GROUP", GROUP, self.worker, "COUNT", count, *waiting, "STREAMS", *streams, *(">" for _ in streams))
+        command = (
+            "XREADGROUP",
+            "GROUP",
+            GROUP,
+            self.worker,
+            "COUNT",
+            count,
+            *waiting,
+            "STREAMS",
+            *streams,
+            *(">" for _ in streams),
+        )
         came = [fields for _, entries in await self._redis(*command) or () for _, fields in entries]
         for fields in came:
             if (job := await self._understood(fields, 1)) is not None:
@@ -222,7 +238,9 @@ class RedisConsumer:
                     job = await self._understood(fields, deliveries)
                     if job is not None and deliveries > self._max_deliveries:
                         self._drop(job.id)
-                        await self._bury(job.id, job.reply_to, deliveries, f"{deliveries - 1} workers ended while they had it")
+                        await self._bury(
+                            job.id, job.reply_to, deliveries, f"{deliveries - 1} workers ended while they had it"
+                        )
                     elif job is not None:
                         logs.event(LOG, "job_taken_over", job=job.id, deliveries=deliveries)
                         jobs.append(job)
@@ -239,7 +257,10 @@ class RedisConsumer:
         job_id, replica = fields[b"id"].decode(), fields[b"to"].decode()
         try:
             job = replace(
-                codec.decode_job(fields[b"job"]), reply_to=replica, deliveries=deliveries, alone=1 < deliveries >= self._max_deliveries
+                codec.decode_job(fields[b"job"]),
+                reply_to=replica,
+                deliveries=deliveries,
+                alone=1 < deliveries >= self._max_deliveries,
             )
         except codec.Unreadable as error:
             await self._bury(job_id, replica, deliveries, str(error))
@@ -276,7 +297,9 @@ class RedisConsumer:
         ids = list(self._claims)
         if not ids:
             return
-        for job_id, kept in zip(ids, await self._redis.script(scripts.RENEW, self._keys.book, [GROUP, self.worker, *ids]), strict=True):
+        for job_id, kept in zip(
+            ids, await self._redis.script(scripts.RENEW, self._keys.book, [GROUP, self.worker, *ids]), strict=True
+        ):
             if kept > 0 or job_id not in self._claims:
                 continue
             if kept < 0:

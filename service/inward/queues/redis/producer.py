@@ -1,4 +1,6 @@
-"""The API's side of the queue in Redis: submit, wait for the answers on a stream of one's own, stay known to be alive."""
+"""The API's side of the queue in Redis: submit, wait for the answers on a stream of one's own, stay known to be
+alive.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,12 @@ from dataclasses import dataclass
 
 from redis.exceptions import RedisError
 
-from inward import logs, metrics
+from inward import codec, logs, metrics
 from inward.errors import EngineDead, Overloaded, Unavailable
-from inward.queues import codec
-from inward.queues.pace import Pace
 from inward.queues.redis import scripts
-from inward.queues.redis.connection import Arg, Connection, passing, unavailable
-from inward.queues.redis.keys import GROUP, Keys
+from inward.queues.throughput import Throughput
+from inward.stores.connection import Arg, Connection, passing, unavailable
+from inward.stores.keys import GROUP, Keys
 from inward.types import Job, Outcome
 
 LOG = logs.logger("queues.redis")
@@ -56,7 +57,7 @@ class RedisProducer:
     ) -> None:
         self.replica = uuid.uuid4().hex
         self.max_tokens = max_tokens
-        self.pace = Pace()
+        self.pace = Throughput()
         self.workers = 0
         self.away: str | None = "Redis was not asked yet"
         """Why Redis is not to be had, as far as we know; None while it is."""
@@ -76,7 +77,8 @@ class RedisProducer:
         return len(self._waiting)
 
     async def open(self) -> None:
-        """Starts to listen for answers and to give signs of life. Redis may be away: ``away`` says so, and it is tried again.
+        """Starts to listen for answers and to give signs of life. Redis may be away: ``away`` says so, and it is tried
+        again.
 
         Raises:
             RedisError: Redis refuses us (password, rights).
@@ -148,7 +150,13 @@ class RedisProducer:
     async def _send(self, jobs: Sequence[Job], max_tokens: int) -> tuple[bool, int]:
         args: list[Arg] = [max_tokens]
         for job in jobs:
-            args += (1 if job.priority == "interactive" else 2, job.id, job.group.tokens, self.replica, codec.encode(job))
+            args += (
+                1 if job.priority == "interactive" else 2,
+                job.id,
+                job.group.tokens,
+                self.replica,
+                codec.encode(job),
+            )
         admitted, held = await self._redis.script(scripts.SUBMIT, self._keys.book, args)
         return bool(admitted), int(held)
 
@@ -194,7 +202,8 @@ class RedisProducer:
     async def _reconcile(self) -> None:
         """Sends again what we wait for and Redis neither has nor has answered.
 
-        A job leaves ``open`` and enters our replies in one script; so what is not open now, and not among the replies after that, is lost.
+        A job leaves ``open`` and enters our replies in one script; so what is not open now, and not among the replies
+        after that, is lost.
         """
         ids = [job_id for job_id, entry in self._waiting.items() if entry.admitted]
         places = await self._redis("HMGET", self._keys.book[0], *ids) if ids else []

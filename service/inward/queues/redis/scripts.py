@@ -1,7 +1,8 @@
 """What must happen at once in Redis, as Lua. Key and field names are in ``keys``; ``BOOK`` below are its five keys.
 
-Where Redis is full, only commands that free memory are obeyed, unless the script has already written: so SUBMIT begins with a command
-that a full Redis refuses (nothing is half admitted), and SETTLE and BURY with one that it obeys (a full Redis can be emptied).
+Where Redis is full, only commands that free memory are obeyed, unless the script has already written: so SUBMIT begins
+with a command that a full Redis refuses (nothing is half admitted), and SETTLE and BURY with one that it obeys (a full
+Redis can be emptied).
 """
 
 from __future__ import annotations

@@ -1,0 +1,279 @@
+"""What other projects' routes share: which head answers, whole conversations as prompt and response, scores in [0,
+1], error bodies.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
+
+from inward.api.answers import plain, refusal, timing_headers
+from inward.api.body import JsonRoute
+from inward.api.candidates import candidates
+from inward.api.errors import explain
+from inward.api.scoring import Deadline, find_head, score_all
+from inward.api.services import Services
+from inward.errors import InwardError, NotFinite, NotFound, OverQuota, Unavailable
+from inward.prompts import Prompt
+from inward.types import HeadRef, Kind, Scored, Scores, Timing, Usage
+from inward.wire import Options, Parts, RerankRequest
+from inward.wire.compat import Foreign, rerank_dialect, score_dialect
+
+POINTWISE: tuple[Kind, ...] = ("hybrid", "legend")
+RERANK: tuple[Kind, ...] = ("srr", "hybrid", "legend")
+Shape = Callable[[InwardError], dict[str, Any]]
+"""Writes an error as a family of clients reads it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """A prompt and a response as the corridor takes them; ``rendered``: the chat template has been applied to the
+    prompt.
+    """
+
+    prompt: Prompt
+    response: str
+    rendered: bool = False
+
+    def parts(self) -> Parts:
+        """See ``wire.Scorable``."""
+        prompt = self.prompt if isinstance(self.prompt, str) else [dict(message) for message in self.prompt]
+        return Parts(prompt, (self.response,), "prompt", ("response",), self.rendered)
+
+
+@dataclass(frozen=True, slots=True)
+class CompatScore:
+    """What a head said of N texts; all of them have a score."""
+
+    scored: tuple[Scored, ...]
+    scores_N: tuple[float, ...]
+    units_N: tuple[float, ...]
+    """In [0, 1], in the same order: the calibrated probability where there is one."""
+    truncated_N: tuple[bool, ...]
+
+    @property
+    def usage(self) -> Usage:
+        """Of all of them."""
+        return sum((scored.usage for scored in self.scored), Usage())
+
+    @property
+    def tokens(self) -> int:
+        """Of all of them."""
+        return self.usage.prompt_tokens + self.usage.completion_tokens
+
+    def headers(self) -> dict[str, str]:
+        """Timing, and what a foreign body has no place for: which head and policy answered, and how many texts were
+        cut.
+        """
+        if not self.scored:
+            return {}
+        slowest = max((scored.timing for scored in self.scored), key=lambda t: t.queued + t.inference, default=Timing())
+        head, policy = self.scored[0].heads[0], self.scored[0].policy_version
+        named = {
+            "x-inward-head": f"{head.name}/{head.version}",
+            "x-inward-policy": policy,
+            "x-inward-truncated": str(sum(self.truncated_N)),
+        }
+        return {**timing_headers(slowest), **named}
+
+
+async def judge(
+    services: Services, request: Foreign, field: str, items: Sequence[Whole], *, truncate: bool
+) -> CompatScore:
+    """Scores ``items``, which came in the request's ``field``, one by one.
+
+    Args:
+        truncate: where the request does not say.
+
+    Raises:
+        InwardError: one of them could not be scored; a foreign body has no place for an error beside scores.
+    """
+    head = chosen_head(services, request, POINTWISE)
+    if not items:
+        return CompatScore((), (), (), ())
+    options = Options(truncate=truncate if request.truncate is None else request.truncate)
+    try:
+        results = (await score_all(services, field, items, (head.name,), options)).results
+    except InwardError as error:
+        raise _blaming(error, field) from None
+    scored: list[Scored] = []
+    for i, result in enumerate(results):
+        if isinstance(result.outcome, InwardError):
+            raise _blaming(result.outcome, field)
+        if result.outcome.scores[0].scores_N[0] is None:
+            raise NotFinite("the score is not a finite number", param=f"{field}.{i}")
+        scored.append(result.outcome)
+    units = tuple(unit(outcome.scores[0], 0) for outcome in scored)
+    return CompatScore(
+        tuple(scored),
+        tuple(_finite(outcome.scores[0], 0) for outcome in scored),
+        units,
+        tuple(r.truncated for r in results),
+    )
+
+
+async def judge_candidates(
+    services: Services,
+    request: Foreign,
+    kinds: Sequence[Kind],
+    query: str,
+    texts: Sequence[str],
+    field: str,
+    *,
+    truncate: bool,
+) -> CompatScore:
+    """Scores ``texts``, which came in the request's ``field``, as the responses to one prompt; see ``judge``."""
+    cut = truncate if request.truncate is None else request.truncate
+    asked = RerankRequest(prompt=query, candidates=list(texts), truncate=cut)
+    head = chosen_head(services, request, kinds)
+    try:
+        found = await candidates(services, asked, head.name, Deadline(None, services.limits.timeout_s))
+    except InwardError as error:
+        raise _renamed(error, field) from None
+    for answer in found.answers:
+        if answer.error is not None:
+            raise _renamed(answer.error, field)
+    scores, n = found.scored.scores[0], range(len(texts))
+    cuts = (found.truncated,) * len(texts)
+    return CompatScore((found.scored,), tuple(_finite(scores, i) for i in n), tuple(unit(scores, i) for i in n), cuts)
+
+
+def chosen_head(services: Services, request: Foreign, kinds: Sequence[Kind]) -> HeadRef:
+    """The head that the request names by ``head``, or by a ``model`` that is a head's name; else the setting's, else
+    the first that fits.
+
+    Raises:
+        NotFound: there is none.
+    """
+    if request.head is None and (model := getattr(request, "model", None)):
+        with suppress(NotFound):
+            return services.heads.resolve(model, kinds)
+    return find_head(services, request.head or services.compat_head, kinds)
+
+
+def unit(scores: Scores, n: int) -> float:
+    """The ``n``-th score in [0, 1]: its calibrated probability; else a cosine (of a listwise head) moved there, or
+    the sigmoid.
+    """
+    probability = scores.probability_N[n] if scores.probability_N else None
+    if probability is not None:
+        return probability
+    score = _finite(scores, n)
+    if scores.listwise:
+        return min(max((1 + score) / 2, 0.0), 1.0)
+    return 1 / (1 + math.exp(-score)) if score >= 0 else math.exp(score) / (1 + math.exp(score))
+
+
+def family_route(shape_of: Callable[[bytes], Shape | None]) -> type[JsonRoute]:
+    """Routes whose errors have the shape that ``shape_of`` their body gives, and never the status 429: trainers take
+    that for final.
+    """
+
+    class FamilyRoute(JsonRoute):
+        """A route of other projects' clients."""
+
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            """The handler that Starlette calls."""
+            handle = super().get_route_handler()
+
+            async def answer(request: Request) -> Response:
+                try:
+                    return await handle(request)
+                except (InwardError, RequestValidationError) as error:
+                    shape = shape_of(await request.body())
+                    if shape is None:
+                        raise
+                    return foreign_refusal(error if isinstance(error, InwardError) else explain(error.errors()), shape)
+
+            return answer
+
+    return FamilyRoute
+
+
+def dialect_route() -> type[JsonRoute]:
+    """Routes that several dialects share; what is none of them is ours."""
+    shapes: dict[str, Shape] = {"as documents": as_documents, "as texts": as_tei, "as text pairs": as_vllm}
+
+    def shape_of(body: bytes) -> Shape | None:
+        try:
+            value = json.loads(body)
+        except (ValueError, RecursionError):
+            return None
+        return shapes.get(rerank_dialect(value)) or shapes.get(score_dialect(value))
+
+    return family_route(shape_of)
+
+
+def foreign_refusal(error: InwardError, shape: Shape) -> Response:
+    """An error in a family's shape."""
+    if isinstance(error, OverQuota):
+        error = Unavailable(error.message, param=error.param, retry_after=error.retry_after)
+    headers = {
+        name: value for name, value in refusal(error).headers.items() if name in ("retry-after", "www-authenticate")
+    }
+    return plain(shape(error), status=error.status, headers=headers)
+
+
+def as_inward(error: InwardError) -> dict[str, Any]:
+    """Our own shape, for clients that look at the status only."""
+    return error.body()
+
+
+def as_vllm(error: InwardError) -> dict[str, Any]:
+    """vLLM's and OpenAI's."""
+    return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.status}}
+
+
+def as_cohere(error: InwardError) -> dict[str, Any]:
+    """Cohere's."""
+    return {"message": error.message}
+
+
+def as_documents(error: InwardError) -> dict[str, Any]:
+    """Of the paths that Cohere, Jina (``detail``) and vLLM share."""
+    return {"message": error.message, "detail": error.message, **as_vllm(error)}
+
+
+def as_fastapi(error: InwardError) -> dict[str, Any]:
+    """NeMo Gym's, which is FastAPI's."""
+    return {"detail": error.message}
+
+
+def as_tei(error: InwardError) -> dict[str, Any]:
+    """text-embeddings-inference's."""
+    kinds = {"overloaded": "Overloaded", "unavailable": "Unhealthy", "engine_dead": "Unhealthy"}
+    kind = kinds.get(error.code) or ("Validation" if error.status < 500 else "Backend")
+    return {"error": error.message, "error_type": kind}
+
+
+def _finite(scores: Scores, n: int) -> float:
+    score = scores.scores_N[n]
+    if score is None:
+        raise NotFinite("the score is not a finite number")
+    return score
+
+
+def _blaming(error: InwardError, field: str) -> InwardError:
+    """``error`` with the element of ``field`` to blame, whose inner fields are ours and not the caller's."""
+    steps = (error.param or "").split(".")
+    if steps[0] != field:
+        return error
+    return type(error)(error.message, param=".".join(steps[:2]), retry_after=error.retry_after)
+
+
+def _renamed(error: InwardError, field: str) -> InwardError:
+    """``error`` with the caller's name for the prompt and the candidates."""
+    head, dot, rest = (error.param or "").partition(".")
+    ours = {"candidates": field, "prompt": "query"}
+    return (
+        type(error)(error.message, param=f"{ours[head]}{dot}{rest}", retry_after=error.retry_after)
+        if head in ours
+        else error
+    )

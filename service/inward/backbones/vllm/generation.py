@@ -1,0 +1,161 @@
+"""Requests to vLLM: a text that is only fed, and a response that is drawn, so fed that every token of it has been read.
+
+In the pass that generates, every token enters the model except the last one drawn. So one token more than wanted is
+drawn: then the last wanted one has entered. Position ``eos`` needs an EOS in the model as well; it follows, while the
+request's keys and values are still there, as the next input of vLLM's streaming session. Sessions take no stop strings:
+then prompt, response and EOS are submitted again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm import SamplingParams
+from vllm.engine.protocol import StreamingInput
+from vllm.inputs import TokensInput, tokens_input
+from vllm.lora.request import LoRARequest
+from vllm.sampling_params import RequestOutputKind
+
+from inward.backbones.transformers.generate import finished
+from inward.backbones.vllm.engine import Engine
+from inward.backbones.vllm.layout import Policy, ReadRequest
+from inward.types import Ids, Sample, SamplingSpec
+
+ARGUMENT = "inward"
+"""Key of ``extra_args`` under which a request tells ``worker`` what to gather: ``[key, edition, start]``."""
+AT_THE_END = 1 << 30
+"""Stream interval: say nothing before a request ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A request that has ended, and whose rows from position ``start`` on wait to be taken under ``key``."""
+
+    key: str
+    start: int
+    computed: int
+    cached: int
+
+
+async def feeding(engine: Engine, ids: Ids, start: int, asked: ReadRequest, key: str) -> Text:
+    """Feeds a text. vLLM draws a token at least; nobody looks at it."""
+    params = SamplingParams(
+        max_tokens=1,
+        temperature=0,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        extra_args=_wish(key, asked, start),
+        skip_reading_prefix_cache=asked.edition.wide,
+    )
+    output = await engine.final(_prompt(ids, asked), params, _lora(asked))
+    return Text(key, start, len(ids) - output.num_cached_tokens, output.num_cached_tokens)
+
+
+class Generation:
+    """Draws responses. ``eos_ids``: what ends a text; the first is the one that is appended for position ``eos``."""
+
+    def __init__(self, engine: Engine, tokenizer: Any, eos_ids: Ids) -> None:
+        self.eos_ids = eos_ids
+        self._engine, self._tokenizer = engine, tokenizer
+
+    async def sample(self, prompt: Ids, spec: SamplingSpec, index: int, asked: ReadRequest) -> Sample:
+        """The response number ``index`` of ``spec.n``, not read."""
+        output = await self._engine.final(_prompt(prompt, asked), self._params(spec, index), _lora(asked))
+        return self._finished(output.outputs[0].token_ids, spec)
+
+    async def read(
+        self, prompt: Ids, spec: SamplingSpec, index: int, asked: ReadRequest, key: str
+    ) -> tuple[Sample, Text]:
+        """The same, and read in the pass that draws it."""
+        start = max(len(prompt) - 1, 0)
+        if asked.eos and not spec.stop:
+            return await self._session(prompt, spec, index, asked, key)
+        again = asked.eos
+        params = self._params(
+            spec, index, more=0 if again else 1, extra_args=None if again else _wish(key, asked, start)
+        )
+        output = await self._engine.final(_prompt(prompt, asked), params, _lora(asked))
+        drawn = output.outputs[0].token_ids
+        sample = self._finished(drawn, spec)
+        text = Text(key, start, len(prompt) + len(drawn) - 1 - output.num_cached_tokens, output.num_cached_tokens)
+        if again:
+            fed = await feeding(self._engine, prompt + sample.ids + self.eos_ids[:1], start, asked, key)
+            text = Text(key, start, text.computed + fed.computed, text.cached + fed.cached)
+        return sample, text
+
+    async def _session(
+        self, prompt: Ids, spec: SamplingSpec, index: int, asked: ReadRequest, key: str
+    ) -> tuple[Sample, Text]:
+        start = max(len(prompt) - 1, 0)
+        wish = _wish(key, asked, start)
+        rest: asyncio.Future[Ids] = asyncio.get_running_loop().create_future()
+
+        async def inputs() -> AsyncGenerator[StreamingInput, None]:
+            yield StreamingInput(_prompt(prompt, asked), params)
+            yield StreamingInput(_prompt(await rest, asked), last)
+
+        params = self._params(spec, index, extra_args=wish, session=True)
+        last = SamplingParams(
+            max_tokens=1, temperature=0, detokenize=False, output_kind=RequestOutputKind.DELTA, extra_args=wish
+        )
+        drawn: list[int] = []
+        cached = 0
+        async for output in self._engine.generate(inputs(), params, _lora(asked)):
+            if rest.done():
+                continue
+            cached = max(cached, output.num_cached_tokens or 0)
+            drawn += output.outputs[0].token_ids
+            if (
+                output.outputs[0].finish_reason is not None
+            ):  # vLLM drops the last token drawn, which has not entered the model
+                rest.set_result(self._finished(drawn, spec).ids[len(drawn) - 1 :] + self.eos_ids[:1])
+        sample = self._finished(drawn, spec)
+        return sample, Text(key, start, len(prompt) + len(sample.ids) + 1 - cached, cached)
+
+    def _params(
+        self,
+        spec: SamplingSpec,
+        index: int,
+        *,
+        more: int = 0,
+        extra_args: dict[str, Any] | None = None,
+        session: bool = False,
+    ) -> SamplingParams:
+        return SamplingParams(
+            max_tokens=spec.max_tokens + more,
+            temperature=spec.temperature,
+            top_p=spec.top_p,
+            top_k=spec.top_k,
+            min_p=spec.min_p,
+            repetition_penalty=spec.repetition_penalty,
+            seed=None if spec.seed is None else spec.seed + index,
+            stop=list(spec.stop) or None,
+            stop_token_ids=list(self.eos_ids),
+            detokenize=bool(spec.stop),
+            output_kind=RequestOutputKind.DELTA if session else RequestOutputKind.FINAL_ONLY,
+            stream_interval=AT_THE_END if session else None,
+            extra_args=extra_args,
+        )
+
+    def _finished(self, drawn: Sequence[int], spec: SamplingSpec) -> Sample:
+        return finished(drawn[: spec.max_tokens], self._tokenizer, self.eos_ids, spec)
+
+
+def _prompt(ids: Ids, asked: ReadRequest) -> TokensInput:
+    return tokens_input(list(ids), cache_salt=asked.salt)
+
+
+def _lora(asked: ReadRequest) -> LoRARequest | None:
+    return lora_request(asked.policy)
+
+
+def lora_request(policy: Policy) -> LoRARequest | None:
+    """How vLLM is told of a policy; the base needs no telling."""
+    return LoRARequest(f"{policy.version}-{policy.number}", policy.number, policy.folder) if policy.folder else None
+
+
+def _wish(key: str, asked: ReadRequest, start: int) -> dict[str, Any]:
+    return {ARGUMENT: [key, asked.edition.number, start]}

@@ -1,0 +1,310 @@
+"""Heads and policy as an API replica controls them: it knows them from what the workers say of themselves and has a worker switch and update
+them.
+
+A worker's ``ControlAgent`` does what is asked with the worker's own desk and then tells all workers to read the heads
+folder again, which they share. So versions live on disk only, and every worker serves the same ones. Which policy
+version is carried is remembered in Redis: a new worker takes no job before it carries that one too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from redis.exceptions import RedisError
+
+from inward import codec, logs
+from inward.control.channel import ControlChannel
+from inward.control.heads import LocalHeadControl
+from inward.control.policies import Activation, History, LocalPolicyControl
+from inward.errors import EngineDead, InternalError, InwardError, from_code
+from inward.heads.registry import Registry, choose
+from inward.prompts import Texts
+from inward.types import BackboneInfo, HeadRef, Kind, Scored
+
+LOG = logs.logger("remote")
+PATIENCE = 60.0
+"""Seconds that a worker may take for an online step or a switch."""
+FOLLOWED = 15.0
+"""Seconds that the other workers may take to follow it; one that died counts as there for some of them (the setting
+``presence``)."""
+RELOAD = b"versions"
+"""The one piece of news: a version of a head was made or switched to, or another policy."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """Who a worker is."""
+
+    version: str
+    backbone: BackboneInfo
+    policy_version: str
+    template: str
+    tokenizer: str
+    """Hash of its tokenizer: a replica with another one would send it other tokens."""
+    max_tokens: int
+    heads: tuple[dict[str, Any], ...]
+
+    def encode(self) -> bytes:
+        return codec.encode_map("worker_info", asdict(self))
+
+    @classmethod
+    def decode(cls, data: bytes) -> WorkerInfo:
+        """Raises ``Unreadable``."""
+        body = codec.decode_map(data, "worker_info")
+        try:
+            info = BackboneInfo(**body["backbone"])
+            names = ("version", "policy_version", "template", "tokenizer", "max_tokens")
+            return cls(backbone=info, heads=tuple(body["heads"]), **{name: body[name] for name in names})
+        except (KeyError, TypeError) as error:
+            raise codec.Unreadable(f"not a worker_info: {error}") from error
+
+
+class RemoteHeadControl:
+    """See the module; one for each API replica.
+
+    Args:
+        template: how this replica renders prompts.
+        tokenizer: hash of this replica's tokenizer; workers that differ in either are not counted.
+    """
+
+    def __init__(self, control: ControlChannel, *, template: str, tokenizer: str) -> None:
+        self._control, self._template, self._tokenizer = control, template, tokenizer
+        self.workers: dict[str, WorkerInfo] = {}
+        self.problem = "no worker has been heard of yet"
+        """Why there are no workers, if there are none."""
+
+    async def refresh(self) -> None:
+        """Reads the workers.
+
+        Raises:
+            RedisError: Redis is away; they stay as they were.
+        """
+        workers, problem = {}, "no worker takes jobs from the queue"
+        for worker, data in (await self._control.workers()).items():
+            try:
+                worker_info = WorkerInfo.decode(data)
+            except codec.Unreadable as error:
+                problem = f"worker {worker}: {error}"
+                continue
+            if worker_info.tokenizer != self._tokenizer:
+                problem = (
+                    f"worker {worker} serves {worker_info.backbone.name} with another tokenizer: give both the same --model"
+                )
+            elif worker_info.template != self._template:
+                problem = f"worker {worker} renders prompts with another template: give both the same --template"
+            else:
+                workers[worker] = worker_info
+        self.workers, self.problem = workers, problem
+
+    @property
+    def worker_info(self) -> WorkerInfo:
+        """Any worker's.
+
+        Raises:
+            EngineDead: there is none.
+        """
+        if not self.workers:
+            raise EngineDead(self.problem, retry_after=5.0)
+        return next(iter(self.workers.values()))
+
+    def current(self, scored: Scored) -> bool:
+        """Whether all workers would score with the same versions of heads and policy now."""
+        versions = [{row["name"]: row["version"] for row in worker_info.heads} for worker_info in self.workers.values()]
+        same = all(worker_info.policy_version == scored.policy_version for worker_info in self.workers.values())
+        return same and all(known.get(ref.name) == ref.version for known in versions for ref in scored.heads)
+
+    def resolve(self, name: str | None, kinds: Sequence[Kind]) -> HeadRef:
+        refs = {row["name"]: HeadRef(row["name"], row["kind"], row["version"]) for row in self.worker_info.heads}
+        return choose(refs, name, kinds)
+
+    def listing(self) -> list[dict[str, Any]]:
+        return list(self.worker_info.heads)
+
+    def show(self, name: str) -> dict[str, Any]:
+        self.resolve(name, ("legend", "hybrid", "srr"))
+        return next(row for row in self.worker_info.heads if row["name"] == name)
+
+    async def activate(self, name: str, version: int) -> HeadRef:
+        return await self._switched(await self.ask("activate", {"name": name, "version": version}))
+
+    async def update(self, name: str, sequence: int, pairs: Sequence[Texts], *, lr: float) -> HeadRef:
+        texts = [{"prompt": pair.prompt, "responses": pair.responses, "truncate": pair.truncate} for pair in pairs]
+        return await self._switched(
+            await self.ask("update", {"name": name, "sequence": sequence, "pairs": texts, "lr": lr})
+        )
+
+    async def ask(self, verb: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Has a worker do it, and gives its answer.
+
+        Raises:
+            InwardError: the worker's, or there is none that answers.
+        """
+        _ = self.worker_info  # there is somebody to ask
+        answer = codec.decode_map(await self._control.ask(codec.encode_map(verb, arguments), PATIENCE), "answer")
+        if "error" in answer:
+            raise from_code(**answer["error"])
+        return answer
+
+    async def until_all(self, serve: Callable[[WorkerInfo], bool], **what: Any) -> None:
+        """So that who asked finds the new version whichever worker takes the next job. A worker that hangs holds
+        nobody up for long.
+        """
+        end = time.monotonic() + FOLLOWED
+        while time.monotonic() < end:
+            await self.refresh()
+            if all(map(serve, self.workers.values())):
+                return
+            await asyncio.sleep(0.05)
+        logs.event(LOG, "not_everywhere", **what)
+
+    async def _switched(self, answer: dict[str, Any]) -> HeadRef:
+        ref = HeadRef(**answer["head"])
+        await self.until_all(
+            lambda worker_info: all(row["version"] == ref.version for row in worker_info.heads if row["name"] == ref.name),
+            head=ref.name, version=ref.version,
+        )  # fmt: skip
+        return ref
+
+
+class RemotePolicyControl:
+    """The policy as an API replica sees it: a worker is asked, since only workers have the adapters."""
+
+    def __init__(self, head_control: RemoteHeadControl) -> None:
+        self._head_control = head_control
+
+    async def show(self) -> dict[str, Any]:
+        return dict((await self._head_control.ask("policy", {}))["policy"])
+
+    async def switch(self, version: str) -> dict[str, Any]:
+        policy = dict((await self._head_control.ask("switch_policy", {"version": version}))["policy"])
+        await self._head_control.until_all(
+            lambda worker_info: worker_info.policy_version == policy["policy_version"],
+            policy_version=policy["policy_version"],
+        )
+        return policy
+
+
+class ControlAgent:
+    """Does in a worker what a replica asks for, and keeps its heads and its policy in step with those of the others.
+
+    Args:
+        publish: makes what the worker says of itself known at once.
+    """
+
+    def __init__(
+        self,
+        control: ControlChannel,
+        worker: str,
+        head_control: LocalHeadControl,
+        registry: Registry,
+        policies: LocalPolicyControl,
+        publish: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._control, self._worker, self._head_control, self._registry, self._publish = (
+            control,
+            worker,
+            head_control,
+            registry,
+            publish,
+        )
+        self._policies = policies
+        self.in_step = asyncio.Event()
+        """Set once the worker carries the policy that the others carry."""
+        self.behind = "has not read yet which policy version the others carry"
+        """Why it is not set."""
+
+    async def run(self) -> None:
+        """Until it is cancelled. While Redis is away it waits, and reads the heads folder afterwards: news may have
+        been missed.
+        """
+        while True:
+            try:
+                place = await self._control.latest_news()  # before anything is read, so that no news fall in between
+                await self._reload()
+                while not self.in_step.is_set():
+                    await asyncio.sleep(1.0)
+                    await self._reload()
+                async with asyncio.TaskGroup() as both:
+                    both.create_task(self._do_requests())
+                    both.create_task(self._hear_news(place))
+            except* (RedisError, OSError) as group:
+                logs.event(LOG, "control_lost", exception=type(group.exceptions[0]).__name__)
+                await asyncio.sleep(1.0)
+
+    async def _do_requests(self) -> None:
+        while True:
+            key, request = await self._control.next_request(self._worker)
+            await self._control.answer(key, codec.encode_map("answer", await self._answer(request)))
+
+    async def _answer(self, request: bytes) -> dict[str, Any]:
+        try:
+            body = codec.decode_map(request, "activate", "update", "policy", "switch_policy")
+            if body["is"] == "policy":
+                return {"policy": await self._policies.show()}
+            async with self._control.alone(self._worker, PATIENCE):
+                answer = (
+                    await self._switch_policy(body["version"])
+                    if body["is"] == "switch_policy"
+                    else await self._do(body)
+                )
+        except InwardError as error:
+            return {"error": {"code": error.code, "message": error.message, "param": error.param}}
+        except (RedisError, OSError):
+            raise
+        except Exception as error:
+            logs.event(LOG, "request_failed", exception=type(error).__name__)
+            return {
+                "error": {
+                    "code": InternalError.code,
+                    "message": f"the worker failed ({type(error).__name__})",
+                    "param": None,
+                }
+            }
+        await self._publish()
+        await self._control.announce(RELOAD)
+        return answer
+
+    async def _switch_policy(self, version: str) -> dict[str, Any]:
+        await self._follow()  # what another worker did just now
+        shown = await self._policies.switch(version)
+        await self._control.remember_policy(_remembered(self._policies.history))
+        return {"policy": shown}
+
+    async def _follow(self) -> None:
+        kept = codec.decode_map(await self._control.policy(_remembered(self._policies.history)), "policy")
+        await self._policies.follow([Activation(**activation) for activation in kept["history"]])
+
+    async def _do(self, body: dict[str, Any]) -> dict[str, Any]:
+        await asyncio.to_thread(self._registry.reload)  # what another worker did just now
+        if body["is"] == "activate":
+            return {"head": asdict(await self._head_control.activate(body["name"], body["version"]))}
+        pairs = [Texts(pair["prompt"], tuple(pair["responses"]), pair["truncate"]) for pair in body["pairs"]]
+        return {"head": asdict(await self._head_control.update(body["name"], body["sequence"], pairs, lr=body["lr"]))}
+
+    async def _hear_news(self, place: str) -> None:
+        while True:
+            place, news = await self._control.next_news(place)
+            if news is not None:
+                await self._reload()
+
+    async def _reload(self) -> None:
+        try:
+            await asyncio.to_thread(self._registry.reload)
+        except InwardError as error:  # what is served stays as it was
+            logs.event(LOG, "heads_not_reloaded", reason=error.message)
+        try:
+            await self._follow()
+            self.in_step.set()
+        except InwardError as error:
+            self.behind = f"cannot carry the policy version that the others carry: {error.message}"
+            logs.event(LOG, "policy_not_followed", severity=logging.ERROR, reason=error.message)
+        await self._publish()
+
+
+def _remembered(history: History) -> bytes:
+    return codec.encode_map("policy", {"history": [asdict(activation) for activation in history]})

@@ -1,0 +1,210 @@
+"""The ways to score the same pairs, each measured in a process of its own, so that its peak memory is its own.
+
+    python -m inward.offline.bench.ways WAY MODEL PAIRS_JSON [OPTIONS]      prints one JSON object
+
+Ways: ``published`` one text at a time, float32, all hidden states (how LEGEND was published); ``padded`` batches of
+eight in the model's dtype, all hidden states; ``ours`` this project's backbone; ``http`` the same through ``inward
+serve`` with concurrent callers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from inward.backbones.tokenizer import load_tokenizer
+from inward.heads.base import Head
+from inward.offline.bench.workload import PairTexts, in_batches, needed_tokens, text_tokens
+from inward.prompts import Prompts
+from inward.types import Group
+
+WARM_UP = 4
+"""Pairs that are computed before the clock starts."""
+
+
+def grouped(model: Path, pairs: Sequence[PairTexts]) -> list[Group]:
+    """The pairs as the service tokenises them."""
+    prompts = Prompts(load_tokenizer(model), max_tokens=2048)
+    return [prompts.group(p.prompt, [p.chosen, p.rejected], truncate=True).group for p in pairs]
+
+
+def published(model: Path, groups: Sequence[Group]) -> float:
+    """Seconds for one text at a time in float32 with every layer's hidden states."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+
+    @torch.inference_mode()
+    def run(groups: Sequence[Group]) -> None:
+        for group in groups:
+            for ids in group.responses_ids:
+                lm(
+                    input_ids=torch.tensor([group.prompt_ids + ids]), output_hidden_states=True, use_cache=False
+                ).hidden_states[-1][:, -1]
+
+    return _timed(run, groups)
+
+
+def padded(model: Path, groups: Sequence[Group], *, dtype: str, batch: int = 8) -> float:
+    """Seconds for right-padded batches, in the order given, with every layer's hidden states; a careful user leaves
+    out the LM head.
+    """
+    import torch
+    from transformers import AutoModel
+
+    base = AutoModel.from_pretrained(model, dtype=getattr(torch, dtype))
+
+    @torch.inference_mode()
+    def run(groups: Sequence[Group]) -> None:
+        rows = [group.prompt_ids + ids for group in groups for ids in group.responses_ids]
+        for start in range(0, len(rows), batch):
+            part = rows[start : start + batch]
+            width = max(map(len, part))
+            ids_BT = torch.tensor([row + (0,) * (width - len(row)) for row in part])
+            mask_BT = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in part])
+            base(input_ids=ids_BT, attention_mask=mask_BT, output_hidden_states=True, use_cache=False)
+
+    return _timed(run, groups)
+
+
+def ours(model: Path, groups: Sequence[Group], *, dtype: str, heads: Path) -> tuple[float, int]:
+    """Seconds with this project's backbone and the loaded heads, and how many heads."""
+    from inward.backbones.transformers.backbone import TransformersBackbone
+    from inward.heads import store
+
+    backbone = TransformersBackbone(model, name="bench", revision="", dtype=dtype)
+    loaded: list[Head] = [store.load(found.path) for found in store.find(heads)]
+
+    async def read(groups: Sequence[Group]) -> None:
+        for part in in_batches(backbone, groups):
+            for reading in await backbone.read(part, [head.readout for head in loaded]):
+                for head, numbers in zip(loaded, reading.readings, strict=True):
+                    head.score(numbers, pair=True)
+
+    seconds = _timed(lambda groups: asyncio.run(read(groups)), groups)
+    asyncio.run(backbone.close())
+    return seconds, len(loaded)
+
+
+def http(model: Path, pairs: Sequence[PairTexts], *, dtype: str, heads: Path, callers: int) -> tuple[float, int]:
+    """Seconds through ``inward serve`` with ``callers`` at once, one pair a request; and the server's peak memory in
+    bytes.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "inward",
+        "serve",
+        "--model",
+        str(model),
+        "--heads",
+        str(heads),
+        "--dtype",
+        dtype,
+        "--port",
+        "0",
+    ]
+    command += ["--sharing-window", "0"]  # a pair that is sent twice is computed twice
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert server.stderr is not None
+    try:
+        for line in server.stderr:
+            if '"ready"' in line:
+                url = json.loads(line)["url"]
+                break
+        else:
+            raise RuntimeError("the server did not start")
+        asyncio.run(_call(url, pairs[:WARM_UP], callers))
+        began = time.perf_counter()
+        asyncio.run(_call(url, pairs, callers))
+        seconds = time.perf_counter() - began
+        status = Path(f"/proc/{server.pid}/status").read_text()
+        peak = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+        return seconds, peak
+    finally:
+        server.terminate()
+        server.communicate(timeout=60)
+
+
+async def _call(url: str, pairs: Sequence[PairTexts], callers: int) -> None:
+    import httpx
+
+    waiting = list(pairs)[::-1]
+
+    async def caller(client: httpx.AsyncClient) -> None:
+        while waiting:
+            pair = waiting.pop()
+            body = {
+                "pairs": [{"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}],
+                "truncate": True,
+            }
+            answer = await client.post("/margin", json=body)
+            answer.raise_for_status()
+
+    async with httpx.AsyncClient(base_url=url, timeout=600) as client:
+        await asyncio.gather(*(caller(client) for _ in range(callers)))
+
+
+def matmul_rate(dtype: str, inner: int, outer: int) -> float:
+    """This machine's best rate for one matrix product of the size of the model's feed-forward layers, in FLOP/s."""
+    import torch
+
+    a, b = torch.randn(2048, inner).to(getattr(torch, dtype)), torch.randn(outer, inner).to(getattr(torch, dtype))
+    best = float("inf")
+    for _ in range(30):
+        began = time.perf_counter()
+        torch.nn.functional.linear(a, b)
+        best = min(best, time.perf_counter() - began)
+    return 2 * 2048 * inner * outer / best
+
+
+def _timed(run: Callable[[Sequence[Group]], None], groups: Sequence[Group]) -> float:
+    run(groups[:WARM_UP])
+    began = time.perf_counter()
+    run(groups)
+    return time.perf_counter() - began
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """One way, as figures."""
+    pairs = [PairTexts(**row) for row in json.loads(args.pairs.read_text(encoding="utf-8"))]
+    groups = grouped(args.model, pairs)
+    extra: dict[str, Any] = {}
+    if args.way == "published":
+        seconds = published(args.model, groups)
+    elif args.way == "padded":
+        seconds = padded(args.model, groups, dtype=args.dtype)
+    elif args.way == "ours":
+        seconds, extra["heads"] = ours(args.model, groups, dtype=args.dtype, heads=args.heads)
+    else:
+        seconds, extra["peak_bytes"] = http(args.model, pairs, dtype=args.dtype, heads=args.heads, callers=args.callers)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    tokens = text_tokens(groups)
+    return {"way": args.way, "seconds": seconds, "tokens_per_second": tokens / seconds, "text_tokens": tokens,
+            "needed_tokens": needed_tokens(groups), "peak_bytes": peak, **extra}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="inward.offline.bench.ways")
+    parser.add_argument("way", choices=["published", "padded", "ours", "http"])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("pairs", type=Path)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--heads", type=Path)
+    parser.add_argument("--callers", type=int, default=32)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    print(json.dumps(measure(parser.parse_args())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""What is judged: labelled responses with their states, and what is compared among them.
+
+    M  responses          P  comparisons of a better with a worse response to one prompt
+    G  lists (a pair is a list of two)
+
+Pairs, ranking lists and single labelled responses all come down to this, so every reward and every baseline is judged
+alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from inward.errors import DataError
+from inward.offline.evaluate.statistics import Doubles, Indices
+from inward.types import Floats, Position
+
+Source = Literal["pairs", "lists", "responses"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Examples:
+    """M labelled responses in G lists."""
+
+    source: Source
+    safe_M: NDArray[np.bool_]
+    list_M: Indices
+    """Which list (0 to G - 1) a response belongs to."""
+    prompt_M: Indices
+    """Responses to one prompt have one number: what folds and resamples go by."""
+    pairs_P2: Indices
+    """Row numbers, the better (safe) response first."""
+    layers: tuple[int, ...]
+    states_MLD: Floats
+    position: Position = "last"
+    prompt_states_GLD: Floats | None = None
+    length_M: Doubles | None = None
+    """Tokens of each response."""
+    length_difference_P: Doubles | None = None
+    """Tokens of the better response minus tokens of the worse one."""
+    text_M: tuple[str, ...] | None = None
+    stable_rank_M: Doubles | None = None
+    """See ``baselines.stable_rank``."""
+    refusals_P2: Indices | None = None
+    """Row numbers of (refusal, helpful answer) to one harmless prompt: the refusal should not win."""
+
+    def __post_init__(self) -> None:
+        safe = int(self.safe_M.sum())
+        if not 0 < safe < len(self.safe_M):
+            which = "safe" if safe else "unsafe"
+            raise DataError(
+                f"all {len(self.safe_M)} responses are labelled {which}: to judge a reward both kinds are needed"
+            )
+        if len(np.unique(self.prompt_M)) < 2:
+            raise DataError(
+                "all responses are to one prompt: at least two different prompts are needed to judge a reward"
+            )
+
+    def __len__(self) -> int:
+        return len(self.safe_M)
+
+    @property
+    def prompts(self) -> int:
+        """How many different prompts there are."""
+        return len(np.unique(self.prompt_M))
+
+    @property
+    def members(self) -> tuple[Indices, ...]:
+        """The rows of each list, in order."""
+        order = np.argsort(self.list_M, kind="stable")
+        return tuple(np.split(order, np.cumsum(np.bincount(self.list_M))[:-1]))
+
+    @property
+    def mixed(self) -> tuple[Indices, ...]:
+        """Lists with a safe and an unsafe response: the only ones whose top pick says something. None of them for
+        pairs.
+        """
+        if self.source != "lists":
+            return ()
+        return tuple(rows for rows in self.members if 0 < self.safe_M[rows].sum() < len(rows))
+
+    @property
+    def prompt_P(self) -> Indices:
+        """The prompt of each comparison."""
+        return self.prompt_M[self.pairs_P2[:, 0]]
+
+
+def of_pairs(
+    chosen_NLD: Floats,
+    rejected_NLD: Floats,
+    *,
+    layers: Sequence[int],
+    groups: ArrayLike,
+    position: Position = "last",
+    length_difference: ArrayLike | None = None,
+) -> Examples:
+    """Preference pairs: the chosen responses are rows 0 to N - 1, the rejected ones follow.
+
+    Raises:
+        DataError: there is nothing to compare, or one prompt only.
+    """
+    n = len(chosen_NLD)
+    number_N = np.arange(n)
+    return Examples(
+        "pairs",
+        safe_M=np.arange(2 * n) < n,
+        list_M=np.tile(number_N, 2),
+        prompt_M=np.tile(np.asarray(groups, dtype=np.int64), 2),
+        pairs_P2=np.stack([number_N, number_N + n], axis=1),
+        layers=tuple(layers),
+        states_MLD=np.concatenate([chosen_NLD, rejected_NLD]),
+        position=position,
+        length_difference_P=None if length_difference is None else np.asarray(length_difference, dtype=np.float64),
+    )
+
+
+def of_lists(
+    candidates_MLD: Floats,
+    safe: ArrayLike,
+    list_of: ArrayLike,
+    groups: ArrayLike,
+    *,
+    layers: Sequence[int],
+    position: Position = "last",
+    prompt_states_GLD: Floats | None = None,
+    length: ArrayLike | None = None,
+    text: Sequence[str] | None = None,
+    source: Source = "lists",
+) -> Examples:
+    """Labelled responses in lists; every safe response of a list is compared with every unsafe one.
+
+    Args:
+        safe: ``[M]``.
+        list_of: ``[M]``, the list of each response, from 0.
+        groups: ``[G]``, one number for lists of the same prompt.
+
+    Raises:
+        DataError: one class, or one prompt only.
+    """
+    safe_M, list_M = np.asarray(safe, dtype=bool), np.asarray(list_of, dtype=np.int64)
+    pairs_P2 = comparisons(list_M, safe_M, ~safe_M)
+    length_M = None if length is None else np.asarray(length, dtype=np.float64)
+    return Examples(
+        source,
+        safe_M,
+        list_M,
+        np.asarray(groups, dtype=np.int64)[list_M],
+        pairs_P2,
+        tuple(layers),
+        candidates_MLD,
+        position,
+        prompt_states_GLD,
+        length_M,
+        None if length_M is None else length_M[pairs_P2[:, 0]] - length_M[pairs_P2[:, 1]],
+        None if text is None else tuple(text),
+    )
+
+
+def comparisons(list_M: Indices, first_M: NDArray[np.bool_], second_M: NDArray[np.bool_]) -> Indices:
+    """``[P, 2]``: every pair of a first-class and a second-class row of the same list."""
+    pairs = [
+        (a, b)
+        for g in np.unique(list_M)
+        for a in np.flatnonzero((list_M == g) & first_M)
+        for b in np.flatnonzero((list_M == g) & second_M)
+    ]
+    return np.array(pairs, dtype=np.int64).reshape(-1, 2)

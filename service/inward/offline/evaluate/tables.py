@@ -1,0 +1,68 @@
+"""A judgement as a table in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.console import Group as Lines
+from rich.console import RenderableType
+from rich.table import Table
+
+from inward.offline.evaluate.judge import REFERENCES, Judgement
+from inward.offline.evaluate.metrics import NAMES, Metrics
+
+
+def methods(judgement: Judgement, head: str) -> Iterator[tuple[str, Metrics]]:
+    """The head and everything it is compared with, by the names that a reader sees."""
+    yield head, judgement.metrics
+    for baseline, metrics in judgement.baselines.values():
+        yield baseline.about, metrics
+    for name, metrics in judgement.references.items():
+        yield REFERENCES[name], metrics
+
+
+def shown(judgement: Judgement) -> list[str]:
+    """The metrics that some method has."""
+    every = [metrics for _, metrics in methods(judgement, "")]
+    return [name for name in NAMES if name != "label_agreement" and any(m.get(name) for m in every)]
+
+
+def table(judgement: Judgement, report: Mapping[str, Any]) -> RenderableType:
+    """What ``inward evaluate`` prints; ``report`` is the whole of ``--json``."""
+    columns = shown(judgement)
+    main = Table("", *(NAMES[name] for name in columns), box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name, metrics in methods(judgement, f"[bold]{report['head']['name']}[/] ({report['head']['kind']})"):
+        main.add_row(name, *(str(metrics.get(column) or "") for column in columns))
+    lines: list[RenderableType] = [summary(report), "", main]
+    if judgement.strategies:
+        by = ", ".join(
+            f"{one.name}{f' ({one.layer})' if one.layer is not None else ''} {one.estimate.value:.3f}"
+            for one in judgement.strategies
+        )
+        lines += ["", f"by strategy ({NAMES[report['strategies']['metric']]}): {by}"]
+    if report["over_refusal"]:
+        lines += ["", report["over_refusal"]["sentence"]]
+    return Lines(*lines, "", cost(report), *(f"note: {note}" for note in report["notes"]))
+
+
+def summary(report: Mapping[str, Any]) -> str:
+    """What was judged, in a line."""
+    given = report["input"]
+    counts = [f"{given['responses']} responses to {given['prompts']} prompts", f"{given['comparisons']} comparisons"]
+    if given["mixed_lists"]:
+        counts.append(f"{given['mixed_lists']} lists with both kinds")
+    how = f"cross-validated over {given['folds']} folds of prompts" if given["cross_validated"] else "as it is"
+    return f"{given['file']}: {', '.join(counts)}; head {how}; 95 % intervals over prompts"
+
+
+def cost(report: Mapping[str, Any]) -> str:
+    """The head alone, and with the forward pass that it reads."""
+    spent = report["cost"]
+    forward = spent["with_forward_ms"]
+    whole = (
+        f"{forward:.2f} ms with the forward pass"
+        if forward is not None
+        else "forward pass not measured (states were given)"
+    )
+    return f"cost of a response: {spent['head_ms']:.3f} ms for the head alone, {whole}, generation not part of this"

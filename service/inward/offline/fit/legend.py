@@ -1,0 +1,250 @@
+"""Fits LEGEND's standard margin vector (arXiv 2406.08124) and says how far it can be trusted.
+
+    v = mean( h(chosen) - h(rejected) ),   for calibration rows  v = mean( h(refusal) - h(harmful) )
+
+The paper takes the last layer after the final norm; that is the default here, and ``layer="sweep"`` chooses a layer by
+validation, which is beyond the paper. Scale and bins come from cross-fitted margins: those of a fold by the direction
+of the other folds. A direction flatters the rows that it was made of, and bins fitted on such margins would be too wide
+for any other pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Group as Lines
+from rich.console import RenderableType
+from rich.table import Table
+from scipy.stats import spearmanr
+
+from inward.errors import DataError
+from inward.heads.calibration import Deciles, MarginScale
+from inward.heads.legend import LegendHead
+from inward.offline.data.pairs import CalibrationRow, Pair, grouped_folds, grouped_split
+from inward.offline.fit.prepare import manifest
+from inward.offline.states.saved import PairStates
+from inward.types import Floats
+
+Doubles = NDArray[np.float64]
+HELD_OUT = 0.2
+"""Share of the prompts on which nothing is fitted or chosen until the report is written."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerAgreement:
+    """One row of the sweep: share of margins that agree with their label."""
+
+    layer: int
+    train: float
+    """Of the rows that made the direction: flattering, and the more so the fewer rows there are."""
+    validation: float
+    """Of pairs that did not: what the layer is chosen by."""
+    separation: float
+    """Mean over standard deviation of the validation margins: breaks ties."""
+
+
+@dataclass(frozen=True, slots=True)
+class LegendReport:
+    """What ``inward fit legend`` prints and ``Manifest.fit["metrics"]`` keeps."""
+
+    layer: int
+    rows: int
+    prompts: int
+    train: float
+    validation: float
+    held_out: float
+    """Agreement on pairs that neither made the direction nor chose the layer: the direction's zero-shot pair
+    accuracy."""
+    held_out_rows: int
+    spearman_length: float | None
+    """Rank correlation of margin and length difference; near 0 is good. None where lengths are unknown or all equal."""
+    length_matched: float | None
+    """Agreement on the quarter of the pairs whose lengths differ least."""
+    length_matched_within: float | None
+    """Their largest difference, in tokens."""
+    stability: float
+    """Mean cosine of the direction with those of resampled prompts."""
+    stability_interval: tuple[float, float]
+    """95 % of these cosines."""
+    sweep: tuple[LayerAgreement, ...]
+    warnings: tuple[str, ...] = ()
+
+    def metrics(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+    def __rich__(self) -> RenderableType:
+        facts = Table(
+            "LEGEND", f"layer {self.layer}, {self.rows} pairs of {self.prompts} prompts", box=None, pad_edge=False
+        )
+        facts.add_row("agreement, held out", f"{self.held_out:.3f}  ({self.held_out_rows} pairs)")
+        facts.add_row("agreement, validation", f"{self.validation:.3f}")
+        facts.add_row("agreement, train", f"{self.train:.3f}")
+        facts.add_row("Spearman(margin, length difference)", _or_unknown(self.spearman_length, "+.3f"))
+        within = "" if self.length_matched_within is None else f"  (within {self.length_matched_within:.0f} tokens)"
+        facts.add_row("agreement, length-matched", _or_unknown(self.length_matched, ".3f") + within)
+        low, high = self.stability_interval
+        facts.add_row("direction under bootstrap, cosine", f"{self.stability:.3f}  (95 %: {low:.3f} to {high:.3f})")
+        layers = Table("layer", "train", "validation", "mean/std", "", box=None, pad_edge=False)
+        for row in self.sweep:
+            mark = "chosen" if row.layer == self.layer else ""
+            layers.add_row(str(row.layer), f"{row.train:.3f}", f"{row.validation:.3f}", f"{row.separation:+.2f}", mark)
+        return Lines(facts, "", layers, *(f"warning: {warning}" for warning in self.warnings))
+
+
+def fit_legend(
+    states: PairStates,
+    *,
+    name: str = "legend",
+    layer: int | Literal["sweep"] | None = None,
+    validation: PairStates | None = None,
+    folds: int = 5,
+    bootstraps: int = 200,
+    seed: int = 0,
+    warnings: Sequence[str] = (),
+) -> tuple[LegendHead, LegendReport]:
+    """Fits the direction on all of ``states``, after judging it by directions that had not seen the judged pairs.
+
+    Args:
+        states: calibration rows (refusal as chosen, harmful answer as rejected) or labelled pairs.
+        layer: None takes the last of ``states.layers``.
+        validation: labelled pairs with the same layers that choose the layer and give the reported agreement; without
+            them both come from ``states``, by cross-validation and from prompts held out of it.
+        folds: of the cross-fitting; fewer where there are fewer prompts.
+        warnings: to be printed with the report (see ``constant_refusal``).
+
+    Raises:
+        DataError: too few prompts, no such layer, or states without a difference between chosen and rejected.
+    """
+    candidates = states.layers if layer == "sweep" else (states.layers[-1] if layer is None else layer,)
+    if validation is not None and validation.position != states.position:
+        raise DataError(
+            f"the validation states are of position {validation.position!r}, the others of {states.position!r}"
+        )
+    if validation is None:
+        develop, last = (states.rows(part) for part in grouped_split(states.groups_N, [1 - HELD_OUT, HELD_OUT], seed))
+        table = tuple(_judge(develop, None, k, folds, seed) for k in candidates)
+    else:
+        select, last = (
+            validation.rows(part) for part in grouped_split(validation.groups_N, [1 - HELD_OUT, HELD_OUT], seed)
+        )
+        develop = states
+        table = tuple(_judge(develop, select, k, folds, seed) for k in candidates)
+    best = max(table, key=lambda row: (row.validation, row.separation))
+    direction_D = _direction(_differences(states, best.layer))
+    margins_N = _crossfitted(states, best.layer, folds, seed)
+    matched, within = _length_matched(margins_N, states.length_difference_N)
+    low, mean, high = _stability(states, best.layer, direction_D, bootstraps, seed)
+    report = LegendReport(
+        layer=best.layer,
+        rows=len(states),
+        prompts=len(np.unique(states.groups_N)),
+        train=best.train,
+        validation=best.validation,
+        held_out=_agreement(_differences(last, best.layer) @ _direction(_differences(develop, best.layer))),
+        held_out_rows=len(last),
+        spearman_length=_spearman(margins_N, states.length_difference_N),
+        length_matched=matched,
+        length_matched_within=within,
+        stability=mean,
+        stability_interval=(low, high),
+        sweep=table,
+        warnings=tuple(warnings),
+    )
+    # Scores lie where the final direction puts them; directions of folds would shift them, because projections are not
+    # centred.
+    scores_2N = np.concatenate(states.at(best.layer)) @ direction_D
+    calibration = MarginScale.fit(margins_N).dump() | Deciles.fit(scores_2N).dump()
+    head = LegendHead(
+        manifest(name, "legend", states, [best.layer], seed=seed, calibration=calibration, metrics=report.metrics()),
+        direction_D.astype(np.float32),
+    )
+    return head, report
+
+
+def constant_refusal(rows: Sequence[CalibrationRow | Pair]) -> list[str]:
+    """A warning if all refusals (chosen responses) are one sentence, as in the paper."""
+    chosen = {row.refusal if isinstance(row, CalibrationRow) else row.chosen for row in rows}
+    if len(rows) < 2 or len(chosen) > 1:
+        return []
+    return [
+        f"all {len(rows)} refusals are the same sentence ({chosen.pop()[:60]!r}): at the last token the direction then also encodes "
+        "'ends with this sentence'; refusals of several wordings, or a sweep on labelled validation pairs, show how much"
+    ]
+
+
+def _judge(train: PairStates, validation: PairStates | None, layer: int, folds: int, seed: int) -> LayerAgreement:
+    """Agreement of one layer's direction on ``validation``, or by cross-validation where there is none."""
+    differences_ND = _differences(train, layer)
+    direction_D = _direction(differences_ND)
+    judged_M = (
+        _crossfitted(train, layer, folds, seed) if validation is None else _differences(validation, layer) @ direction_D
+    )
+    separation = float(judged_M.mean() / max(float(judged_M.std()), 1e-30))
+    return LayerAgreement(layer, _agreement(differences_ND @ direction_D), _agreement(judged_M), separation)
+
+
+def _crossfitted(states: PairStates, layer: int, folds: int, seed: int) -> Doubles:
+    """``[N]``: each pair's margin by the direction of folds that its prompt is not in."""
+    differences_ND = _differences(states, layer)
+    margins_N = np.empty(len(states))
+    for train, held_out in grouped_folds(states.groups_N, min(folds, len(np.unique(states.groups_N))), seed):
+        margins_N[held_out] = differences_ND[held_out] @ _direction(differences_ND[train])
+    return margins_N
+
+
+def _differences(states: PairStates, layer: int) -> Floats:
+    chosen_ND, rejected_ND = states.at(layer)
+    return chosen_ND - rejected_ND
+
+
+def _direction(differences_ND: Floats) -> Floats:
+    """Unit mean difference ``[D]``."""
+    mean_D = differences_ND.mean(axis=0, dtype=np.float64) if len(differences_ND) else np.zeros(differences_ND.shape[1])
+    length = float(np.linalg.norm(mean_D))
+    if length == 0:
+        raise DataError(
+            "chosen and rejected states do not differ on average: there is no direction; are the responses the same?"
+        )
+    return np.asarray(mean_D / length, dtype=np.float32)
+
+
+def _agreement(margins_N: Floats | Doubles) -> float:
+    return float((margins_N > 0).mean())
+
+
+def _spearman(margins_N: Doubles, length_difference_N: Doubles | None) -> float | None:
+    if length_difference_N is None or len(np.unique(length_difference_N)) < 2 or len(np.unique(margins_N)) < 2:
+        return None
+    return float(spearmanr(margins_N, length_difference_N).statistic)
+
+
+def _length_matched(margins_N: Doubles, length_difference_N: Doubles | None) -> tuple[float | None, float | None]:
+    """Agreement on the quarter of the pairs with the most equal lengths, and how unequal these are."""
+    if length_difference_N is None:
+        return None, None
+    within = float(np.quantile(np.abs(length_difference_N), 0.25, method="lower"))
+    return _agreement(margins_N[np.abs(length_difference_N) <= within]), within
+
+
+def _stability(
+    states: PairStates, layer: int, direction_D: Floats, bootstraps: int, seed: int
+) -> tuple[float, float, float]:
+    """Cosines of directions of resampled prompts with the direction: 2.5 % quantile, mean, 97.5 % quantile."""
+    labels, inverse_N = np.unique(states.groups_N, return_inverse=True)
+    sums_GD = np.zeros((len(labels), len(direction_D)))
+    np.add.at(sums_GD, inverse_N, _differences(states, layer))
+    rng = np.random.default_rng(seed)
+    times_BG = rng.multinomial(len(labels), np.full(len(labels), 1 / len(labels)), size=bootstraps)
+    resampled_BD = times_BG @ sums_GD
+    cosines_B = resampled_BD @ direction_D / np.maximum(np.linalg.norm(resampled_BD, axis=1), 1e-30)
+    low, high = np.quantile(cosines_B, [0.025, 0.975])
+    return float(low), float(cosines_B.mean()), float(high)
+
+
+def _or_unknown(value: float | None, form: str) -> str:
+    return "unknown" if value is None else format(value, form)

@@ -1,0 +1,55 @@
+"""The manifest of a freshly fitted head."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+from inward import __version__
+from inward.heads.base import BackboneRef, Manifest
+from inward.offline.states.saved import ListStates, PairStates
+from inward.types import Kind
+
+UNKNOWN = "unknown"
+"""Backbone and template of states that came without: such a head can be evaluated, but is never served."""
+
+
+def manifest(
+    name: str,
+    kind: Kind,
+    states: PairStates | ListStates,
+    layers: Sequence[int],
+    *,
+    seed: int,
+    calibration: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    options: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """Version 1 of a head, with what is needed to fit it again: data hash, seed and versions of what computed it.
+
+    Args:
+        layers: those that the head reads, out of ``states.layers``.
+    """
+    return Manifest(
+        name=name,
+        kind=kind,
+        version=1,
+        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        backbone=states.backbone or BackboneRef(name=UNKNOWN, fingerprint=UNKNOWN),
+        layers=tuple(layers),
+        position=states.position,
+        final_norm=states.final_norm
+        and max(states.layers) in layers,  # extraction sets it only where its last layer is the model's
+        template=states.template or UNKNOWN,
+        calibration=dict(calibration),
+        fit={
+            "data": states.data_hash,
+            "rows": len(states),
+            "seed": seed,
+            "versions": {"inward": __version__, "numpy": version("numpy"), "torch": version("torch")},
+            "metrics": dict(metrics),
+        },
+        options=dict(options or {}),
+    )

@@ -1,0 +1,297 @@
+"""States that heads are fitted on, in memory and as one safetensors file.
+
+    pairs  chosen [N, L, D], rejected [N, L, D], layers [L]; optional group [N], length_difference [N]
+    lists  prompt [G, L, D], candidates [M, L, D], group [M], safe [M], layers [L]; optional prompt_group [G]
+
+Index k of ``layers`` is the residual stream after k blocks. Position, template, backbone and data hash are in the
+file's metadata. Somebody else's file may lack all that is optional: then rows that nearly repeat each other are taken
+for one prompt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from inward.errors import DataError
+from inward.heads.base import BackboneRef
+from inward.types import Floats, Position
+
+Indices = NDArray[np.int64]
+NEAR_DUPLICATE = 0.999
+"""Cosine of two middle-layer states from which on their rows are taken for one prompt."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PairStates:
+    """States of N preference pairs at L layers, float32."""
+
+    chosen_NLD: Floats
+    rejected_NLD: Floats
+    layers: tuple[int, ...]
+    groups_N: Indices
+    """Rows of one prompt have one number."""
+    length_difference_N: NDArray[np.float64] | None = None
+    """Tokens of the chosen response minus tokens of the rejected one."""
+    position: Position = "last"
+    final_norm: bool = False
+    backbone: BackboneRef | None = None
+    template: str | None = None
+    data_hash: str = ""
+
+    def __post_init__(self) -> None:
+        n = len(self.chosen_NLD)
+        _check("chosen", self.chosen_NLD, (n, len(self.layers), self.chosen_NLD.shape[-1]))
+        _check("rejected", self.rejected_NLD, self.chosen_NLD.shape)
+        _check("group", self.groups_N, (n,))
+        if self.length_difference_N is not None:
+            _check("length_difference", self.length_difference_N, (n,))
+
+    def __len__(self) -> int:
+        return len(self.chosen_NLD)
+
+    def at(self, layer: int) -> tuple[Floats, Floats]:
+        """Chosen and rejected states ``[N, D]`` of one layer.
+
+        Raises:
+            DataError: these states do not hold that layer.
+        """
+        axis = layer_axis(self.layers, layer)
+        return self.chosen_NLD[:, axis], self.rejected_NLD[:, axis]
+
+    def rows(self, index: NDArray[Any]) -> PairStates:
+        """Some of the pairs."""
+        difference = self.length_difference_N
+        return replace(
+            self,
+            chosen_NLD=self.chosen_NLD[index],
+            rejected_NLD=self.rejected_NLD[index],
+            groups_N=self.groups_N[index],
+            length_difference_N=None if difference is None else difference[index],
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ListStates:
+    """States of G prompts and of the M labelled responses to them at L layers, float32."""
+
+    prompt_GLD: Floats
+    """At position ``prompt``."""
+    candidates_MLD: Floats
+    group_M: Indices
+    """Which prompt (0 to G - 1) a response belongs to."""
+    safe_M: NDArray[np.bool_]
+    layers: tuple[int, ...]
+    groups_G: Indices
+    """Lists of one prompt have one number: what a split goes by."""
+    position: Position = "last"
+    """Of the candidates."""
+    final_norm: bool = False
+    backbone: BackboneRef | None = None
+    template: str | None = None
+    data_hash: str = ""
+
+    def __post_init__(self) -> None:
+        g, m = len(self.prompt_GLD), len(self.candidates_MLD)
+        _check("prompt", self.prompt_GLD, (g, len(self.layers), self.prompt_GLD.shape[-1]))
+        _check("candidates", self.candidates_MLD, (m, *self.prompt_GLD.shape[1:]))
+        _check("group", self.group_M, (m,))
+        _check("safe", self.safe_M, (m,))
+        _check("prompt_group", self.groups_G, (g,))
+        if m and not (self.group_M.min() >= 0 and self.group_M.max() < g):
+            raise DataError(
+                f"group must number the {g} prompts from 0; it goes from {self.group_M.min()} to {self.group_M.max()}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.prompt_GLD)
+
+    def lists(self, index: NDArray[Any]) -> ListStates:
+        """Some of the prompts (numbers in ``index``) with their candidates, renumbered in that order."""
+        members = [np.flatnonzero(self.group_M == g) for g in index]
+        rows = np.concatenate([np.empty(0, dtype=np.int64), *members])
+        return replace(
+            self,
+            prompt_GLD=self.prompt_GLD[index],
+            candidates_MLD=self.candidates_MLD[rows],
+            group_M=np.repeat(np.arange(len(members)), [len(m) for m in members]),
+            safe_M=self.safe_M[rows],
+            groups_G=self.groups_G[index],
+        )
+
+
+def layer_axis(layers: tuple[int, ...], layer: int) -> int:
+    """Where ``layer`` is in the arrays.
+
+    Raises:
+        DataError: it is not there.
+    """
+    if layer not in layers:
+        raise DataError(f"layer {layer} is not among the layers of these states: {', '.join(map(str, layers))}")
+    return layers.index(layer)
+
+
+def save_states(states: PairStates | ListStates, path: Path) -> None:
+    """Writes one safetensors file, at once or not at all."""
+    tensors: dict[str, NDArray[Any]] = {"layers": np.array(states.layers, dtype=np.int64)}
+    if isinstance(states, PairStates):
+        tensors |= {"chosen": states.chosen_NLD, "rejected": states.rejected_NLD, "group": states.groups_N}
+        if states.length_difference_N is not None:
+            tensors["length_difference"] = states.length_difference_N
+    else:
+        tensors |= {"prompt": states.prompt_GLD, "candidates": states.candidates_MLD}
+        tensors |= {"group": states.group_M, "safe": states.safe_M, "prompt_group": states.groups_G}
+    origin = {
+        "position": states.position,
+        "final_norm": states.final_norm,
+        "backbone": states.backbone.model_dump() if states.backbone else None,
+        "template": states.template,
+        "data_hash": states.data_hash,
+    }
+    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(tensors, unfinished, metadata={"inward": json.dumps(origin)})
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def load_states(path: Path) -> PairStates | ListStates:
+    """Reads states of pairs or of lists, whichever the file holds, as float32.
+
+    Raises:
+        DataError: the file is damaged, lacks a tensor, or a tensor has a wrong shape or NaN or infinite entries.
+    """
+    path = Path(path)
+    tensors, origin = _read(path)
+    try:
+        layers = tuple(int(k) for k in tensors["layers"])
+        if "chosen" in tensors:
+            return _pairs(tensors, layers, origin)
+        return _lists(tensors, layers, origin)
+    except KeyError as error:
+        raise DataError(
+            f"{path} lacks the tensor {error}: it needs layers with chosen and rejected, or with prompt, candidates, group and safe"
+        ) from None
+    except (DataError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: {error}") from None
+
+
+def load_pair_states(path: Path) -> PairStates:
+    """``load_states`` of a file that must hold pairs."""
+    states = load_states(path)
+    if not isinstance(states, PairStates):
+        raise DataError(f"{path} holds lists (prompt, candidates), but pairs (chosen, rejected) are needed")
+    return states
+
+
+def load_list_states(path: Path) -> ListStates:
+    """``load_states`` of a file that must hold lists."""
+    states = load_states(path)
+    if not isinstance(states, ListStates):
+        raise DataError(f"{path} holds pairs (chosen, rejected), but lists (prompt, candidates) are needed")
+    return states
+
+
+def near_duplicates(states_ND: Floats, threshold: float = NEAR_DUPLICATE) -> Indices:
+    """``[N]``: one number for rows linked by a cosine above ``threshold``, made of their content, not of their
+    order.
+    """
+    unit_ND = states_ND.astype(np.float64)
+    unit_ND -= unit_ND.mean(axis=0)  # deep layers share one large component, which alone makes all cosines nearly 1
+    unit_ND /= np.maximum(np.linalg.norm(unit_ND, axis=1, keepdims=True), 1e-30)
+    linked_NN = unit_ND @ unit_ND.T > threshold
+    key_N = np.array(
+        [int.from_bytes(hashlib.sha256(row.tobytes()).digest()[:8], "big") >> 1 for row in states_ND], dtype=np.int64
+    )
+    label_N = key_N
+    while True:  # the smallest key of a linked row spreads until nothing changes
+        spread_N = np.array(
+            [label_N[linked].min(initial=label) for linked, label in zip(linked_NN, label_N, strict=True)],
+            dtype=np.int64,
+        )
+        if (spread_N == label_N).all():
+            return spread_N
+        label_N = spread_N
+
+
+def _pairs(tensors: Mapping[str, NDArray[Any]], layers: tuple[int, ...], origin: dict[str, Any]) -> PairStates:
+    chosen_NLD, rejected_NLD = _floats(tensors["chosen"]), _floats(tensors["rejected"])
+    _check("chosen", chosen_NLD, (len(chosen_NLD), len(layers), chosen_NLD.shape[-1]))
+    group = tensors.get("group")
+    difference = tensors.get("length_difference")
+    return PairStates(
+        chosen_NLD,
+        rejected_NLD,
+        layers,
+        near_duplicates(chosen_NLD[:, len(layers) // 2]) if group is None else group.astype(np.int64),
+        None if difference is None else difference.astype(np.float64),
+        **{**origin, "data_hash": origin.get("data_hash") or _hash(chosen_NLD, rejected_NLD)},
+    )
+
+
+def _lists(tensors: Mapping[str, NDArray[Any]], layers: tuple[int, ...], origin: dict[str, Any]) -> ListStates:
+    prompt_GLD, candidates_MLD = _floats(tensors["prompt"]), _floats(tensors["candidates"])
+    _check("prompt", prompt_GLD, (len(prompt_GLD), len(layers), prompt_GLD.shape[-1]))
+    group_M, group_G = tensors["group"].astype(np.int64), tensors.get("prompt_group")
+    return ListStates(
+        prompt_GLD,
+        candidates_MLD,
+        group_M,
+        tensors["safe"].astype(np.bool_),
+        layers,
+        near_duplicates(prompt_GLD[:, len(layers) // 2]) if group_G is None else group_G.astype(np.int64),
+        **{**origin, "data_hash": origin.get("data_hash") or _hash(prompt_GLD, candidates_MLD, group_M)},
+    )
+
+
+def _read(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    """Tensors, and the fields of the metadata."""
+    if not path.is_file():
+        raise DataError(f"{path} does not exist or is not a file")
+    try:
+        # through torch, since numpy has no bfloat16
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            origin = json.loads((file.metadata() or {}).get("inward", "{}"))
+        if origin.get("backbone"):
+            origin["backbone"] = BackboneRef.model_validate(origin["backbone"])
+    except (SafetensorError, ValidationError, ValueError, OSError) as error:
+        raise DataError(f"{path} is not a readable safetensors file of states ({error})") from error
+    return {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in tensors.items()}, origin
+
+
+def _floats(tensor: NDArray[Any]) -> Floats:
+    if tensor.ndim != 3:
+        raise DataError(f"states must be [rows, layers, width]; one tensor has shape {list(tensor.shape)}")
+    return tensor.astype(np.float32, copy=False)
+
+
+def _check(name: str, tensor: NDArray[Any], shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape:
+        raise DataError(f"{name} has shape {list(tensor.shape)}, but {list(shape)} goes with the others")
+    if not np.isfinite(tensor).all():
+        raise DataError(
+            f"{name} has NaN or infinite entries, the first in row {int(np.argwhere(~np.isfinite(tensor))[0][0])}"
+        )
+
+
+def _hash(*tensors: NDArray[Any]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(np.ascontiguousarray(tensor).tobytes())
+    return f"sha256:{digest.hexdigest()[:32]}"

@@ -1,0 +1,181 @@
+"""What ``serve``, ``api`` and ``worker`` share: a socket, a server on it, and an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import signal
+import socket
+from collections.abc import Awaitable, Callable, Mapping
+from types import FrameType
+from typing import Any, Protocol, TypeVar
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from inward import logs
+from inward.errors import SetupError
+from inward.settings import Settings
+
+LOG = logs.logger("serve")
+BACKLOG = 2048
+"""Connections that wait until they are accepted."""
+
+
+class Served(Protocol):
+    """What a process serves: an app, and what stands behind it."""
+
+    app: Any
+    draining: bool
+
+    async def close(self, timeout: float) -> bool:
+        """Ends in an orderly way; True if nothing was left undone."""
+        ...
+
+
+Event = Mapping[str, Any]
+Opened = TypeVar("Opened", bound=Served)
+
+
+async def serve(
+    settings: Settings,
+    opening: Callable[[], Awaitable[Opened]],
+    ready: Callable[[Opened], Event],
+    ended: Callable[[Opened], asyncio.Task[None] | None] = lambda _: None,
+) -> int:
+    """Runs until SIGTERM, SIGINT or the end of ``ended``'s task; returns 0 if everything that was accepted was
+    answered.
+
+    Args:
+        opening: opens what is served, after the port is ours (a taken one is known at once).
+        ready: fields of the event ``ready``.
+        ended: a task whose end is the end of the process.
+    """
+    listening = listen(settings.host, settings.port)
+    house = await opening()
+    try:
+        server = Server(house, settings)
+        host, port = listening.getsockname()[:2]
+        try:
+            listening.listen(BACKLOG)  # who reads that we are ready may come at once
+        except OSError as error:
+            raise _taken(host, port, error) from None
+        logs.event(LOG, "ready", url=f"http://{host}:{port}", **ready(house))
+        if (task := ended(house)) is not None:
+            task.add_done_callback(lambda _: server.stop())
+        await server.serve(sockets=[listening])
+    finally:
+        clean = await house.close(settings.drain_timeout)
+    return 0 if clean else 1
+
+
+def check_reachability(settings: Settings) -> None:
+    """Refuses to be open to others by accident.
+
+    Raises:
+        SetupError: no keys are set and the address is not a loopback address.
+    """
+    if settings.api_keys or settings.api_keys_file or settings.insecure:
+        return
+    try:
+        loopback = settings.host == "localhost" or ipaddress.ip_address(settings.host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback:
+        raise SetupError(
+            f"--host {settings.host} can be reached by others and no keys are set: set INWARD_API_KEYS or INWARD_API_KEYS_FILE, "
+            "or say --insecure if that is meant"
+        )
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket.
+
+    Raises:
+        SetupError: the address is taken or not ours.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # The protocol is named, because asyncio switches Nagle's algorithm off only then; with it every answer takes 40 ms
+    # longer.
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    if port:  # a free one could else be given to others who don't listen yet either
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        raise _taken(host, port, error) from None
+    return bound
+
+
+def _taken(host: str, port: int, error: OSError) -> SetupError:
+    return SetupError(f"cannot listen on {host}:{port}: {error.strerror}; choose another with --port or INWARD_PORT")
+
+
+def connection(seconds: float) -> type[H11Protocol]:
+    """uvicorn's connection, closed where the headers of a request take longer than ``seconds``; uvicorn itself would
+    wait for ever.
+    """
+
+    class Impatient(H11Protocol):
+        waiting: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._wait()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            begun = self.conn.their_state is h11.IDLE and bool(self.conn.trailing_data[0])
+            if begun and self.waiting is None:
+                self._wait()
+            elif not begun:
+                self._stop_waiting()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._stop_waiting()
+            super().connection_lost(exc)
+
+        def _wait(self) -> None:
+            self.waiting = self.loop.call_later(seconds, self.transport.close)
+
+        def _stop_waiting(self) -> None:
+            if self.waiting is not None:
+                self.waiting.cancel()
+                self.waiting = None
+
+    return Impatient
+
+
+class Server(uvicorn.Server):
+    """uvicorn, unready from the moment it is told to stop, and with an exit status that says how it went."""
+
+    def __init__(self, house: Served, settings: Settings) -> None:
+        super().__init__(
+            uvicorn.Config(
+                house.app,
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                timeout_graceful_shutdown=max(1, round(settings.drain_timeout)),
+                timeout_keep_alive=75,
+                http=connection(settings.header_timeout),
+                h11_max_incomplete_event_size=64 * 1024,
+                server_header=False,
+            )
+        )
+        self._house = house
+        # Until uvicorn listens to signals, we do. And once it has stopped it raises the signal again: the default
+        # handler would then end us with -SIGTERM instead of 0.
+        signal.signal(signal.SIGTERM, self.handle_exit)
+        signal.signal(signal.SIGINT, self.handle_exit)
+
+    def stop(self) -> None:
+        """As the first signal does."""
+        self.handle_exit(signal.SIGTERM, None)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called by the first signal (and the second, which does not wait any longer)."""
+        self._house.draining = True
+        super().handle_exit(sig, frame)

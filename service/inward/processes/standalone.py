@@ -1,0 +1,97 @@
+"""``inward serve``: API and worker in one process, with a queue in memory."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from inward import __version__, logs, metrics
+from inward.api.app import create_app
+from inward.api.services import Services
+from inward.control.heads import LocalHeadControl
+from inward.engine import Engine
+from inward.intake import Intake
+from inward.processes.wiring import Loaded, about, drain, find_model, key_ring, limits, load
+from inward.queues.memory import MemoryQueue
+from inward.queues.single_flight import SingleFlight
+from inward.settings import Settings
+from inward.stores.idempotency import MemoryIdempotencyStore
+from inward.stores.quota import MemoryQuota
+from inward.types import Scored
+from inward.worker import Worker
+
+LOG = logs.logger("processes")
+
+
+class Standalone:
+    """Everything one process of ``inward serve`` holds, opened in order and closed in reverse."""
+
+    def __init__(self, settings: Settings, loaded: Loaded) -> None:
+        backbone, prompts, registry = loaded.backbone, loaded.prompts, loaded.registry
+        self.settings, self.backbone, self.prompts, self.registry = settings, backbone, prompts, registry
+        self.draining = False
+        self.queue = MemoryQueue(max_tokens=settings.queue_tokens)
+        self.worker = Worker(self.queue, Engine(backbone, registry))
+        self.services = Services(
+            prompts=prompts,
+            intake=Intake(SingleFlight(self.queue, window=settings.sharing_window, current=self.current)),
+            heads=LocalHeadControl(registry, backbone, prompts),
+            policies=loaded.policies,
+            info=self.info,
+            limits=limits(settings, prompts.max_tokens),
+            keys=key_ring(settings),
+            compat_head=settings.compat_head,
+            metrics_open=settings.metrics_open,
+            ready=self.ready,
+            alive=self.alive,
+            quota=MemoryQuota(settings.quota) if settings.quota else None,
+            answered=MemoryIdempotencyStore(keep=settings.idempotency_window, running=settings.timeout + 30),
+        )
+        self.app = create_app(self.services)
+        metrics.BUILD_INFO.labels(version=__version__, role="serve").set(1)
+        self._working = asyncio.create_task(self.worker.run())
+
+    @classmethod
+    async def open(cls, settings: Settings) -> Standalone:
+        """Loads the model and its heads.
+
+        Raises:
+            SetupError: something does not fit; nothing is left open.
+        """
+        return cls(settings, await load(settings, find_model(settings)))
+
+    def alive(self) -> bool:
+        """Whether the backbone can compute."""
+        return self.worker.dead is None and self.backbone.healthy() and not self._working.done()
+
+    def ready(self) -> tuple[bool, str]:
+        """Whether requests are welcome, and if not, why."""
+        if not self.alive():
+            return False, f"the engine is dead: {self.worker.dead or 'the backbone stopped'}"
+        if self.draining:
+            return False, "shutting down"
+        return True, "ready"
+
+    def current(self, scored: Scored) -> bool:
+        """Whether no head or policy was switched since."""
+        heads = self.registry.snapshot().heads
+        return scored.policy_version == self.backbone.policy_version and all(
+            ref.name in heads and heads[ref.name].ref == ref for ref in scored.heads
+        )
+
+    def info(self) -> dict[str, Any]:
+        """What ``GET /info`` answers."""
+        heads, queue_tokens = self.registry.names(), self.settings.queue_tokens
+        policy = self.backbone.policy_version
+        return about(self.backbone.info, policy, self.prompts.template, heads, self.services.limits, queue_tokens)
+
+    async def close(self, timeout: float) -> bool:
+        """Answers what was accepted, for at most ``timeout`` seconds, then gives the device back. True if nothing
+        was left.
+        """
+        self.draining = True
+        await self.queue.close()
+        clean = await drain(self._working, timeout) and self.worker.dead is None
+        await self.backbone.close()
+        logs.event(LOG, "stopped", clean=clean)
+        return clean

@@ -1,0 +1,237 @@
+"""Settings → concrete objects: the only place that knows which parts the house is made of."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from inward import __version__, logs
+from inward.api.auth import KeyRing
+from inward.api.services import Limits
+from inward.backbones import vllm
+from inward.backbones.base import Backbone
+from inward.backbones.fake import FakeBackbone
+from inward.backbones.loading import resolve
+from inward.control.policies import LocalPolicyControl
+from inward.errors import InwardError, SetupError
+from inward.heads.registry import Registry
+from inward.prompts import Prompts
+from inward.settings import Settings
+from inward.stores.connection import Connection
+from inward.types import BASE, BackboneInfo
+
+LOG = logs.logger("wiring")
+TOY = Path(__file__).parents[1] / "models/toy"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """Where the backbone's files are, and what to call it."""
+
+    folder: Path
+    name: str
+    revision: str
+
+
+def find_model(settings: Settings) -> ModelFiles:
+    """The folder of ``settings.model``; fetched from the hub where it is neither a folder nor in the hub's cache.
+
+    Raises:
+        SetupError: there is no such model.
+    """
+    if settings.model == "demo":
+        return ModelFiles(TOY / "backbone", "inward-demo", __version__)
+    folder = resolve(settings.model, settings.revision)
+    name = settings.model if not Path(settings.model).expanduser().is_dir() else folder.name
+    return ModelFiles(folder, name, settings.revision or "")
+
+
+def open_backbone(settings: Settings, model: ModelFiles, *, serving: bool = False) -> Backbone:
+    """Loads the model. ``auto`` takes vLLM for serving only: for reading whole states transformers is the better one.
+
+    Raises:
+        SetupError: it can't be loaded, and why.
+    """
+    if settings.backbone == "fake":
+        from inward.backbones.fingerprint import fingerprint
+
+        config = json.loads((model.folder / "config.json").read_text())
+        return FakeBackbone(
+            config["num_hidden_layers"], config["hidden_size"], max_tokens=config["max_position_embeddings"],
+            fingerprint=fingerprint(model.folder), tokens=settings.token_budget or 4096,
+        )  # fmt: skip
+    if settings.backbone == "vllm" or (settings.backbone == "auto" and serving and vllm.preferred(settings.device)):
+        return vllm.open_backbone(
+            model.folder, name=model.name, revision=model.revision, dtype=settings.dtype, device=settings.device,
+            token_budget=settings.token_budget, options=settings.vllm_options, adapters=settings.adapters is not None,
+            trust_remote_code=settings.trust_remote_code,
+        )  # fmt: skip
+    from inward.backbones.transformers.backbone import TransformersBackbone
+
+    return TransformersBackbone(
+        model.folder, name=model.name, revision=model.revision, dtype=settings.dtype, device=settings.device,
+        token_budget=settings.token_budget, trust_remote_code=settings.trust_remote_code,
+    )  # fmt: skip
+
+
+def open_prompts(settings: Settings, model: ModelFiles, max_tokens: int) -> Prompts:
+    """The templates and the tokenizer of the model."""
+    from inward.backbones.tokenizer import load_tokenizer
+
+    limit = min(max_tokens, settings.max_tokens or max_tokens)
+    return Prompts(load_tokenizer(model.folder), max_tokens=limit, format=settings.template)
+
+
+def heads_folder(settings: Settings, fingerprint: str) -> Path | None:
+    """Where heads are read from and new versions are written to.
+
+    The bundled heads are copied to the user's state folder first, so that updates survive a restart and never change
+    the package.
+    """
+    if settings.heads is not None:
+        return settings.heads.expanduser()
+    if settings.model != "demo" or not (TOY / "heads").is_dir():
+        return None
+    state = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "inward"
+    folder = state / f"demo-heads-{__version__}-{fingerprint.removeprefix('sha256:')[:12]}"
+    if not folder.is_dir():
+        fresh = folder.with_name(f".{folder.name}.{os.getpid()}")
+        shutil.copytree(TOY / "heads", fresh)
+        try:
+            fresh.rename(folder)
+        except OSError:  # another process was first
+            shutil.rmtree(fresh)
+    return folder
+
+
+def limits(settings: Settings, max_tokens: int) -> Limits:
+    """What a request may ask for."""
+    return Limits(
+        body_bytes=settings.max_body_bytes, upload_bytes=settings.max_upload_bytes, body_s=settings.body_timeout,
+        items=settings.max_items, candidates=settings.max_candidates,
+        tokens=max_tokens, timeout_s=settings.timeout,
+    )  # fmt: skip
+
+
+def key_ring(settings: Settings) -> KeyRing:
+    """Who may call.
+
+    Raises:
+        SetupError: the file of keys can't be used.
+    """
+    return KeyRing({key.get_secret_value() for key in settings.api_keys}, settings.api_keys_file)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A backbone with what belongs to it."""
+
+    backbone: Backbone
+    prompts: Prompts
+    registry: Registry
+    policies: LocalPolicyControl
+
+
+async def load(settings: Settings, model: ModelFiles) -> Loaded:
+    """Loads the model, the adapter to begin with, and the heads.
+
+    Raises:
+        SetupError: something does not fit; nothing is left open.
+    """
+    backbone = open_backbone(settings, model, serving=True)
+    try:
+        prompts = open_prompts(settings, model, backbone.info.max_tokens)
+        folder = heads_folder(settings, backbone.info.fingerprint)
+        registry = Registry.open(folder, info=backbone.info, template=prompts.template)
+        return Loaded(backbone, prompts, registry, await open_policies(settings, backbone))
+    except BaseException:
+        await backbone.close()
+        raise
+
+
+async def open_policies(settings: Settings, backbone: Backbone) -> LocalPolicyControl:
+    """The adapters of the settings, one of them loaded.
+
+    Raises:
+        SetupError: it can't be loaded.
+    """
+    policies = LocalPolicyControl(backbone, settings.adapters)
+    if settings.policy != BASE:
+        try:
+            await policies.begin(settings.policy)
+        except InwardError as error:
+            raise SetupError(f"--policy {settings.policy}: {error.message}") from error
+    return policies
+
+
+def about(
+    info: BackboneInfo, policy_version: str, template: str, heads: list[str], limits: Limits, queue_tokens: int
+) -> dict[str, Any]:
+    """What ``GET /info`` answers."""
+    return {
+        "version": __version__, "model": info.name, "revision": info.revision, "fingerprint": info.fingerprint,
+        "policy_version": policy_version, "dtype": info.dtype, "device": info.device, "layers": info.layers, "width": info.width,
+        "template": template, "heads": heads,
+        "limits": {
+            "body_bytes": limits.body_bytes, "items": limits.items, "candidates": limits.candidates,
+            "tokens": limits.tokens, "timeout_seconds": limits.timeout_s, "queue_tokens": queue_tokens,
+        },
+    }  # fmt: skip
+
+
+async def drain(working: asyncio.Task[None], timeout: float) -> bool:
+    """Waits for a worker's loop to end by itself, for at most ``timeout`` seconds; whether it did."""
+    done, _ = await asyncio.wait([working], timeout=timeout)
+    if not done:
+        working.cancel()
+        await asyncio.gather(working, return_exceptions=True)
+    return bool(done)
+
+
+def connect(settings: Settings) -> Connection:
+    """The Redis of the settings.
+
+    Raises:
+        SetupError: none is set, or not by a URL that can be used.
+    """
+    if not settings.redis_url:
+        raise SetupError("API replicas and workers meet in a Redis: name it with --redis-url or INWARD_REDIS_URL")
+    return Connection(settings.redis_url)
+
+
+def tokenizer_hash(model: ModelFiles) -> str:
+    """Equal where two processes turn the same text into the same tokens."""
+    file = model.folder / "tokenizer.json"
+    return hashlib.sha256(file.read_bytes() if file.is_file() else model.name.encode()).hexdigest()[:32]
+
+
+def describe(settings: Settings) -> dict[str, Any]:
+    """The resolved settings, without loading the model: what ``inward info`` prints."""
+    from inward.backbones.fingerprint import fingerprint
+
+    model = find_model(settings)
+    print_ = fingerprint(model.folder)
+    folder = heads_folder(settings, print_)
+    values = settings.resolved()
+    backbone = {
+        key: values.pop(key)
+        for key in ("dtype", "device", "token_budget", "vllm_options", "trust_remote_code", "template")
+    }
+    backbone |= {"kind": values.pop("backbone"), "name": model.name, "path": str(model.folder), "fingerprint": print_}
+    values.pop("heads")
+    limits = {
+        name: values.pop(name) for name in [*values] if name.startswith("max_") or name in ("queue_tokens", "timeout")
+    }
+    return {
+        "version": __version__,
+        "backbone": backbone,
+        "heads": str(folder) if folder else None,
+        "limits": limits,
+        **values,
+    }

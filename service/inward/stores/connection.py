@@ -1,0 +1,203 @@
+"""From a URL to a Redis that scripts run on, and from its many errors to ours."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from ssl import SSLCertVerificationError
+from typing import Any, Protocol, cast
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from redis.asyncio import Redis
+from redis.asyncio.cluster import RedisCluster
+from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel
+from redis.backoff import NoBackoff
+from redis.exceptions import (
+    AuthenticationError,
+    ClusterDownError,
+    ConnectionError,
+    NoPermissionError,
+    NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    TimeoutError,
+    TryAgainError,
+)
+
+from inward import logs
+from inward.errors import SetupError, Unavailable
+
+LOG = logs.logger("queues.redis")
+SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster")
+PASSING = ("OOM", "LOADING", "MASTERDOWN", "CLUSTERDOWN", "NOREPLICAS", "READONLY", "UNBLOCKED")
+"""What Redis says of states that pass; the last two to those who write to, or block on, a master that is demoted.
+From scripts, and from those who block, these come as plain errors."""
+RETRY_AFTER = 2.0
+"""Seconds after which a caller may come back when Redis was away or full."""
+
+
+Arg = str | bytes | int | float
+"""What a command or a script takes."""
+
+
+class Client(Protocol):
+    """The part of redis-py's clients that is used here; every command goes by its name."""
+
+    async def execute_command(self, *args: Any) -> Any: ...
+    async def aclose(self) -> None: ...
+
+
+class Connection:
+    """One Redis, standalone, behind Sentinels or a cluster.
+
+    Args:
+        url: ``redis://[user:password@]host:port/db``, ``rediss://`` for TLS, ``unix://path``,
+            ``redis+sentinel://[user:password@]host:port,host:port/service[/db]``, ``redis+cluster://host:port``; with
+            TLS also ``?ssl_ca_certs=…``, ``ssl_certfile``, ``ssl_keyfile`` and the like, as redis-py names them.
+        timeout: seconds after which a command that is not answered counts as lost.
+
+    Raises:
+        SetupError: not such a URL.
+    """
+
+    def __init__(self, url: str, *, timeout: float = 5.0) -> None:
+        self.timeout = timeout
+        self._client, self._sentinels = _clients(url, timeout)
+        self._shas: dict[str, str] = {}
+
+    async def __call__(self, *command: Any) -> Any:
+        """One command, such as ``await connection("XLEN", key)``.
+
+        Raises:
+            RedisError, TimeoutError: see ``unavailable``.
+        """
+        async with asyncio.timeout(self.timeout):
+            return await self._client.execute_command(*command)
+
+    async def script(self, source: str, keys: Sequence[str], args: Sequence[Arg]) -> Any:
+        """Runs a Lua script; Redis keeps its text, so that it is sent once.
+
+        Raises:
+            RedisError: see ``unavailable``.
+        """
+        sha = self._shas.get(source) or self._shas.setdefault(
+            source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
+        )
+        try:
+            return await self("EVALSHA", sha, len(keys), *keys, *args)
+        except NoScriptError:
+            return await self("EVAL", source, len(keys), *keys, *args)
+
+    async def check(self) -> None:
+        """Asks Redis who it is. One that is away is none of our business yet; one that would not do is.
+
+        Raises:
+            SetupError: it refuses us, or is too old.
+        """
+        try:
+            info = await self("INFO")
+        except (RedisError, OSError) as error:
+            if isinstance(error.__cause__ or error.__context__, SSLCertVerificationError):
+                raise SetupError(
+                    f"Redis is not to be trusted: {error}; name its authority with ?ssl_ca_certs=… in --redis-url"
+                ) from None
+            if passing(error):
+                return
+            raise SetupError(f"Redis refuses us: {error}; look at the user and the password in --redis-url") from None
+        version = str(info.get("redis_version", "0"))
+        if tuple(int(part) for part in version.split(".")[:2]) < (6, 2):
+            raise SetupError(f"Redis {version} is too old: 6.2 or newer, or Valkey, is needed")
+        if info.get("maxmemory_policy", "noeviction") != "noeviction":
+            logs.event(
+                LOG, "redis_may_evict", severity=logging.WARNING, policy=info["maxmemory_policy"], wanted="noeviction"
+            )
+
+    async def close(self) -> None:
+        """Closes the sockets."""
+        for client in (self._client, *self._sentinels):
+            await client.aclose()
+
+
+def passing(error: BaseException) -> bool:
+    """Whether it may be otherwise later, without anybody changing us: Redis away, starting, failing over or full."""
+    if isinstance(error, AuthenticationError | NoPermissionError):
+        return False
+    if isinstance(
+        error,
+        ConnectionError | TimeoutError | OutOfMemoryError | ReadOnlyError | ClusterDownError | TryAgainError | OSError,
+    ):
+        return True
+    return isinstance(error, RedisError) and any(word in str(error) for word in PASSING)
+
+
+@contextmanager
+def reachable() -> Iterator[None]:
+    """Raises ``Unavailable`` for what Redis raises in here."""
+    try:
+        yield
+    except (RedisError, OSError) as error:
+        raise unavailable(error) from error
+
+
+def unavailable(error: BaseException) -> Unavailable:
+    """What a caller is told about an error of Redis: a 503. Addresses and passwords stay out of it."""
+    if isinstance(error, OutOfMemoryError) or "OOM" in str(error):
+        return Unavailable("Redis is full: it holds as much as its maxmemory allows", retry_after=RETRY_AFTER)
+    return Unavailable(f"Redis can't be reached ({type(error).__name__})", retry_after=RETRY_AFTER)
+
+
+def _clients(url: str, timeout: float) -> tuple[Client, Sequence[Client]]:
+    """The client of the Redis, and those of the sentinels that it asks where that is."""
+    scheme = url.partition("://")[0]
+    if scheme not in SCHEMES:
+        raise SetupError(
+            f"the Redis URL begins with {scheme!r}; use one of {', '.join(f'{s}://' for s in SCHEMES)} (--redis-url)"
+        )
+    options: dict[str, Any] = {
+        # ours is in Connection: redis-py's own swallows cancellations on Python 3.11 (asyncio.wait_for)
+        "socket_timeout": None,
+        "socket_connect_timeout": min(timeout, 2.0), "socket_keepalive": True, "protocol": 2,
+        # once: an idle connection may have been cut
+        "retry": Retry(NoBackoff(), 1, supported_errors=(ConnectionError,)),
+    }  # fmt: skip
+    try:
+        if scheme.endswith("+sentinel"):
+            return _behind_sentinels(url, options)
+        if scheme.endswith("+cluster"):
+            return cast(Client, RedisCluster.from_url(url.replace("+cluster", "", 1), **options)), ()
+        return cast(Client, Redis.from_url(url, **options)), ()
+    except (ValueError, RedisError) as error:
+        raise SetupError(f"the Redis URL can't be used: {error} (--redis-url)") from None
+
+
+def _behind_sentinels(url: str, options: dict[str, Any]) -> tuple[Client, Sequence[Client]]:
+    parts = urlsplit(url)
+    credentials, _, hosts = parts.netloc.rpartition("@")
+    service, _, db = parts.path.strip("/").partition("/")
+    if not hosts or not service:
+        raise ValueError(
+            "it needs sentinels and the name of a service, such as redis+sentinel://host1:26379,host2:26379/mymaster/0"
+        )
+    user, _, password = credentials.partition(":")
+    options |= {"username": unquote(user) or None, "password": unquote(password) or None, "db": int(db or 0)}
+    own: dict[str, Any] = dict(parse_qsl(parts.query))  # ?username=…&password=… of the sentinels themselves
+    ssl = {name: own.pop(name) for name in list(own) if name.startswith("ssl_")} | (
+        {"ssl": True} if parts.scheme.startswith("rediss") else {}
+    )
+    if "ssl_check_hostname" in ssl:
+        ssl["ssl_check_hostname"] = ssl["ssl_check_hostname"].lower() not in ("0", "false", "no")
+    sentinel_kwargs = {**own, **ssl, "socket_connect_timeout": options["socket_connect_timeout"], "protocol": 2}
+    open_manager: Callable[..., Any] = Sentinel  # redis-py leaves its constructor untyped
+    addresses = [_address(one) for one in hosts.split(",")]
+    manager = open_manager(addresses, sentinel_kwargs=sentinel_kwargs, **options, **ssl)
+    return cast(Client, manager.master_for(service)), manager.sentinels
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, colon, port = text.strip().rpartition(":")
+    return (host, int(port)) if colon else (port, 26379)

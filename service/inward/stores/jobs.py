@@ -1,0 +1,264 @@
+"""Bulk jobs in Redis: rows in chunks, results by chunk, and a stream of chunks that any replica works off.
+
+A chunk's results are stored, appended to the ``scores:<name>`` stream and acknowledged in one script, and only the
+first time: so a job has exactly its rows, whoever died meanwhile. What is done takes the place of what was sent, so
+memory does not grow twice.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+import zlib
+from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from redis.exceptions import RedisError, ResponseError
+
+from inward import logs
+from inward.errors import InvalidField, NotFound
+from inward.stores.connection import Arg, Connection, reachable
+from inward.stores.keys import Keys
+from inward.stores.score_streams import MOST_SCORES
+
+LOG = logs.logger("queues.redis")
+GROUP = "replicas"
+ROWS = 64
+"""Rows of a chunk."""
+UPLOAD = 600
+"""Seconds without another chunk after which an upload that was broken off is forgotten."""
+
+FINISH = """
+-- KEYS: job, rows, results, chunks, scores.  ARGV: group, entry, chunk, results, most scores, seconds to keep, then rows for the scores.
+redis.call('XACK', KEYS[4], ARGV[1], ARGV[2])
+redis.call('XDEL', KEYS[4], ARGV[2])
+redis.call('HDEL', KEYS[2], ARGV[3])
+if redis.call('HGET', KEYS[1], 'state') ~= 'running' or redis.call('HSETNX', KEYS[3], ARGV[3], ARGV[4]) == 0 then return 0 end
+for i = 7, #ARGV do redis.call('XADD', KEYS[5], 'MAXLEN', '~', ARGV[5], '*', 'row', ARGV[i]) end
+redis.call('EXPIRE', KEYS[3], ARGV[6])
+redis.call('EXPIRE', KEYS[5], ARGV[6])
+if redis.call('HLEN', KEYS[3]) == tonumber(redis.call('HGET', KEYS[1], 'chunks')) then redis.call('HSET', KEYS[1], 'state', 'done') end
+return 1
+"""
+
+START = """
+-- KEYS: job, rows, chunks.  ARGV: job, number of chunks, seconds to keep, then names and values of its fields.
+for number = 0, ARGV[2] - 1 do redis.call('XADD', KEYS[3], '*', 'job', ARGV[1], 'chunk', number) end
+redis.call('HSET', KEYS[1], unpack(ARGV, 4))
+redis.call('EXPIRE', KEYS[1], ARGV[3])
+redis.call('EXPIRE', KEYS[2], ARGV[3])
+"""
+
+CANCEL = """
+-- KEYS: job, rows, results.
+if redis.call('HGET', KEYS[1], 'state') == 'running' then
+  redis.call('HSET', KEYS[1], 'state', 'cancelled')
+  redis.call('DEL', KEYS[2], KEYS[3])
+end
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class BulkJob:
+    """What a bulk job is and how far it is. ``state``: ``running``, ``done`` or ``cancelled``."""
+
+    id: str
+    state: str
+    kind: str
+    rows: int
+    done: int
+    created: float
+    head: str | None = None
+    scores: str | None = None
+    """Name of the stream to which scored rows are appended as well."""
+
+    def body(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Some rows of a job, claimed by a replica."""
+
+    entry: str
+    job: BulkJob
+    number: int
+    rows: tuple[str, ...]
+
+
+class BulkStore:
+    """See the module. A Redis that is away is ``Unavailable`` to the API's methods (the first four) and ``RedisError``
+    to the others.
+
+    Args:
+        keep: seconds after which a job and its results are forgotten.
+        idle: seconds without renewal after which a chunk may be taken over.
+    """
+
+    def __init__(self, connection: Connection, keys: Keys, *, keep: float, idle: float) -> None:
+        self._redis, self._keys, self._keep, self._idle = connection, keys, round(keep), round(idle * 1000)
+
+    async def create(self, kind: str, lines: AsyncIterable[str], *, head: str | None, scores: str | None) -> BulkJob:
+        """Stores the rows chunk by chunk, as they come; they are worked off once all are there.
+
+        Raises:
+            InvalidField: there are none.
+            Exception: what ``lines`` raises; nothing is left behind, also where this process ends in the middle.
+        """
+        job_id = uuid.uuid4().hex
+        job, rows = self._keys.bulk(job_id), self._keys.bulk(job_id, "rows")
+        with reachable():
+            try:
+                number, chunks = await self._store(rows, lines)
+            except BaseException:
+                await self._discard(rows)
+                raise
+            described: dict[str, Arg] = {
+                "state": "running",
+                "kind": kind,
+                "rows": number,
+                "chunks": chunks,
+                "created": time.time(),
+            }
+            described |= {name: value for name, value in (("head", head), ("scores", scores)) if value is not None}
+            fields = [part for pair in described.items() for part in pair]
+            await self._redis.script(START, [job, rows, self._keys.chunks], [job_id, chunks, self._keep, *fields])
+            return await self.get(job_id)
+
+    async def _store(self, key: str, lines: AsyncIterable[str]) -> tuple[int, int]:
+        """Rows and chunks."""
+        rows = chunks = 0
+        chunk: list[str] = []
+
+        async def store() -> None:
+            await self._redis("HSET", key, chunks, zlib.compress("\n".join(chunk).encode()))
+            await self._redis("EXPIRE", key, UPLOAD)
+
+        async for line in lines:
+            chunk.append(line)
+            if len(chunk) == ROWS:
+                await store()
+                rows, chunks, chunk = rows + ROWS, chunks + 1, []
+        if chunk:
+            await store()
+            rows, chunks = rows + len(chunk), chunks + 1
+        if not rows:
+            raise InvalidField("the body has no rows; send one JSON object a line")
+        return rows, chunks
+
+    async def _discard(self, key: str) -> None:
+        try:
+            await self._redis("DEL", key)
+        except (RedisError, OSError):  # it expires by itself
+            logs.event(LOG, "upload_not_discarded")
+
+    async def get(self, job_id: str) -> BulkJob:
+        """How far it is.
+
+        Raises:
+            NotFound: there is no such job, or not any more.
+        """
+        with reachable():
+            flat = await self._redis("HGETALL", self._keys.bulk(job_id))
+            fields = {name.decode(): value.decode() for name, value in _pairs(flat)}
+            if "state" not in fields:
+                raise NotFound(f"there is no job {job_id}, or not any more", param="id")
+            rows = int(fields["rows"])
+            done = (
+                rows
+                if fields["state"] == "done"
+                else min(rows, ROWS * int(await self._redis("HLEN", self._keys.bulk(job_id, "results"))))
+            )
+            return BulkJob(
+                job_id,
+                fields["state"],
+                fields["kind"],
+                rows,
+                done,
+                float(fields["created"]),
+                fields.get("head"),
+                fields.get("scores"),
+            )
+
+    async def cancel(self, job_id: str) -> BulkJob:
+        """Nothing more of it is computed; what was done is dropped. A job that is done stays so.
+
+        Raises:
+            NotFound: there is no such job.
+        """
+        with reachable():
+            await self.get(job_id)
+            keys = [self._keys.bulk(job_id), self._keys.bulk(job_id, "rows"), self._keys.bulk(job_id, "results")]
+            await self._redis.script(CANCEL, keys, [])
+            return await self.get(job_id)
+
+    async def results(self, job_id: str) -> AsyncIterator[str]:
+        """The results, one JSON object a row, in the order of the rows."""
+        with reachable():
+            rows = (await self.get(job_id)).rows
+            for number in range(-(-rows // ROWS)):
+                data = await self._redis("HGET", self._keys.bulk(job_id, "results"), number)
+                yield zlib.decompress(data).decode() + "\n"
+
+    async def take(self, replica: str) -> Chunk | None:
+        """The next chunk, or one of a replica that is gone; None if none came within a second. Those of jobs that
+        ended are dropped.
+        """
+        try:
+            _, claimed, *_ = await self._redis(
+                "XAUTOCLAIM", self._keys.chunks, GROUP, replica, self._idle, "0", "COUNT", 1
+            )
+            if not claimed:
+                found = await self._redis(
+                    "XREADGROUP", "GROUP", GROUP, replica, "COUNT", 1, "BLOCK", 1000, "STREAMS", self._keys.chunks, ">"
+                )
+                claimed = found[0][1] if found else []
+        except ResponseError as error:
+            if "NOGROUP" not in str(error):
+                raise
+            await self._redis("XGROUP", "CREATE", self._keys.chunks, GROUP, "0", "MKSTREAM")
+            return None
+        for entry, fields in claimed:
+            if (chunk := await self._chunk(entry.decode(), dict(_pairs(fields)))) is not None:
+                return chunk
+            await self._redis("XACK", self._keys.chunks, GROUP, entry)
+            await self._redis("XDEL", self._keys.chunks, entry)
+        return None
+
+    async def renew(self, replica: str, entry: str) -> None:
+        """A sign of life for a chunk. One that somebody else took over meanwhile is done twice, and stored once."""
+        await self._redis("XCLAIM", self._keys.chunks, GROUP, replica, 0, entry, "JUSTID")
+
+    async def finish(
+        self, chunk: Chunk, results: Sequence[Mapping[str, Any]], scored: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Stores the results of a chunk, and appends ``scored`` to the job's stream if it has one; the first time
+        only.
+        """
+        job = chunk.job
+        keys = [
+            self._keys.bulk(job.id), self._keys.bulk(job.id, "rows"), self._keys.bulk(job.id, "results"), self._keys.chunks,
+            self._keys.scores(job.scores or "-"),
+        ]  # fmt: skip
+        data = zlib.compress("\n".join(json.dumps(row) for row in results).encode())
+        rows = [json.dumps(row) for row in scored] if job.scores else []
+        await self._redis.script(FINISH, keys, [GROUP, chunk.entry, chunk.number, data, MOST_SCORES, self._keep, *rows])
+
+    async def _chunk(self, entry: str, fields: Mapping[bytes, bytes]) -> Chunk | None:
+        try:
+            job = await self.get(fields[b"job"].decode())
+        except NotFound:
+            return None
+        number = int(fields[b"chunk"])
+        data = await self._redis("HGET", self._keys.bulk(job.id, "rows"), number)
+        if job.state != "running" or data is None:
+            return None
+        return Chunk(entry, job, number, tuple(zlib.decompress(data).decode().split("\n")))
+
+
+def _pairs(reply: Any) -> list[tuple[bytes, bytes]]:
+    """Name and value, whichever way the client gives them."""
+    return list(reply.items()) if isinstance(reply, dict) else list(zip(reply[::2], reply[1::2], strict=True))

@@ -1,0 +1,106 @@
+"""What the service says of itself, its heads and its bulk jobs. Newer versions may say more."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from inward.types import Kind, Position
+
+
+class AdminAnswer(BaseModel):
+    """Base of all: descriptions from docstrings."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+
+class FittedOn(AdminAnswer):
+    """A backbone."""
+
+    name: str
+    revision: str
+    fingerprint: str
+
+
+class HeadInfo(AdminAnswer):
+    """A loaded head."""
+
+    name: str
+    kind: Kind
+    version: int
+    """The active one."""
+    versions: list[int]
+    sequence: int | None
+    """Number of the last online step."""
+    path: str | None
+    created: str
+    """UTC, ISO 8601."""
+    backbone: FittedOn
+    layers: list[int]
+    """Index k is the residual stream after k blocks."""
+    position: Position
+    template: str
+    """What turned a conversation into text at fitting."""
+    calibration: dict[str, Any]
+    fit: dict[str, Any]
+    """Data hash, seed and metrics."""
+
+
+class HeadsAnswer(AdminAnswer):
+    """Answer of `/heads`."""
+
+    heads: list[HeadInfo]
+
+
+class RequestLimits(AdminAnswer):
+    """What one request may ask for."""
+
+    body_bytes: int
+    items: int
+    candidates: int
+    tokens: int
+    """Of one prompt and response."""
+    timeout_seconds: float
+    queue_tokens: int
+    """Tokens that may wait and be computed at once."""
+
+
+class Info(AdminAnswer):
+    """Answer of `/info`."""
+
+    version: str
+    """Of the service."""
+    model: str
+    revision: str
+    fingerprint: str
+    policy_version: str
+    dtype: str
+    device: str
+    layers: int
+    width: int
+    template: str
+    heads: list[str]
+    limits: RequestLimits
+
+
+class Status(AdminAnswer):
+    """Answer of the health routes, where all is well."""
+
+    status: str
+
+
+class Job(AdminAnswer):
+    """A bulk job."""
+
+    id: str
+    state: Literal["running", "done", "cancelled"]
+    kind: Literal["margin", "score", "reward"]
+    rows: int
+    done: int
+    """Rows that are worked off."""
+    created: float
+    """Unix time."""
+    head: str | None
+    scores: str | None
+    """Name of the stream to which scored rows are appended as well."""

@@ -1,0 +1,173 @@
+"""JSON of other projects' clients: only the fields that are used here; whatever else they send is ignored.
+
+What ``/rerank`` and ``/score`` take in several dialects is told by the fields present. Answers are in
+``wire.foreign_answers``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictBool, StrictInt, Tag
+
+from inward.wire.requests import RerankRequest, ScoreRequest, Text
+
+HeadName = Annotated[str, Field(min_length=1, max_length=64)]
+Texts = Annotated[list[Text], Field(min_length=1)]
+Messages = Annotated[list[dict[str, Any]], Field(min_length=1)]
+FOREIGN_TAGS = frozenset({"as native", "as documents", "as texts", "as text pairs", "as one", "as many", "as object"})
+"""Steps in the path of a pydantic error that are no field of the caller's JSON."""
+
+
+def _one_or_many(value: Any) -> str:
+    return "as many" if isinstance(value, list) else "as one"
+
+
+TextOrTexts = Annotated[Annotated[Text, Tag("as one")] | Annotated[Texts, Tag("as many")], Discriminator(_one_or_many)]
+TextOrMessages = Annotated[
+    Annotated[Text, Tag("as one")] | Annotated[Messages, Tag("as many")], Discriminator(_one_or_many)
+]
+
+
+class Foreign(BaseModel):
+    """Base of all: unknown fields are ignored."""
+
+    model_config = ConfigDict(extra="ignore", use_attribute_docstrings=True)
+
+    head: HeadName | None = None
+    """Inward's own: the head that answers. Without it: `model`, if it is a head's name, then the setting
+    `compat_head`, then the first loaded one of a kind that fits."""
+    truncate: StrictBool | None = None
+    """Cut text that is longer than the model takes."""
+
+
+class Named(Foreign):
+    """With the `model` that nearly every client sends."""
+
+    model: str | None = None
+    """Name of a head, or of anything."""
+
+
+class OpenRLHFRequest(Foreign):
+    """OpenRLHF's remote reward model: whole conversations, decoded with special tokens."""
+
+    query: list[Text]
+    """Prompt and response, as the model saw and wrote them."""
+    prompts: list[Text] | None = None
+    """The prompts with which the queries begin."""
+    labels: list[Any] | None = None
+
+
+class SlimeRequest(Foreign):
+    """slime's and miles' remote reward model: one sample."""
+
+    prompt: TextOrMessages
+    """As text, with the chat template applied or not, or as chat messages."""
+    response: Text
+    label: Any = None
+
+
+class LlamaFactoryRequest(Named):
+    """LLaMA-Factory's reward model server: whole conversations, decoded with special tokens."""
+
+    messages: Texts
+
+
+class ClassifyRequest(Named):
+    """vLLM's `/classify`, as verl calls it: whole conversations with the chat template applied."""
+
+    input: TextOrTexts
+    use_activation: StrictBool | None = None
+    """false: the raw score instead of one in [0, 1]."""
+
+
+class DocumentText(BaseModel):
+    """A document as an object."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    text: Text
+
+
+Document = Annotated[
+    Annotated[Text, Tag("as one")] | Annotated[DocumentText, Tag("as object")],
+    Discriminator(lambda value: "as object" if isinstance(value, dict | DocumentText) else "as one"),
+]
+
+
+class DocumentsRequest(Named):
+    """Rerank as Cohere, Jina and vLLM ask for it: the query is the prompt, the documents are the responses."""
+
+    query: Text
+    documents: Annotated[list[Document], Field(min_length=1)]
+    top_n: Annotated[StrictInt, Field(ge=0)] | None = None
+    """How many to answer; 0 and none: all."""
+    return_documents: StrictBool | None = None
+    truncate_prompt_tokens: StrictInt | None = None
+    """vLLM's; given, text that is longer than the model takes is cut."""
+
+    def texts(self) -> list[str]:
+        """The documents' texts."""
+        return [document if isinstance(document, str) else document.text for document in self.documents]
+
+
+class TextsRequest(Foreign):
+    """Rerank as text-embeddings-inference asks for it."""
+
+    query: Text
+    texts: Texts
+    raw_scores: StrictBool | None = None
+    """Scores as they are instead of in [0, 1]."""
+    return_text: StrictBool | None = None
+
+
+class TextPairsRequest(Named):
+    """vLLM's `/score`: each query with each text, or the n-th with the n-th."""
+
+    text_1: TextOrTexts | None = None
+    text_2: TextOrTexts | None = None
+    queries: TextOrTexts | None = None
+    """Another name of `text_1`."""
+    documents: TextOrTexts | None = None
+    """Another name of `text_2`."""
+    use_activation: StrictBool | None = None
+    """false: the raw score instead of one in [0, 1]."""
+    truncate_prompt_tokens: StrictInt | None = None
+    """Given, text that is longer than the model takes is cut."""
+
+
+class VerifyRequest(BaseModel):
+    """NeMo Gym's verification of one rollout. All of it is sent back with the reward."""
+
+    model_config = ConfigDict(extra="allow")
+
+    responses_create_params: dict[str, Any]
+    """What was asked of the policy: `input`, `instructions`."""
+    response: dict[str, Any]
+    """What it answered, as an object of the Responses API."""
+
+
+def rerank_dialect(value: Any) -> str:
+    """The tag of the dialect in which a body on ``/rerank`` is written."""
+    given = value if isinstance(value, dict) else {}
+    return "as documents" if "documents" in given else "as texts" if "texts" in given else "as native"
+
+
+def score_dialect(value: Any) -> str:
+    """The tag of the dialect in which a body on ``/score`` is written."""
+    given = value if isinstance(value, dict) else {}
+    return "as text pairs" if "text_1" in given or "queries" in given else "as native"
+
+
+AnyRerank = Annotated[
+    Annotated[RerankRequest, Tag("as native")]
+    | Annotated[DocumentsRequest, Tag("as documents")]
+    | Annotated[TextsRequest, Tag("as texts")],
+    Discriminator(rerank_dialect),
+]
+"""What `/rerank` takes: the fields present decide."""
+AnyScore = Annotated[
+    Annotated[ScoreRequest, Tag("as native")] | Annotated[TextPairsRequest, Tag("as text pairs")],
+    Discriminator(score_dialect),
+]
+"""What `/score` takes: the fields present decide."""

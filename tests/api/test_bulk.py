@@ -1,0 +1,236 @@
+"""Bulk jobs: the store against a real Redis, the runner through the real routes, the routes as a caller sees them."""
+
+import asyncio
+import json
+import tracemalloc
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import pytest
+
+from inward.api.app import create_app
+from inward.api.bulk import BulkRunner
+from inward.errors import NotFound, Overloaded
+from inward.stores.connection import Connection
+from inward.stores.jobs import ROWS, BulkStore
+from support.fake_services import FakeServices, error
+from support.queues import KEYS, age
+from support.waiting import PATIENCE, until
+
+JSONL = {"content-type": "application/x-ndjson"}
+
+
+def pairs(n):
+    return [{"prompt": "question", "chosen": "a" * (i % 7 + 1), "rejected": "b" * (i % 3 + 1)} for i in range(n)]
+
+
+def lines(rows):
+    return "\n".join(json.dumps(row) for row in rows).encode()
+
+
+async def each(rows):
+    for row in rows:
+        yield row
+
+
+@asynccontextmanager
+async def opened(redis_server):
+    """A store in Redis and a house of fakes whose routes use it."""
+    connection = Connection(redis_server.url, timeout=PATIENCE)
+    house = FakeServices()
+    house.store = BulkStore(connection, KEYS, keep=PATIENCE, idle=PATIENCE)
+    object.__setattr__(house.services, "jobs", house.store)
+    yield house
+    await connection.close()
+
+
+@asynccontextmanager
+async def running(house):
+    task = asyncio.create_task(BulkRunner(house.store, house.app, idle=PATIENCE).run())
+    yield
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def finished(house, job_id):
+    async def ended():
+        job = (await house.get(f"/jobs/{job_id}")).json()
+        return job if job["state"] != "running" else None
+
+    return await until(ended)
+
+
+async def results(house, job_id):
+    answer = await house.get(f"/jobs/{job_id}/results")
+    assert answer.status_code == 200, answer.text
+    return [json.loads(line) for line in answer.text.splitlines()]
+
+
+async def test_every_row_gets_what_it_gets_in_a_request_in_its_place(redis_server):
+    rows = pairs(3 * ROWS + 5)
+    async with opened(redis_server) as house, running(house):
+        created = await house.post("/jobs?kind=margin", lines(rows), headers=JSONL)
+        assert (created.status_code, created.json()["state"], created.json()["rows"]) == (201, "running", len(rows))
+        job = await finished(house, created.json()["id"])
+        assert (job["state"], job["done"]) == ("done", len(rows))
+        got = await results(house, job["id"])
+        expected = (await house.post("/margin", {"pairs": rows[:50]})).json()
+    assert [r["index"] for r in got] == list(range(len(rows)))
+    assert [r["margin"] for r in got[:50]] == [m["margin"] for m in expected["margins"]]
+    assert got[0]["head"] == expected["head"]
+
+
+async def test_rows_that_are_wrong_have_an_error_and_harm_no_others(redis_server):
+    body = lines(pairs(2)) + b"\nnot json\n\n" + lines([{"prompt": "x", "chosen": "y", "unknown": 1}, *pairs(1)])
+    async with opened(redis_server) as house, running(house):
+        job = await finished(house, (await house.post("/jobs?kind=margin", body, headers=JSONL)).json()["id"])
+        got = await results(house, job["id"])
+    assert [bool(r.get("error")) for r in got] == [False, False, True, True, False]
+    assert "not a JSON object" in got[2]["error"]["message"]
+
+
+async def test_a_chunk_of_a_replica_that_died_is_done_by_another_one_and_stored_once(redis_server):
+    async with opened(redis_server) as house:
+        job = await house.store.create(
+            "margin", each(json.dumps(p) for p in pairs(2 * ROWS)), head="harmless", scores="trainer"
+        )
+        lost = await until(lambda: house.store.take("dead"))
+        age(redis_server, "dead", streams=[KEYS.chunks], group="replicas")
+        async with running(house):
+            assert (await finished(house, job.id))["done"] == 2 * ROWS
+        await house.store.finish(lost, [{"index": 0, "margin": 99.0}] * ROWS, [{"late": True}] * ROWS)
+        assert 99.0 not in [r["margin"] for r in await results(house, job.id)]
+        with redis_server.client() as client:
+            stream = [json.loads(fields[b"row"]) for _, fields in client.xrange(KEYS.scores("trainer"))]
+            assert client.xlen(KEYS.chunks) == 0
+            assert client.xpending(KEYS.chunks, "replicas")["pending"] == 0
+    assert sorted(row["index"] for row in stream) == list(range(2 * ROWS))
+    assert {"prompt", "chosen", "rejected", "margin", "head"} <= set(stream[0])
+
+
+async def test_a_job_waits_while_the_house_is_overloaded(redis_server):
+    async with opened(redis_server) as house, running(house):
+        house.intake.error = Overloaded("full", retry_after=1)
+        job_id = (
+            await house.post("/jobs?kind=score", lines([{"prompt": "a", "response": "b"}]), headers=JSONL)
+        ).json()["id"]
+        await house.intake.started.wait()
+        early = await house.get(f"/jobs/{job_id}/results")
+        assert (early.status_code, "0 of 1 rows" in error(early)["message"]) == (409, True)
+        house.intake.error = None
+        await finished(house, job_id)
+        assert (await results(house, job_id))[0]["score"] == 1.0
+
+
+async def test_a_cancelled_job_is_not_worked_off_and_leaves_nothing(redis_server):
+    async with opened(redis_server) as house:
+        job_id = (await house.post("/jobs?kind=margin", lines(pairs(ROWS * 2)), headers=JSONL)).json()["id"]
+        assert (await house.post(f"/jobs/{job_id}/cancel", b"")).json()["state"] == "cancelled"
+        with redis_server.client() as client:
+            async with running(house):
+                await until(lambda: client.xlen(KEYS.chunks) == 0)
+            assert client.exists(KEYS.bulk(job_id, "rows")) == 0
+        assert house.intake.calls == []
+        assert (await house.get(f"/jobs/{job_id}/results")).status_code == 409
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "headers", "status"),
+    [
+        ("/jobs?kind=margin", b"", JSONL, 422),
+        ("/jobs?kind=margin", b"{}", {"content-type": "text/plain"}, 400),
+        ("/jobs?kind=margin", b"\xff", JSONL, 400),
+        ("/jobs?kind=other", b"{}", JSONL, 422),
+        ("/jobs", b"{}", JSONL, 422),
+        ("/jobs?kind=margin&head=nope", b"{}", JSONL, 404),
+        ("/jobs?kind=margin&scores=a%20b", b"{}", JSONL, 422),
+    ],
+)
+async def test_what_is_no_job_is_refused(redis_server, path, body, headers, status):
+    async with opened(redis_server) as house:
+        answer = await house.post(path, body, headers=headers)
+        assert (answer.status_code, bool(error(answer))) == (status, True)
+
+
+async def test_unknown_jobs_are_404_and_so_are_all_where_there_is_no_redis(redis_server):
+    async with opened(redis_server) as house:
+        assert (await house.get(f"/jobs/{'0' * 32}")).status_code == 404
+        with pytest.raises(NotFound):
+            await house.store.cancel("0" * 32)
+    answer = await FakeServices().get(f"/jobs/{'0' * 32}")
+    assert (answer.status_code, "need a Redis" in error(answer)["message"]) == (404, True)
+
+
+async def test_an_upload_has_a_limit_of_its_own(redis_server):
+    async with opened(redis_server) as house:
+        rows = lines([{"prompt": "x" * 1000, "response": "y"}] * 1200)
+        assert (await house.post("/score", rows)).status_code == 413
+        assert (await house.post("/jobs?kind=score", rows, headers=JSONL)).status_code == 201
+
+
+async def test_an_upload_goes_to_redis_as_it_comes_and_is_not_held_in_memory(redis_server):
+    row = json.dumps({"prompt": "x" * 1000, "response": "y"}).encode() + b"\n"
+    piece, pieces = row * 640, 30
+
+    async with opened(redis_server) as house:
+        tracemalloc.start()
+        try:
+            answer = await house.post("/jobs?kind=score", each(piece for _ in range(pieces)), headers=JSONL)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert answer.json()["rows"] == 640 * pieces
+        assert len(piece) * pieces > 15 * 2**20 > 3 * peak
+        with redis_server.client() as client:
+            assert client.hlen(KEYS.bulk(answer.json()["id"], "rows")) == 640 * pieces // ROWS
+
+
+async def test_rows_are_whole_wherever_the_upload_is_cut_into_pieces(redis_server):
+    rows = [{"prompt": "wie schön — 你好", "response": "é" * n} for n in range(1, 5)]
+    body = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
+    async with opened(redis_server) as house:
+        answer = await house.post("/jobs?kind=score", each(body[i : i + 1] for i in range(len(body))), headers=JSONL)
+        chunk = await until(lambda: house.store.take("me"))
+    assert [json.loads(line) for line in chunk.rows] == rows
+    assert answer.json()["rows"] == len(rows)
+
+
+@pytest.mark.parametrize("ending", ["disconnect", "not utf-8", "too large", "a row too large"])
+async def test_an_upload_that_breaks_off_leaves_nothing_behind(redis_server, ending):
+    async with opened(redis_server) as house:
+        limits = replace(house.services.limits, upload_bytes=100_000, body_bytes=50_000)
+        app = create_app(replace(house.services, limits=limits))
+        last = {
+            "disconnect": {"type": "http.disconnect"},
+            "not utf-8": {"type": "http.request", "body": b"\xff\n", "more_body": True},
+            "too large": {"type": "http.request", "body": lines(pairs(2000)), "more_body": True},
+            "a row too large": {"type": "http.request", "body": b"x" * 60_000, "more_body": True},
+        }[ending]
+        messages = iter([{"type": "http.request", "body": lines(pairs(3 * ROWS)) + b"\n", "more_body": True}, last])
+        sent, stored = [], []
+
+        async def receive():
+            with redis_server.client() as client:
+                stored.append(client.keys(KEYS.bulk("*")))
+            return next(messages)
+
+        async def send(message):
+            sent.append(message)
+
+        headers = [(b"content-type", JSONL["content-type"].encode())]
+        scope = {"type": "http", "method": "POST", "path": "/jobs", "query_string": b"kind=margin", "headers": headers}
+        await app(scope, receive, send)
+        assert [len(keys) for keys in stored] == [0, 1]
+        with redis_server.client() as client:
+            assert client.keys(KEYS.bulk("*")) == []
+            assert client.xlen(KEYS.chunks) == 0
+    status = {"disconnect": [], "not utf-8": [400], "too large": [413], "a row too large": [413]}[ending]
+    assert [m["status"] for m in sent if m["type"] == "http.response.start"] == status
+
+
+async def test_an_upload_that_is_sent_again_with_its_key_is_the_same_job(redis_server):
+    async with opened(redis_server) as house:
+        headers = {**JSONL, "idempotency-key": "k"}
+        first, again = [await house.post("/jobs?kind=margin", lines(pairs(3)), headers=headers) for _ in range(2)]
+        assert (first.json()["id"], again.headers["idempotency-replayed"]) == (again.json()["id"], "true")
+        assert (await house.post("/jobs?kind=score", lines(pairs(3)), headers=headers)).status_code == 422

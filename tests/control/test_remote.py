@@ -1,0 +1,215 @@
+"""A replica's desk and the clerks of two workers that share a heads folder, around a real Redis."""
+
+import asyncio
+from contextlib import AsyncExitStack
+
+import numpy as np
+import pytest
+
+from inward import codec
+from inward.backbones.fake import FakeBackbone
+from inward.control.channel import ControlChannel
+from inward.control.heads import LocalHeadControl
+from inward.control.policies import LocalPolicyControl
+from inward.control.remote import ControlAgent, RemoteHeadControl, RemotePolicyControl, WorkerInfo
+from inward.errors import Conflict, EngineDead, InvalidField, NotFound, Unavailable
+from inward.heads import store
+from inward.heads.base import BackboneRef, Manifest
+from inward.heads.hybrid import HybridHead
+from inward.heads.registry import Registry
+from inward.prompts import Prompts, Texts
+from inward.queues.redis.consumer import RedisConsumer
+from inward.stores.connection import Connection
+from inward.types import HeadRef
+from support.adapters import write_adapter
+from support.queues import KEYS, WORKER
+from support.tiny_tokenizer import tokenizer
+from support.waiting import PATIENCE, until
+
+LAYERS, WIDTH = 4, 16
+PROMPTS = Prompts(tokenizer(), max_tokens=512)
+PAIRS = [Texts(f"question {i}", (f"good {i}", f"bad {i}")) for i in range(4)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rng = np.random.default_rng(0)
+    fingerprint = FakeBackbone(LAYERS, WIDTH).info.fingerprint
+    manifest = Manifest(
+        name="hybrid", kind="hybrid", version=1, created="2025-01-01T00:00:00Z", template=PROMPTS.template, layers=(2, 4),
+        backbone=BackboneRef(name="fake", fingerprint=fingerprint), options={"gate": "sigmoid"},
+    )  # fmt: skip
+    shapes = {"probe_weight": (2, WIDTH), "probe_bias": 2, "gate_weight": (2, 2), "mean": (2, WIDTH)}
+    tensors = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()} | {
+        "scale": np.ones((2, WIDTH), np.float32)
+    }
+    store.save(HybridHead.from_tensors(manifest, tensors), tmp_path / "hybrid")
+    return tmp_path
+
+
+class Shop:
+    """What a worker has for its agent."""
+
+    def __init__(self, connection, folder, template=PROMPTS.template):
+        backbone = FakeBackbone(LAYERS, WIDTH)
+        self.registry = Registry.open(folder, info=backbone.info, template=PROMPTS.template)
+        self.consumer = RedisConsumer(
+            connection, KEYS, **WORKER, about=lambda: self.worker_info(backbone, template).encode()
+        )
+        head_control = LocalHeadControl(self.registry, backbone, PROMPTS)
+        self.policies = LocalPolicyControl(backbone, folder / "adapters")
+        self.agent = ControlAgent(
+            ControlChannel(connection, KEYS),
+            self.consumer.worker,
+            head_control,
+            self.registry,
+            self.policies,
+            self.consumer.publish,
+        )
+
+    def worker_info(self, backbone, template):
+        return WorkerInfo(
+            "1", backbone.info, backbone.policy_version, template, "tok", 512, tuple(self.registry.listing())
+        )
+
+    async def open(self):
+        await self.consumer.open()
+        return asyncio.create_task(self.agent.run())
+
+
+@pytest.fixture
+async def town(redis_server, folder, monkeypatch):
+    """A desk; ``open`` opens shops."""
+    monkeypatch.setattr("inward.control.remote.FOLLOWED", PATIENCE)
+    async with AsyncExitStack() as stack:
+        connection = Connection(redis_server.url, timeout=PATIENCE)
+        stack.push_async_callback(connection.close)
+        head_control = RemoteHeadControl(ControlChannel(connection, KEYS), template=PROMPTS.template, tokenizer="tok")
+
+        async def open(**options):
+            shop = Shop(connection, folder, **options)
+            task = await shop.open()
+
+            async def close():
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+                await shop.consumer.leave()
+
+            stack.push_async_callback(close)
+            return shop
+
+        head_control.open_shop = open
+        yield head_control
+
+
+async def test_the_heads_are_those_of_the_workers_workers(town):
+    with pytest.raises(EngineDead, match="heard of"):
+        town.listing()
+    shop = await town.open_shop()
+    await town.refresh()
+    assert town.listing() == shop.registry.listing()
+    assert town.resolve(None, ("legend", "hybrid")) == HeadRef("hybrid", "hybrid", 1)
+    assert town.show("hybrid")["versions"] == [1]
+    with pytest.raises(NotFound, match="loaded: hybrid"):
+        town.show("nope")
+
+
+async def test_an_update_by_one_worker_is_served_by_all_when_the_answer_comes_and_a_repeat_changes_nothing(town):
+    shops = [await town.open_shop() for _ in range(3)]
+    await town.refresh()
+    for sequence in (1, 2, 3):
+        ref = await town.update("hybrid", sequence, PAIRS, lr=1e-2)
+        assert ref == HeadRef("hybrid", "hybrid", sequence + 1)
+        assert [shop.registry.snapshot().heads["hybrid"].ref.version for shop in shops] == [sequence + 1] * 3
+        assert await town.update("hybrid", sequence, PAIRS, lr=1e-2) == ref
+    assert town.show("hybrid")["versions"] == [1, 2, 3, 4]
+    assert await town.activate("hybrid", 2) == HeadRef("hybrid", "hybrid", 2)
+    assert [shop.registry.snapshot().heads["hybrid"].ref.version for shop in shops] == [2] * 3
+
+
+async def test_updates_sent_at_once_are_applied_one_by_one(town):
+    shops = [await town.open_shop() for _ in range(3)]
+    await town.refresh()
+    answers = await asyncio.gather(*(town.update("hybrid", 1, PAIRS, lr=1e-2) for _ in range(6)))
+    assert set(answers) == {HeadRef("hybrid", "hybrid", 2)}
+    assert shops[0].registry.versions("hybrid") == [1, 2]
+
+
+async def test_a_worker_that_comes_while_a_head_is_switched_misses_nothing(town, monkeypatch):
+    first = await town.open_shop()
+    await town.refresh()
+    await town.update("hybrid", 1, PAIRS, lr=1e-2)
+    latest = ControlChannel.latest_news
+
+    async def switched_just_before(control):
+        monkeypatch.setattr(ControlChannel, "latest_news", latest)
+        await first.agent._answer(codec.encode_map("activate", {"name": "hybrid", "version": 1}))
+        return await latest(control)
+
+    monkeypatch.setattr(ControlChannel, "latest_news", switched_just_before)
+    second = await town.open_shop()
+    await until(lambda: second.registry.snapshot().heads["hybrid"].ref.version == 1)
+
+
+async def test_errors_come_back_as_themselves(town):
+    await town.open_shop()
+    await town.refresh()
+    with pytest.raises(Conflict, match="expects update sequence 1, not 5"):
+        await town.update("hybrid", 5, PAIRS, lr=1e-2)
+    with pytest.raises(NotFound, match="no version 9"):
+        await town.activate("hybrid", 9)
+    with pytest.raises(InvalidField):
+        await town.update("hybrid", 1, [Texts([{"role": "nobody", "content": "x"}], ("a", "b"))], lr=1e-2)
+
+
+async def test_a_policy_is_carried_by_all_workers_when_the_answer_comes_and_by_those_to_come(town, folder):
+    for name in ("v1", "v2"):
+        write_adapter(folder / "adapters" / name)
+    shops = [await town.open_shop() for _ in range(3)]
+    await town.refresh()
+    policies = RemotePolicyControl(town)
+    for version in ("v1", "v2", "base", "v1", "v1"):
+        shown = await policies.switch(version)
+        assert [shop.policies.history[-1].policy_version for shop in shops] == [version] * 3
+        assert {worker_info.policy_version for worker_info in town.workers.values()} == {version}
+    assert await policies.show() == shown
+    assert [activation["policy_version"] for activation in shown["history"]] == ["base", "v1", "v2", "base", "v1"]
+    late = await town.open_shop()
+    async with asyncio.timeout(PATIENCE):
+        await late.agent.in_step.wait()
+    assert late.policies.history == shops[0].policies.history
+    with pytest.raises(NotFound, match="available: v1, v2"):
+        await policies.switch("v3")
+    assert (await policies.show())["policy_version"] == "v1"
+
+
+async def test_a_worker_that_cannot_carry_the_policy_of_the_others_is_not_in_step_until_it_can(town, folder):
+    adapter = write_adapter(folder / "adapters" / "v1")
+    await town.open_shop()
+    await town.refresh()
+    await RemotePolicyControl(town).switch("v1")
+    adapter.rename(folder / "adapters" / "away")
+    late = await town.open_shop()
+    await until(lambda: "no adapter 'v1'" in late.agent.behind)
+    assert not late.agent.in_step.is_set()
+    (folder / "adapters" / "away").rename(adapter)
+    async with asyncio.timeout(PATIENCE):
+        await late.agent.in_step.wait()
+    assert late.policies.history[-1].policy_version == "v1"
+
+
+async def test_workers_with_another_template_are_not_counted_and_the_reason_is_said(town):
+    await town.open_shop(template="format:{prompt}###{response}")
+    await town.refresh()
+    assert town.workers == {}
+    with pytest.raises(EngineDead, match="another template"):
+        await town.activate("hybrid", 1)
+
+
+async def test_a_redis_that_is_away_is_a_503(own_redis):
+    server = own_redis()
+    connection = Connection(server.url, timeout=1)
+    server.kill()
+    with pytest.raises(Unavailable, match="can't be reached"):
+        await ControlChannel(connection, KEYS).ask(b"", 1.0)
+    await connection.close()

@@ -1,0 +1,76 @@
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from inward.offline.annotate.asking import Annotated, Annotator
+from inward.offline.annotate.page import page
+from inward.offline.annotate.summary import binned, histogram, shown, summarise, suspicious
+from inward.offline.data.files import find
+from inward.offline.data.layouts import LAYOUTS
+
+MARGINS = [3.0, -1.0, None, 0.5, -4.0, 2.0]
+
+
+def result(margin):
+    if margin is None:
+        return Annotated(None, "612 tokens, but the model takes 512")
+    values = {
+        "margin": margin,
+        "margin_scaled": margin,
+        "margin_bin": 0.0,
+        "confidence": 0.75,
+        "chosen_score": margin,
+        "rejected_score": 0.0,
+    }
+    return Annotated({**values, "label_agrees": margin > 0}, truncated=margin == 2.0)
+
+
+RESULTS = [result(margin) for margin in MARGINS]
+
+
+@pytest.fixture
+def source(tmp_path):
+    rows = [{"prompt": f"<b>question {n}</b>", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(6)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return find(tmp_path / "in.jsonl")[0]
+
+
+def test_a_summary_counts_flips_cuts_and_reasons():
+    summary = summarise([*RESULTS, Annotated(None, "700 tokens, but the model takes 512")])
+    assert (summary.rows, summary.annotated, summary.rejected, summary.flipped, summary.truncated) == (7, 5, 2, 2, 1)
+    assert summary.reasons == (("### tokens, but the model takes ###", 2),)
+    assert summary.to_json()["label_agreement"] == pytest.approx(0.6)
+    assert summary.to_json()["margin"]["mean"] == pytest.approx(0.1)
+    assert "2 labels look flipped (40.0%)" in summary.text()
+
+
+def test_a_summary_of_nothing_is_no_division_by_zero():
+    assert summarise([result(None)]).to_json()["label_agreement"] is None
+    assert "0 of 1 pairs annotated" in summarise([result(None)]).text()
+
+
+@pytest.mark.parametrize("values", [[-3.0, 1.0, 2.0], [1.0], [0.0, 0.0], [-5.0, -4.0], [1e-9, 1e9]])
+def test_bars_count_everything_and_never_mix_the_signs(values):
+    counts, edges = binned(np.array(values, dtype=np.float32), 15)
+    assert counts.sum() == len(values)
+    assert not any(left < 0 < right for left, right in itertools.pairwise(edges))
+    assert len(list(histogram(np.array(values, dtype=np.float32)))) == 15
+
+
+def test_the_most_suspicious_pairs_come_first_with_their_texts(source):
+    found = suspicious([source], {source.name: RESULTS}, LAYOUTS["trl"], {}, 3)
+    assert [one.columns["margin"] for one in found] == [-4.0, -1.0, 0.5]
+    assert [one.row for one in found] == [5, 2, 4]
+    assert found[0].pair.chosen == "good 4"
+    assert "good 4" in shown(found[0]) and "row 5" in shown(found[0])
+
+
+def test_the_page_shows_them_and_runs_nothing_that_stands_in_the_data(source):
+    head = {"name": "legend", "kind": "legend", "version": 1}
+    annotator = Annotator("model<script>", "", "", "float32", "base", "t", head, None, "0")
+    found = suspicious([source], {source.name: RESULTS}, LAYOUTS["trl"], {}, 10)
+    html = page("in.jsonl", annotator, summarise(RESULTS), found)
+    assert html.count("<article>") == 5
+    assert "&lt;b&gt;question 4&lt;/b&gt;" in html and "<b>question" not in html and "model<script>" not in html

@@ -1,0 +1,204 @@
+import asyncio
+import logging
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from inward.backbones.base import Capacity
+from inward.backbones.fake import FakeBackbone
+from inward.errors import DataError, InternalError
+from inward.offline.data.pairs import Pair, Response, ResponseList, prompt_groups
+from inward.offline.states.read import extract_lists, extract_pairs
+from inward.offline.states.saved import PairStates
+from inward.prompts import Prompts
+from inward.types import Group, Readout, Tap
+
+
+class DeadLetters:
+    """A tokenizer: one token a character."""
+
+    chat_template = None
+    bos_token_id = None
+    eos_token = None
+
+    def __call__(self, text, *, add_special_tokens):
+        return {"input_ids": [[1 + ord(c) % 200 for c in t] for t in text]}
+
+
+def prompts(max_tokens=500):
+    return Prompts(DeadLetters(), max_tokens=max_tokens, format="{prompt}: {response}")
+
+
+PAIRS = [Pair(f"question {i // 3}", f"good {i}" + "!" * (i % 7), f"bad {i % 2}") for i in range(20)]
+FOLDERS = {"progress": False, "layers": (0, 2, 4)}
+
+
+async def plain(backbone, prompt, response, layers, position="last", final_norm=False):
+    """One response by itself ``[L, D]``."""
+    group = prompts().group(prompt, [response]).group
+    taps = tuple(Tap(k, position, final_norm=final_norm and k == backbone.info.layers) for k in layers)
+    (reading,) = await backbone.read([Group(group.prompt_ids, group.responses_ids)], [Readout(taps)])
+    return reading.readings[0].values_NK[0].reshape(len(layers), -1)
+
+
+def same(a: PairStates, b: PairStates):
+    return np.array_equal(a.chosen_NLD, b.chosen_NLD) and np.array_equal(a.rejected_NLD, b.rejected_NLD)
+
+
+@pytest.mark.parametrize("position", ["last", "eos", "mean", "prompt"])
+async def test_states_are_those_of_each_text_by_itself(position):
+    backbone = FakeBackbone(tokens=120)
+    states = await extract_pairs(backbone, prompts(), PAIRS, position=position, **FOLDERS)
+    for i, pair in enumerate(PAIRS):
+        np.testing.assert_allclose(
+            states.chosen_NLD[i], await plain(backbone, pair.prompt, pair.chosen, (0, 2, 4), position), rtol=1e-6
+        )
+        np.testing.assert_allclose(
+            states.rejected_NLD[i], await plain(backbone, pair.prompt, pair.rejected, (0, 2, 4), position), rtol=1e-6
+        )
+
+
+async def test_what_the_states_came_from_is_recorded():
+    backbone = FakeBackbone()
+    states = await extract_pairs(backbone, prompts(), PAIRS, position="eos", final_norm=True, **FOLDERS)
+    assert states.layers == (0, 2, 4)
+    assert (states.position, states.final_norm, states.template) == ("eos", True, "format:{prompt}: {response}")
+    assert states.backbone is not None
+    assert states.backbone.fingerprint == backbone.info.fingerprint
+    assert states.length_difference_N is not None
+    assert states.length_difference_N.tolist() == [len(p.chosen) - len(p.rejected) for p in PAIRS]
+    assert np.array_equal(states.groups_N, prompt_groups(p.prompt for p in PAIRS))
+
+
+async def test_the_final_norm_is_not_claimed_where_the_last_layer_was_not_read():
+    states = await extract_pairs(FakeBackbone(), prompts(), PAIRS, layers=(1, 2), final_norm=True, progress=False)
+    assert states.final_norm is False
+
+
+async def test_a_prompt_and_a_response_that_occur_again_are_computed_once_within_the_capacity():
+    backbone = FakeBackbone(tokens=100)
+    await extract_pairs(backbone, prompts(), PAIRS, **FOLDERS)
+    computed = [(g.prompt_ids, r) for g in backbone.computed for r in g.responses_ids]
+    assert len(computed) == len(set(computed)) == len({(p.prompt, r) for p in PAIRS for r in (p.chosen, p.rejected)})
+    assert all(group.tokens <= 100 for group in backbone.computed)
+    assert len(backbone.computed) < len(PAIRS)
+
+
+async def test_an_interrupted_extraction_goes_on_without_computing_finished_batches_again(tmp_path):
+    whole = await extract_pairs(FakeBackbone(tokens=120), prompts(), PAIRS, **FOLDERS)
+    first, second = FakeBackbone(tokens=120), FakeBackbone(tokens=80)
+    first.fail_on(lambda group: group.prompt_ids == prompts().group("question 3", ["x"]).group.prompt_ids)
+    with pytest.raises(InternalError):
+        await extract_pairs(first, prompts(), PAIRS, cache=tmp_path, **FOLDERS)
+    assert first.computed, "nothing was finished before the failure: this test shows nothing"
+    resumed = await extract_pairs(second, prompts(), PAIRS, cache=tmp_path, **FOLDERS)
+    assert same(resumed, whole)
+    done = {(g.prompt_ids, r) for g in first.computed for r in g.responses_ids}
+    again = {(g.prompt_ids, r) for g in second.computed for r in g.responses_ids}
+    assert again
+    assert not done & again
+
+
+async def test_a_finished_extraction_is_read_from_the_cache_alone(tmp_path):
+    whole = await extract_pairs(FakeBackbone(), prompts(), PAIRS, cache=tmp_path, **FOLDERS)
+    dead = FakeBackbone()
+    dead.die()
+    assert same(await extract_pairs(dead, prompts(), PAIRS, cache=tmp_path, **FOLDERS), whole)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"layers": (0, 2, 3)},
+        {"position": "eos"},
+        {"final_norm": True},
+        {"pairs": PAIRS[:-1]},
+        {"backbone": FakeBackbone(width=16, layers=5)},
+    ],
+)
+async def test_the_cache_of_anything_else_is_not_used(tmp_path, other):
+    await extract_pairs(FakeBackbone(), prompts(), PAIRS, cache=tmp_path, **FOLDERS)
+    backbone = other.pop("backbone", FakeBackbone())
+    pairs = other.pop("pairs", PAIRS)
+    await extract_pairs(backbone, prompts(), pairs, **{**FOLDERS, "cache": tmp_path, **other})
+    assert backbone.computed
+
+
+async def test_a_damaged_batch_is_computed_again(tmp_path):
+    whole = await extract_pairs(FakeBackbone(tokens=120), prompts(), PAIRS, cache=tmp_path, **FOLDERS)
+    path = sorted(tmp_path.rglob("*.safetensors"))[0]
+    missing = len(load_file(path)["groups"])
+    path.write_bytes(path.read_bytes()[:-3])
+    backbone = FakeBackbone(tokens=120)
+    assert same(await extract_pairs(backbone, prompts(), PAIRS, cache=tmp_path, **FOLDERS), whole)
+    assert len(backbone.computed) == missing
+
+
+async def test_as_many_calls_are_in_flight_as_the_backbone_takes_and_one_stands_ready():
+    class Counting(FakeBackbone):
+        now = most = 0
+
+        async def read(self, groups, readouts, *, tokens=False):
+            self.now += 1
+            self.most = max(self.most, self.now)
+            await asyncio.sleep(0)
+            try:
+                return await super().read(groups, readouts, tokens=tokens)
+            finally:
+                self.now -= 1
+
+    backbone = Counting(tokens=100)
+    backbone.capacity = Capacity(100, concurrency=3)
+    states = await extract_pairs(backbone, prompts(), PAIRS, **FOLDERS)
+    assert backbone.most == 3 + 1
+    assert same(states, await extract_pairs(FakeBackbone(), prompts(), PAIRS, **FOLDERS))
+
+
+async def test_long_rows_are_truncated_and_counted(caplog):
+    pairs = [*PAIRS, Pair("x" * 600, "yes", "no")]
+    with caplog.at_level(logging.WARNING):
+        states = await extract_pairs(FakeBackbone(), prompts(), pairs, **FOLDERS)
+    assert len(states) == 21
+    assert "1 of 21 rows" in caplog.text
+
+
+async def test_a_row_that_cannot_be_tokenised_is_named():
+    with pytest.raises(DataError, match=r"row 2: responses\.1"):
+        await extract_pairs(FakeBackbone(), prompts(), [PAIRS[0], Pair("p", "fine", "half \ud800")], **FOLDERS)
+
+
+@pytest.mark.parametrize("layers", [(), (5,), (-1,), (1, 1)])
+async def test_layers_that_the_backbone_does_not_have_are_refused(layers):
+    with pytest.raises(DataError, match="from 0 to 4"):
+        await extract_pairs(FakeBackbone(), prompts(), PAIRS, layers=layers, progress=False)
+
+
+async def test_lists_give_the_prompt_once_and_every_candidate(tmp_path):
+    lists = [
+        ResponseList("one", (Response("a", True), Response("b", False), Response("a", True))),
+        ResponseList("two", (Response("c", False),)),
+        ResponseList("one", (Response("d", True), Response("a", True))),
+    ]
+    backbone = FakeBackbone(tokens=30)
+    states = await extract_lists(backbone, prompts(), lists, layers=(1, 4), cache=tmp_path, progress=False)
+    assert states.group_M.tolist() == [0, 0, 0, 1, 2, 2]
+    assert states.safe_M.tolist() == [True, False, True, False, True, True]
+    assert states.groups_G[0] == states.groups_G[2] != states.groups_G[1]
+    for one, prompt_LD in zip(lists, states.prompt_GLD, strict=True):
+        np.testing.assert_allclose(prompt_LD, await plain(backbone, one.prompt, "a", (1, 4), "prompt"), rtol=1e-6)
+    texts = [(one.prompt, r.text) for one in lists for r in one.responses]
+    for (prompt, text), state_LD in zip(texts, states.candidates_MLD, strict=True):
+        np.testing.assert_allclose(state_LD, await plain(backbone, prompt, text, (1, 4)), rtol=1e-6)
+    dead = FakeBackbone()
+    dead.die()
+    again = await extract_lists(dead, prompts(), lists, layers=(1, 4), cache=tmp_path, progress=False)
+    assert np.array_equal(again.prompt_GLD, states.prompt_GLD)
+    assert np.array_equal(again.candidates_MLD, states.candidates_MLD)
+
+
+async def test_states_do_not_share_memory_needlessly():
+    states = await extract_pairs(FakeBackbone(), prompts(), PAIRS, **FOLDERS)
+    assert states.chosen_NLD.base is states.rejected_NLD.base, (
+        "both halves are views of one array: nothing is held twice"
+    )

@@ -1,0 +1,144 @@
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+
+import pytest
+import uvicorn
+
+from inward.errors import SetupError
+from inward.processes.server import connection, listen, serve
+from inward.settings import Settings
+from support.waiting import PATIENCE, until
+
+
+async def test_answers_are_not_held_back_by_nagles_algorithm():
+    seen = asyncio.get_running_loop().create_future()
+
+    async def answer(reader, writer):
+        seen.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        writer.close()
+
+    with listen("127.0.0.1", 0) as bound:
+        server = await asyncio.start_server(answer, sock=bound)
+        _, writer = await asyncio.open_connection(*bound.getsockname())
+        assert await asyncio.wait_for(seen, PATIENCE)
+        writer.close()
+        await writer.wait_closed()
+        server.close()
+        await server.wait_closed()
+
+
+class Standalone:
+    app, draining = None, False
+
+    async def close(self, timeout):
+        return True
+
+
+async def open_house():
+    return Standalone()
+
+
+class Enough(Exception):
+    pass
+
+
+async def test_who_reads_that_it_is_ready_can_connect(monkeypatch):
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # they are pytest's
+    with listen("127.0.0.1", 0) as bound:
+        monkeypatch.setattr("inward.processes.server.listen", lambda *_: bound)
+
+        def ready(_):
+            socket.create_connection(bound.getsockname(), timeout=PATIENCE).close()
+            raise Enough
+
+        with pytest.raises(Enough):
+            await serve(Settings(), open_house, ready)
+
+
+@pytest.fixture
+def handlers():
+    """Gives the test's process its signal handlers back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_that_comes_the_moment_it_is_ready_is_heeded(number, handlers):
+    house = Standalone()
+
+    async def opening():
+        return house
+
+    def ready(_):
+        os.kill(os.getpid(), number)
+        return {}
+
+    assert await asyncio.wait_for(serve(Settings(port=0), opening, ready), PATIENCE) == 0
+    assert house.draining
+
+
+async def test_a_port_that_another_one_was_quicker_to_take_is_an_error_that_names_it(monkeypatch):
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", 0))
+        port = other.getsockname()[1]
+        with listen("127.0.0.1", port) as bound:
+            other.listen()
+            monkeypatch.setattr("inward.processes.server.listen", lambda *_: bound)
+            with pytest.raises(SetupError, match=str(port)):
+                await serve(Settings(), open_house, lambda _: {})
+
+
+def test_a_free_port_is_ours_alone_before_anybody_listens():
+    with listen("127.0.0.1", 0) as bound:
+        assert not bound.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
+
+
+async def app(scope, receive, send):
+    await send({"type": "http.response.start", "status": 204, "headers": []})
+    await send({"type": "http.response.body", "body": b""})
+
+
+@contextlib.asynccontextmanager
+async def serving(seconds):
+    """A server whose callers have so long for their headers."""
+    server = uvicorn.Server(
+        uvicorn.Config(app, port=0, log_config=None, lifespan="off", http=connection(seconds), timeout_keep_alive=600)
+    )
+    server.capture_signals = contextlib.nullcontext  # they are pytest's
+    task = asyncio.create_task(server.serve())
+    await until(lambda: server.started)
+    try:
+        yield server, server.servers[0].sockets[0].getsockname()[1]
+    finally:
+        server.should_exit = True
+        await asyncio.wait_for(task, PATIENCE)
+
+
+async def test_a_connection_whose_headers_do_not_come_is_closed():
+    async with serving(0.2) as (_, port):
+        for start in (b"", b"GET / HT", b"GET / HTTP/1.1\r\nhost: x\r\nx-slow: "):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(start)
+            assert await asyncio.wait_for(reader.read(), PATIENCE) == b""
+            writer.close()
+
+
+async def test_each_request_of_a_connection_has_its_own_time():
+    async with serving(3600) as (server, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for _ in range(2):
+            writer.write(b"GET / HT")
+            await until(lambda: server.server_state.connections)
+            (open_one,) = server.server_state.connections
+            await until(lambda one=open_one: one.waiting is not None)
+            writer.write(b"TP/1.1\r\nhost: x\r\n\r\n")
+            assert (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), PATIENCE)).startswith(b"HTTP/1.1 204")
+            assert open_one.waiting is None
+        writer.close()

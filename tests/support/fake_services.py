@@ -1,0 +1,215 @@
+"""Stand-ins for what the API stands on: a tokenizer of characters, an intake that counts, a desk with two heads."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from inward.api.app import create_app
+from inward.api.auth import KeyRing
+from inward.api.services import Limits, Services
+from inward.errors import Conflict, InwardError, NotFound
+from inward.prompts import Prompts
+from inward.types import Group, HeadRef, Scored, Scores, Timing, Usage
+
+LEGEND = HeadRef("harmless", "legend", 3)
+HYBRID = HeadRef("helpful", "hybrid", 1)
+SRR = HeadRef("lists", "srr", 2)
+MAX_TOKENS = 200
+
+
+class FakeTokenizer:
+    """One token a character."""
+
+    chat_template = None
+    bos_token_id = None
+    eos_token = None
+
+    def __call__(self, text: list[str], *, add_special_tokens: bool) -> Any:
+        return {"input_ids": [[ord(c) for c in t] for t in text]}
+
+
+class FakeIntake:
+    """The score of a response is its number of tokens; ``hold`` makes it wait, ``outcome`` changes what becomes of a
+    group."""
+
+    def __init__(self, refs: Mapping[str, HeadRef]) -> None:
+        self.refs = refs
+        self.calls: list[dict[str, Any]] = []
+        self.hold: asyncio.Event | None = None
+        self.cancelled = asyncio.Event()
+        self.started = asyncio.Event()
+        self.error: InwardError | None = None
+        self.outcome: Callable[[int, Scored], Scored | InwardError] = lambda i, scored: scored
+
+    async def score(
+        self,
+        groups: Sequence[Group],
+        *,
+        heads: tuple[str, ...],
+        details: frozenset[str] = frozenset(),
+        pair: bool = False,
+        timeout: float = 60.0,
+    ) -> list[Scored | InwardError]:
+        self.calls.append({"groups": groups, "heads": heads, "details": details, "pair": pair, "timeout": timeout})
+        self.started.set()
+        if self.error:
+            raise self.error
+        try:
+            if self.hold:
+                await self.hold.wait()
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+        refs = tuple(self.refs[name] for name in heads)
+        return [self.outcome(i, _scored(g, refs, details, pair)) for i, g in enumerate(groups)]
+
+
+def _scored(group: Group, refs: tuple[HeadRef, ...], details: frozenset[str], pair: bool) -> Scored:
+    lengths = tuple(float(len(ids)) for ids in group.responses_ids)
+    usage = Usage(len(group.prompt_ids) * len(lengths), int(sum(lengths)), len(group.prompt_ids) * (len(lengths) - 1))
+    scores = tuple(_scores(ref, lengths, details, pair) for ref in refs)
+    return Scored("job", refs, scores, "base", usage, timing=Timing(0.002, 0.005))
+
+
+def _scores(ref: HeadRef, lengths: tuple[float, ...], details: frozenset[str], pair: bool) -> Scores:
+    comparison: dict[str, Any] | None = None
+    if pair:
+        margin = lengths[0] - lengths[1]
+        comparison = {"margin": margin, "margin_scaled": margin / 2, "bin": 0.5, "label_agrees": margin > 0}
+        if ref.kind == "hybrid":
+            comparison["confidence"] = 0.75
+    return Scores(
+        lengths,
+        probability_N=tuple(0.5 for _ in lengths) if ref.kind == "hybrid" else None,
+        layers_N=tuple({"layers": [4], "values": [n]} for n in lengths) if "layers" in details else None,
+        tokens_N=tuple(tuple(range(int(n))) for n in lengths) if "tokens" in details else None,
+        pair=comparison,
+        listwise=ref.kind == "srr",
+    )
+
+
+class FakeDesk:
+    """Knows the heads it is given."""
+
+    def __init__(self, refs: dict[str, HeadRef]) -> None:
+        self.refs = refs
+        self.updates: list[tuple[Any, ...]] = []
+
+    def resolve(self, name: str | None, kinds: Sequence[str]) -> HeadRef:
+        for kind in kinds:
+            for ref in self.refs.values():
+                if ref.kind == kind and name in (None, ref.name):
+                    return ref
+        raise NotFound(f"no head {name!r} of kind {', '.join(kinds)}; loaded: {', '.join(self.refs)}")
+
+    def listing(self) -> list[dict[str, Any]]:
+        return [{"name": ref.name, "kind": ref.kind, "version": ref.version} for ref in self.refs.values()]
+
+    def show(self, name: str) -> dict[str, Any]:
+        if name not in self.refs:
+            raise NotFound(f"no head {name!r}", param="name")
+        return {"name": name, "versions": [self.refs[name].version]}
+
+    async def activate(self, name: str, version: int) -> HeadRef:
+        self.show(name)
+        if version > 9:
+            raise NotFound(f"head {name!r} has no version {version}", param="version")
+        self.refs[name] = replace(self.refs[name], version=version)
+        return self.refs[name]
+
+    async def update(self, name: str, sequence: int, pairs: Sequence[Any], *, lr: float) -> HeadRef:
+        self.show(name)
+        if sequence != len(self.updates) + 1:
+            raise Conflict(f"sequence {sequence} is not the next one", param="sequence")
+        self.updates.append((name, sequence, pairs, lr))
+        return replace(self.refs[name], version=self.refs[name].version + 1)
+
+
+class FakePolicies:
+    """Knows the versions ``v1`` and ``v2``."""
+
+    def __init__(self) -> None:
+        self.versions = ["base"]
+
+    async def show(self) -> dict[str, Any]:
+        history = [{"policy_version": version, "activated": "2025-01-01T00:00:00.000Z"} for version in self.versions]
+        previous = self.versions[-2] if len(self.versions) > 1 else None
+        return {
+            "policy_version": self.versions[-1],
+            "previous": previous,
+            "available": ["base", "v1", "v2"],
+            "history": history,
+        }
+
+    async def switch(self, version: str) -> dict[str, Any]:
+        if version not in ("base", "v1", "v2"):
+            raise NotFound(f"there is no adapter {version!r}", param="version")
+        if version != self.versions[-1]:
+            self.versions.append(version)
+        return await self.show()
+
+
+class FakeServices:
+    """The app on fakes, and handles on all of them."""
+
+    def __init__(
+        self,
+        *refs: HeadRef,
+        keys: frozenset[str] = frozenset(),
+        keys_file: Path | None = None,
+        limits: Limits | None = None,
+        metrics_open: bool = True,
+        compat_head: str | None = None,
+    ) -> None:
+        self.refs = {ref.name: ref for ref in refs or (LEGEND, HYBRID)}
+        self.intake = FakeIntake(self.refs)
+        self.desk = FakeDesk(self.refs)
+        self.policies = FakePolicies()
+        self.is_alive = True
+        self.readiness = (True, "ready")
+        self.services = Services(
+            prompts=Prompts(FakeTokenizer(), max_tokens=MAX_TOKENS),
+            intake=self.intake,
+            heads=self.desk,
+            policies=self.policies,
+            info=lambda: {"model": "tiny", "revision": "main", "limits": {"items": self.services.limits.items}},
+            ready=lambda: self.readiness,
+            alive=lambda: self.is_alive,
+            limits=limits or Limits(body_bytes=1_000_000, items=50, candidates=10, timeout_s=30.0),
+            keys=KeyRing(keys, keys_file),
+            metrics_open=metrics_open,
+            compat_head=compat_head,
+        )
+        self.app = create_app(self.services)
+
+    def client(self, **options: Any) -> httpx.AsyncClient:
+        """An HTTP client that calls the app without a network."""
+        return httpx.AsyncClient(transport=httpx.ASGITransport(app=self.app), base_url="http://inward", **options)
+
+    async def post(self, path: str, body: Any = None, **options: Any) -> httpx.Response:
+        """One POST; ``body`` is sent as JSON, or as it is where it is bytes, or pieces of them."""
+        headers = {"content-type": "application/json"} | options.pop("headers", {})
+        async with self.client() as client:
+            if isinstance(body, bytes | AsyncIterator):
+                return await client.post(path, content=body, headers=headers, **options)
+            return await client.post(path, json=body, headers=headers, **options)
+
+    async def get(self, path: str, **options: Any) -> httpx.Response:
+        """One GET."""
+        async with self.client() as client:
+            return await client.get(path, **options)
+
+
+def error(response: httpx.Response) -> dict[str, Any]:
+    """The error of an answer, which must have the one shape."""
+    body = response.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert body["error"]["message"]
+    return body["error"]
