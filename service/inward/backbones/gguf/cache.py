@@ -17,26 +17,32 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from inward.backbones.fingerprint import ORIGIN, Origin, of_files
+from inward.backbones.fingerprint import Origin
 from inward.backbones.gguf.header import Header, read_header
 from inward.errors import SetupError
+from inward.files import write
 
 LOG = logging.getLogger(__name__)
 CONVERSION = 1
-"""Raised whenever the conversion begins to make another model of the same file: heads fitted on the old one do not fit the new one."""
+"""Raised whenever the conversion begins to make another model of the same file: heads of the old one don't fit it."""
 _CHUNK_BYTES = 2**22
 _SPARE_BYTES = 64 * 2**20
 """Room for the tokenizer and the settings, beside the weights."""
-_PROBES = ("In 1984, the  2nd  edition cost £12.50.\n\nIt's naïve, isn't it?", "def f(x):\n    return x**2  # 日本語 🙂", "<|im_end|></s><eos>")
-"""Texts whose tokens stand for the tokenizer: digits, spaces, contractions, accents, code, other scripts, control tokens."""
+_PROBES = (
+    "In 1984, the  2nd  edition cost £12.50.\n\nIt's naïve, isn't it?",
+    "def f(x):\n    return x**2  # 日本語 🙂",
+    "<|im_end|></s><eos>",
+)
+"""Texts whose tokens stand for the tokenizer: digits, spaces, contractions, accents, code, scripts, control tokens."""
 
 
 def converted(file: Path, dtype: str = "auto", device: str = "auto") -> Path:
-    """The folder of the Hugging Face model that ``file`` holds. Takes a minute or more the first time, then no longer than a hash.
+    """The folder of the Hugging Face model that ``file`` holds. Takes a minute or more the first time, then no longer
+    than a hash.
 
     Args:
-        dtype: as ``model.load_model`` takes it, and ``device``. The weights are kept in bfloat16 where that is what will be computed in,
-            else in float32.
+        dtype: as ``load_model`` takes it, and ``device``. The weights are kept in bfloat16 where that is what will be
+            computed in, else in float32.
 
     Raises:
         SetupError: the file can't be converted (nothing is left behind), or there is no room for it.
@@ -69,7 +75,9 @@ def _convert(header: Header, digest: str, folder: Path, dtype: str) -> None:
     _check_room(header, folder.parent, dtype)
     aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
-        with tqdm(total=STEPS, desc=f"converting {header.path.name} to {dtype}, once", unit="step", file=sys.stderr) as bar:
+        with tqdm(
+            total=STEPS, desc=f"converting {header.path.name} to {dtype}, once", unit="step", file=sys.stderr
+        ) as bar:
 
             def step(name: str) -> None:
                 bar.set_postfix_str(name)
@@ -102,14 +110,13 @@ def _sign(folder: Path, name: str, digest: str) -> None:
     tokenizer = load_tokenizer(folder)
     tokens = [tokenizer(text)["input_ids"] for text in _PROBES]
     probe = hashlib.sha256(json.dumps([tokens, tokenizer.chat_template]).encode()).hexdigest()[:32]
-    origin = Origin(file=name, sha256=digest, conversion=CONVERSION, tokens=probe, files=of_files(folder))
-    (folder / ORIGIN).write_text(origin.dump(), encoding="utf-8")
+    Origin(file=name, sha256=digest, conversion=CONVERSION, tokens=probe).write(folder)
 
 
 def _is_whole(folder: Path) -> bool:
     """Whether the folder is there, as it was written."""
     try:
-        return (origin := Origin.read(folder)) is not None and origin.files == of_files(folder)
+        return Origin.read(folder) is not None
     except SetupError:
         return False
 
@@ -117,7 +124,7 @@ def _is_whole(folder: Path) -> bool:
 def _kept_as(dtype: str, device: str) -> str:
     import torch
 
-    from inward.backbones.model import choose_device, choose_dtype
+    from inward.backbones.transformers.model import choose_device, choose_dtype
 
     return "bfloat16" if choose_dtype(dtype, choose_device(device)) == torch.bfloat16 else "float32"
 
@@ -127,8 +134,8 @@ def _without_torch(file: Path, root: Path, digest: str) -> Path:
         if _is_whole(folder := root / f"{digest[:32]}-{kept}"):
             return folder
     raise SetupError(
-        f"{file} has not been converted in {root}, and without torch it can't be: start a worker with the same XDG_CACHE_HOME first, or "
-        "give the folder that it converted the file to"
+        f"{file} has not been converted in {root}, and without torch it can't be: start a worker with the same "
+        "XDG_CACHE_HOME first, or give the folder that it converted the file to"
     )
 
 
@@ -140,7 +147,9 @@ def _make_root(root: Path) -> None:
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SetupError(f"{root}, where converted models are kept, can't be made ({error.strerror}): set XDG_CACHE_HOME") from error
+        raise SetupError(
+            f"{root}, where converted models are kept, can't be made ({error.strerror}): set XDG_CACHE_HOME"
+        ) from error
 
 
 def _check_room(header: Header, root: Path, dtype: str) -> None:
@@ -149,13 +158,14 @@ def _check_room(header: Header, root: Path, dtype: str) -> None:
     if free < needed:
         gib = 2**30
         raise SetupError(
-            f"converting {header.path} takes {needed / gib:.1f} GiB in {root}, and {free / gib:.1f} GiB are free: set XDG_CACHE_HOME"
+            f"converting {header.path} takes {needed / gib:.1f} GiB in {root}, and {free / gib:.1f} GiB are free: "
+            "set XDG_CACHE_HOME"
         )
 
 
 @contextmanager
 def _alone(lock: Path, file: Path) -> Iterator[None]:
-    """Only one process at a time; should two be inside nevertheless (file systems without locks), the first to rename wins."""
+    """Only one process at a time. Where the file system has no locks, the first to rename wins."""
     try:
         with lock.open("w") as held:
             try:
@@ -170,7 +180,9 @@ def _alone(lock: Path, file: Path) -> Iterator[None]:
             finally:
                 lock.unlink(missing_ok=True)
     except OSError as error:
-        raise SetupError(f"{lock.parent}, where converted models are kept, can't be written to ({error.strerror}): set XDG_CACHE_HOME") from error
+        raise SetupError(
+            f"{lock.parent}, where converted models are kept, can't be written to: {error.strerror}; set XDG_CACHE_HOME"
+        ) from error
 
 
 def _digest(file: Path, root: Path) -> str:
@@ -196,8 +208,6 @@ def _digest(file: Path, root: Path) -> str:
 
 
 def _remember(note: Path, content: object) -> None:
-    from inward.heads.durable import write
-
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
         write(note, json.dumps(content).encode())

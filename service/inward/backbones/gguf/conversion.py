@@ -1,4 +1,6 @@
-"""From a GGUF file to the folder of a Hugging Face model: weights dequantised once, settings, tokenizer and chat template beside them."""
+"""From a GGUF file to the folder of a Hugging Face model: weights dequantised once, with
+settings, tokenizer and chat template beside them.
+"""
 
 from __future__ import annotations
 
@@ -30,18 +32,25 @@ def architectures() -> frozenset[str]:
     except ImportError:  # before 5.18
         newer = {}
     renamed = {"qwen2moe", "qwen3moe", "gpt-oss", "minimax-m2"}  # as files have them
-    return (frozenset(GGUF_SUPPORTED_ARCHITECTURES) | frozenset(newer) | renamed) - {"general", "tokenizer", "t5", "umt5"}
+    return (frozenset(GGUF_SUPPORTED_ARCHITECTURES) | frozenset(newer) | renamed) - {
+        "general",
+        "tokenizer",
+        "t5",
+        "umt5",
+    }
 
 
 def convert(header: Header, folder: Path, dtype: torch.dtype, step: Step) -> None:
     """Writes the model of ``header`` into ``folder``, in ``dtype``.
 
     Raises:
-        SetupError: transformers can't read it, or would read something else than the file holds; what was written by then is of no use.
+        SetupError: transformers can't read it, or would read something else than the file holds; what was written by
+            then is of no use.
     """
     if header.architecture not in architectures():
         raise SetupError(
-            f"{header.path} is of the architecture {header.architecture!r}; transformers reads {', '.join(sorted(architectures()))} from GGUF"
+            f"{header.path} is of the architecture {header.architecture!r}, which transformers does not read from "
+            f"GGUF; it reads {', '.join(sorted(architectures()))}"
         )
     tokens.check_vocabulary(header)
     quiet = transformers_logging.get_verbosity()
@@ -77,7 +86,8 @@ def _check_agreement(header: Header, config: Any, tokenizer: Any) -> None:
     """Compares what the settings promise with what the file holds, before memory is taken for it.
 
     Raises:
-        SetupError: another number of blocks or of weights, more tokens than embeddings, or a chat template that can't be used.
+        SetupError: another number of blocks or of weights, more tokens than embeddings, or a chat template that can't
+            be used.
     """
     blocks = {int(found[1]) for name in header.tensors if (found := _BLOCK.match(name))}
     stated = header.setting("block_count", int)
@@ -90,27 +100,34 @@ def _check_agreement(header: Header, config: Any, tokenizer: Any) -> None:
     held = sum(tensor.values for tensor in header.tensors.values() if _is_weight(tensor.name, text.num_hidden_layers))
     if wanted != held:
         raise SetupError(
-            f"{header.path} holds {held:,} weights, and a {type(empty).__name__} of its settings has {wanted:,}: transformers' reader "
-            f"does not know this variant of {header.architecture!r}, or the file is damaged"
+            f"{header.path} holds {held:,} weights, and a {type(empty).__name__} of its settings has {wanted:,}: "
+            f"transformers' reader does not know this variant of {header.architecture!r}, or the file is damaged"
         )
     if len(tokenizer) > text.vocab_size:
         raise SetupError(f"{header.path} has {len(tokenizer)} tokens and embeddings for {text.vocab_size}")
     if tokenizer.chat_template:
         try:
-            tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False, add_generation_prompt=True)
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": "a"}], tokenize=False, add_generation_prompt=True
+            )
         except Exception as error:  # templates may raise anything, and the sandbox stops what they must not do
             raise SetupError(f"{header.path}: its chat template can't be used: {error}") from error
 
 
 def _is_weight(name: str, blocks: int) -> bool:
-    """Whether the model has a place for a tensor; of blocks beyond its own, which predict further tokens, it has none."""
+    """Whether the model has a place for a tensor: none for blocks beyond its own, which predict further tokens."""
     block = _BLOCK.match(name)
     return name not in rope.TABLES and (block is None or int(block[1]) < blocks)
 
 
 def _weights(header: Header, config: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     model, loaded = AutoModelForCausalLM.from_pretrained(
-        header.path.parent, gguf_file=header.path.name, config=config, dtype=dtype, output_loading_info=True, local_files_only=True
+        header.path.parent,
+        gguf_file=header.path.name,
+        config=config,
+        dtype=dtype,
+        output_loading_info=True,
+        local_files_only=True,
     )
     lacking = sorted({*loaded["missing_keys"], *(str(key) for key in loaded["mismatched_keys"])})
     if lacking:
@@ -126,7 +143,9 @@ def _save(
     header: Header, config: Any, tokenizer: Any, state: dict[str, torch.Tensor], folder: Path, dtype: torch.dtype
 ) -> None:
     """A model that never heard of GGUF: transformers does not save one whose settings say that it came from there."""
-    config = type(config).from_dict({key: value for key, value in config.to_dict().items() if key != "quantization_config"})
+    config = type(config).from_dict(
+        {key: value for key, value in config.to_dict().items() if key != "quantization_config"}
+    )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.load_state_dict(state, assign=True)

@@ -1,8 +1,9 @@
 """What a GGUF file says of itself, read without trusting a byte of it.
 
-The format: magic, version, counts; then keys with typed values (settings, vocabulary, chat template); then one entry for each tensor
-(name, dimensions, type, offset); then the tensors, aligned (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). Every length is
-compared with the size of the file before anything is read or allocated by it.
+The format: magic, version, counts; then keys with typed values (settings, vocabulary, chat template); then one entry
+for each tensor (name, dimensions, type, offset); then the tensors, aligned
+(https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). Every length is compared with the size of the file before
+anything is read or allocated by it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _NO_WEIGHTS = {"I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K", "Q1_0"}
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor: its dimensions (fastest first, as GGUF writes them), the name of its type, and where in the file its bytes are."""
+    """One tensor: its dimensions (fastest first, as GGUF writes them), its type, and where its bytes are."""
 
     name: str
     shape: tuple[int, ...]
@@ -74,7 +75,7 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Reads and checks the head of a GGUF file: format, lengths, names, types of tensors, and that the file holds all of them.
+    """Reads and checks the head of a GGUF file: format, lengths, names, types of tensors, and that all are there.
 
     Raises:
         SetupError: it is not such a file, is cut off, or says what can't be.
@@ -102,7 +103,11 @@ class _Reader:
         if version not in VERSIONS:
             swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
             known = f"versions {' and '.join(map(str, VERSIONS))} can be read"
-            raise self._error(f"big-endian, which cannot be read: {known}" if swapped in VERSIONS else f"GGUF version {version}: {known}")
+            raise self._error(
+                f"big-endian, which cannot be read: {known}"
+                if swapped in VERSIONS
+                else f"GGUF version {version}: {known}"
+            )
         tensors, keys = self._number("Q"), self._number("Q")
         self._room(tensors * 24 + keys * 12, f"{tensors} tensors and {keys} keys")  # the least that they take
         values = self._keys(keys)
@@ -130,7 +135,9 @@ class _Reader:
             width = struct.calcsize(f"<{_SCALARS[element]}")
             return list(struct.unpack(f"<{count}{_SCALARS[element]}", self._take(count * width, key)))
         if element != _STRING:
-            raise self._error(f"{key} is an array of type {element}, and only arrays of numbers and strings can be read")
+            raise self._error(
+                f"{key} is an array of type {element}, and only arrays of numbers and strings can be read"
+            )
         self._room(count * 8, key)
         return [self._text(key) for _ in range(count)]
 
@@ -156,8 +163,8 @@ class _Reader:
                 raise self._error(f"tensor {name!r} begins at {offset}, which is no multiple of {alignment}")
             if begin + offset + size > self._size:
                 raise self._error(
-                    f"cut off or damaged: tensor {name!r} would end at byte {begin + offset + size}, and the file has {self._size}; "
-                    "download it again"
+                    f"cut off or damaged: tensor {name!r} would end at byte {begin + offset + size}, and the file has "
+                    f"{self._size}; download it again"
                 )
             tensors[name] = TensorEntry(name, shape, type_name, begin + offset, size)
         for one, following in pairwise(sorted(tensors.values(), key=lambda tensor: tensor.start)):
@@ -172,12 +179,16 @@ class _Reader:
         try:
             known = GGMLQuantizationType(kind)
         except ValueError:
-            raise self._error(f"tensor {name!r} is of type {kind}, which the installed gguf package does not know") from None
+            raise self._error(
+                f"tensor {name!r} is of type {kind}, which the installed gguf package does not know"
+            ) from None
         if known.name in _NO_WEIGHTS:
             raise self._error(f"tensor {name!r} is of type {known.name}, which no weights come in")
         block, size = GGML_QUANT_SIZES[known]
         if not all(shape) or shape[0] % block:
-            raise self._error(f"tensor {name!r} of shape {list(shape)} can't be of type {known.name}, which has blocks of {block}")
+            raise self._error(
+                f"tensor {name!r} of shape {list(shape)} can't be of type {known.name}, which has blocks of {block}"
+            )
         return known.name, prod(shape) // block * size
 
     def _alignment(self, keys: Mapping[str, Any]) -> int:
@@ -208,7 +219,9 @@ class _Reader:
 
     def _room(self, count: int, what: str) -> None:
         if self._at + count > self._size:
-            raise self._error(f"cut off or damaged: {what} would go beyond the file's {self._size} bytes; download it again")
+            raise self._error(
+                f"cut off or damaged: {what} would go beyond the file's {self._size} bytes; download it again"
+            )
         if self._at + count > MAX_HEADER_BYTES:
             raise self._error(f"damaged: its head would be longer than {MAX_HEADER_BYTES >> 20} MiB")
 

@@ -46,7 +46,8 @@ def _scaling(config: Any, rope: dict[str, Any], header: Header) -> dict[str, Any
         config.original_max_position_embeddings = original or config.max_position_embeddings
         attention = header.setting("rope.scaling.attn_factor", float)
         return {
-            "rope_type": "longrope", "long_factor": _table(header, LONG).tolist(), "short_factor": _table(header, SHORT).tolist(),
+            "rope_type": "longrope",
+            "long_factor": _table(header, LONG).tolist(), "short_factor": _table(header, SHORT).tolist(),
             "original_max_position_embeddings": config.original_max_position_embeddings,
             **({"attention_factor": attention} if attention else {}),
         }  # fmt: skip
@@ -56,7 +57,9 @@ def _scaling(config: Any, rope: dict[str, Any], header: Header) -> dict[str, Any
         return {"rope_type": "linear", "factor": factor}
     if kind == "yarn" and original:
         return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
-    raise SetupError(f"{header.path} scales rotary positions by {kind!r} (factor {factor:g}), which can't be carried over")
+    raise SetupError(
+        f"{header.path} scales rotary positions by {kind!r} (factor {factor:g}), which can't be carried over"
+    )
 
 
 def _llama3(ratios: NDArray[np.float64], theta: float, header: Header) -> dict[str, Any]:
@@ -68,7 +71,9 @@ def _llama3(ratios: NDArray[np.float64], theta: float, header: Header) -> dict[s
     waves = 2 * np.pi * theta ** (np.arange(len(ratios)) / len(ratios))
     smooth = np.clip((_ORIGINAL / waves - _LOW) / (_HIGH - _LOW), 0, 1)
     if not np.allclose(ratios, 1 / ((1 - smooth) / factor + smooth), rtol=1e-3):
-        raise SetupError(f"{header.path} scales rotary positions by a table ({LLAMA3}) that is not Llama 3's, and can't be carried over")
+        raise SetupError(
+            f"{header.path} scales rotary positions by a table ({LLAMA3}) that is not Llama 3's: it can't be read"
+        )
     return {
         "rope_type": "llama3", "factor": factor, "low_freq_factor": _LOW, "high_freq_factor": _HIGH,
         "original_max_position_embeddings": _ORIGINAL,
@@ -81,7 +86,9 @@ def _check_width(config: Any, rope: dict[str, Any], header: Header) -> None:
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rotated = int(head * rope.get("partial_rotary_factor", 1.0))
     if stated is not None and stated != rotated:
-        raise SetupError(f"{header.path} rotates {stated} dimensions of each head, and transformers would rotate {rotated}")
+        raise SetupError(
+            f"{header.path} rotates {stated} dimensions of each head, and transformers would rotate {rotated}"
+        )
 
 
 def _table(header: Header, name: str) -> NDArray[np.float64]:

@@ -11,10 +11,12 @@ from inward.errors import SetupError
 
 BYTE_LEVEL = "gpt2"
 DIGIT_BY_DIGIT = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
-"""Ways to split text (llama.cpp's names) that take each digit by itself and the rest as GPT-2 does. transformers has no rule for them."""
+"""Ways to split text (llama.cpp's names): each digit by itself, the rest as GPT-2. transformers knows no rule."""
 AS_GPT2 = frozenset({"default", "gpt-2", "phi-2", "mpt", "olmo", "jais", "gigachat", "mellum"})
-WITH_BOS = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"})
-"""Byte-level vocabularies that begin a text with BOS and take a word that is one token whole, where the file does not say (llama.cpp)."""
+WITH_BOS = frozenset(
+    {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
+)
+"""Byte-level vocabularies that take a word whole if it is a token, and begin a text with BOS by default."""
 SPECIAL = ("bos", "eos", "unknown", "padding", "eot", "eom")
 
 
@@ -26,19 +28,23 @@ def check_vocabulary(header: Header) -> None:
     """
     tokens = header.get("tokenizer.ggml.tokens", list)
     if not tokens or not all(isinstance(token, str) for token in tokens):
-        raise SetupError(f"{header.path} holds no tokenizer (tokenizer.ggml.tokens), so text can't be turned into its tokens")
+        raise SetupError(
+            f"{header.path} holds no tokenizer (tokenizer.ggml.tokens), so text can't be turned into its tokens"
+        )
     for name in SPECIAL:
         number = header.get(f"tokenizer.ggml.{name}_token_id", int)
         if number is not None and not 0 <= number < len(tokens):
-            raise SetupError(f"{header.path}: the {name} token is number {number}, and the vocabulary has {len(tokens)}")
+            raise SetupError(
+                f"{header.path}: the {name} token is number {number}, and the vocabulary has {len(tokens)}"
+            )
     for name in ("token_type", "scores"):
         values = header.get(f"tokenizer.ggml.{name}", list)
         if values is not None and len(values) != len(tokens):
             raise SetupError(f"{header.path}: {len(values)} entries of tokenizer.ggml.{name} for {len(tokens)} tokens")
     if _kind(header) == BYTE_LEVEL and _split(header) not in known_splits():
         raise SetupError(
-            f"{header.path} splits text as {_split(header)!r}, and the installed transformers does not know how: other tokens than those the "
-            "model learned would come out. Use the model's own folder, with its tokenizer.json"
+            f"{header.path} splits text as {_split(header)!r}, and the installed transformers does not know how: other "
+            "tokens than those the model learned would come out. Use the model's own folder, with its tokenizer.json"
         )
 
 
