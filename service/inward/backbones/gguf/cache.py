@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from inward.backbones.fingerprint import Origin
 from inward.backbones.gguf.header import Header, read_header
 from inward.errors import SetupError
-from inward.files import write
+from inward.files import replace_folder, write
 
 LOG = logging.getLogger(__name__)
 CONVERSION = 1
@@ -47,58 +47,64 @@ def converted(file: Path, dtype: str = "auto", device: str = "auto") -> Path:
     Raises:
         SetupError: the file can't be converted (nothing is left behind), or there is no room for it.
     """
-    file = file.resolve()
-    root = _root()
-    digest = _digest(file, root)
-    if find_spec("torch") is None:
-        return _without_torch(file, root, digest)
-    kept = _kept_as(dtype, device)
-    folder = root / f"{digest[:32]}-{kept}"
-    if _is_whole(folder):
-        return folder
-    header = read_header(file)
-    _make_root(root)
-    with _alone(root / f".{folder.name}.lock", file):
+    file, root = file.absolute(), _root()
+    known = _known(file, root)
+    header = None if known else read_header(file)
+    digest = known or _digest(file)
+    exact, rounded = (root / f"{digest[:32]}-{kept}" for kept in ("float32", "bfloat16"))
+    if _is_whole(exact):  # right for whatever is computed in
+        folder = exact
+    elif find_spec("torch") is None:
+        folder = _without_torch(file, rounded)
+    else:
+        folder = rounded if _computes_in_bfloat16(dtype, device) else exact
         if not _is_whole(folder):
-            _convert(header, digest, folder, kept)
+            _convert_alone(header or read_header(file), digest, folder)
+    if not known:
+        _remember(file, root, digest)
     return folder
 
 
-def _convert(header: Header, digest: str, folder: Path, dtype: str) -> None:
-    """Writes aside, then renames: whoever sees ``folder`` sees all of it."""
-    import torch
+def _convert_alone(header: Header, digest: str, folder: Path) -> None:
+    """Converts, unless another process did so in the meantime."""
+    root = folder.parent
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with _locked(root / f".{folder.name}.lock", header.path.name):
+            if not _is_whole(folder):
+                _convert(header, digest, folder)
+    except OSError as error:
+        raise SetupError(f"{header.path} cannot be converted in {root}: {error}; set XDG_CACHE_HOME") from error
+    finally:
+        with suppress(OSError):  # not empty, where all is well
+            root.rmdir()
 
+
+def _convert(header: Header, digest: str, folder: Path) -> None:
+    """Writes aside, then renames: whoever sees ``folder`` sees all of it."""
     from inward.backbones.gguf.conversion import STEPS, convert
 
     for left in folder.parent.glob(f".{folder.name}-*"):  # by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
+    dtype = folder.name.rpartition("-")[2]
     _check_room(header, folder.parent, dtype)
     aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
-        with tqdm(
-            total=STEPS, desc=f"converting {header.path.name} to {dtype}, once", unit="step", file=sys.stderr
-        ) as bar:
+        with tqdm(total=STEPS, desc=f"converting {header.path.name}, once", unit="step", file=sys.stderr) as bar:
 
             def step(name: str) -> None:
-                bar.set_postfix_str(name)
+                bar.set_postfix_str(name, refresh=False)
                 bar.update()
 
-            convert(header, aside, getattr(torch, dtype), step)
-            step("checking")
+            convert(header, aside, dtype, step)
             _sign(aside, header.path.name, digest)
-            step("done")
         aside.chmod(0o755)
         for path in aside.iterdir():
             path.chmod(0o644)
             _flush(path)
         if folder.exists():
             LOG.warning("%s is not as it was written: it is converted anew", folder)
-            folder.rename(aside.with_name(f"{aside.name}-old"))
-            shutil.rmtree(aside.with_name(f"{aside.name}-old"), ignore_errors=True)
-        aside.rename(folder)
-        _flush(folder.parent)
-    except OSError as error:
-        raise SetupError(f"{header.path} cannot be converted in {folder.parent}: {error}") from error
+        replace_folder(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -121,35 +127,26 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
-def _kept_as(dtype: str, device: str) -> str:
+def _computes_in_bfloat16(dtype: str, device: str) -> bool:
     import torch
 
     from inward.backbones.transformers.model import choose_device, choose_dtype
 
-    return "bfloat16" if choose_dtype(dtype, choose_device(device)) == torch.bfloat16 else "float32"
+    return choose_dtype(dtype, choose_device(device)) == torch.bfloat16
 
 
-def _without_torch(file: Path, root: Path, digest: str) -> Path:
-    for kept in ("bfloat16", "float32"):
-        if _is_whole(folder := root / f"{digest[:32]}-{kept}"):
-            return folder
+def _without_torch(file: Path, folder: Path) -> Path:
+    """For who needs the tokenizer only."""
+    if _is_whole(folder):
+        return folder
     raise SetupError(
-        f"{file} has not been converted in {root}, and without torch it can't be: start a worker with the same "
+        f"{file} has not been converted in {folder.parent}, and without torch it can't be: start a worker with this "
         "XDG_CACHE_HOME first, or give the folder that it converted the file to"
     )
 
 
 def _root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "inward" / "gguf"
-
-
-def _make_root(root: Path) -> None:
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SetupError(
-            f"{root}, where converted models are kept, can't be made ({error.strerror}): set XDG_CACHE_HOME"
-        ) from error
 
 
 def _check_room(header: Header, root: Path, dtype: str) -> None:
@@ -164,55 +161,59 @@ def _check_room(header: Header, root: Path, dtype: str) -> None:
 
 
 @contextmanager
-def _alone(lock: Path, file: Path) -> Iterator[None]:
-    """Only one process at a time. Where the file system has no locks, the first to rename wins."""
-    try:
-        with lock.open("w") as held:
-            try:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"another process is converting {file.name}: waiting for it", file=sys.stderr)
-                fcntl.flock(held, fcntl.LOCK_EX)
-            except OSError:  # no locks here
-                pass
-            try:
-                yield
-            finally:
-                lock.unlink(missing_ok=True)
-    except OSError as error:
-        raise SetupError(
-            f"{lock.parent}, where converted models are kept, can't be written to: {error.strerror}; set XDG_CACHE_HOME"
-        ) from error
-
-
-def _digest(file: Path, root: Path) -> str:
-    """SHA-256 of the file; remembered for as long as its path, size and time of change stay the same."""
-    try:
-        stat = file.stat()
-        seen = [str(file), stat.st_size, stat.st_mtime_ns]
-        note = root / "hashes" / f"{hashlib.sha256(str(file).encode()).hexdigest()[:32]}.json"
+def _locked(lock: Path, name: str) -> Iterator[None]:
+    """Only one process at a time. Where the file system has no locks, all convert, and the last to rename wins."""
+    with lock.open("w") as held:
         try:
-            known = json.loads(note.read_text(encoding="utf-8"))
-            if known["of"] == seen and len(known["sha256"]) == 64:
-                return str(known["sha256"])
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
-        digest = hashlib.sha256()
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another process is converting {name}: waiting for it", file=sys.stderr)
+            fcntl.flock(held, fcntl.LOCK_EX)
+        except OSError:
+            LOG.debug("%s can't be locked", lock)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _digest(file: Path) -> str:
+    """SHA-256 of the file."""
+    digest = hashlib.sha256()
+    try:
         with file.open("rb") as stream:
             while chunk := stream.read(_CHUNK_BYTES):
                 digest.update(chunk)
     except OSError as error:
         raise SetupError(f"{file} cannot be read: {error.strerror}") from error
-    _remember(note, {"of": seen, "sha256": digest.hexdigest()})
     return digest.hexdigest()
 
 
-def _remember(note: Path, content: object) -> None:
+def _known(file: Path, root: Path) -> str | None:
+    """The hash of a file that was converted before, as long as its size and its time of change are the same."""
+    try:
+        note = json.loads(_note(file, root).read_text(encoding="utf-8"))
+        return str(note["sha256"]) if note["file"] == _stamp(file) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _remember(file: Path, root: Path, digest: str) -> None:
+    note = _note(file, root)
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
-        write(note, json.dumps(content).encode())
-    except OSError:  # a cache that can't be written to makes the next start slower, that is all
+        write(note, json.dumps({"file": _stamp(file), "sha256": digest}).encode())
+    except OSError:  # the next start will be slower, that is all
         LOG.debug("%s could not be written", note)
+
+
+def _note(file: Path, root: Path) -> Path:
+    return root / "hashes" / f"{hashlib.sha256(str(file).encode()).hexdigest()[:32]}.json"
+
+
+def _stamp(file: Path) -> list[str | int]:
+    stat = file.stat()
+    return [str(file), stat.st_size, stat.st_mtime_ns]
 
 
 def _flush(path: Path) -> None:

@@ -19,7 +19,7 @@ from inward.errors import SetupError
 
 Step = Callable[[str], None]
 """Called with what begins now."""
-STEPS = 5
+STEPS = 4
 _BLOCK = re.compile(r"^blk\.(\d+)\.")
 
 
@@ -40,7 +40,7 @@ def architectures() -> frozenset[str]:
     }
 
 
-def convert(header: Header, folder: Path, dtype: torch.dtype, step: Step) -> None:
+def convert(header: Header, folder: Path, dtype: str, step: Step) -> None:
     """Writes the model of ``header`` into ``folder``, in ``dtype``.
 
     Raises:
@@ -61,9 +61,10 @@ def convert(header: Header, folder: Path, dtype: torch.dtype, step: Step) -> Non
         config = _config(header)
         _check_agreement(header, config, tokenizer)
         step("weights")
-        state = _weights(header, config, dtype)
+        state = _weights(header, config, getattr(torch, dtype))
         step("writing")
-        _save(header, config, tokenizer, state, folder, dtype)
+        _save(config, tokenizer, state, folder)
+        step("checking")
     except SetupError:
         raise
     except Exception as error:  # a file can be wrong in more ways than transformers has errors
@@ -139,15 +140,13 @@ def _weights(header: Header, config: Any, dtype: torch.dtype) -> dict[str, torch
     return state
 
 
-def _save(
-    header: Header, config: Any, tokenizer: Any, state: dict[str, torch.Tensor], folder: Path, dtype: torch.dtype
-) -> None:
+def _save(config: Any, tokenizer: Any, state: dict[str, torch.Tensor], folder: Path) -> None:
     """A model that never heard of GGUF: transformers does not save one whose settings say that it came from there."""
     config = type(config).from_dict(
         {key: value for key, value in config.to_dict().items() if key != "quantization_config"}
     )
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=next(iter(state.values())).dtype)
     model.load_state_dict(state, assign=True)
     model.tie_weights()
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "pad")}

@@ -111,6 +111,8 @@ class _Reader:
         tensors, keys = self._number("Q"), self._number("Q")
         self._room(tensors * 24 + keys * 12, f"{tensors} tensors and {keys} keys")  # the least that they take
         values = self._keys(keys)
+        if (parts := values.get("split.count", 1)) != 1:
+            raise self._error(f"one of {_shown(parts)} parts: put them together with llama-gguf-split --merge")
         entries = [self._entry() for _ in range(tensors)]
         return Header(self._path, values, self._placed(entries, self._alignment(values)))
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
-from tokenizers import pre_tokenizers
+from tokenizers import Tokenizer, pre_tokenizers
 
 from inward.backbones.gguf.header import Header
 from inward.errors import SetupError
@@ -63,19 +64,29 @@ def load_tokenizer(header: Header) -> Any:
     Raises:
         Exception: whatever transformers raises over a vocabulary that it can't build.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    tokenizer = AutoTokenizer.from_pretrained(header.path.parent, gguf_file=header.path.name, local_files_only=True)
-    backend, split = tokenizer.backend_tokenizer, _split(header)
-    if _kind(header) == BYTE_LEVEL and split in DIGIT_BY_DIGIT:
+    read = AutoTokenizer.from_pretrained(header.path.parent, gguf_file=header.path.name, local_files_only=True)
+    backend = _only_of(header.get("tokenizer.ggml.tokens", list), read.backend_tokenizer)
+    byte_level, split = _kind(header) == BYTE_LEVEL, _split(header)
+    if byte_level and split in DIGIT_BY_DIGIT:
         by_digit = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         backend.pre_tokenizer = pre_tokenizers.Sequence(by_digit)
-    whole_words = _kind(header) == BYTE_LEVEL and split in WITH_BOS
-    if whole_words:
+    if byte_level and split in WITH_BOS:
         backend.model.ignore_merges = True
-    tokenizer.add_bos_token = header.get("tokenizer.ggml.add_bos_token", bool, whole_words or _kind(header) == "llama")
+    special = {f"{name}_token": getattr(read, f"{name}_token") for name in ("bos", "eos", "unk", "pad")}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=read.chat_template, **special)
+    begins = split in WITH_BOS if byte_level else _kind(header) == "llama"
+    tokenizer.add_bos_token = header.get("tokenizer.ggml.add_bos_token", bool, begins)
     tokenizer.add_eos_token = header.get("tokenizer.ggml.add_eos_token", bool, False)
     return tokenizer
+
+
+def _only_of(vocabulary: list[str], tokenizer: Tokenizer) -> Tokenizer:
+    """``tokenizer`` without tokens that its class brought along (GPT-2's end of text): the model can't embed them."""
+    document = json.loads(tokenizer.to_str())
+    document["added_tokens"] = [token for token in document["added_tokens"] if token["id"] < len(vocabulary)]
+    return Tokenizer.from_str(json.dumps(document))
 
 
 def ends(header: Header) -> list[int]:
