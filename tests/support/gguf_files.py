@@ -1,4 +1,4 @@
-"""Small GGUF files, written as llama.cpp's converter writes them: a Llama with random weights, a vocabulary of bytes."""
+"""Small GGUF files, written as llama.cpp's converter writes them: a Llama of random weights whose tokens are bytes."""
 
 from __future__ import annotations
 
