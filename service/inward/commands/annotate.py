@@ -27,7 +27,7 @@ examples:
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
-        "annotate", help="add margins and confidences to a file of preference pairs", description=HELP, epilog=EXAMPLES,
+        "annotate", description=HELP, epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument(

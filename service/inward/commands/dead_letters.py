@@ -28,7 +28,6 @@ from inward.types import Failed, Job
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "dead-letters",
-        help="jobs that were given up because they ended several workers",
         description="Looks at the dead letters of a queue in Redis: jobs that ended several workers, or that nobody could read.",
         epilog="example: inward dead-letters list --redis-url redis://localhost:6379/0",
     )

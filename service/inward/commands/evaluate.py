@@ -39,7 +39,6 @@ POSITIONS: dict[Kind, Position] = {"legend": "last", "hybrid": "eos", "srr": "la
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "evaluate",
-        help="judge a head",
         description="Judges a head on pairs, lists, labelled responses or saved states: every figure with its 95 % interval, resampled by "
         "prompt, beside length, mean difference, a logistic probe, TF-IDF and stable rank.",
         epilog=EPILOG,

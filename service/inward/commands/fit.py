@@ -38,9 +38,7 @@ ABOUT = {
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "fit", help="fit a head", description="Fits a head for a model, from JSONL or Parquet, or from states."
-    )
+    parser = commands.add_parser("fit", description="Fits a head for a model, from JSONL or Parquet, or from states.")
     kinds = parser.add_subparsers(dest="kind", metavar="legend|hybrid|srr", required=True)
     for kind, about in ABOUT.items():
         one = kinds.add_parser(

@@ -17,9 +17,7 @@ from inward.processes.wiring import find_model, heads_folder, open_prompts
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "heads", help="list, show and verify heads", description="Looks at the heads of a model."
-    )
+    parser = commands.add_parser("heads", description="Looks at the heads of a model.")
     verbs = parser.add_subparsers(dest="verb", metavar="list|show|verify", required=True)
     listing = verbs.add_parser(
         "list", help="every version of every head", description="Lists every version of every head."
