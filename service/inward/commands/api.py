@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 
+from inward.commands import COMMANDS
 from inward.commands.options import add_settings, settings_of
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "api",
+        help=COMMANDS["api"],
         description="One API replica: HTTP, templates and tokenisation, no GPU and no torch. Workers (`inward worker`) "
         "are found through Redis; until there is one, and whenever Redis is away, /readyz is red and requests get a "
         "503.",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from inward.commands import COMMANDS
+
 WAYS = "published,padded,ours,http"
 
 
@@ -13,6 +15,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
     parser = commands.add_parser(
         "bench",
+        help=COMMANDS["bench"],
         description="Scores the same pairs in several ways, one process each, and prints tokens/s, ratios and peak "
         "memory. Tokens are those of all texts (prompt + response), whatever a way computes for them.",
         epilog="example: inward bench --shape qwen2-0.5b --pairs pairs.jsonl --n 64",

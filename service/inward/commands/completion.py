@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 
+from inward.commands import COMMANDS
+
 SHELLS = ("bash", "zsh", "tcsh")
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "completion",
+        help=COMMANDS["completion"],
         description="Prints a script that lets a shell complete commands and options. It is made once; run it again "
         "after an update.",
         epilog="example: inward completion bash > ~/.local/share/bash-completion/completions/inward",

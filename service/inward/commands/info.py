@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 
+from inward.commands import COMMANDS
 from inward.commands.options import add_settings, settings_of
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "info",
+        help=COMMANDS["info"],
         description="Prints what options and INWARD_* variables come to: where the model and the heads are, limits, "
         "fingerprint. Loads nothing.",
         epilog="example: inward info --json | jq .backbone.path",

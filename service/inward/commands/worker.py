@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 
+from inward.commands import COMMANDS
 from inward.commands.options import add_settings, settings_of
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "worker",
+        help=COMMANDS["worker"],
         description="One worker: loads a model and its heads and takes jobs from Redis until SIGTERM, then finishes "
         "what it has. Its port answers /livez, /readyz, /info and /metrics only. Exit status 1 if the engine died: "
         "start it again.",
