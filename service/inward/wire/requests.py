@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Protocol
+from typing import Annotated, Any, Protocol
 
 from pydantic import (
     ConfigDict,
@@ -31,6 +31,8 @@ from inward.wire.base import Wire
 
 UNION_TAGS = frozenset({"as text", "as chat"})
 """Steps in the path of a pydantic error that are no field of the caller's JSON."""
+RENAMED = {"scores": "append_to", "token_ids": "return_token_ids"}
+"""Fields of ``/rerank`` under the names that they had, and those that they have."""
 MOST = 2**31 - 1
 """Of whole numbers: what every part behind the door can hold."""
 
@@ -184,7 +186,7 @@ class MarginRequest(Options):
     """Preference pairs to annotate."""
 
     pairs: Annotated[list[Pair], Field(min_length=1)]
-    """IdempotencyStore in this order."""
+    """Answered in this order."""
     model_config = ConfigDict(
         json_schema_extra={
             "examples": [
@@ -202,7 +204,7 @@ class ScoreRequest(Options):
     """Responses to score."""
 
     items: Annotated[list[Item], Field(min_length=1)]
-    """IdempotencyStore in this order."""
+    """Answered in this order."""
     detail: list[Detail] = Field(default_factory=list)
     """`layers`: each layer's part of the score. `tokens`: the score at every token of the response."""
     model_config = ConfigDict(
@@ -263,11 +265,11 @@ class RerankRequest(Options, Asking):
     """Instead of `candidates`: how many answers to draw from the model."""
     sampling: Sampling | None = None
     """How they are drawn."""
-    token_ids: StrictBool = False
+    return_token_ids: StrictBool = False
     """Give each answer's token ids as well."""
     stream: StrictBool = False
     """Send drawn answers as server-sent events, each as soon as it is scored, and the ranking in the end."""
-    scores: Annotated[str, Field(pattern="^[A-Za-z0-9._-]{1,64}$")] | None = None
+    append_to: Annotated[str, Field(pattern="^[A-Za-z0-9._-]{1,64}$")] | None = None
     """Name of a stream in Redis to which the answer's `pair` is appended as well, for trainers that consume pairs as
     they come."""
     model_config = ConfigDict(
@@ -278,6 +280,14 @@ class RerankRequest(Options, Asking):
             ]
         }
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, value: Any) -> Any:
+        for old, new in RENAMED.items():
+            if isinstance(value, dict) and old in value:
+                raise _at(old, f"is called `{new}`")
+        return value
 
     @model_validator(mode="after")
     def _given_or_drawn(self) -> RerankRequest:
