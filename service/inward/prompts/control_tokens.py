@@ -44,7 +44,7 @@ class ControlTokens:
         return cls(re.compile("|".join(map(re.escape, spelled))), cuts)
 
     def broken(self, prompt: Prompt, responses: list[str]) -> tuple[Prompt, list[str], str]:
-        """Both with a character in each control token that is spelled out, and that character; empty if there is none."""
+        """Both with a character in each control token that is spelled out, and that character; none if none is."""
         texts = [prompt] if isinstance(prompt, str) else [str(message.get("content")) for message in prompt]
         texts += responses
         if self.pattern is None or not any(map(self.pattern.search, texts)):

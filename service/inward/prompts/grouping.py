@@ -92,7 +92,8 @@ class Prompts:
             format = DEFAULT_FORMAT
         if format is not None and (format.count("{prompt}") != 1 or not format.endswith("{response}")):
             raise SetupError(
-                f"the template {format!r} needs {{prompt}} once and must end with {{response}}, as in {DEFAULT_FORMAT!r}"
+                f"the template {format!r} needs {{prompt}} once and must end with {{response}}, as in "
+                f"{DEFAULT_FORMAT!r}"
             )
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
@@ -102,14 +103,14 @@ class Prompts:
         )
         self._control = ControlTokens.of(tokenizer)
         ends = [tokenizer.decode([token], skip_special_tokens=False) for token in end_ids]
+        self._date: dict[str, Callable[[str], str]] = {}
         if format is not None:
-            self.template, self._date = f"format:{format}", {}
+            self.template = f"format:{format}"
             self.turns = Turns.of(tokenizer, ends, None)
             return
         source = str(tokenizer.chat_template)
         self.template = f"chat:{hashlib.sha256(source.encode()).hexdigest()[:16]}"
         """Names it in a head's manifest, with the date where it prints one."""
-        self._date: dict[str, Callable[[str], str]] = {}
         if "strftime_now" in source:
             self._date["strftime_now"] = DATE.strftime  # over the environment's own
             self.template += f"@{DATE:%Y-%m-%d}"
@@ -205,8 +206,8 @@ class Prompts:
         if not truncate:
             worst = max(range(len(responses_ids)), key=lambda i: len(responses_ids[i]), default=0)
             raise TooLarge(
-                f"prompt ({len(prompt_ids)} tokens) and response ({longest}) are longer than the {room} tokens that the model takes; "
-                "shorten them, or send \"truncate\": true",
+                f"prompt ({len(prompt_ids)} tokens) and response ({longest}) are longer than the {room} tokens that the "
+                "model takes; shorten them, or send \"truncate\": true",
                 param=f"responses.{worst}" if responses_ids else "prompt",
             )  # fmt: skip
         bos = prompt_ids[:1] if prompt_ids[:1] == (self.tokenizer.bos_token_id,) else ()

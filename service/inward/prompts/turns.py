@@ -76,7 +76,7 @@ class Turns:
         return cls(
             bos=bos,
             any_bos=any_bos,
-            begins=longest_first({_first_mark(begin.removeprefix(any_bos)) for begin in begins}),
+            begins=longest_first(_first_mark(begin.removeprefix(any_bos)) for begin in begins),
             turn_end=ending[0] if ending else "",
             openings=tuple((_loosely(seen), meant) for seen, meant in dict.fromkeys(openings) if seen.strip()),
             unasked=(_loosely(bare), generating) if bare.strip() else None,
@@ -119,12 +119,13 @@ class Turns:
 
     def is_rendered(self, prompt: str) -> bool:
         """Whether the template has been applied to ``prompt`` already: it ends where an answer begins, or it begins as
-        a conversation does and a turn ends in it.
+        a conversation does and a turn ends in it, where turns have an end.
         """
         bare = self._unpadded(prompt)
         if any(_at_end(pattern, bare) for pattern, _ in self.openings):
             return True
-        return bool(self.turn_end) and self.turn_end in bare and self._begins(bare)
+        begins = self._begins(bare) or bool(self.bos and bare.startswith(self.bos))
+        return begins and self.turn_end in bare
 
     def complete(self, prompt: str) -> str:
         """A rendered prompt up to where the answer begins, whether that was asked for or not."""
@@ -143,11 +144,11 @@ class Turns:
         return text
 
     def _begins(self, prompt: str) -> bool:
-        return prompt.removeprefix(self.any_bos).lstrip(" ").startswith(self.begins)
+        return prompt.removeprefix(self.any_bos).lstrip(" ").startswith(self.begins)  # of no begins: never
 
     def _begun(self, prompt: str) -> str:
         """A rendered prompt that begins as the template begins it, BOS or none."""
-        if not self.begins or not self._begins(prompt):
+        if not self._begins(prompt):
             return prompt
         return self.bos + prompt.removeprefix(self.any_bos).lstrip(" ")
 
