@@ -42,7 +42,7 @@ LONGEST_FIELD = 2**30
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[io.BufferedReader]:
+def opened(path: Path) -> Iterator[io.BufferedReader[Any]]:
     """The file's bytes, unpacked where they are packed with gzip.
 
     Raises:
@@ -115,19 +115,19 @@ class Place:
         except (EOFError, zlib.error) as error:
             what = "ends too early" if isinstance(error, EOFError) else "is damaged"
             raise DataError(
-                f"can't be read to its end: the gzip data {what}. Fetch it anew; {self._whole()}", where=self._after()
+                f"can't be read to its end: the gzip data {what}. Fetch it anew; {self._whole()}", where=self._next()
             ) from None
         except UnicodeDecodeError as error:
             raise DataError(
-                f"is not UTF-8 (byte {error.object[error.start]:#04x}); {LATIN}", where=self._after()
+                f"is not UTF-8 (byte {error.object[error.start]:#04x}); {LATIN}", where=self._next()
             ) from None
         except OSError as error:
             raise DataError(
-                f"can't be read: {error.strerror or type(error).__name__}; {self._whole()}", where=self._after()
+                f"can't be read: {error.strerror or type(error).__name__}; {self._whole()}", where=self._next()
             ) from None
 
-    def _after(self) -> str:
-        return f"{self.path}, after {self.unit} {self.number}" if self.number else str(self.path)
+    def _next(self) -> str:
+        return f"{self.path}, in {self.unit} {self.number + 1}"
 
     def _whole(self) -> str:
         return f"what stands up to {self.unit} {self.number} is whole" if self.number else "nothing of it was read"
@@ -200,7 +200,7 @@ def records(path: Path, delimiter: str) -> Numbered:
         except csv.Error as error:
             raise DataError(
                 f"not readable as CSV ({error}): is a quotation mark missing?",
-                where=f"{path}, after line {place.number}",
+                where=f"{path}, in line {place.number + 1}",
             ) from None
         except UnicodeDecodeError as error:
             place.number = _lines_before(path, error)
