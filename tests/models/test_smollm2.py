@@ -49,7 +49,9 @@ def plain(folder: Path) -> torch.nn.Module:
 
 async def test_it_knows_the_capital_of_france(backbone: TransformersBackbone, prompts: Prompts) -> None:
     asked = prompts.group("What is the capital of France?", []).group
-    (sample,) = await backbone.sample(Group(asked.prompt_ids, (), sampling=SamplingSpec(n=1, temperature=0, max_tokens=24)))
+    (sample,) = await backbone.sample(
+        Group(asked.prompt_ids, (), sampling=SamplingSpec(n=1, temperature=0, max_tokens=24))
+    )
     assert "Paris" in sample.text
     assert sample.finish_reason == "stop"  # its template's own end, not the limit
 

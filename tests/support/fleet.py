@@ -58,7 +58,11 @@ class Fleet:
     """
 
     def __init__(self, folder: Path, redis_url: str, *, demo: bool = False, **settings: object) -> None:
-        model = ["--backbone", "transformers", "--model", "toy"] if demo else ["--backbone", "fake", "--model", str(folder / "model")]
+        model = (
+            ["--backbone", "transformers", "--model", "toy"]
+            if demo
+            else ["--backbone", "fake", "--model", str(folder / "model")]
+        )
         self._options = [*model, "--redis-url", redis_url, "--port", "0"]
         self._heads = [] if demo else ["--heads", str(folder / "heads")]
         self._settings = FRESH | PATIENT | {f"INWARD_{name.upper()}": str(value) for name, value in settings.items()}

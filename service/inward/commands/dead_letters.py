@@ -14,6 +14,7 @@ from typing import Any
 from redis.exceptions import RedisError
 
 from inward.backbones.tokenizer import load_tokenizer
+from inward.commands import COMMANDS
 from inward.commands.options import add_settings, settings_of
 from inward.errors import InwardError, NotFound, SetupError
 from inward.processes.wiring import connect, find_model, model_name
@@ -28,7 +29,7 @@ from inward.types import Failed, Job
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "dead-letters",
-        help="jobs that were given up because they ended several workers",
+        help=COMMANDS["dead-letters"],
         description="Looks at the dead letters of a queue in Redis: jobs that ended several workers, or that nobody could read.",
         epilog="example: inward dead-letters list --redis-url redis://localhost:6379/0",
     )
