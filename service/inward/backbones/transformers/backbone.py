@@ -82,6 +82,7 @@ class TransformersBackbone:
             max_tokens=max_tokens(self._model.config, self._tokenizer),
             dtype=str(self._model.dtype).removeprefix("torch."),
             device=str(on),
+            final_norm=self._model.final_norm,
         )
         budget = token_budget or (TOKENS_GPU if on.type == "cuda" else TOKENS_CPU)
         self.capacity = Capacity(budget, drawings=DRAWINGS)
@@ -160,6 +161,11 @@ class TransformersBackbone:
         if fusion.eos and not self._end_ids:
             raise InvalidField(
                 f"{self.info.name} has no end-of-sequence token, so nothing can be read at position eos",
+                param="readouts",
+            )
+        if not self.info.final_norm and any(place.final_norm for place in fusion.places):
+            raise InvalidField(
+                f"{self.info.name} gives nothing of its stream's width after its final norm: read its last layer before it",
                 param="readouts",
             )
         if fusion.eos and not self._causal:  # it would change every other state of the text

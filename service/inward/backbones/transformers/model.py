@@ -69,6 +69,7 @@ def load_model(folder: Path, dtype: str = "auto", device: str = "auto", *, trust
         whole = loader.from_pretrained(folder, **options).to(on).eval().requires_grad_(False)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise SetupError(f"the model in {folder} cannot be loaded: {error}") from error
+    whole.config.return_dict = True
     base = _base(whole)
     text = base.config.get_text_config()
     if getattr(text, "is_encoder_decoder", False):

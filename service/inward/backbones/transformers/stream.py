@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from inward.backbones.transformers.capture import states_of
 from inward.errors import SetupError
 
 TOLERANCE = 0.05
@@ -104,7 +105,7 @@ def _watch(seen: _Seen, k: int) -> Any:
         seen.order.append(k)
         if k == 0:
             seen.entered = args[0] if args else kwargs.get("hidden_states")
-        seen.left.append(output[0] if isinstance(output, tuple) else output)
+        seen.left.append(states_of(output))
 
     return seen.blocks[k].register_forward_hook(left, with_kwargs=True)
 
