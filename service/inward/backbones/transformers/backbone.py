@@ -26,6 +26,7 @@ from inward.backbones.transformers.model import load_model
 from inward.backbones.transformers.norms import fuse_norms
 from inward.backbones.transformers.scheduler import Scheduler, Turns
 from inward.backbones.transformers.selfcheck import choose_mode, is_causal
+from inward.batching import within
 from inward.errors import InvalidField
 from inward.types import BackboneInfo, Floats, Group, GroupReading, Reading, Readout, Sample
 
@@ -194,7 +195,7 @@ class TransformersBackbone:
     ) -> Turns[list[Read]]:
         results: list[Read] = []
         costs = [packing.cost(group, eos_id) for group in groups]
-        for run in packing.within(costs, self.capacity.tokens):
+        for run in within(range(len(groups)), self.capacity.tokens, costs.__getitem__):
             if results:
                 yield
             packed = packing.pack([groups[i] for i in run], eos_id)
