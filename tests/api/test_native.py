@@ -31,7 +31,8 @@ async def test_a_margin_answer_names_everything_it_should(house):
     assert body["margins"] == [
         {
             "error": None, "truncated": False, "margin": 7.0, "margin_scaled": 3.5, "bin": 0.5,
-            "chosen_score": 12.0, "rejected_score": 5.0, "label_agrees": True, "confidence": 0.75,
+            "chosen_score": 12.0, "rejected_score": 5.0, "label_agrees": True, "label_probability": 0.875,
+            "confidence": 0.75,
         }
     ]  # fmt: skip
 
@@ -185,6 +186,15 @@ async def test_rerank_gives_best_first_and_a_pair_for_dpo(house):
         **given,
     }
     assert body["listwise"] is False
+
+
+@pytest.mark.parametrize(
+    ("old", "value", "new"), [("scores", "dpo", "append_to"), ("token_ids", True, "return_token_ids")]
+)
+async def test_the_former_name_of_a_field_is_refused_with_the_one_it_has(house, old, value, new):
+    answer = await house.post("/rerank", {"prompt": "p", "candidates": ["bb", "a"], old: value})
+    assert answer.status_code == 422
+    assert (error(answer)["param"], error(answer)["message"]) == (old, f"{old} is called `{new}`")
 
 
 async def test_rerank_sends_all_candidates_as_one_group_and_says_when_scores_depend_on_the_list():

@@ -81,9 +81,9 @@ class SourceOptions(_Options):
     """The service's Redis, such as redis://:password@host:6379/0."""
     queue: str | None = None
     """The service's queue; by default the model's name (a folder's last part), as for the service. Of the
-    demonstration: inward-demo."""
+    bundled toy: toy."""
     stream: str = "pairs"
-    """Name of the stream, as given to the service as `scores`."""
+    """Name of the stream, as given to the service as `append_to`."""
     group: str = "trainer"
     """Consumer group: trainers of one group share a stream."""
     consumer: str = "trainer"

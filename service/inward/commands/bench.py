@@ -20,7 +20,11 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "memory. Tokens are those of all texts (prompt + response), whatever a way computes for them.",
         epilog="example: inward bench --shape qwen2-0.5b --pairs pairs.jsonl --n 64",
     )
-    parser.add_argument("--model", default="demo", help="model folder, hub id, or demo (default: %(default)s)")
+    parser.add_argument(
+        "--model",
+        default="smollm2",
+        help="as everywhere: a folder, GGUF file, hub id, smollm2 or toy (default: %(default)s)",
+    )
     parser.add_argument("--shape", choices=sorted(SHAPES), help="instead: a model of this shape with random weights")
     parser.add_argument(
         "--pairs", type=Path, help="JSONL with prompt, chosen, rejected (default: made-up words of HH's lengths)"

@@ -17,7 +17,7 @@ from inward.backbones.tokenizer import load_tokenizer
 from inward.commands import COMMANDS
 from inward.commands.options import add_settings, settings_of
 from inward.errors import InwardError, NotFound, SetupError
-from inward.processes.wiring import connect, find_model
+from inward.processes.wiring import connect, find_model, model_name
 from inward.queues.redis.dead_letters import DeadLetter, DeadLetters
 from inward.queues.redis.producer import RedisProducer
 from inward.settings import Settings
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 async def _run(args: argparse.Namespace, settings: Settings) -> int:
     connection = connect(settings)
-    keys = Keys(settings.queue or find_model(settings).name)
+    keys = Keys(settings.queue or model_name(settings))
     letters = DeadLetters(connection, keys)
     verbs: dict[str, Callable[[], Awaitable[int]]] = {
         "list": lambda: _list(letters),

@@ -13,7 +13,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "serve",
         help=COMMANDS["serve"],
         description="Loads one model and serves its heads over HTTP: API and worker in one process. Without options: "
-        "the bundled demonstration backbone on http://127.0.0.1:8080, without a model hub or a GPU.",
+        "SmolLM2-135M-Instruct with its heads on http://127.0.0.1:8080, without a model hub or a GPU.",
         epilog="example: inward serve --model Qwen/Qwen2.5-0.5B-Instruct --heads ./heads --port 9000",
     )
     add_settings(parser)

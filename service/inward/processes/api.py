@@ -84,7 +84,7 @@ class ApiProcess:
             ready=self.ready,
             alive=lambda: not self._looking.done(),
             quota=RedisQuota(connection, keys, settings.quota) if settings.quota else None,
-            answered=RedisIdempotencyStore(
+            idempotency=RedisIdempotencyStore(
                 connection, keys, keep=settings.idempotency_window, running=settings.timeout + 30
             ),
         )
