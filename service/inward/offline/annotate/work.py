@@ -120,7 +120,9 @@ async def do(scorer: Scorer, reader: PairReader, rows: Sequence[Row | DataError]
             pairs.append(error)
     results, by = await scorer.annotate([pair for pair in pairs if isinstance(pair, Pair)])
     given = iter(results)
-    done = [Annotated(None, pair.reason) if isinstance(pair, DataError) else _judged(pair, next(given)) for pair in pairs]
+    done = [
+        Annotated(None, pair.reason) if isinstance(pair, DataError) else _judged(pair, next(given)) for pair in pairs
+    ]
     return Done(done, by)
 
 
