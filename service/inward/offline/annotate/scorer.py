@@ -158,9 +158,7 @@ class ServiceScorer:
 
     def _inward(self, retries: Retries) -> AsyncInward:
         try:
-            return AsyncInward(
-                self._url, api_key=self._key or "", timeout=TIMEOUT_S, retries=retries, http=self._http
-            )
+            return AsyncInward(self._url, api_key=self._key or "", timeout=TIMEOUT_S, retries=retries, http=self._http)
         except ValueError as error:
             raise SetupError(f"--url: {error}") from None
 
