@@ -148,6 +148,8 @@ class BackboneInfo:
     """Of its files, on the machine that computes."""
     concurrency: int = 1
     """Calls that it computes at once."""
+    final_norm: bool = True
+    """Whether the last layer can also be read after the model's final norm."""
 
 
 @dataclass(frozen=True, slots=True)

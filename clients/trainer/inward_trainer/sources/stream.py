@@ -169,7 +169,7 @@ class Stream:
                 useless.append(entry)
                 continue
             try:
-                pairs.append(read_row(json.loads(fields["row"]), entry))
+                pairs.append(read_row(json.loads(fields["row"]), entry, as_scored=True))
             except (DataError, ValueError, KeyError) as error:
                 LOG.warning("entry %s is no pair and is left out: %s", entry, error)
                 useless.append(entry)
