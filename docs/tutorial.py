@@ -8,7 +8,7 @@
 #     python docs/tutorial.py PAIRS.jsonl [--rows 400] [--seeds 0 1 2]
 #
 # PAIRS are preference pairs in any layout that `inward annotate --help` names, Anthropic's hh-rlhf for instance. Needs
-# `pip install ./clients/trainer` for TRL. Everything runs on the bundled demonstration model, so it takes minutes on a
+# `pip install ./clients/trainer` for TRL. Everything runs on the bundled toy, so it takes minutes on a
 # laptop, and proves little: put your own `--model` and `--heads` into step 1 for real work.
 
 # %%

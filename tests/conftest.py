@@ -19,7 +19,7 @@ settings.load_profile("inward")  # the same examples every time, and none of the
 
 @pytest.fixture(scope="session")
 def demo_server(tmp_path_factory):
-    """``inward serve`` as ``make serve`` starts it; one process for all tests that change nothing in it."""
+    """``inward serve`` as ``make serve MODEL=toy`` starts it; one process for all tests that change nothing in it."""
     from support.serving import demo  # brings torch, which most tests do without
 
     with demo(tmp_path_factory.mktemp("demo")) as served:

@@ -19,8 +19,8 @@ def write_policy(folder):
     """A Llama of two blocks with random weights, and its tokenizer."""
     torch.manual_seed(5)
     config = transformers.LlamaConfig(
-        vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=256,
-        bos_token_id=0, eos_token_id=1,
+        vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=256, bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer().save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Each route as a pure value: what is sent, and how the answer is read. Both clients send these and nothing else."""
+"""Each route as a pure value: what is sent, and how the answer is read. The client sends these and nothing else."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ class SourceOptions(_Options):
     """The service's Redis, such as redis://:password@host:6379/0."""
     queue: str | None = None
     """The service's queue; by default the model's name (a folder's last part), as for the service. Of the
-    demonstration: inward-demo."""
+    bundled toy: toy."""
     stream: str = "pairs"
     """Name of the stream, as given to the service as `append_to`."""
     group: str = "trainer"

@@ -6,6 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
+from inward.commands import COMMANDS
 from inward.commands.options import MODEL_SETTINGS, add_settings
 
 HELP = """\
@@ -27,7 +28,7 @@ examples:
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
-        "annotate", help="add margins and confidences to a file of preference pairs", description=HELP, epilog=EXAMPLES,
+        "annotate", help=COMMANDS["annotate"], description=HELP, epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument(
