@@ -17,6 +17,7 @@ import httpx
 from support.serving import FRESH, PATIENT
 from support.waiting import PATIENCE, wait_until
 
+BARE = Path(__file__).with_name("bare_inward.py")
 CHAOS_WORKER = Path(__file__).parents[1] / "chaos/worker.py"
 
 
@@ -79,7 +80,8 @@ class Fleet:
         return self._start([sys.executable, "-m", "inward", "serve", *self._options, *self._heads, *options])
 
     def api(self, *options: str) -> Process:
-        return self._start([sys.executable, "-m", "inward", "api", *self._options, *options])
+        """``inward api``, where nothing is installed for models."""
+        return self._start([sys.executable, str(BARE), "api", *self._options, *options])
 
     def worker(self, *options: str, seconds_per_token: float = 0.0, poison: str = "") -> Process:
         chaos = {"CHAOS_SECONDS_PER_TOKEN": str(seconds_per_token), "CHAOS_POISON": poison}

@@ -15,8 +15,6 @@ from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
-from tqdm import tqdm
-
 from inward.backbones.fingerprint import Origin
 from inward.backbones.gguf.header import Header, read_header
 from inward.errors import SetupError
@@ -48,13 +46,13 @@ def converted(file: Path, dtype: str = "auto", device: str = "auto") -> Path:
         SetupError: the file can't be converted (nothing is left behind), or there is no room for it.
     """
     file, root = file.absolute(), _root()
-    known = _known(file, root)
-    header = None if known else read_header(file)
+    known, converts = _known(file, root), find_spec("torch") is not None
+    header = read_header(file) if converts and not known else None
     digest = known or _digest(file)
     exact, rounded = (root / f"{digest[:32]}-{kept}" for kept in ("float32", "bfloat16"))
     if _is_whole(exact):  # right for whatever is computed in
         folder = exact
-    elif find_spec("torch") is None:
+    elif not converts:
         folder = _without_torch(file, rounded)
     else:
         folder = rounded if _computes_in_bfloat16(dtype, device) else exact
@@ -82,6 +80,8 @@ def _convert_alone(header: Header, digest: str, folder: Path) -> None:
 
 def _convert(header: Header, digest: str, folder: Path) -> None:
     """Writes aside, then renames: whoever sees ``folder`` sees all of it."""
+    from tqdm import tqdm
+
     from inward.backbones.gguf.conversion import STEPS, convert
 
     for left in folder.parent.glob(f".{folder.name}-*"):  # by a process that was killed

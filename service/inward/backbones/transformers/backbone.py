@@ -26,6 +26,7 @@ from inward.backbones.transformers.lora import Policy
 from inward.backbones.transformers.model import load_model, max_tokens
 from inward.backbones.transformers.norms import fuse_norms
 from inward.backbones.transformers.selfcheck import is_causal, packing_is_right
+from inward.batching import within
 from inward.errors import EngineDead, InvalidField
 from inward.types import BackboneInfo, Floats, Group, GroupReading, Reading, Readout, Sample
 
@@ -196,7 +197,7 @@ class TransformersBackbone:
     ) -> list[Read]:
         results: list[Read] = []
         costs = [packing.cost(group, eos_id) for group in groups]
-        for run in packing.within(costs, self.capacity.tokens):
+        for run in within(range(len(groups)), self.capacity.tokens, costs.__getitem__):
             packed = packing.pack([groups[i] for i in run], eos_id)
             readings = fusion.assemble(forward_packed(self._model, packed, products), packed.spans)
             results += [
