@@ -17,6 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from inward.api.answers import plain, refusal, timing_headers
 from inward.api.body import JsonRoute
 from inward.api.candidates import candidates
+from inward.api.elements import RERANK_KINDS
 from inward.api.errors import explain
 from inward.api.scoring import Deadline, find_head, score_all
 from inward.api.services import Services
@@ -26,7 +27,6 @@ from inward.wire import Options, Parts, RerankRequest
 from inward.wire.compat import Foreign, rerank_dialect, score_dialect
 
 POINTWISE: tuple[Kind, ...] = ("hybrid", "legend")
-RERANK: tuple[Kind, ...] = ("srr", "hybrid", "legend")
 Shape = Callable[[InwardError], dict[str, Any]]
 """Writes an error as a family of clients reads it."""
 
@@ -121,17 +121,21 @@ async def judge(
 async def judge_candidates(
     services: Services,
     request: Foreign,
-    kinds: Sequence[Kind],
     query: str,
     texts: Sequence[str],
     field: str,
     *,
     truncate: bool,
+    kinds: Sequence[Kind] = (),
 ) -> CompatScore:
-    """Scores ``texts``, which came in the request's ``field``, as the responses to one prompt; see ``judge``."""
+    """Scores ``texts``, which came in the request's ``field``, as the responses to one prompt; see ``judge``.
+
+    Args:
+        kinds: of heads; by default those that rank.
+    """
     cut = truncate if request.truncate is None else request.truncate
     asked = RerankRequest(prompt=query, candidates=list(texts), truncate=cut)
-    head = chosen_head(services, request, kinds)
+    head = chosen_head(services, request, kinds or RERANK_KINDS, None if kinds else services.rerank_head)
     try:
         found = await candidates(services, asked, head.name, Deadline(None, services.limits.timeout_s))
     except InwardError as error:
@@ -144,9 +148,9 @@ async def judge_candidates(
     return CompatScore((found.scored,), tuple(_finite(scores, i) for i in n), tuple(unit(scores, i) for i in n), cuts)
 
 
-def chosen_head(services: Services, request: Foreign, kinds: Sequence[Kind]) -> HeadRef:
+def chosen_head(services: Services, request: Foreign, kinds: Sequence[Kind], default: str | None = None) -> HeadRef:
     """The head that the request names by ``head``, or by a ``model`` that is a head's name; else the setting's, else
-    the first that fits.
+    ``default``, else the first that fits.
 
     Raises:
         NotFound: there is none.
@@ -154,7 +158,7 @@ def chosen_head(services: Services, request: Foreign, kinds: Sequence[Kind]) -> 
     if request.head is None and (model := getattr(request, "model", None)):
         with suppress(NotFound):
             return services.heads.resolve(model, kinds)
-    return find_head(services, request.head or services.compat_head, kinds)
+    return find_head(services, request.head or services.compat_head or default, kinds)
 
 
 def unit(scores: Scores, n: int) -> float:

@@ -63,7 +63,7 @@ class Results:
 def named(services: Services, scored: Sequence[Scored]) -> dict[str, Any]:
     """The fields of ``wire.Answer`` for what was scored; the first one's head is the answer's."""
     return {
-        "model": services.info()["model"],
+        "model": services.model,
         "policy_version": scored[0].policy_version,
         "head": Head.of(scored[0].heads[0]),
         "usage": Usage.of(sum((outcome.usage for outcome in scored), UsageTokens())),

@@ -287,7 +287,11 @@ class Sampling(Wire):
 
 
 class RerankRequest(Options, Asking):
-    """Candidate answers to one prompt, given or to be drawn, to be ranked."""
+    """Candidate answers to one prompt, given or to be drawn, to be ranked.
+
+    Without a `head`, the first hybrid head ranks them, else the first LEGEND head, else the first ranker, unless the
+    server is set otherwise.
+    """
 
     candidates: Annotated[list[Text], Field(min_length=1)] | None = None
     """The answers to rank."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from fastapi import APIRouter, Response
 
 from inward.api.answers import plain
-from inward.api.compat import RERANK, as_cohere, as_documents, family_route, judge_candidates
+from inward.api.compat import as_cohere, as_documents, family_route, judge_candidates
 from inward.api.errors import responses
 from inward.api.services import FromApp, Services
 from inward.wire.compat import DocumentsRequest, TextsRequest
@@ -55,7 +55,7 @@ async def rank_documents(
     """
     documents = request.texts()
     cut = truncate or request.truncate_prompt_tokens is not None
-    judged = await judge_candidates(services, request, RERANK, request.query, documents, "documents", truncate=cut)
+    judged = await judge_candidates(services, request, request.query, documents, "documents", truncate=cut)
     shown = texts if request.return_documents is None else request.return_documents
     results = [
         RankedDocument(
@@ -65,7 +65,7 @@ async def rank_documents(
     ]
     answer = DocumentsAnswer(
         id=f"rerank-{uuid.uuid4().hex}",
-        model=services.info()["model"],
+        model=services.model,
         usage=RerankUsage(prompt_tokens=judged.tokens, total_tokens=judged.tokens),
         meta=RerankMeta(api_version=ApiVersion(version=version)),
         results=results,
@@ -75,7 +75,7 @@ async def rank_documents(
 
 async def rank_texts(services: Services, request: TextsRequest) -> Response:
     """Answers text-embeddings-inference's bare list."""
-    judged = await judge_candidates(services, request, RERANK, request.query, request.texts, "texts", truncate=False)
+    judged = await judge_candidates(services, request, request.query, request.texts, "texts", truncate=False)
     scores = judged.scores_N if request.raw_scores else judged.units_N
     ranks = [
         TextRank(index=i, score=scores[i], text=request.texts[i] if request.return_text else None)

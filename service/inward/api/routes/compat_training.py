@@ -61,9 +61,7 @@ async def llama_factory(request: LlamaFactoryRequest, services: FromApp) -> Resp
     """Messages are whole conversations, decoded with special tokens; they are tokenised as they are."""
     wholes = [Whole(*services.prompts.turns.split(text), rendered=True) for text in request.messages]
     judged = await judge(services, request, "messages", wholes, truncate=True)
-    answer = LlamaFactoryAnswer(
-        id=f"reward-{uuid.uuid4().hex}", model=services.info()["model"], scores=list(judged.scores_N)
-    )
+    answer = LlamaFactoryAnswer(id=f"reward-{uuid.uuid4().hex}", model=services.model, scores=list(judged.scores_N))
     return plain(answer.model_dump(), headers=judged.headers())
 
 

@@ -36,7 +36,7 @@ async def classify(request: ClassifyRequest, services: FromApp) -> Response:
     answer = ClassifyAnswer(
         id=f"classify-{uuid.uuid4().hex}",
         created=int(time.time()),
-        model=services.info()["model"],
+        model=services.model,
         data=[Classified(index=i, label=head, probs=[score]) for i, score in enumerate(scores)],
         usage=_usage(judged),
     )
@@ -60,7 +60,7 @@ async def score_text_pairs(services: Services, request: TextPairsRequest) -> Res
     first, second = _list(request.text_1, request.queries, "text_1"), _list(request.text_2, request.documents, "text_2")
     cut = request.truncate_prompt_tokens is not None
     if len(first) == 1 < len(second):
-        judged = await judge_candidates(services, request, POINTWISE, first[0], second, "text_2", truncate=cut)
+        judged = await judge_candidates(services, request, first[0], second, "text_2", truncate=cut, kinds=POINTWISE)
     elif len(first) == len(second):
         wholes = [Whole(prompt, response) for prompt, response in zip(first, second, strict=True)]
         judged = await judge(services, request, "text_2", wholes, truncate=cut)
@@ -72,7 +72,7 @@ async def score_text_pairs(services: Services, request: TextPairsRequest) -> Res
     answer = TextPairsAnswer(
         id=f"score-{uuid.uuid4().hex}",
         created=int(time.time()),
-        model=services.info()["model"],
+        model=services.model,
         data=[TextPairScore(index=i, score=score) for i, score in enumerate(scores)],
         usage=_usage(judged),
     )

@@ -19,7 +19,6 @@ from inward.api.routes.compat_rerank import rank_documents, rank_texts
 from inward.api.routes.compat_vllm import score_text_pairs
 from inward.api.services import FromApp
 from inward.api.streams import append_pair, stream
-from inward.types import Kind
 from inward.wire import (
     ErrorBody,
     MarginAnswer,
@@ -42,8 +41,6 @@ EVENTS: dict[str, Any] = {
 }
 
 router = APIRouter(route_class=dialect_route(), responses=RESPONSES | OVER_QUOTA, tags=["scoring"])
-
-RERANK_KINDS: tuple[Kind, ...] = ("srr", "hybrid", "legend")
 
 
 @router.post("/margin", response_model=MarginAnswer, summary="Margins of preference pairs")
@@ -108,7 +105,7 @@ async def rerank(request: AnyRerank, services: FromApp) -> Response:
         return await rank_documents(services, request, version="1")
     if isinstance(request, TextsRequest):
         return await rank_texts(services, request)
-    head = scoring.find_head(services, request.head, RERANK_KINDS)
+    head = scoring.find_head(services, request.head or services.rerank_head, elements.RERANK_KINDS)
     rows = stream(services, request.append_to)
     if request.stream:
         return await stream_ranking(
