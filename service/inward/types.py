@@ -144,6 +144,8 @@ class BackboneInfo:
     max_tokens: int
     dtype: str
     device: str
+    final_norm: bool = True
+    """Whether the last layer can also be read after the model's final norm."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,7 +107,7 @@ class ApiProcess:
         connection = connect(settings)
         try:
             await connection.check()
-            front = cls(settings, find_model(settings), connection)
+            front = cls(settings, find_model(settings, weights=False), connection)
         except BaseException:
             await connection.close()
             raise

@@ -41,9 +41,9 @@ class ModelFiles:
     revision: str
 
 
-def find_model(settings: Settings) -> ModelFiles:
+def find_model(settings: Settings, *, weights: bool = True) -> ModelFiles:
     """The folder of ``settings.model``; fetched from the hub where it is neither a folder nor in the hub's cache, and
-    converted where it is a GGUF file.
+    converted where it is a GGUF file. Without ``weights`` the hub is asked for the tokenizer and the settings only.
 
     Raises:
         SetupError: there is no such model.
@@ -51,7 +51,7 @@ def find_model(settings: Settings) -> ModelFiles:
     name = model_name(settings)
     if settings.model == TOY.name:
         return ModelFiles(TOY / "backbone", name, __version__)
-    folder = resolve(settings.model, settings.revision, settings.dtype, settings.device)
+    folder = resolve(settings.model, settings.revision, settings.dtype, settings.device, weights=weights)
     return ModelFiles(folder, name, settings.revision or "")
 
 
