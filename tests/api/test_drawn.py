@@ -144,7 +144,7 @@ async def test_what_can_not_be_drawn_is_refused_by_its_field(change, status, par
 
 async def test_how_much_may_be_drawn_follows_the_workers():
     """What a model takes is known once a worker says it, long after the limits of the service were printed."""
-    async with serving() as (house, c):
+    async with serving() as (house, _):
         house.services.prompts.max_tokens = 40
         long = await house.post("/rerank", {**ASK, "sampling": {"max_tokens": 40}})
         assert (long.status_code, error(long)["param"]) == (413, "sampling.max_tokens")

@@ -198,6 +198,13 @@ async def test_the_former_name_of_a_field_is_refused_with_the_one_it_has(house, 
     assert (error(answer)["param"], error(answer)["message"]) == (old, f"{old} is called `{new}`")
 
 
+async def test_equal_candidates_make_no_pair_whatever_rounding_says(house):
+    house.intake.outcome = lambda i, s: replace(s, scores=(Scores((1.0, 1.0000001)),))
+    body = (await house.post("/rerank", {"prompt": "p", "candidates": ["same", "same"]})).json()
+    assert [result["score"] for result in body["results"]] == [1.0000001, 1.0]
+    assert body["pair"] is None
+
+
 async def test_an_answer_names_the_model_also_while_no_worker_is_heard_of(house):
     def away():
         raise EngineDead("no worker")

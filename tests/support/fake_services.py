@@ -94,7 +94,7 @@ def _scores(ref: HeadRef, lengths: tuple[float, ...], details: frozenset[str], p
     )
 
 
-class FakeDesk:
+class FakeHeadControl:
     """Knows the heads it is given."""
 
     def __init__(self, refs: dict[str, HeadRef]) -> None:
@@ -170,14 +170,14 @@ class FakeServices:
     ) -> None:
         self.refs = {ref.name: ref for ref in refs or (LEGEND, HYBRID)}
         self.intake = FakeIntake(self.refs)
-        self.desk = FakeDesk(self.refs)
+        self.head_control = FakeHeadControl(self.refs)
         self.policies = FakePolicies()
         self.is_alive = True
         self.readiness = (True, "ready")
         self.services = Services(
             prompts=Prompts(FakeTokenizer(), max_tokens=MAX_TOKENS),
             intake=self.intake,
-            heads=self.desk,
+            heads=self.head_control,
             policies=self.policies,
             model="tiny",
             rerank_head=rerank_head,

@@ -15,7 +15,7 @@ from inward.types import Detail, Group, HeadRef, Kind, Scored, Scores, Timing
 from inward.types import Usage as UsageTokens
 from inward.wire import ErrorDetail, Head, Options, Parts, Scorable, Usage
 
-SWITCHES = 3
+MOST_SWITCHES = 3
 """How often a head may be switched under one request before it gives up."""
 
 
@@ -215,7 +215,7 @@ async def score_groups(
     latest = outcomes = await score(groups)
     switches = 0
     while stale := _stale(outcomes, latest):
-        if (switches := switches + 1) > SWITCHES:
+        if (switches := switches + 1) > MOST_SWITCHES:
             raise Unavailable(
                 "the head was switched again and again during this request; send it again", retry_after=1.0
             )
