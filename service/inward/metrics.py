@@ -150,7 +150,7 @@ MARGINS = Histogram(
 )
 CONFIDENCES = Histogram(
     "inward_confidence",
-    "Confidence in the labels of pairs, by head.",
+    "Confidence (gamma of cDPO) of pairs, by head.",
     ("head",),
     buckets=PROBABILITY,
     registry=REGISTRY,
