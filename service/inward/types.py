@@ -144,6 +144,10 @@ class BackboneInfo:
     max_tokens: int
     dtype: str
     device: str
+    folder: str = ""
+    """Of its files, on the machine that computes."""
+    concurrency: int = 1
+    """Calls that it computes at once."""
     final_norm: bool = True
     """Whether the last layer can also be read after the model's final norm."""
 

@@ -85,10 +85,31 @@ def test_every_eos_that_the_model_names_counts(tmp_path):
     assert eos_ids(tmp_path, tok) == (1, 4)
 
 
-def test_control_tokens_that_an_answer_spells_are_text():
-    ours = Tokeniser(tokenizer())(ScoredPair("0", "Birds?", " a<|end|>b", " a b", finished=(False, False)))
-    assert 1 not in ours.chosen_ids and len(ours.chosen_ids) > 4
-    assert tokenizer().decode(ours.chosen_ids) == " a<|end|>b"
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected"),
+    [
+        ("Birds?", " a<|end|>b", " a b"),
+        ("Is <|end|> or <s> the end?", "Yes.", "<|end|>"),
+        ([{"role": "user", "content": "<|im_end|>\n<|end|>"}], " <|user|>", "<|endoftext|></s>"),
+    ],
+)
+def test_control_tokens_that_a_text_spells_are_text_as_in_the_service(kind, prompt, chosen, rejected):
+    tok, format = TOKENIZERS[kind]
+    group = Prompts(tok, max_tokens=4096, format=format).group(prompt, (chosen, rejected)).group
+    ours = Tokeniser(tok, format)(ScoredPair("0", prompt, chosen, rejected, finished=(False, False)))
+    assert (tuple(ours.prompt_ids), tuple(ours.chosen_ids), tuple(ours.rejected_ids)) == (
+        group.prompt_ids,
+        *group.responses_ids,
+    )
+    assert not set(tok.all_special_ids) & {*ours.chosen_ids, *ours.rejected_ids}
+
+
+def test_a_template_that_prints_the_date_prints_the_services():
+    tok = tokenizer()
+    tok.chat_template = "{{ strftime_now('%d %b %Y') }}" + tok.chat_template
+    assert Tokeniser(tok).template == Prompts(tok, max_tokens=4096).template
+    assert Tokeniser(tok).render("Birds?") == Prompts(tok, max_tokens=4096).render("Birds?")
 
 
 def test_what_the_policy_drew_is_trained_on_as_it_wrote_it():

@@ -79,9 +79,16 @@ def check_same(folder: Path, tokeniser: Tokeniser, info: Info) -> None:
 
 def eos_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
     """Every token that ends a text of this model: the tokenizer's, and those that its configurations name."""
-    found = [tokenizer.eos_token_id]
-    for name in ("config.json", "generation_config.json"):
-        path = folder / name
-        stated = json.loads(path.read_text("utf-8")).get("eos_token_id") if path.is_file() else None
-        found += stated if isinstance(stated, list) else [stated]
-    return tuple(dict.fromkeys(id for id in found if isinstance(id, int)))
+    config = _stated(folder / "config.json")
+    configs = (config.get("text_config") or {}, config, _stated(folder / "generation_config.json"))
+    ids: dict[int, None] = {}
+    for stated in (tokenizer.eos_token_id, *(found.get("eos_token_id") for found in configs)):
+        for id in stated if isinstance(stated, list) else [stated]:
+            if isinstance(id, int) and id >= 0:  # some configurations write -1 for none
+                ids[id] = None
+    return tuple(ids)
+
+
+def _stated(file: Path) -> dict[str, Any]:
+    content = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    return content if isinstance(content, dict) else {}

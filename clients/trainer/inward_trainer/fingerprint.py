@@ -17,14 +17,44 @@ _VOLATILE = frozenset(
     "transformers_version dtype torch_dtype _name_or_path use_cache _attn_implementation attn_implementation".split()
 )
 _BLOCKS, _BLOCK = 64, 4096
+_ORIGIN = "gguf.json"
+"""In the folder of a model that was converted from a GGUF file."""
+_SHAPING = (
+    "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "intermediate_size", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "sliding_window",
+    "tie_word_embeddings", "eos_token_id",
+)  # fmt: skip
+"""Settings that shape a converted model; others come with the version of transformers that wrote them."""
 
 
 def fingerprint(folder: Path) -> str:
-    """The print of configuration, tokenizer and weights in ``folder``.
+    """The print of configuration, tokenizer and weights in ``folder``; of a model that was converted from GGUF, and is
+    as the conversion left it, that of the file that it was made of.
 
     Raises:
         OptionsError: the folder holds no model with safetensors, or one is damaged.
     """
+    files = _of_files(folder)
+    origin = _origin(folder, files)
+    if origin is None:
+        return f"sha256:{files[:32]}"
+    config = _stable(_json(folder / "config.json"))
+    shape = {key: config[key] for key in _SHAPING if key in config}
+    content = _canonical(["gguf", origin["sha256"], origin["conversion"], origin["tokens"], shape])
+    return f"sha256:{hashlib.sha256(content).hexdigest()[:32]}"
+
+
+def _origin(folder: Path, files: str) -> dict[str, Any] | None:
+    """Which file the folder was made of, if its seal is whole."""
+    try:
+        origin: dict[str, Any] = json.loads((folder / _ORIGIN).read_text(encoding="utf-8"))
+        content = _canonical([*(origin[name] for name in ("file", "sha256", "conversion", "tokens")), files])
+        return origin if origin["seal"] == hashlib.sha256(content).hexdigest() else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _of_files(folder: Path) -> str:
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise OptionsError(f"{folder} holds no *.safetensors; convert the weights (save_pretrained writes them)")
@@ -37,7 +67,7 @@ def fingerprint(folder: Path) -> str:
         )
     for file in weights:
         digest.update(_weights(file))
-    return f"sha256:{digest.hexdigest()[:32]}"
+    return digest.hexdigest()
 
 
 def _weights(file: Path) -> bytes:
