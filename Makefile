@@ -7,7 +7,7 @@
 #   make test-deploy        image, compose file and Helm chart against linters and schemas, in .venv-deploy
 #   make audit              known vulnerabilities of what .venv holds (asks PyPI's database)
 #   make image-check        the Dockerfile's pip steps and its entry point, replayed without a container engine (minutes)
-#   make contract           writes clients/openapi.json anew after the API has changed
+#   make contract           writes clients/openapi.json and docs/reference anew after API, settings, commands or metrics have changed
 #   make fuzz               thousands of requests that a machine thinks of, against the OpenAPI document (some minutes)
 #   make smoke              deploy/smoke.sh: all processes, nginx and Prometheus, each restarted under load (minutes)
 #   make chaos              deaths and freezes under load at full size (about a quarter of an hour)
@@ -59,7 +59,8 @@ image-check:
 	$(PYTHON) tests/deploy/replay_image.py VARIANT=cpu TORCH=$(TORCH)
 
 contract: .venv/installed-dev
-	PYTHONPATH=service:tests $(BIN)/python tests/contract/document.py
+	PYTHONPATH=service:tests:clients/python:clients/trainer $(BIN)/python tests/contract/document.py
+	PYTHONPATH=service:tests:clients/python:clients/trainer $(BIN)/python tests/contract/reference.py
 
 fuzz: .venv/installed-dev
 	$(PIP) install --quiet 'schemathesis>=4.20'

@@ -1,4 +1,4 @@
-"""The values that walk through the house, all frozen.
+"""The values that pass from stage to stage, all frozen.
 
 Shapes are part of names: ``values_NK`` is ``[N, K]``.
 

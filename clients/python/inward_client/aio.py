@@ -226,7 +226,7 @@ class AsyncInward:
             candidates: the answers to rank.
             n: instead of them, how many to draw.
             sampling: how they are drawn: `temperature`, `top_p`, `top_k`, `max_tokens`, `seed`, ….
-            head: by default the first ranker that is loaded, else another head.
+            head: by default the first hybrid head that is loaded, else another.
             truncate: cut text that is longer than the model takes instead of refusing it.
             return_token_ids: give each answer's token ids as well.
             append_to: name of a stream to which best against worst is appended, for trainers that consume it.
@@ -260,8 +260,8 @@ class AsyncInward:
             prompt: a text, or chat messages.
             n: how many to draw.
             sampling: how they are drawn: `temperature`, `top_p`, `top_k`, `max_tokens`, `seed`, ….
-            head: by default the first ranker that is loaded, else another head. A ranker's scores come with the ranking
-                only.
+            head: by default the first hybrid head that is loaded, else another. A ranker's scores come with the
+                ranking only.
             truncate: cut a prompt that is longer than the model takes.
             return_token_ids: give each answer's token ids as well.
             append_to: name of a stream to which best against worst is appended, for trainers that consume it.
