@@ -76,9 +76,11 @@ class ApiProcess:
             ),
             heads=self.head_control,
             policies=RemotePolicyControl(self.head_control),
+            model=model.name,
             info=self.info,
             limits=limits(settings, self._prompts.max_tokens),
             keys=key_ring(settings),
+            rerank_head=settings.rerank_head,
             compat_head=settings.compat_head,
             metrics_open=settings.metrics_open,
             ready=self.ready,
@@ -154,8 +156,9 @@ class ApiProcess:
         worker_info, bounds = self.head_control.worker_info, self.services.limits
         bounds = replace(bounds, tokens=self._prompts.max_tokens)
         heads = [row["name"] for row in worker_info.heads]
+        concurrency = sum(worker.backbone.concurrency for worker in self.head_control.workers.values())
         return about(
-            worker_info.backbone,
+            replace(worker_info.backbone, concurrency=concurrency),
             worker_info.policy_version,
             worker_info.template,
             heads,

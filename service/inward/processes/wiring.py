@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +162,7 @@ async def load(settings: Settings, model: ModelFiles) -> Loaded:
         SetupError: something does not fit; nothing is left open.
     """
     backbone = open_backbone(settings, model, serving=True)
+    backbone.info = replace(backbone.info, folder=str(model.folder), concurrency=backbone.capacity.concurrency)
     try:
         prompts = open_prompts(settings, model, backbone.info.max_tokens)
         folder = heads_folder(settings, backbone.info.fingerprint)
@@ -192,9 +193,10 @@ def about(
 ) -> dict[str, Any]:
     """What ``GET /info`` answers."""
     return {
-        "version": __version__, "model": info.name, "revision": info.revision, "fingerprint": info.fingerprint,
-        "policy_version": policy_version, "dtype": info.dtype, "device": info.device, "layers": info.layers, "width": info.width,
-        "template": template, "heads": heads,
+        "version": __version__, "model": info.name, "revision": info.revision, "path": info.folder,
+        "fingerprint": info.fingerprint, "concurrency": info.concurrency,
+        "policy_version": policy_version, "dtype": info.dtype, "device": info.device, "layers": info.layers,
+        "width": info.width, "template": template, "heads": heads,
         "limits": {
             "body_bytes": limits.body_bytes, "items": limits.items, "candidates": limits.candidates,
             "tokens": limits.tokens, "timeout_seconds": limits.timeout_s, "queue_tokens": queue_tokens,

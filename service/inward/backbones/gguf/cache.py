@@ -130,7 +130,7 @@ def _is_whole(folder: Path) -> bool:
 def _computes_in_bfloat16(dtype: str, device: str) -> bool:
     import torch
 
-    from inward.backbones.transformers.model import choose_device, choose_dtype
+    from inward.backbones.device import choose_device, choose_dtype
 
     return choose_dtype(dtype, choose_device(device)) == torch.bfloat16
 
