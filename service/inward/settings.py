@@ -99,8 +99,8 @@ class Settings(BaseSettings):
     """Seconds until a request is answered with 504; a request may ask for less. Below the 100 s at which clients in
     the field give up."""
     sharing_window: float = Field(5.0, ge=0)
-    """Seconds for which the score of an item is kept for whoever sends the same one, to any replica; 0 shares only
-    among those who wait at once in one replica."""
+    """Seconds for which the score of an item is kept for whoever sends the same one to the same replica; 0 shares only
+    among those who wait at once."""
     bulk_keep: float = Field(7 * 86400.0, gt=0)
     """Seconds for which a bulk job and its results are kept."""
     idempotency_window: float = Field(3600.0, gt=0)

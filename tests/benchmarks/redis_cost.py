@@ -27,7 +27,6 @@ from inward.queues.single_flight import SingleFlight
 from inward.stores.connection import Connection
 from inward.stores.jobs import BulkStore
 from inward.stores.keys import Keys
-from inward.stores.leases import LeaseWatch, RedisLeases
 from inward.types import Group, HeadRef, Job, Scored, Scores, Timing, Usage
 from support.redis_server import RedisServer
 
@@ -96,14 +95,12 @@ async def working(worker: RedisConsumer) -> None:
             await worker.settle([scored(job) for job in batch])
 
 
-async def interactive(server: RedisServer, pairs: int, per_request: int, shared: bool) -> dict[str, float]:
+async def interactive(server: RedisServer, pairs: int, per_request: int) -> dict[str, float]:
     connection = Connection(server.url)
     worker, producer = RedisConsumer(connection, KEYS), RedisProducer(connection, KEYS, max_tokens=2**40)
     await worker.open()
     await producer.open()
-    elsewhere = RedisLeases(connection, KEYS, window=5.0, running=60.0, away=lambda: producer.away)
-    watch = LeaseWatch(elsewhere, current=lambda _: True) if shared else None
-    queue = SingleFlight(producer, window=5.0, current=lambda _: True, watch=watch)
+    queue = SingleFlight(producer, window=5.0, current=lambda _: True)
     task = asyncio.create_task(working(worker))
 
     callers = max(2, CALLERS // per_request)
@@ -189,9 +186,8 @@ def main() -> None:
         server = RedisServer(Path(name), appendonly="yes", appendfsync="everysec").start()
         try:
             for per_request in (1, 4, 64):
-                for shared in (False, True):
-                    found = asyncio.run(interactive(server, pairs, per_request, shared))
-                    print(json.dumps({"pairs_per_request": per_request, "shared": shared, **found}), flush=True)
+                found = asyncio.run(interactive(server, pairs, per_request))
+                print(json.dumps({"pairs_per_request": per_request, **found}), flush=True)
             print(json.dumps({"what": "waiting", **asyncio.run(waiting(server, pairs))}), flush=True)
             print(json.dumps({"what": "bulk store", **asyncio.run(bulk(server, pairs))}), flush=True)
         finally:

@@ -1,11 +1,13 @@
-"""What a storm of retries costs: the same items again and again, at several replicas, with and without an agreement
-between the replicas about who computes what.
+"""What a storm of retries costs: the same items again and again, at several replicas and at one.
+
+Each replica computes identical items once, and knows nothing of the others; so the difference between the two is the
+most that an agreement between replicas could save.
 
     python tests/benchmarks/retry_storm.py [--rounds 3]
 
 The queue's own code around a real redis-server, in one process, with a worker whose device takes a fixed time for a
-token. Callers *leave* when they send again (a client's timeout) or *stay* (a hedging client). Beside the storm: what
-the agreement costs callers whose items are all different. Prints one JSON object a line, ways alternating.
+token. Callers *leave* when they send again (a client's timeout) or *stay* (a hedging client). Beside the storm: callers whose
+items are all different. Prints one JSON object a line, ways alternating.
 """
 
 from __future__ import annotations
@@ -32,18 +34,17 @@ from inward.queues.redis.producer import RedisProducer
 from inward.queues.single_flight import SingleFlight
 from inward.stores.connection import Connection
 from inward.stores.keys import Keys
-from inward.stores.leases import LeaseWatch, RedisLeases
 from inward.types import Job
 from support.redis_server import RedisServer
 
 KEYS = Keys("storm")
-ITEMS, SENT, REPLICAS = 200, 5, 4
+ITEMS, SENT = 200, 5
 TOKENS_PER_S = 25_600.0
 """Of the device: all items once take two seconds."""
 GAP_S = 0.5
 """Between two sendings of the same items."""
 BUDGET = 4096
-WAYS = ("agreed", "apart")
+REPLICAS = (4, 1)
 
 
 class House:
@@ -59,18 +60,16 @@ class House:
         self._stack.push_async_callback(connection.close)
         return connection
 
-    async def open(self, way: str) -> House:
+    async def open(self, replicas: int) -> House:
         worker = RedisConsumer(await self.connection(), KEYS)
         await worker.open()
         self._stack.push_async_callback(worker.leave)
-        for _ in range(REPLICAS):
+        for _ in range(replicas):
             connection = await self.connection()
             producer = RedisProducer(connection, KEYS, max_tokens=2**40)
             await producer.open()
             self._stack.push_async_callback(producer.leave)
-            told = RedisLeases(connection, KEYS, window=5.0, running=60.0, away=lambda producer=producer: producer.away)
-            watch = LeaseWatch(told, current=lambda _: True) if way == "agreed" else None
-            self.replicas.append(SingleFlight(producer, window=5.0, current=lambda _: True, watch=watch))
+            self.replicas.append(SingleFlight(producer, window=5.0, current=lambda _: True))
         working = asyncio.create_task(self._work(worker))
         self._stack.push_async_callback(stopped, working)
         return self
@@ -91,17 +90,17 @@ async def stopped(task: asyncio.Task[None]) -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
-async def storm(server: RedisServer, way: str, *, leave: bool) -> dict[str, object]:
+async def storm(server: RedisServer, replicas: int, *, leave: bool) -> dict[str, object]:
     """Items computed, and seconds until the last sending is answered."""
     items = [pair() for _ in range(ITEMS)]
     async with AsyncExitStack() as stack:
-        house = await House(server.url, stack).open(way)
+        house = await House(server.url, stack).open(replicas)
         with server.client() as client:
             meter, began = Meter(client), time.perf_counter()
 
             async def send(i: int) -> None:
                 await asyncio.sleep(i * GAP_S)
-                replica = house.replicas[i % REPLICAS]
+                replica = house.replicas[i % replicas]
                 jobs = [replace(item, id=uuid.uuid4().hex) for item in items]
                 answers = asyncio.gather(*await replica.submit(jobs))
                 patience = GAP_S if leave and i < SENT - 1 else None
@@ -119,10 +118,10 @@ async def storm(server: RedisServer, way: str, *, leave: bool) -> dict[str, obje
     return {"computed_items": computed, "seconds": round(seconds, 2), "redis_cpu_ms": round(used["cpu_us"] / 1000, 1)}
 
 
-async def different(server: RedisServer, way: str, seconds: float = 4.0) -> dict[str, object]:
+async def different(server: RedisServer, replicas: int, seconds: float = 4.0) -> dict[str, object]:
     """Nobody sends anything twice: milliseconds of a lonely caller, then items/s of 32 callers with 4 items each."""
     async with AsyncExitStack() as stack:
-        house = await House(server.url, stack).open(way)
+        house = await House(server.url, stack).open(replicas)
         global TOKENS_PER_S
         before, TOKENS_PER_S = TOKENS_PER_S, 1e12
         try:
@@ -142,7 +141,7 @@ async def different(server: RedisServer, way: str, seconds: float = 4.0) -> dict
 
             with server.client() as client:
                 meter, cpu = Meter(client), time.process_time()
-                await asyncio.gather(*(call(house.replicas[i % REPLICAS]) for i in range(32)))
+                await asyncio.gather(*(call(house.replicas[i % replicas]) for i in range(32)))
                 used, cpu = meter.each(done), time.process_time() - cpu
         finally:
             TOKENS_PER_S = before
@@ -170,12 +169,15 @@ def main() -> None:
         server = RedisServer(Path(name)).start()
         try:
             for _ in range(rounds):
-                for way in WAYS:
+                for replicas in REPLICAS:
                     for leave in (True, False):
-                        found = asyncio.run(storm(server, way, leave=leave))
-                        print(json.dumps({"storm": "leave" if leave else "stay", "replicas": way, **found}), flush=True)
-                    found = asyncio.run(different(server, way))
-                    print(json.dumps({"storm": None, "replicas": way, **found}), flush=True)
+                        found = asyncio.run(storm(server, replicas, leave=leave))
+                        print(
+                            json.dumps({"storm": "leave" if leave else "stay", "replicas": replicas, **found}),
+                            flush=True,
+                        )
+                    found = asyncio.run(different(server, replicas))
+                    print(json.dumps({"storm": None, "replicas": replicas, **found}), flush=True)
                     with server.client() as client:
                         client.flushall()
         finally:

@@ -92,9 +92,7 @@ class RemoteHeadControl:
                 problem = f"worker {worker}: {error}"
                 continue
             if worker_info.tokenizer != self._tokenizer:
-                problem = (
-                    f"worker {worker} serves {worker_info.backbone.name} with another tokenizer: give both the same --model"
-                )
+                problem = f"worker {worker} serves {worker_info.backbone.name} with another tokenizer: give both the same --model"
             elif worker_info.template != self._template:
                 problem = f"worker {worker} renders prompts with another template: give both the same --template"
             else:

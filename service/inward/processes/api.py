@@ -33,7 +33,6 @@ from inward.stores.connection import Connection
 from inward.stores.idempotency import RedisIdempotencyStore
 from inward.stores.jobs import BulkStore
 from inward.stores.keys import Keys
-from inward.stores.leases import LeaseWatch, RedisLeases
 from inward.stores.quota import RedisQuota
 from inward.stores.score_streams import ScoreStreams
 
@@ -66,14 +65,7 @@ class ApiProcess:
             prompts=self._prompts,
             jobs=store,
             scores=ScoreStreams(connection, keys, keep=settings.bulk_keep),
-            intake=Intake(
-                SingleFlight(
-                    self._queue,
-                    window=settings.sharing_window,
-                    current=self.head_control.current,
-                    watch=self._watch(keys),
-                )
-            ),
+            intake=Intake(SingleFlight(self._queue, window=settings.sharing_window, current=self.head_control.current)),
             heads=self.head_control,
             policies=RemotePolicyControl(self.head_control),
             info=self.info,
@@ -111,17 +103,6 @@ class ApiProcess:
             raise
         await front._queue.open()
         return front
-
-    def _watch(self, keys: Keys) -> LeaseWatch | None:
-        """What is computed once for all replicas; without a window, each replica shares only among those who wait in
-        it.
-        """
-        window = self.settings.sharing_window
-        if not window:
-            return None
-        running = self.settings.timeout + 30
-        elsewhere = RedisLeases(self._connection, keys, window=window, running=running, away=lambda: self._queue.away)
-        return LeaseWatch(elsewhere, current=self.head_control.current)
 
     async def _look(self) -> None:
         """Keeps an eye on the workers."""

@@ -17,8 +17,7 @@ them at once. A queue belongs to one backbone; several queues may share a Redis.
     the worker that is changing the heads folder or the policy (TTL) inward:{<queue>}:policy             string  the
     policy versions that were switched to, the newest last inward:{<queue>}:news               stream  what all workers
     are to know: news inward:{<queue>}:answered:<key>     string  hash of a request and the answer to it, for its
-    Idempotency-Key (TTL) inward:{<queue>}:shared:<content>   string  who computes an item, or computed it, and the
-    outcome; of its content only a hash (TTL) inward:{<queue>}:quota:<caller>:<minute>  integer tokens that a key (its
+    Idempotency-Key (TTL) inward:{<queue>}:quota:<caller>:<minute>  integer tokens that a key (its
     hash) used (TTL) inward:{<queue>}:bulk:<job>         hash    a bulk job: state, kind, head, rows, chunks, created,
     scores (TTL, as are the next two) inward:{<queue>}:bulk:<job>:rows    hash    chunk → its rows, as long as it is not
     done inward:{<queue>}:bulk:<job>:results hash    chunk → its results inward:{<queue>}:chunks             stream
@@ -100,9 +99,6 @@ class Keys:
 
     def answered(self, key: str) -> str:
         return self.key("answered", key)
-
-    def shared(self, content: str) -> str:
-        return self.key("shared", content)
 
     def quota(self, caller: str, minute: int) -> str:
         return self.key("quota", caller, str(minute))
