@@ -61,7 +61,8 @@ class Engine:
             failure = (
                 error if isinstance(error, InwardError) else InternalError(f"scoring failed ({type(error).__name__})")
             )
-            logs.event(LOG, "job_failed", job=jobs[0].id, code=failure.code, exception=type(error).__name__)
+            defect = None if isinstance(error, InwardError) else error
+            logs.event(LOG, "job_failed", job=jobs[0].id, code=failure.code, error=defect)
             return [Failed(jobs[0].id, failure.code, failure.message)]
 
     async def _together(self, jobs: Sequence[Job], snapshot: Snapshot) -> list[Outcome]:

@@ -118,7 +118,7 @@ class Worker:
             await self._queue.release(batch, error.message)
             return
         except Exception as error:  # a defect of ours must not leave callers waiting
-            logs.event(LOG, "batch_failed", severity=logging.ERROR, exception=type(error).__name__)
+            logs.event(LOG, "batch_failed", severity=logging.ERROR, error=error)
             outcomes = [Failed(job.id, InternalError.code, f"scoring failed ({type(error).__name__})") for job in batch]
         finally:
             metrics.IN_FLIGHT.dec(len(batch))

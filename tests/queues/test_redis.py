@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import pytest
 
 from inward import metrics
-from inward.errors import EngineDead, InternalError, SetupError
+from inward.errors import EngineDead, InternalError, SetupError, Unavailable
 from inward.queues.redis import scripts
 from inward.queues.redis.consumer import RedisConsumer
 from inward.queues.redis.producer import RedisProducer
@@ -101,7 +101,7 @@ async def test_what_was_claimed_and_never_arrived_is_found_again(house):
     [wait] = await replica.submit([job("a")])
     with house.server.client() as client:  # as if the answer to it had been cut off
         client.xreadgroup("workers", worker.worker, {KEYS.streams[0]: ">"})
-    worker._failed(ConnectionError())
+    worker._failed(Unavailable("away"))
     found = await one(worker)
     assert (found.id, found.deliveries) == ("a", 1)
     await worker.settle([done(found, "found")])
@@ -117,7 +117,7 @@ async def test_a_redis_that_goes_away_between_two_reads_takes_no_claimed_job_alo
     async def failing(*args, **options):
         calls.append(args)
         if len(calls) == 2:  # the bulk jobs, when the interactive ones are claimed
-            raise ConnectionError("gone")
+            raise Unavailable("gone")
         return await read(*args, **options)
 
     monkeypatch.setattr(worker, "_read", failing)

@@ -13,14 +13,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import httpx
-from redis.exceptions import RedisError
 from starlette.types import ASGIApp
 
 from inward import logs
 from inward.errors import InvalidField, Unavailable
 from inward.stores.jobs import ROWS, BulkStore, Chunk
 
-LOG = logs.logger("bulk")
+LOG = logs.logger("api")
 RESULTS = {"margin": "margins", "score": "scores", "reward": "rewards"}
 """The kinds of job, which are routes, and the list in the answer of each."""
 AT_ONCE = 2
@@ -51,8 +50,8 @@ class BulkRunner:
             try:
                 if (chunk := await self._store.take(self._replica)) is not None:
                     await self._do(chunk)
-            except (RedisError, OSError, Unavailable) as error:
-                logs.event(LOG, "bulk_waits", exception=type(error).__name__)
+            except Unavailable as error:
+                logs.event(LOG, "bulk_waits", reason=error.message)
                 await asyncio.sleep(1.0)
 
     async def _do(self, chunk: Chunk) -> None:

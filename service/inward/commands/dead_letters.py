@@ -11,8 +11,6 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from redis.exceptions import RedisError
-
 from inward.backbones.tokenizer import load_tokenizer
 from inward.commands.options import add_settings, settings_of
 from inward.errors import InwardError, NotFound, SetupError
@@ -20,7 +18,7 @@ from inward.processes.wiring import connect, find_model
 from inward.queues.redis.dead_letters import DeadLetter, DeadLetters
 from inward.queues.redis.producer import RedisProducer
 from inward.settings import Settings
-from inward.stores.connection import Connection, unavailable
+from inward.stores.connection import Connection
 from inward.stores.keys import Keys
 from inward.types import Failed, Job
 
@@ -73,8 +71,6 @@ async def _run(args: argparse.Namespace, settings: Settings) -> int:
     try:
         await connection.check()
         return await verbs[args.verb]()
-    except (RedisError, OSError) as error:
-        raise unavailable(error) from None
     finally:
         await connection.close()
 

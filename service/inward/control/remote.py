@@ -1,5 +1,5 @@
-"""Heads and policy as an API replica controls them: it knows them from what the workers say of themselves and has a worker switch and update
-them.
+"""Heads and policy as an API replica controls them: it knows them from what the workers say of themselves and has a
+worker switch and update them.
 
 A worker's ``ControlAgent`` does what is asked with the worker's own desk and then tells all workers to read the heads
 folder again, which they share. So versions live on disk only, and every worker serves the same ones. Which policy
@@ -15,18 +15,16 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from redis.exceptions import RedisError
-
 from inward import codec, logs
 from inward.control.channel import ControlChannel
 from inward.control.heads import LocalHeadControl
 from inward.control.policies import Activation, History, LocalPolicyControl
-from inward.errors import EngineDead, InternalError, InwardError, from_code
+from inward.errors import EngineDead, InternalError, InwardError, Unavailable, from_code
 from inward.heads.registry import Registry, choose
 from inward.prompts import Texts
 from inward.types import BackboneInfo, HeadRef, Kind, Scored
 
-LOG = logs.logger("remote")
+LOG = logs.logger("control")
 PATIENCE = 60.0
 """Seconds that a worker may take for an online step or a switch."""
 FOLLOWED = 15.0
@@ -82,7 +80,7 @@ class RemoteHeadControl:
         """Reads the workers.
 
         Raises:
-            RedisError: Redis is away; they stay as they were.
+            Unavailable: Redis is away; they stay as they were.
         """
         workers, problem = {}, "no worker takes jobs from the queue"
         for worker, data in (await self._control.workers()).items():
@@ -230,8 +228,8 @@ class ControlAgent:
                 async with asyncio.TaskGroup() as both:
                     both.create_task(self._do_requests())
                     both.create_task(self._hear_news(place))
-            except* (RedisError, OSError) as group:
-                logs.event(LOG, "control_lost", exception=type(group.exceptions[0]).__name__)
+            except* Unavailable as group:
+                logs.event(LOG, "control_lost", reason=str(group.exceptions[0]))
                 await asyncio.sleep(1.0)
 
     async def _do_requests(self) -> None:
@@ -252,10 +250,8 @@ class ControlAgent:
                 )
         except InwardError as error:
             return {"error": {"code": error.code, "message": error.message, "param": error.param}}
-        except (RedisError, OSError):
-            raise
         except Exception as error:
-            logs.event(LOG, "request_failed", exception=type(error).__name__)
+            logs.event(LOG, "request_failed", severity=logging.ERROR, error=error)
             return {
                 "error": {
                     "code": InternalError.code,
@@ -286,8 +282,8 @@ class ControlAgent:
 
     async def _hear_news(self, place: str) -> None:
         while True:
-            place, news = await self._control.next_news(place)
-            if news is not None:
+            place, came = await self._control.next_news(place)
+            if came:
                 await self._reload()
 
     async def _reload(self) -> None:

@@ -6,8 +6,6 @@ import asyncio
 from dataclasses import replace
 from typing import Any
 
-from redis.exceptions import RedisError
-
 from inward import __version__, logs, metrics
 from inward.api.app import create_app
 from inward.api.auth import KeyRing
@@ -15,6 +13,7 @@ from inward.api.bulk import BulkRunner
 from inward.api.services import Services
 from inward.control.channel import ControlChannel
 from inward.control.remote import RemoteHeadControl, RemotePolicyControl
+from inward.errors import Unavailable
 from inward.intake import Intake
 from inward.processes.wiring import (
     ModelFiles,
@@ -112,7 +111,7 @@ class ApiProcess:
                 if self.head_control.workers:
                     shortest = min(worker_info.max_tokens for worker_info in self.head_control.workers.values())
                     self._prompts.max_tokens = min(shortest, self.settings.max_tokens or shortest)
-            except (RedisError, OSError):
+            except Unavailable:
                 pass  # the queue says so in ``away``
             await asyncio.sleep(LOOK_INTERVAL_S)
 

@@ -18,7 +18,7 @@ from inward import logs
 from inward.errors import SetupError
 from inward.settings import Settings
 
-LOG = logs.logger("serve")
+LOG = logs.logger("processes")
 BACKLOG = 2048
 """Connections that wait until they are accepted."""
 

@@ -26,7 +26,7 @@ from inward.settings import Settings
 from inward.stores.connection import Connection
 from inward.types import BASE, BackboneInfo
 
-LOG = logs.logger("wiring")
+LOG = logs.logger("processes")
 TOY = Path(__file__).parents[1] / "models/toy"
 
 

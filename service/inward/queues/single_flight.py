@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from inward import codec, metrics
@@ -53,7 +54,7 @@ class SingleFlight:
         self._producer, self._window, self._current, self._clock = producer, window, current, clock
         self._running: dict[Content, _Run] = {}
         self._of: dict[str, _Run] = {}  # by the id of everybody who waits
-        self._kept: dict[Content, tuple[float, Scored]] = {}  # the oldest first
+        self._kept: OrderedDict[Content, tuple[float, Scored]] = OrderedDict()  # the oldest first
 
     async def submit(self, jobs: Sequence[Job]) -> list[Awaitable[Outcome]]:
         contents = [_content(job) for job in jobs]
@@ -131,13 +132,13 @@ class SingleFlight:
         if not self._window:
             return
         now = self._clock()
-        for old in [content for content, (until, _) in self._kept.items() if until <= now][:64]:
-            del self._kept[old]
+        while self._kept and next(iter(self._kept.values()))[0] <= now:
+            self._kept.popitem(last=False)
         if isinstance(outcome, Scored):
             self._kept.pop(run.content, None)
             self._kept[run.content] = (now + self._window, outcome)
         while len(self._kept) > MOST_KEPT:
-            del self._kept[next(iter(self._kept))]
+            self._kept.popitem(last=False)
 
     def _end(self, run: _Run) -> None:
         if self._running.get(run.content) is run:

@@ -15,15 +15,13 @@ from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from redis.exceptions import RedisError, ResponseError
-
 from inward import logs
-from inward.errors import InvalidField, NotFound
-from inward.stores.connection import Arg, Connection, reachable
+from inward.errors import InvalidField, NotFound, Unavailable
+from inward.stores.connection import Arg, Connection, GroupLost
 from inward.stores.keys import Keys
 from inward.stores.score_streams import MOST_SCORES
 
-LOG = logs.logger("queues.redis")
+LOG = logs.logger("stores")
 GROUP = "replicas"
 ROWS = 64
 """Rows of a chunk."""
@@ -90,8 +88,7 @@ class Chunk:
 
 
 class BulkStore:
-    """See the module. A Redis that is away is ``Unavailable`` to the API's methods (the first four) and ``RedisError``
-    to the others.
+    """See the module. A Redis that is away or full is ``Unavailable``.
 
     Args:
         keep: seconds after which a job and its results are forgotten.
@@ -110,23 +107,22 @@ class BulkStore:
         """
         job_id = uuid.uuid4().hex
         job, rows = self._keys.bulk(job_id), self._keys.bulk(job_id, "rows")
-        with reachable():
-            try:
-                number, chunks = await self._store(rows, lines)
-            except BaseException:
-                await self._discard(rows)
-                raise
-            described: dict[str, Arg] = {
-                "state": "running",
-                "kind": kind,
-                "rows": number,
-                "chunks": chunks,
-                "created": time.time(),
-            }
-            described |= {name: value for name, value in (("head", head), ("scores", scores)) if value is not None}
-            fields = [part for pair in described.items() for part in pair]
-            await self._redis.script(START, [job, rows, self._keys.chunks], [job_id, chunks, self._keep, *fields])
-            return await self.get(job_id)
+        try:
+            number, chunks = await self._store(rows, lines)
+        except BaseException:
+            await self._discard(rows)
+            raise
+        described: dict[str, Arg] = {
+            "state": "running",
+            "kind": kind,
+            "rows": number,
+            "chunks": chunks,
+            "created": time.time(),
+        }
+        described |= {name: value for name, value in (("head", head), ("scores", scores)) if value is not None}
+        fields = [part for pair in described.items() for part in pair]
+        await self._redis.script(START, [job, rows, self._keys.chunks], [job_id, chunks, self._keep, *fields])
+        return await self.get(job_id)
 
     async def _store(self, key: str, lines: AsyncIterable[str]) -> tuple[int, int]:
         """Rows and chunks."""
@@ -152,7 +148,7 @@ class BulkStore:
     async def _discard(self, key: str) -> None:
         try:
             await self._redis("DEL", key)
-        except (RedisError, OSError):  # it expires by itself
+        except Unavailable:  # it expires by itself
             logs.event(LOG, "upload_not_discarded")
 
     async def get(self, job_id: str) -> BulkJob:
@@ -161,27 +157,26 @@ class BulkStore:
         Raises:
             NotFound: there is no such job, or not any more.
         """
-        with reachable():
-            flat = await self._redis("HGETALL", self._keys.bulk(job_id))
-            fields = {name.decode(): value.decode() for name, value in _pairs(flat)}
-            if "state" not in fields:
-                raise NotFound(f"there is no job {job_id}, or not any more", param="id")
-            rows = int(fields["rows"])
-            done = (
-                rows
-                if fields["state"] == "done"
-                else min(rows, ROWS * int(await self._redis("HLEN", self._keys.bulk(job_id, "results"))))
-            )
-            return BulkJob(
-                job_id,
-                fields["state"],
-                fields["kind"],
-                rows,
-                done,
-                float(fields["created"]),
-                fields.get("head"),
-                fields.get("scores"),
-            )
+        flat = await self._redis("HGETALL", self._keys.bulk(job_id))
+        fields = {name.decode(): value.decode() for name, value in _pairs(flat)}
+        if "state" not in fields:
+            raise NotFound(f"there is no job {job_id}, or not any more", param="id")
+        rows = int(fields["rows"])
+        done = (
+            rows
+            if fields["state"] == "done"
+            else min(rows, ROWS * int(await self._redis("HLEN", self._keys.bulk(job_id, "results"))))
+        )
+        return BulkJob(
+            job_id,
+            fields["state"],
+            fields["kind"],
+            rows,
+            done,
+            float(fields["created"]),
+            fields.get("head"),
+            fields.get("scores"),
+        )
 
     async def cancel(self, job_id: str) -> BulkJob:
         """Nothing more of it is computed; what was done is dropped. A job that is done stays so.
@@ -189,19 +184,17 @@ class BulkStore:
         Raises:
             NotFound: there is no such job.
         """
-        with reachable():
-            await self.get(job_id)
-            keys = [self._keys.bulk(job_id), self._keys.bulk(job_id, "rows"), self._keys.bulk(job_id, "results")]
-            await self._redis.script(CANCEL, keys, [])
-            return await self.get(job_id)
+        await self.get(job_id)
+        keys = [self._keys.bulk(job_id), self._keys.bulk(job_id, "rows"), self._keys.bulk(job_id, "results")]
+        await self._redis.script(CANCEL, keys, [])
+        return await self.get(job_id)
 
     async def results(self, job_id: str) -> AsyncIterator[str]:
         """The results, one JSON object a row, in the order of the rows."""
-        with reachable():
-            rows = (await self.get(job_id)).rows
-            for number in range(-(-rows // ROWS)):
-                data = await self._redis("HGET", self._keys.bulk(job_id, "results"), number)
-                yield zlib.decompress(data).decode() + "\n"
+        rows = (await self.get(job_id)).rows
+        for number in range(-(-rows // ROWS)):
+            data = await self._redis("HGET", self._keys.bulk(job_id, "results"), number)
+            yield zlib.decompress(data).decode() + "\n"
 
     async def take(self, replica: str) -> Chunk | None:
         """The next chunk, or one of a replica that is gone; None if none came within a second. Those of jobs that
@@ -216,10 +209,8 @@ class BulkStore:
                     "XREADGROUP", "GROUP", GROUP, replica, "COUNT", 1, "BLOCK", 1000, "STREAMS", self._keys.chunks, ">"
                 )
                 claimed = found[0][1] if found else []
-        except ResponseError as error:
-            if "NOGROUP" not in str(error):
-                raise
-            await self._redis("XGROUP", "CREATE", self._keys.chunks, GROUP, "0", "MKSTREAM")
+        except GroupLost:
+            await self._redis.ensure_group(self._keys.chunks, GROUP)
             return None
         for entry, fields in claimed:
             if (chunk := await self._chunk(entry.decode(), dict(_pairs(fields)))) is not None:

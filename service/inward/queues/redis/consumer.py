@@ -13,14 +13,12 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from redis.exceptions import RedisError, ResponseError
-
 from inward import codec, logs, metrics
-from inward.errors import InternalError
+from inward.errors import InternalError, Unavailable
 from inward.queues.base import Closed
 from inward.queues.redis import scripts
 from inward.queues.redis.producer import MOST_REPLIES
-from inward.stores.connection import Arg, Connection, passing, unavailable
+from inward.stores.connection import Arg, Connection, GroupLost
 from inward.stores.keys import GROUP, Keys
 from inward.types import Failed, Job, Outcome
 
@@ -77,11 +75,7 @@ class RedisConsumer:
         self._keeping: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
-        """Makes the worker known and keeps it so. Waits for a Redis that is away.
-
-        Raises:
-            RedisError: Redis refuses us (password, rights).
-        """
+        """Makes the worker known and keeps it so. Waits for a Redis that is away or refuses us."""
         await self._until_there(self._join)
         await self._until_there(self.publish)
         self._keeping = asyncio.create_task(self._keep())
@@ -153,7 +147,7 @@ class RedisConsumer:
                 await self._redis.script(scripts.REQUEUE, self._keys.book, [GROUP, self.worker, *self._claims])
             await self._redis("ZREM", self._keys.workers, self.worker)
             await self._redis("DEL", self._keys.worker(self.worker))
-        except (RedisError, OSError) as error:  # what is left is taken over once it is idle
+        except Unavailable as error:  # what is left is taken over once it is idle
             self._failed(error)
 
     # Taking. A job is held from the moment that it is claimed: Redis may go away at the next command.
@@ -290,7 +284,7 @@ class RedisConsumer:
             try:
                 await self._renew()
                 await self.publish()
-            except (RedisError, OSError) as error:
+            except Unavailable as error:
                 self._failed(error)
 
     async def _renew(self) -> None:
@@ -310,11 +304,7 @@ class RedisConsumer:
     async def _join(self) -> None:
         """The consumer group is there; those of its members that left long ago are forgotten."""
         for stream in self._keys.streams:
-            try:
-                await self._redis("XGROUP", "CREATE", stream, GROUP, "0", "MKSTREAM")
-            except ResponseError as error:
-                if "BUSYGROUP" not in str(error):
-                    raise
+            await self._redis.ensure_group(stream, GROUP)
             await self._redis.script(scripts.DISMISS, [stream], [GROUP, 3_600_000])
 
     async def publish(self) -> None:
@@ -324,28 +314,24 @@ class RedisConsumer:
         self._there()
 
     async def _until_there(self, call: Callable[[], Awaitable[T]]) -> T:
-        """``call``, again and again while Redis is away or full, or has lost the group."""
+        """``call``, again and again while Redis is away or full, refuses us, or has lost the group."""
         pause = 0.05
         while True:
             try:
                 result: T = await call()
                 self._there()
                 return result
-            except (RedisError, OSError) as error:
-                lost_group = "NOGROUP" in str(error)
-                if not passing(error) and not lost_group:
-                    raise
+            except Unavailable as error:
                 self._failed(error)
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, 1.0)
-                if lost_group:
+                if isinstance(error, GroupLost):
                     await self._until_there(self._join)
 
-    def _failed(self, error: BaseException) -> None:
-        problem = unavailable(error).message
+    def _failed(self, error: Unavailable) -> None:
         if self.away is None:
-            logs.event(LOG, "redis_away", worker=self.worker, reason=problem, exception=type(error).__name__)
-        self.away = problem
+            logs.event(LOG, "redis_away", worker=self.worker, reason=error.message)
+        self.away = error.message
         metrics.REDIS_UP.set(0)
         self._forgetful = True
         self._reclaim_at = self._clock() + self._idle  # claims of others aged while they could not be renewed either

@@ -31,7 +31,7 @@ class DeadLetter:
 
 
 class DeadLetters:
-    """The dead letters of one queue. Raises ``RedisError`` where Redis is away."""
+    """The dead letters of one queue. Raises ``Unavailable`` where Redis is away."""
 
     def __init__(self, connection: Connection, keys: Keys) -> None:
         self._redis, self._keys = connection, keys

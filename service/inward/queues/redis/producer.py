@@ -10,13 +10,11 @@ import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from redis.exceptions import RedisError
-
 from inward import codec, logs, metrics
 from inward.errors import EngineDead, Overloaded, Unavailable
 from inward.queues.redis import scripts
 from inward.queues.throughput import Throughput
-from inward.stores.connection import Arg, Connection, passing, unavailable
+from inward.stores.connection import Arg, Connection, Full, Refused
 from inward.stores.keys import GROUP, Keys
 from inward.types import Job, Outcome
 
@@ -79,13 +77,10 @@ class RedisProducer:
     async def open(self) -> None:
         """Starts to listen for answers and to give signs of life. Redis may be away: ``away`` says so, and it is tried
         again.
-
-        Raises:
-            RedisError: Redis refuses us (password, rights).
         """
         try:
             await self._live()
-        except (RedisError, OSError) as error:
+        except Unavailable as error:
             self._failed(error)
         self._tasks = [asyncio.create_task(self._keep_living()), asyncio.create_task(self._read())]
 
@@ -105,9 +100,8 @@ class RedisProducer:
         except BaseException as error:  # it may have been admitted all the same
             self._forget(jobs)
             self._leaving |= {job.id for job in jobs}
-            if isinstance(error, RedisError | OSError):
+            if isinstance(error, Unavailable):
                 self._failed(error)
-                raise unavailable(error) from error
             raise
         if not admitted:
             self._forget(jobs)
@@ -144,7 +138,7 @@ class RedisProducer:
         await self.abandon(list(self._waiting))
         try:
             await self._redis("DEL", self._keys.alive(self.replica), self._keys.replies(self.replica))
-        except (RedisError, OSError) as error:  # they expire by themselves
+        except Unavailable as error:  # they expire by themselves
             self._failed(error)
 
     async def _send(self, jobs: Sequence[Job], max_tokens: int) -> tuple[bool, int]:
@@ -167,7 +161,7 @@ class RedisProducer:
                 args = [arg for job_id in leaving for arg in (job_id, 0, "")]
                 await self._redis.script(scripts.SETTLE, self._keys.book, [GROUP, 0, *args])
                 self._leaving.difference_update(leaving)
-        except (RedisError, OSError) as error:
+        except Unavailable as error:
             self._failed(error)
 
     async def _keep_living(self) -> None:
@@ -175,7 +169,7 @@ class RedisProducer:
             await asyncio.sleep(self._beat)
             try:
                 await self._live()
-            except (RedisError, OSError) as error:
+            except Unavailable as error:
                 self._failed(error)
 
     async def _live(self) -> None:
@@ -220,7 +214,7 @@ class RedisProducer:
         while True:
             try:
                 await self._receive(block=1000)
-            except (RedisError, OSError) as error:
+            except Unavailable as error:
                 self._failed(error)
                 await asyncio.sleep(self._beat / 2)
 
@@ -250,14 +244,13 @@ class RedisProducer:
         for job in jobs:
             self._waiting.pop(job.id, None)
 
-    def _failed(self, error: BaseException) -> None:
-        problem = unavailable(error).message
+    def _failed(self, error: Unavailable) -> None:
         self._suspect = True
-        if "full" in problem:  # it answers, and answering jobs empties it
+        if isinstance(error, Full):  # it answers, and answering jobs empties it
             return
-        if self.away is None or not passing(error):
-            logs.event(LOG, "redis_away", replica=self.replica, reason=problem, passing=passing(error))
-        self.away = problem
+        if self.away is None or isinstance(error, Refused):
+            logs.event(LOG, "redis_away", replica=self.replica, reason=error.message)
+        self.away = error.message
         metrics.REDIS_UP.set(0)
 
     def _observe(self, jobs: int, tokens: int, done: int) -> None:
