@@ -31,7 +31,8 @@ async def test_a_margin_answer_names_everything_it_should(house):
     assert body["margins"] == [
         {
             "error": None, "truncated": False, "margin": 7.0, "margin_scaled": 3.5, "bin": 0.5,
-            "chosen_score": 12.0, "rejected_score": 5.0, "label_agrees": True, "confidence": 0.75,
+            "chosen_score": 12.0, "rejected_score": 5.0, "label_agrees": True, "label_probability": 0.875,
+            "confidence": 0.75,
         }
     ]  # fmt: skip
 

@@ -53,7 +53,7 @@ async def margins(engine, prompts, pairs, *, order=None):
         for i, p in enumerate(pairs)
     ]
     outcomes = {o.job_id: o for o in await engine.run([jobs[i] for i in order] if order is not None else jobs)}
-    return np.array([outcomes[str(i)].scores[0].pair["margin"] for i in range(len(pairs))])
+    return np.array([outcomes[str(i)].scores[0].pair.margin for i in range(len(pairs))])
 
 
 def test_it_is_small_and_holds_no_pickle():

@@ -15,7 +15,7 @@ from inward.api.auth import KeyRing
 from inward.api.services import Limits, Services
 from inward.errors import Conflict, InwardError, NotFound
 from inward.prompts import Prompts
-from inward.types import Group, HeadRef, Scored, Scores, Timing, Usage
+from inward.types import Group, HeadRef, LayerScores, PairScores, Scored, Scores, Timing, Usage
 
 LEGEND = HeadRef("harmless", "legend", 3)
 HYBRID = HeadRef("helpful", "hybrid", 1)
@@ -78,16 +78,15 @@ def _scored(group: Group, refs: tuple[HeadRef, ...], details: frozenset[str], pa
 
 
 def _scores(ref: HeadRef, lengths: tuple[float, ...], details: frozenset[str], pair: bool) -> Scores:
-    comparison: dict[str, Any] | None = None
+    comparison: PairScores | None = None
     if pair:
         margin = lengths[0] - lengths[1]
-        comparison = {"margin": margin, "margin_scaled": margin / 2, "bin": 0.5, "label_agrees": margin > 0}
-        if ref.kind == "hybrid":
-            comparison["confidence"] = 0.75
+        confidence = 0.75 if ref.kind == "hybrid" else None
+        comparison = PairScores(margin, margin / 2, 0.5, margin > 0, label_probability=0.875, confidence=confidence)
     return Scores(
         lengths,
         probability_N=tuple(0.5 for _ in lengths) if ref.kind == "hybrid" else None,
-        layers_N=tuple({"layers": [4], "values": [n]} for n in lengths) if "layers" in details else None,
+        layers_N=tuple(LayerScores((4,), (n,)) for n in lengths) if "layers" in details else None,
         tokens_N=tuple(tuple(range(int(n))) for n in lengths) if "tokens" in details else None,
         pair=comparison,
         listwise=ref.kind == "srr",

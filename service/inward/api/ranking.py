@@ -71,7 +71,7 @@ async def _best_against_worst(
     if margin <= 0:
         return None, None
     compared = await _compared(services, found.pair(best.index, worst.index), found.scored, deadline)
-    confidence = (compared.scores[0].pair or {}).get("confidence") if compared else None
+    confidence = compared.scores[0].pair.confidence if compared and compared.scores[0].pair else None
     chosen, rejected = (found.answers[result.index].text for result in (best, worst))
     pair = BestAgainstWorst(
         prompt=request.asked()[0],
