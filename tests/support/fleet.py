@@ -17,7 +17,7 @@ import httpx
 from support.serving import FRESH, PATIENT
 from support.waiting import PATIENCE, wait_until
 
-CHAOS_WORKER = Path(__file__).parent / "chaos/worker.py"
+CHAOS_WORKER = Path(__file__).parents[1] / "chaos/worker.py"
 
 
 @dataclass

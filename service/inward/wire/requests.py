@@ -184,7 +184,7 @@ class MarginRequest(Options):
     """Preference pairs to annotate."""
 
     pairs: Annotated[list[Pair], Field(min_length=1)]
-    """IdempotencyStore in this order."""
+    """Answered in this order."""
     model_config = ConfigDict(
         json_schema_extra={
             "examples": [
@@ -202,7 +202,7 @@ class ScoreRequest(Options):
     """Responses to score."""
 
     items: Annotated[list[Item], Field(min_length=1)]
-    """IdempotencyStore in this order."""
+    """Answered in this order."""
     detail: list[Detail] = Field(default_factory=list)
     """`layers`: each layer's part of the score. `tokens`: the score at every token of the response."""
     model_config = ConfigDict(
