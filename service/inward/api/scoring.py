@@ -32,7 +32,7 @@ class Result:
             self.outcome.scores[head] if isinstance(self.outcome, Scored) and head < len(self.outcome.scores) else None
         )
 
-    def error(self, where: str) -> ErrorDetail | None:
+    def error(self, where: str | None) -> ErrorDetail | None:
         """Why there is no score at ``where``."""
         if isinstance(self.outcome, InwardError):
             return ErrorDetail(**self.outcome.body()["error"])
@@ -125,6 +125,27 @@ async def score_all(
     Raises:
         InwardError: none of the items could be scored (the first one's error), or the service could not do its part.
     """
+    results = await score_each(services, field, items, heads, options, details=details, pair=pair)
+    if not any(isinstance(result.outcome, Scored) for result in results):
+        raise next(result.outcome for result in results if isinstance(result.outcome, InwardError))
+    return Results(results)
+
+
+async def score_each(
+    services: Services,
+    field: str | None,
+    items: Sequence[Scorable],
+    heads: tuple[str, ...],
+    options: Options,
+    *,
+    details: frozenset[Detail] = frozenset(),
+    pair: bool = False,
+) -> list[Result]:
+    """As ``score_all``, also where none could be scored. Without a ``field`` an item's error names the item's own.
+
+    Raises:
+        InwardError: the service could not do its part.
+    """
     deadline = Deadline(options.timeout, services.limits.timeout_s)
     tokenised = await tokenise(services, field, items, truncate=options.truncate)
     groups = [grouped.group for grouped in tokenised if isinstance(grouped, Grouped)]
@@ -134,15 +155,13 @@ async def score_all(
     for i, grouped in enumerate(tokenised):
         outcome = next(outcomes) if isinstance(grouped, Grouped) else grouped
         if isinstance(outcome, InwardError) and outcome.param is None:
-            outcome = type(outcome)(outcome.message, param=f"{field}.{i}")
+            outcome = type(outcome)(outcome.message, param=_path(field, i))
         results.append(Result(outcome, isinstance(grouped, Grouped) and grouped.truncated))
-    if not any(isinstance(result.outcome, Scored) for result in results):
-        raise next(result.outcome for result in results if isinstance(result.outcome, InwardError))
-    return Results(results)
+    return results
 
 
 async def tokenise(
-    services: Services, field: str, items: Sequence[Scorable], *, truncate: bool
+    services: Services, field: str | None, items: Sequence[Scorable], *, truncate: bool
 ) -> list[Grouped | InwardError]:
     """A group for each item, or what is wrong with it, blamed on the field of the request."""
     parts: list[Parts | InwardError] = []
@@ -158,9 +177,14 @@ async def tokenise(
         result = next(groups) if isinstance(part, Parts) else part
         if isinstance(result, InwardError):
             param = part.blame(result.param) if isinstance(part, Parts) else result.param
-            result = type(result)(result.message, param=f"{field}.{i}.{param}" if param else f"{field}.{i}")
+            result = type(result)(result.message, param=_path(field, i, param))
         done.append(result)
     return done
+
+
+def _path(field: str | None, i: int, param: str | None = None) -> str | None:
+    """Of an item's own field ``param`` in the whole request."""
+    return ".".join(step for step in (field and f"{field}.{i}", param) if step) or None
 
 
 async def score_groups(

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query, Request, Response
 from starlette.responses import StreamingResponse
 
 from inward.api.answers import plain
 from inward.api.errors import RESPONSES
+from inward.api.rows import KINDS, RowsKind
 from inward.api.services import BulkJobs, FromApp, Services
 from inward.errors import Conflict, NotFound, RequestError, TooLarge
-from inward.types import Kind
 from inward.wire import ErrorBody
 from inward.wire.admin import Job
 
 JSONL = ("application/x-ndjson", "application/jsonl", "application/json-lines")
-KINDS: dict[str, tuple[Kind, ...]] = {
-    "margin": ("legend", "hybrid"),
-    "score": ("legend", "hybrid"),
-    "reward": ("hybrid",),
-}
-"""Which heads do which kind of job; a kind is the route that each row goes through."""
 Id = Annotated[str, Path(pattern="^[0-9a-f]{32}$", description="As `POST /jobs` gave it.")]
 Name = Annotated[str | None, Query(pattern="^[A-Za-z0-9._-]{1,64}$")]
 ERRORS: dict[int | str, dict[str, Any]] = {status: RESPONSES[status] for status in (401, 404, 422, 503)}
@@ -45,7 +39,7 @@ router = APIRouter(tags=["bulk"], responses=ERRORS)
 async def create(
     request: Request,
     services: FromApp,
-    kind: Literal["margin", "score", "reward"],
+    kind: RowsKind,
     head: Name = None,
     scores: Name = None,
 ) -> Response:
