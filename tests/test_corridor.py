@@ -168,7 +168,7 @@ async def test_samples_are_drawn_scored_and_returned_in_order():
 
 @pytest.mark.parametrize("leaves", ["by its deadline", "by itself"])
 async def test_sampling_is_cut_short_once_nobody_waits_for_it(leaves, monkeypatch):
-    monkeypatch.setattr("inward.worker.GLANCE", 0.01)
+    monkeypatch.setattr("inward.worker.GLANCE_S", 0.01)
     started, cancelled = asyncio.Event(), asyncio.Event()
 
     async def draw(group, readouts, *, tokens=False):

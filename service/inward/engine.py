@@ -117,7 +117,11 @@ class Engine:
         n = len(group.responses_ids)
         usage = Usage(n * len(group.prompt_ids), sum(map(len, group.responses_ids)), reading.cached_tokens)
         refs = tuple(heads[name].ref for name in job.heads)
-        return Scored(job.id, refs, tuple(scores), reading.policy_version, usage, samples)
+        info = self.backbone.info
+        return Scored(
+            job.id, refs, tuple(scores), reading.policy_version, usage, samples,
+            fingerprint=info.fingerprint, dtype=info.dtype,
+        )  # fmt: skip
 
 
 def _alike(scores: Scores, responses_ids: Sequence[Ids]) -> Scores:

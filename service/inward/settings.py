@@ -30,7 +30,8 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     """Address to listen on. Without API keys only a loopback address is allowed (see --insecure)."""
     port: int = Field(8080, ge=0, le=65535)
-    """Port to listen on; 0 takes a free one and prints it."""
+    """Port to listen on; 0 takes a free one and prints it. A worker's status has port 9100 where none is named, or a
+    free one where that is taken."""
     api_keys: Annotated[frozenset[SecretStr], NoDecode] = frozenset()
     """Comma-separated keys, any of which opens every route (Bearer, or Basic with the key as password). None: open."""
     api_keys_file: Path | None = None
@@ -118,6 +119,9 @@ class Settings(BaseSettings):
     """Seconds after which the jobs of a worker that is not heard of are given to another one."""
     max_deliveries: int = Field(3, ge=1)
     """Workers that one item may end before it is given up as a dead letter."""
+    stall_timeout: float = Field(120.0, gt=0)
+    """Seconds for which the device may go on with what is too late for everybody; then it counts as stuck, and the
+    process ends itself with status 1."""
     presence: float = Field(10.0, gt=0)
     """Seconds without a sign of life after which a worker or an API replica counts as gone."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -2,6 +2,9 @@
 
 A batch is closed as late as possible: while the device works, the next one fills up; it is closed early only when it is
 full. So there is no timer, no waiting when idle, and the device finds its next batch ready.
+
+A queue is a trust boundary: what is longer than the model takes is refused here, too. And a device is watched: one that
+goes on and on with what nobody waits for any more makes no progress, and its process has to end (``stuck``).
 """
 
 from __future__ import annotations
@@ -14,28 +17,47 @@ from collections.abc import Callable, Sequence
 from inward import logs, metrics, tracing
 from inward.batching import pack
 from inward.engine import Engine
-from inward.errors import DeadlineExceeded, EngineDead, InternalError
+from inward.errors import DeadlineExceeded, EngineDead, InternalError, TooLarge
 from inward.queues.base import Closed, Consumer
 from inward.types import Failed, Job, Outcome
 
 LOG = logs.logger("worker")
-GLANCE = 1.0
-"""Seconds between looks whether a batch that samples is still wanted."""
+GLANCE_S = 1.0
+"""Between looks whether a batch is still wanted, and whether the device makes progress."""
 
 
 class Worker:
-    """Serves ``queue`` with ``engine`` until the queue is closed and empty."""
+    """Serves ``queue`` with ``engine`` until the queue is closed and empty.
 
-    def __init__(self, queue: Consumer, engine: Engine, *, clock: Callable[[], float] = time.time) -> None:
+    Args:
+        stall: seconds after the last deadline of a batch for which the device may go on with it.
+        clock: Unix seconds.
+    """
+
+    def __init__(
+        self, queue: Consumer, engine: Engine, *, stall: float = 120.0, clock: Callable[[], float] = time.time
+    ) -> None:
         self._queue = queue
         self._engine = engine
-        self._clock = clock
+        self._stall, self._clock = stall, clock
+        self._longest = engine.backbone.info.max_tokens
         self._capacity = engine.backbone.capacity
         self._waiting: list[Job] = []  # taken and not yet packed
         self._running: set[asyncio.Task[None]] = set()
         self._taking: asyncio.Task[list[Job]] | None = None
+        self._overdue: set[str] = set()  # ids of the first jobs of batches
         self._closed = False
         self.dead: str | None = None
+        """Why nothing is computed any more."""
+        self.stuck = asyncio.Event()
+        """The device makes no progress: the process can only be ended without waiting for it."""
+
+    @property
+    def problem(self) -> str | None:
+        """Why no jobs should be sent here now."""
+        if self.dead is not None:
+            return f"the engine is dead: {self.dead}"
+        return "the device goes on with what is too late for everybody" if self._overdue else None
 
     async def run(self) -> None:
         """Returns once the queue is closed and everything taken is settled, or when the engine is dead (see
@@ -49,6 +71,9 @@ class Worker:
                     task = asyncio.create_task(self._serve(batch))
                     self._running.add(task)
                     task.add_done_callback(self._running.discard)
+        except Exception as error:  # a defect of ours; others shall have the jobs
+            self.dead = f"a defect ended its loop ({type(error).__name__})"
+            logs.event(LOG, "worker_failed", severity=logging.ERROR, error=error)
         finally:
             metrics.ENGINE_UP.set(0)
             if self._taking is not None:
@@ -71,7 +96,7 @@ class Worker:
         if self._taking is not None and self._taking.done():
             taking, self._taking = self._taking, None
             try:
-                self._waiting += taking.result()
+                self._waiting += await self._short_enough(taking.result())
             except Closed:
                 self._closed = True
 
@@ -86,19 +111,42 @@ class Worker:
         return batch
 
     async def _watched(self, batch: Sequence[Job]) -> Sequence[Outcome]:
-        """Outcomes of a batch. Sampling takes long: it is cut short once nobody waits for it, or its deadline has
-        passed.
+        """Outcomes of a batch. It is cut short once nobody waits for it, or its deadline has passed.
+
+        Raises:
+            EngineDead: the device does not let go of it, or of another batch.
         """
-        if all(job.group.sampling is None for job in batch):
-            return await self._engine.run(batch)
         running = asyncio.create_task(self._engine.run(batch))
+        last = max(job.deadline for job in batch)
+        wanted = True
         try:
-            while not (await asyncio.wait({running}, timeout=GLANCE))[0]:
-                if not await self._due(await self._queue.wanted(batch)):
-                    return ()
-            return running.result()
+            while not (await asyncio.wait({running}, timeout=GLANCE_S))[0]:
+                if self.dead is not None:
+                    raise EngineDead(self.dead)
+                if self._clock() > last + self._stall:
+                    self.stuck.set()
+                    raise EngineDead("the device makes no progress")
+                if self._clock() > last:
+                    self._overdue.add(batch[0].id)
+                if wanted and not await self._due(await self._queue.wanted(batch)):
+                    wanted = False
+                    running.cancel()
+            return running.result() if wanted else ()
         finally:
+            self._overdue.discard(batch[0].id)
             running.cancel()
+
+    async def _short_enough(self, jobs: Sequence[Job]) -> list[Job]:
+        """Without those that are longer than the model takes, which are settled as such."""
+        long = [job for job in jobs if job.group.longest > self._longest]
+        if long:
+            await self._settle(
+                [
+                    Failed(job.id, TooLarge.code, f"{job.group.longest} tokens, and the model takes {self._longest}")
+                    for job in long
+                ]
+            )
+        return [job for job in jobs if job.group.longest <= self._longest]
 
     async def _due(self, jobs: Sequence[Job]) -> list[Job]:
         """Without those whose deadline has passed, which are settled as such."""
@@ -111,21 +159,22 @@ class Worker:
     async def _serve(self, batch: Sequence[Job]) -> None:
         metrics.IN_FLIGHT.inc(len(batch))
         try:
-            outcomes: Sequence[Outcome] = await self._watched(batch)
+            outcomes = await self._watched(batch)
+            for outcome in outcomes:
+                metrics.QUEUE_SECONDS.observe(outcome.timing.queued)
+            await self._settle(outcomes)
+            tracing.computed(batch, outcomes)
         except EngineDead as error:
+            if self.dead is None:
+                logs.event(LOG, "engine_dead", severity=logging.ERROR, reason=error.message)
             self.dead = error.message
-            logs.event(LOG, "engine_dead", severity=logging.ERROR, reason=error.message)
             await self._queue.release(batch, error.message)
-            return
         except Exception as error:  # a defect of ours must not leave callers waiting
             logs.event(LOG, "batch_failed", severity=logging.ERROR, error=error)
-            outcomes = [Failed(job.id, InternalError.code, f"scoring failed ({type(error).__name__})") for job in batch]
+            failure = f"scoring failed ({type(error).__name__})"
+            await self._settle([Failed(job.id, InternalError.code, failure) for job in batch])
         finally:
             metrics.IN_FLIGHT.dec(len(batch))
-        for outcome in outcomes:
-            metrics.QUEUE_SECONDS.observe(outcome.timing.queued)
-        await self._settle(outcomes)
-        tracing.computed(batch, outcomes)
 
     async def _settle(self, outcomes: Sequence[Outcome]) -> None:
         for outcome in outcomes:

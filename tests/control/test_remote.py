@@ -22,7 +22,7 @@ from inward.queues.redis.consumer import RedisConsumer
 from inward.stores.connection import Connection
 from inward.types import HeadRef
 from support.adapters import write_adapter
-from support.queues import KEYS, WORKER
+from support.queues import KEYS, WORKER, living
 from support.tiny_tokenizer import tokenizer
 from support.waiting import PATIENCE, until
 
@@ -73,14 +73,13 @@ class Shop:
         )
 
     async def open(self):
-        await self.consumer.open()
         return asyncio.create_task(self.agent.run())
 
 
 @pytest.fixture
 async def town(redis_server, folder, monkeypatch):
     """A desk; ``open`` opens shops."""
-    monkeypatch.setattr("inward.control.remote.FOLLOWED", PATIENCE)
+    monkeypatch.setattr("inward.control.remote.FOLLOWED_S", PATIENCE)
     async with AsyncExitStack() as stack:
         connection = Connection(redis_server.url, timeout=PATIENCE)
         stack.push_async_callback(connection.close)
@@ -88,12 +87,12 @@ async def town(redis_server, folder, monkeypatch):
 
         async def open(**options):
             shop = Shop(connection, folder, **options)
+            await stack.enter_async_context(living(shop.consumer))
             task = await shop.open()
 
             async def close():
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
-                await shop.consumer.leave()
 
             stack.push_async_callback(close)
             return shop

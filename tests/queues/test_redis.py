@@ -14,7 +14,7 @@ from inward.queues.redis.consumer import RedisConsumer
 from inward.queues.redis.producer import RedisProducer
 from inward.stores.connection import Connection
 from inward.stores.keys import GROUP, Keys
-from support.queues import BEATING, KEYS, REPLICA, WORKER, age, done, ids, in_redis, job
+from support.queues import BEATING, KEYS, REPLICA, WORKER, age, done, ids, in_redis, job, living
 from support.waiting import PATIENCE, until
 
 
@@ -36,19 +36,15 @@ class Standalone:
 
     async def worker(self, **options):
         worker = RedisConsumer(await self.connection(), KEYS, **{**WORKER, **options})
-        await worker.open()
-        self._stack.push_async_callback(worker.leave)
-        return worker
+        return await self._stack.enter_async_context(living(worker))
 
     async def replica(self, **options):
         replica = RedisProducer(await self.connection(), KEYS, **{"max_tokens": 10**6, **REPLICA, **options})
-        await replica.open()
-        self._stack.push_async_callback(replica.leave)
-        return replica
+        return await self._stack.enter_async_context(living(replica))
 
     def freeze(self, worker):
         """No sign of life and no renewal from now on, as after SIGSTOP, and that long ago."""
-        worker._keeping.cancel()
+        worker.stop()
         age(self.server, worker.worker)
 
     def pending(self):
@@ -279,8 +275,7 @@ async def test_jobs_of_a_replica_that_died_are_not_computed_and_free_their_room(
     dead = await house.replica()
     await dead.submit([job("a"), job("b")])
     taken = await next_of(worker)
-    for task in dead._tasks:
-        task.cancel()
+    dead.stop()
     with house.server.client() as client:
         assert 0 < client.pttl(KEYS.alive(dead.replica)) <= 1000 * PATIENCE
         client.pexpire(KEYS.alive(dead.replica), 0)
@@ -349,7 +344,7 @@ async def test_an_unreadable_job_becomes_a_dead_letter_and_its_caller_gets_an_er
         waits = await replica.submit([job("newer")])
     await replica.submit([job("fine")])
     assert ids(await next_of(worker)) == ["fine"]
-    assert "upgrade workers" in (await waits[0]).message
+    assert "of one version" in (await waits[0]).message
     with house.server.client() as client:
         assert client.xlen(KEYS.dead) == 1
 
@@ -357,7 +352,7 @@ async def test_an_unreadable_job_becomes_a_dead_letter_and_its_caller_gets_an_er
 async def test_two_queues_in_one_redis_do_not_see_each_other(house):
     async with in_redis(house.server.url) as q:
         other = RedisProducer(q.redis, Keys("other"), max_tokens=100)
-        await other.open()
+        await other.live()
         with pytest.raises(EngineDead):
             await other.submit([job("a")])
         await other.leave()
@@ -428,10 +423,10 @@ async def test_a_replica_tells_how_many_jobs_wait_in_redis_and_how_many_are_clai
 
     async with in_redis(redis_server.url) as q:
         waits = await q.producer.submit([job("a"), job("b"), job("c", priority="bulk")])
-        await q.producer._live()
+        await q.producer.live()
         assert told() == ([2, 1], [0, 0])
         first = await q.consumer.take(10)
-        await q.producer._live()
+        await q.producer.live()
         lag, pending = told()
         assert (sum(lag), sum(pending)) == (3 - len(q.consumer._claims), len(q.consumer._claims))
         await q.consumer.settle([done(j) for j in first])
@@ -439,6 +434,6 @@ async def test_a_replica_tells_how_many_jobs_wait_in_redis_and_how_many_are_clai
             first += (batch := await q.consumer.take(100))
             await q.consumer.settle([done(j) for j in batch])
         await asyncio.gather(*waits)
-        await q.producer._live()
+        await q.producer.live()
         assert told() == ([0, 0], [0, 0])
         assert metrics.REGISTRY.get_sample_value("inward_dead_letters_kept") == 0

@@ -89,7 +89,7 @@ async def drawing(services: Services, request: RerankRequest) -> Generation:
     if isinstance(grouped, InwardError):
         raise type(grouped)(grouped.message, param=Parts(prompt, (), field, ()).blame(grouped.param))
     prompt_ids = grouped.group.prompt_ids
-    spec = _spec(n, request.sampling or Sampling(), services.limits.tokens - 1 - len(prompt_ids))
+    spec = _spec(n, request.sampling or Sampling(), services.prompts.max_tokens - 1 - len(prompt_ids))
     return Generation(prompt_ids, spec, grouped.truncated)
 
 

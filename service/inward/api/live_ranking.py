@@ -57,7 +57,7 @@ async def _events(
     finally:
         await outcomes.aclose()
     all_drawn = [drawn[i] for i in range(len(drawn))]
-    if len({(scored.heads, scored.policy_version) for scored in all_drawn}) > 1:
+    if len({scored.version for scored in all_drawn}) > 1:
         raise Unavailable("the head or the policy was switched during this stream; send it again", retry_after=1.0)
     found = await _found(services, asked, all_drawn, deadline)
     answer, _ = await ranking(services, request, found, deadline)
@@ -86,7 +86,7 @@ async def _found(services: Services, asked: Generation, drawn: Sequence[Scored],
     if together.scores[0].listwise:
         listed = Group(asked.prompt_ids, tuple(sample.ids for sample in samples))
         read = await score_one(services, listed, together.heads[0].name, deadline)
-        if (read.heads, read.policy_version) != (together.heads, together.policy_version):
+        if read.version != together.version:
             raise Unavailable("the head or the policy was switched during this stream; send it again", retry_after=1.0)
         together = replace(read, samples=samples, usage=together.usage)
     return asked.found(together)

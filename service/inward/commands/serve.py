@@ -33,5 +33,6 @@ def run(args: argparse.Namespace) -> int:
             settings,
             lambda: Standalone.open(settings),
             lambda house: {"model": house.backbone.info.name, "heads": house.registry.names()},
+            lambda house: house.ending,
         )
     )

@@ -10,6 +10,9 @@ from inward.commands.options import add_settings, settings_of
 from inward.processes import server
 from inward.processes.worker import WorkerProcess
 
+PORT = 9100
+"""Of a worker's status, where none is named."""
+
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
@@ -17,7 +20,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="own a backbone and score what API replicas put into a Redis",
         description="One worker: loads a model and its heads and takes jobs from Redis until SIGTERM, then finishes what it has. Its port "
         "answers /livez, /readyz, /info and /metrics only. Exit status 1 if the engine died: start it again.",
-        epilog="example: inward worker --redis-url redis://localhost:6379/0 --model Qwen/Qwen2.5-0.5B-Instruct --heads ./heads --port 9100",
+        epilog="example: inward worker --redis-url redis://localhost:6379/0 --model Qwen/Qwen2.5-0.5B-Instruct "
+        "--heads ./heads --port 9100",
     )
     add_settings(parser)
     parser.set_defaults(run=run)
@@ -38,5 +42,6 @@ def run(args: argparse.Namespace) -> int:
                 "queue": shop.queue_name,
             },
             lambda shop: shop.working,
+            unnamed=PORT,
         )
     )

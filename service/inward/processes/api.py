@@ -8,13 +8,13 @@ from typing import Any
 
 from inward import __version__, logs, metrics
 from inward.api.app import create_app
-from inward.api.auth import KeyRing
 from inward.api.bulk import BulkRunner
 from inward.api.services import Services
 from inward.control.channel import ControlChannel
 from inward.control.remote import RemoteHeadControl, RemotePolicyControl
 from inward.errors import Unavailable
 from inward.intake import Intake
+from inward.processes.supervisor import Supervisor
 from inward.processes.wiring import (
     ModelFiles,
     about,
@@ -38,6 +38,8 @@ from inward.stores.score_streams import ScoreStreams
 LOG = logs.logger("processes")
 LOOK_INTERVAL_S = 1.0
 """Between two looks of a replica at what its workers say of themselves."""
+CHUNKS_AT_ONCE = 2
+"""Of bulk jobs in one replica, so that workers find the next one waiting."""
 UNKNOWN_TOKENS = 2**31
 """How long a text may be, until a worker has said it."""
 
@@ -68,12 +70,12 @@ class ApiProcess:
             heads=self.head_control,
             policies=RemotePolicyControl(self.head_control),
             info=self.info,
-            limits=limits(settings, self._prompts.max_tokens),
+            limits=limits(settings),
             keys=key_ring(settings),
             compat_head=settings.compat_head,
             metrics_open=settings.metrics_open,
             ready=self.ready,
-            alive=lambda: not self._looking.done(),
+            alive=lambda: True,
             quota=RedisQuota(connection, keys, settings.quota) if settings.quota else None,
             answered=RedisIdempotencyStore(
                 connection, keys, keep=settings.idempotency_window, running=settings.timeout + 30
@@ -81,9 +83,14 @@ class ApiProcess:
         )
         self.app = create_app(self.services)
         metrics.BUILD_INFO.labels(version=__version__, role="api").set(1)
-        inside = replace(self.services, intake=Intake(self._queue, priority="bulk"), keys=KeyRing())
-        self._bulk = asyncio.create_task(BulkRunner(store, create_app(inside), idle=settings.claim_idle).run())
-        self._looking = asyncio.create_task(self._look())
+        self._tasks = Supervisor()
+        self._tasks.watch("signs of life", self._queue.keep_living)
+        self._tasks.watch("answers", self._queue.keep_receiving)
+        self._tasks.watch("workers", self._look)
+        behind = replace(self.services, intake=Intake(self._queue, priority="bulk"))
+        bulk = BulkRunner(store, behind, idle=settings.claim_idle, max_deliveries=settings.max_deliveries)
+        for i in range(CHUNKS_AT_ONCE):
+            self._tasks.watch(f"bulk {i}", bulk.run)
 
     @classmethod
     async def open(cls, settings: Settings) -> ApiProcess:
@@ -100,7 +107,7 @@ class ApiProcess:
         except BaseException:
             await connection.close()
             raise
-        await front._queue.open()
+        await front._queue.live()
         return front
 
     async def _look(self) -> None:
@@ -115,6 +122,10 @@ class ApiProcess:
                 pass  # the queue says so in ``away``
             await asyncio.sleep(LOOK_INTERVAL_S)
 
+    @property
+    def stuck(self) -> bool:
+        return False
+
     def ready(self) -> tuple[bool, str]:
         """Whether requests are welcome, and if not, why."""
         if self.draining:
@@ -123,7 +134,9 @@ class ApiProcess:
             return False, self._queue.away
         if not self.head_control.workers:
             return False, self.head_control.problem
-        return (True, "ready") if self._queue.workers else (False, "no worker takes jobs from the queue")
+        if not self._queue.workers:
+            return False, "no worker takes jobs from the queue"
+        return self._tasks.problem is None, self._tasks.problem or "ready"
 
     def info(self) -> dict[str, Any]:
         """What ``GET /info`` answers.
@@ -131,26 +144,16 @@ class ApiProcess:
         Raises:
             EngineDead: no worker is known, so neither is the model.
         """
-        worker_info, bounds = self.head_control.worker_info, self.services.limits
-        bounds = replace(bounds, tokens=self._prompts.max_tokens)
-        heads = [row["name"] for row in worker_info.heads]
-        return about(
-            worker_info.backbone,
-            worker_info.policy_version,
-            worker_info.template,
-            heads,
-            bounds,
-            self.settings.queue_tokens,
-        )
+        worker = self.head_control.worker_info
+        heads = [row["name"] for row in worker.heads]
+        return about(worker.backbone, worker.policy_version, self._prompts, heads, self.settings)
 
     async def close(self, timeout: float) -> bool:
         """Leaves Redis; whoever still waits has been answered by the server's own draining. True if nothing was
         left.
         """
         self.draining = True
-        self._looking.cancel()
-        self._bulk.cancel()
-        await asyncio.gather(self._looking, self._bulk, return_exceptions=True)
+        await self._tasks.stop()
         left = self._queue.open_jobs
         await self._queue.leave()
         await self._connection.close()

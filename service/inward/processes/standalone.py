@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from inward import __version__, logs, metrics
@@ -11,6 +10,7 @@ from inward.api.services import Services
 from inward.control.heads import LocalHeadControl
 from inward.engine import Engine
 from inward.intake import Intake
+from inward.processes.supervisor import Supervisor
 from inward.processes.wiring import Loaded, about, drain, find_model, key_ring, limits, load
 from inward.queues.memory import MemoryQueue
 from inward.queues.single_flight import SingleFlight
@@ -31,14 +31,14 @@ class Standalone:
         self.settings, self.backbone, self.prompts, self.registry = settings, backbone, prompts, registry
         self.draining = False
         self.queue = MemoryQueue(max_tokens=settings.queue_tokens)
-        self.worker = Worker(self.queue, Engine(backbone, registry))
+        self.worker = Worker(self.queue, Engine(backbone, registry), stall=settings.stall_timeout)
         self.services = Services(
             prompts=prompts,
             intake=Intake(SingleFlight(self.queue, window=settings.sharing_window, current=self.current)),
             heads=LocalHeadControl(registry, backbone, prompts),
             policies=loaded.policies,
             info=self.info,
-            limits=limits(settings, prompts.max_tokens),
+            limits=limits(settings),
             keys=key_ring(settings),
             compat_head=settings.compat_head,
             metrics_open=settings.metrics_open,
@@ -49,7 +49,9 @@ class Standalone:
         )
         self.app = create_app(self.services)
         metrics.BUILD_INFO.labels(version=__version__, role="serve").set(1)
-        self._working = asyncio.create_task(self.worker.run())
+        self._tasks = Supervisor()
+        self._working = self._tasks.watch("jobs", self.worker.run)
+        self.ending = self._tasks.watch("watchdog", self._until_stuck)
 
     @classmethod
     async def open(cls, settings: Settings) -> Standalone:
@@ -59,6 +61,13 @@ class Standalone:
             SetupError: something does not fit; nothing is left open.
         """
         return cls(settings, await load(settings, find_model(settings)))
+
+    @property
+    def stuck(self) -> bool:
+        return self.worker.stuck.is_set()
+
+    async def _until_stuck(self) -> None:
+        await self.worker.stuck.wait()
 
     def alive(self) -> bool:
         """Whether the backbone can compute."""
@@ -70,7 +79,8 @@ class Standalone:
             return False, f"the engine is dead: {self.worker.dead or 'the backbone stopped'}"
         if self.draining:
             return False, "shutting down"
-        return True, "ready"
+        problem = self.worker.problem or self._tasks.problem
+        return problem is None, problem or "ready"
 
     def current(self, scored: Scored) -> bool:
         """Whether no head or policy was switched since."""
@@ -81,9 +91,8 @@ class Standalone:
 
     def info(self) -> dict[str, Any]:
         """What ``GET /info`` answers."""
-        heads, queue_tokens = self.registry.names(), self.settings.queue_tokens
-        policy = self.backbone.policy_version
-        return about(self.backbone.info, policy, self.prompts.template, heads, self.services.limits, queue_tokens)
+        backbone = self.backbone
+        return about(backbone.info, backbone.policy_version, self.prompts, self.registry.names(), self.settings)
 
     async def close(self, timeout: float) -> bool:
         """Answers what was accepted, for at most ``timeout`` seconds, then gives the device back. True if nothing
@@ -92,6 +101,8 @@ class Standalone:
         self.draining = True
         await self.queue.close()
         clean = await drain(self._working, timeout) and self.worker.dead is None
-        await self.backbone.close()
+        await self._tasks.stop()
+        if not self.stuck:
+            await self.backbone.close()
         logs.event(LOG, "stopped", clean=clean)
         return clean

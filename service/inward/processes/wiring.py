@@ -110,12 +110,13 @@ def heads_folder(settings: Settings, fingerprint: str) -> Path | None:
     return folder
 
 
-def limits(settings: Settings, max_tokens: int) -> Limits:
-    """What a request may ask for."""
+def limits(settings: Settings) -> Limits:
+    """What a request may ask for, but the length of its texts, which ``Prompts.max_tokens`` alone says: it changes
+    with the workers.
+    """
     return Limits(
         body_bytes=settings.max_body_bytes, upload_bytes=settings.max_upload_bytes, body_s=settings.body_timeout,
-        items=settings.max_items, candidates=settings.max_candidates,
-        tokens=max_tokens, timeout_s=settings.timeout,
+        items=settings.max_items, candidates=settings.max_candidates, timeout_s=settings.timeout,
     )  # fmt: skip
 
 
@@ -171,16 +172,17 @@ async def open_policies(settings: Settings, backbone: Backbone) -> LocalPolicyCo
 
 
 def about(
-    info: BackboneInfo, policy_version: str, template: str, heads: list[str], limits: Limits, queue_tokens: int
+    info: BackboneInfo, policy_version: str, prompts: Prompts, heads: list[str], settings: Settings
 ) -> dict[str, Any]:
     """What ``GET /info`` answers."""
+    bounds = limits(settings)
     return {
         "version": __version__, "model": info.name, "revision": info.revision, "fingerprint": info.fingerprint,
-        "policy_version": policy_version, "dtype": info.dtype, "device": info.device, "layers": info.layers, "width": info.width,
-        "template": template, "heads": heads,
+        "policy_version": policy_version, "dtype": info.dtype, "device": info.device, "layers": info.layers,
+        "width": info.width, "template": prompts.template, "heads": heads,
         "limits": {
-            "body_bytes": limits.body_bytes, "items": limits.items, "candidates": limits.candidates,
-            "tokens": limits.tokens, "timeout_seconds": limits.timeout_s, "queue_tokens": queue_tokens,
+            "body_bytes": bounds.body_bytes, "items": bounds.items, "candidates": bounds.candidates,
+            "tokens": prompts.max_tokens, "timeout_seconds": bounds.timeout_s, "queue_tokens": settings.queue_tokens,
         },
     }  # fmt: skip
 
@@ -209,6 +211,12 @@ def tokenizer_hash(model: ModelFiles) -> str:
     """Equal where two processes turn the same text into the same tokens."""
     file = model.folder / "tokenizer.json"
     return hashlib.sha256(file.read_bytes() if file.is_file() else model.name.encode()).hexdigest()[:32]
+
+
+def served_as(loaded: Loaded) -> str:
+    """Equal for workers that may answer as one service: what a prompt becomes, and the numbers that it is given."""
+    template = hashlib.sha256(loaded.prompts.template.encode()).hexdigest()[:8]
+    return f"{loaded.backbone.info.identity}:{template}"
 
 
 def describe(settings: Settings) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
+
 from inward import codec, metrics
 from inward.queues.base import Producer
 from inward.types import Job, Outcome, Scored

@@ -2,17 +2,19 @@
 
 A chunk's results are stored, appended to the ``scores:<name>`` stream and acknowledged in one script, and only the
 first time: so a job has exactly its rows, whoever died meanwhile. What is done takes the place of what was sent, so
-memory does not grow twice.
+memory does not grow twice. A chunk says how many replicas it was given to, so that one that ends them can be given up.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import time
 import uuid
 import zlib
 from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from inward import logs
@@ -25,19 +27,31 @@ LOG = logs.logger("stores")
 GROUP = "replicas"
 ROWS = 64
 """Rows of a chunk."""
-UPLOAD = 600
-"""Seconds without another chunk after which an upload that was broken off is forgotten."""
+UPLOAD_S = 600
+"""Without another chunk after which an upload that was broken off is forgotten."""
+BLOCK_MS = 1000
+"""Of one wait for a chunk."""
+
+STORE = """
+-- KEYS: rows.  ARGV: chunk, its rows, seconds to keep.
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+redis.call('EXPIRE', KEYS[1], ARGV[3])
+"""
 
 FINISH = """
--- KEYS: job, rows, results, chunks, scores.  ARGV: group, entry, chunk, results, most scores, seconds to keep, then rows for the scores.
+-- KEYS: job, rows, results, chunks, scores.
+-- ARGV: group, entry, chunk, results, most scores, seconds to keep, then rows for the scores.
 redis.call('XACK', KEYS[4], ARGV[1], ARGV[2])
 redis.call('XDEL', KEYS[4], ARGV[2])
 redis.call('HDEL', KEYS[2], ARGV[3])
-if redis.call('HGET', KEYS[1], 'state') ~= 'running' or redis.call('HSETNX', KEYS[3], ARGV[3], ARGV[4]) == 0 then return 0 end
+if redis.call('HGET', KEYS[1], 'state') ~= 'running' then return 0 end
+if redis.call('HSETNX', KEYS[3], ARGV[3], ARGV[4]) == 0 then return 0 end
 for i = 7, #ARGV do redis.call('XADD', KEYS[5], 'MAXLEN', '~', ARGV[5], '*', 'row', ARGV[i]) end
 redis.call('EXPIRE', KEYS[3], ARGV[6])
 redis.call('EXPIRE', KEYS[5], ARGV[6])
-if redis.call('HLEN', KEYS[3]) == tonumber(redis.call('HGET', KEYS[1], 'chunks')) then redis.call('HSET', KEYS[1], 'state', 'done') end
+if redis.call('HLEN', KEYS[3]) == tonumber(redis.call('HGET', KEYS[1], 'chunks')) then
+  redis.call('HSET', KEYS[1], 'state', 'done')
+end
 return 1
 """
 
@@ -47,6 +61,13 @@ for number = 0, ARGV[2] - 1 do redis.call('XADD', KEYS[3], '*', 'job', ARGV[1], 
 redis.call('HSET', KEYS[1], unpack(ARGV, 4))
 redis.call('EXPIRE', KEYS[1], ARGV[3])
 redis.call('EXPIRE', KEYS[2], ARGV[3])
+redis.call('EXPIRE', KEYS[3], ARGV[3])
+"""
+
+DELIVERIES = """
+-- KEYS: chunks.  ARGV: group, entry.  Gives how many replicas it was given to; 1 where it was finished meanwhile.
+local pending = redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[2], ARGV[2], 1)[1]
+return pending and pending[4] or 1
 """
 
 CANCEL = """
@@ -84,7 +105,14 @@ class Chunk:
     entry: str
     job: BulkJob
     number: int
+    deliveries: int
+    """How many replicas it was given to; those before this one ended while they had it."""
     rows: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        """How many rows it has."""
+        return min(ROWS, self.job.rows - ROWS * self.number)
 
 
 class BulkStore:
@@ -130,8 +158,7 @@ class BulkStore:
         chunk: list[str] = []
 
         async def store() -> None:
-            await self._redis("HSET", key, chunks, zlib.compress("\n".join(chunk).encode()))
-            await self._redis("EXPIRE", key, UPLOAD)
+            await self._redis.script(STORE, [key], [chunks, zlib.compress("\n".join(chunk).encode()), UPLOAD_S])
 
         async for line in lines:
             chunk.append(line)
@@ -194,6 +221,8 @@ class BulkStore:
         rows = (await self.get(job_id)).rows
         for number in range(-(-rows // ROWS)):
             data = await self._redis("HGET", self._keys.bulk(job_id, "results"), number)
+            if data is None:
+                raise NotFound(f"the results of job {job_id} were forgotten meanwhile", param="id")
             yield zlib.decompress(data).decode() + "\n"
 
     async def take(self, replica: str) -> Chunk | None:
@@ -205,15 +234,14 @@ class BulkStore:
                 "XAUTOCLAIM", self._keys.chunks, GROUP, replica, self._idle, "0", "COUNT", 1
             )
             if not claimed:
-                found = await self._redis(
-                    "XREADGROUP", "GROUP", GROUP, replica, "COUNT", 1, "BLOCK", 1000, "STREAMS", self._keys.chunks, ">"
-                )
+                command = ("XREADGROUP", "GROUP", GROUP, replica, "COUNT", 1, "BLOCK", BLOCK_MS)
+                found = await self._redis(*command, "STREAMS", self._keys.chunks, ">")
                 claimed = found[0][1] if found else []
         except GroupLost:
             await self._redis.ensure_group(self._keys.chunks, GROUP)
             return None
         for entry, fields in claimed:
-            if (chunk := await self._chunk(entry.decode(), dict(_pairs(fields)))) is not None:
+            if (chunk := await self._chunk(entry.decode(), dict(_pairs(fields or ())))) is not None:
                 return chunk
             await self._redis("XACK", self._keys.chunks, GROUP, entry)
             await self._redis("XDEL", self._keys.chunks, entry)
@@ -223,6 +251,14 @@ class BulkStore:
         """A sign of life for a chunk. One that somebody else took over meanwhile is done twice, and stored once."""
         await self._redis("XCLAIM", self._keys.chunks, GROUP, replica, 0, entry, "JUSTID")
 
+    async def give_back(self, replica: str, chunk: Chunk) -> None:
+        """Another replica may take it at once, as if this one had never had it. A store that is away learns of it by
+        the silence.
+        """
+        aged = ("IDLE", self._idle, "RETRYCOUNT", chunk.deliveries - 1, "JUSTID")
+        with suppress(Unavailable):
+            await self._redis("XCLAIM", self._keys.chunks, GROUP, replica, 0, chunk.entry, *aged)
+
     async def finish(
         self, chunk: Chunk, results: Sequence[Mapping[str, Any]], scored: Sequence[Mapping[str, Any]]
     ) -> None:
@@ -230,24 +266,28 @@ class BulkStore:
         only.
         """
         job = chunk.job
-        keys = [
-            self._keys.bulk(job.id), self._keys.bulk(job.id, "rows"), self._keys.bulk(job.id, "results"), self._keys.chunks,
-            self._keys.scores(job.scores or "-"),
-        ]  # fmt: skip
+        own = (self._keys.bulk(job.id), self._keys.bulk(job.id, "rows"), self._keys.bulk(job.id, "results"))
+        keys = [*own, self._keys.chunks, self._keys.scores(job.scores or "-")]
         data = zlib.compress("\n".join(json.dumps(row) for row in results).encode())
         rows = [json.dumps(row) for row in scored] if job.scores else []
         await self._redis.script(FINISH, keys, [GROUP, chunk.entry, chunk.number, data, MOST_SCORES, self._keep, *rows])
 
     async def _chunk(self, entry: str, fields: Mapping[bytes, bytes]) -> Chunk | None:
         try:
-            job = await self.get(fields[b"job"].decode())
-        except NotFound:
+            job, number = await self.get(fields[b"job"].decode()), int(fields[b"chunk"])
+        except (NotFound, KeyError, ValueError):
             return None
-        number = int(fields[b"chunk"])
         data = await self._redis("HGET", self._keys.bulk(job.id, "rows"), number)
         if job.state != "running" or data is None:
             return None
-        return Chunk(entry, job, number, tuple(zlib.decompress(data).decode().split("\n")))
+        deliveries = await self._redis.script(DELIVERIES, [self._keys.chunks], [GROUP, entry])
+        chunk = Chunk(entry, job, number, int(deliveries), ())
+        try:
+            rows = zlib.decompress(data).decode().split("\n")
+        except (zlib.error, UnicodeDecodeError) as error:  # each is an error then, and the job ends
+            logs.event(LOG, "chunk_unreadable", severity=logging.ERROR, error=error, job=job.id, chunk=number)
+            rows = [""] * chunk.size
+        return replace(chunk, rows=tuple(rows))
 
 
 def _pairs(reply: Any) -> list[tuple[bytes, bytes]]:

@@ -88,8 +88,8 @@ class Keys:
 
     @property
     def lasting(self) -> tuple[str, ...]:
-        """What has no TTL of its own, jobs apart."""
-        return self.workers, self.dead, self.requests, self.policy, self.news, self.chunks
+        """What has no TTL of its own and belongs to nobody: workers and replicas put its end off."""
+        return self.dead, self.requests, self.policy, self.news, self.chunks
 
     @property
     def workers(self) -> str:
