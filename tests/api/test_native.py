@@ -188,6 +188,15 @@ async def test_rerank_gives_best_first_and_a_pair_for_dpo(house):
     assert body["listwise"] is False
 
 
+@pytest.mark.parametrize(
+    ("old", "value", "new"), [("scores", "dpo", "append_to"), ("token_ids", True, "return_token_ids")]
+)
+async def test_the_former_name_of_a_field_is_refused_with_the_one_it_has(house, old, value, new):
+    answer = await house.post("/rerank", {"prompt": "p", "candidates": ["bb", "a"], old: value})
+    assert answer.status_code == 422
+    assert (error(answer)["param"], error(answer)["message"]) == (old, f"{old} is called `{new}`")
+
+
 async def test_rerank_sends_all_candidates_as_one_group_and_says_when_scores_depend_on_the_list():
     house = FakeServices(SRR, LEGEND)
     body = (await house.post("/rerank", {"prompt": "p", "candidates": ["bb", "a"]})).json()

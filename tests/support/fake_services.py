@@ -27,8 +27,9 @@ class FakeTokenizer:
     """One token a character."""
 
     chat_template = None
-    bos_token_id = None
-    eos_token = None
+    bos_token = bos_token_id = None
+    eos_token = pad_token = unk_token = None
+    added_tokens_decoder = {}
 
     def __call__(self, text: list[str], *, add_special_tokens: bool) -> Any:
         return {"input_ids": [[ord(c) for c in t] for t in text]}

@@ -213,8 +213,8 @@ class AsyncInward:
         sampling: Mapping[str, Any] | None = None,
         head: str | None = None,
         truncate: bool = False,
-        token_ids: bool = False,
-        scores: str | None = None,
+        return_token_ids: bool = False,
+        append_to: str | None = None,
         timeout: float | None = None,
     ) -> RerankAnswer:
         """Ranks candidates, or draws `n` answers and ranks those (`POST /rerank`).
@@ -226,15 +226,15 @@ class AsyncInward:
             sampling: how they are drawn: `temperature`, `top_p`, `top_k`, `max_tokens`, `seed`, ….
             head: by default the first ranker that is loaded, else another head.
             truncate: cut text that is longer than the model takes instead of refusing it.
-            token_ids: give each answer's token ids as well.
-            scores: name of a stream to which best against worst is appended, for trainers that consume it.
+            return_token_ids: give each answer's token ids as well.
+            append_to: name of a stream to which best against worst is appended, for trainers that consume it.
             timeout: seconds for one try, also told to the service.
 
         Raises:
             InwardError: no candidate could be scored, or the service could not do its part.
         """
         return await self._send(
-            calls.rerank(prompt, candidates, n, sampling, head, truncate, token_ids, scores), timeout
+            calls.rerank(prompt, candidates, n, sampling, head, truncate, return_token_ids, append_to), timeout
         )
 
     async def rerank_stream(
@@ -245,8 +245,8 @@ class AsyncInward:
         sampling: Mapping[str, Any] | None = None,
         head: str | None = None,
         truncate: bool = False,
-        token_ids: bool = False,
-        scores: str | None = None,
+        return_token_ids: bool = False,
+        append_to: str | None = None,
         timeout: float | None = None,
     ) -> AsyncIterator[Event]:
         """Draws `n` answers and gives each as soon as it is drawn and scored, in the end the ranking (`POST /rerank`
@@ -261,8 +261,8 @@ class AsyncInward:
             head: by default the first ranker that is loaded, else another head. A ranker's scores come with the ranking
                 only.
             truncate: cut a prompt that is longer than the model takes.
-            token_ids: give each answer's token ids as well.
-            scores: name of a stream to which best against worst is appended, for trainers that consume it.
+            return_token_ids: give each answer's token ids as well.
+            append_to: name of a stream to which best against worst is appended, for trainers that consume it.
             timeout: seconds, also told to the service.
 
         Yields:
@@ -271,7 +271,7 @@ class AsyncInward:
         Raises:
             InwardError: the service could not do its part, also in the middle.
         """
-        call = calls.rerank(prompt, None, n, sampling, head, truncate, token_ids, scores, stream=True)
+        call = calls.rerank(prompt, None, n, sampling, head, truncate, return_token_ids, append_to, stream=True)
         response = await self._open(call, timeout)
         try:
             events = Events(response.headers.get("x-request-id"))
@@ -333,7 +333,7 @@ class AsyncInward:
         rows: Iterable[Element],
         *,
         head: str | None = None,
-        scores: str | None = None,
+        append_to: str | None = None,
         timeout: float | None = None,
     ) -> Job:
         """Uploads rows to be scored in their own time (`POST /jobs`); needs a service around a Redis.
@@ -342,10 +342,10 @@ class AsyncInward:
             kind: the route that each row goes through.
             rows: pairs, or items for `score`.
             head: as of that route.
-            scores: name of a stream to which scored rows are appended as well.
+            append_to: name of a stream to which scored rows are appended as well.
             timeout: seconds for one try.
         """
-        return await self._send(calls.create_job(kind, rows, head, scores), timeout)
+        return await self._send(calls.create_job(kind, rows, head, append_to), timeout)
 
     async def job(self, id: str, *, timeout: float | None = None) -> Job:
         """How far a bulk job is (`GET /jobs/{id}`)."""

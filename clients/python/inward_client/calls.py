@@ -72,12 +72,12 @@ def rerank(
     sampling: Mapping[str, Any] | None,
     head: str | None,
     truncate: bool,
-    token_ids: bool,
-    scores: str | None,
+    return_token_ids: bool,
+    append_to: str | None,
     stream: bool = False,
 ) -> Call[answers.RerankAnswer]:
-    given = {"candidates": candidates and list(candidates), "n": n, "sampling": sampling, "scores": scores}
-    given |= {"token_ids": token_ids or None, "stream": stream or None}
+    given = {"candidates": candidates and list(candidates), "n": n, "sampling": sampling, "append_to": append_to}
+    given |= {"return_token_ids": return_token_ids or None, "stream": stream or None}
     body = {"prompt": prompt if isinstance(prompt, str) else list(prompt), **_given(given), **_options(head, truncate)}
     return Call("POST", "/rerank", lambda value: read(answers.RerankAnswer, value), body, deadline=True, stream=stream)
 
@@ -109,10 +109,10 @@ def load_policy(version: str) -> Call[answers.Policy]:
     return Call("POST", "/policy", lambda value: read(answers.Policy, value), {"version": version})
 
 
-def create_job(kind: str, rows: Iterable[Element], head: str | None, scores: str | None) -> Call[answers.Job]:
+def create_job(kind: str, rows: Iterable[Element], head: str | None, append_to: str | None) -> Call[answers.Job]:
     kept = ITEM if kind == "score" else ITEM + PAIR if kind == "reward" else PAIR
     lines = b"".join(json.dumps(_fields(row, kept)).encode() + b"\n" for row in rows)
-    params = _given({"kind": kind, "head": head, "scores": scores})
+    params = _given({"kind": kind, "head": head, "append_to": append_to})
     return Call("POST", "/jobs", lambda value: read(answers.Job, value), content=lines, params=params, repeatable=False)
 
 

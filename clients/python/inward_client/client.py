@@ -214,8 +214,8 @@ class Inward:
         sampling: Mapping[str, Any] | None = None,
         head: str | None = None,
         truncate: bool = False,
-        token_ids: bool = False,
-        scores: str | None = None,
+        return_token_ids: bool = False,
+        append_to: str | None = None,
         timeout: float | None = None,
     ) -> RerankAnswer:
         """Ranks candidates, or draws `n` answers and ranks those (`POST /rerank`).
@@ -227,14 +227,16 @@ class Inward:
             sampling: how they are drawn: `temperature`, `top_p`, `top_k`, `max_tokens`, `seed`, ….
             head: by default the first ranker that is loaded, else another head.
             truncate: cut text that is longer than the model takes instead of refusing it.
-            token_ids: give each answer's token ids as well.
-            scores: name of a stream to which best against worst is appended, for trainers that consume it.
+            return_token_ids: give each answer's token ids as well.
+            append_to: name of a stream to which best against worst is appended, for trainers that consume it.
             timeout: seconds for one try, also told to the service.
 
         Raises:
             InwardError: no candidate could be scored, or the service could not do its part.
         """
-        return self._send(calls.rerank(prompt, candidates, n, sampling, head, truncate, token_ids, scores), timeout)
+        return self._send(
+            calls.rerank(prompt, candidates, n, sampling, head, truncate, return_token_ids, append_to), timeout
+        )
 
     def rerank_stream(
         self,
@@ -244,8 +246,8 @@ class Inward:
         sampling: Mapping[str, Any] | None = None,
         head: str | None = None,
         truncate: bool = False,
-        token_ids: bool = False,
-        scores: str | None = None,
+        return_token_ids: bool = False,
+        append_to: str | None = None,
         timeout: float | None = None,
     ) -> Iterator[Event]:
         """Draws `n` answers and gives each as soon as it is drawn and scored, in the end the ranking (`POST /rerank`
@@ -260,8 +262,8 @@ class Inward:
             head: by default the first ranker that is loaded, else another head. A ranker's scores come with the ranking
                 only.
             truncate: cut a prompt that is longer than the model takes.
-            token_ids: give each answer's token ids as well.
-            scores: name of a stream to which best against worst is appended, for trainers that consume it.
+            return_token_ids: give each answer's token ids as well.
+            append_to: name of a stream to which best against worst is appended, for trainers that consume it.
             timeout: seconds, also told to the service.
 
         Yields:
@@ -270,7 +272,7 @@ class Inward:
         Raises:
             InwardError: the service could not do its part, also in the middle.
         """
-        call = calls.rerank(prompt, None, n, sampling, head, truncate, token_ids, scores, stream=True)
+        call = calls.rerank(prompt, None, n, sampling, head, truncate, return_token_ids, append_to, stream=True)
         response = self._open(call, timeout)
         try:
             events = Events(response.headers.get("x-request-id"))
@@ -332,7 +334,7 @@ class Inward:
         rows: Iterable[Element],
         *,
         head: str | None = None,
-        scores: str | None = None,
+        append_to: str | None = None,
         timeout: float | None = None,
     ) -> Job:
         """Uploads rows to be scored in their own time (`POST /jobs`); needs a service around a Redis.
@@ -341,10 +343,10 @@ class Inward:
             kind: the route that each row goes through.
             rows: pairs, or items for `score`.
             head: as of that route.
-            scores: name of a stream to which scored rows are appended as well.
+            append_to: name of a stream to which scored rows are appended as well.
             timeout: seconds for one try.
         """
-        return self._send(calls.create_job(kind, rows, head, scores), timeout)
+        return self._send(calls.create_job(kind, rows, head, append_to), timeout)
 
     def job(self, id: str, *, timeout: float | None = None) -> Job:
         """How far a bulk job is (`GET /jobs/{id}`)."""

@@ -83,7 +83,7 @@ class SourceOptions(_Options):
     """The service's queue; by default the model's name (a folder's last part), as for the service. Of the
     demonstration: inward-demo."""
     stream: str = "pairs"
-    """Name of the stream, as given to the service as `scores`."""
+    """Name of the stream, as given to the service as `append_to`."""
     group: str = "trainer"
     """Consumer group: trainers of one group share a stream."""
     consumer: str = "trainer"

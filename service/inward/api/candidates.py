@@ -10,8 +10,8 @@ from inward.api.scoring import Deadline, score_groups
 from inward.api.services import Services
 from inward.errors import InwardError, NotFinite, TooLarge
 from inward.prompts import Grouped, Texts
-from inward.types import Group, Ids, SamplingSpec, Scored
-from inward.wire import Parts, Prompt, RerankRequest, Sampling
+from inward.types import Group, Ids, Prompt, SamplingSpec, Scored
+from inward.wire import Parts, RerankRequest, Sampling
 
 MAX_TOKENS = 256
 """Of a drawn answer, where the request does not say."""

@@ -21,8 +21,7 @@ from inward.api.errors import explain
 from inward.api.scoring import Deadline, find_head, score_all
 from inward.api.services import Services
 from inward.errors import InwardError, NotFinite, NotFound, OverQuota, Unavailable
-from inward.prompts import Prompt
-from inward.types import HeadRef, Kind, Scored, Scores, Timing, Usage
+from inward.types import HeadRef, Kind, Prompt, Scored, Scores, Timing, Usage
 from inward.wire import Options, Parts, RerankRequest
 from inward.wire.compat import Foreign, rerank_dialect, score_dialect
 

@@ -37,6 +37,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         401: "No key, or a wrong one.",
         404: "No such head or version.",
         413: "The body, the number of items, or (where no item is left) a text is over the limit.",
+        415: "The body is compressed.",
         422: "A field is missing, unknown or of a wrong type, or no item can be scored; `param` names it.",
         500: "A defect of ours.",
         503: "Overloaded or not able to compute; `Retry-After` says when to come back.",

@@ -24,7 +24,8 @@ DONE = "data: [DONE]\n\n"
 
 def event(name: str, body: BaseModel | dict[str, Any]) -> str:
     """One event with JSON in ASCII, so that no text can end it early."""
-    return f"event: {name}\ndata: {json.dumps(body if isinstance(body, dict) else body.model_dump(mode='json'), allow_nan=False)}\n\n"
+    value = body if isinstance(body, dict) else body.model_dump(mode="json")
+    return f"event: {name}\ndata: {json.dumps(value, allow_nan=False)}\n\n"
 
 
 class EventStream(Response):

@@ -55,7 +55,7 @@ def one_ranked(index: int, answer: Candidate, request: RerankRequest, truncated:
         score=answer.score,
         probability=answer.probability,
         completion_tokens=len(answer.ids),
-        token_ids=list(answer.ids) if request.token_ids else None,
+        token_ids=list(answer.ids) if request.return_token_ids else None,
         finish_reason=answer.finish_reason,
         truncated=truncated,
     )

@@ -153,7 +153,7 @@ class Services:
     """Streams for trainers, where there is a Redis to keep them."""
     quota: Quota | None = None
     """What each key may have computed."""
-    answered: IdempotencyStore = field(default_factory=lambda: MemoryIdempotencyStore(keep=3600.0, running=120.0))
+    idempotency: IdempotencyStore = field(default_factory=lambda: MemoryIdempotencyStore(keep=3600.0, running=120.0))
     """Answers under an ``Idempotency-Key``."""
 
 

@@ -77,7 +77,7 @@ class ApiProcess:
             ready=self.ready,
             alive=lambda: True,
             quota=RedisQuota(connection, keys, settings.quota) if settings.quota else None,
-            answered=RedisIdempotencyStore(
+            idempotency=RedisIdempotencyStore(
                 connection, keys, keep=settings.idempotency_window, running=settings.timeout + 30
             ),
         )

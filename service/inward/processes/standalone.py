@@ -45,7 +45,7 @@ class Standalone:
             ready=self.ready,
             alive=self.alive,
             quota=MemoryQuota(settings.quota) if settings.quota else None,
-            answered=MemoryIdempotencyStore(keep=settings.idempotency_window, running=settings.timeout + 30),
+            idempotency=MemoryIdempotencyStore(keep=settings.idempotency_window, running=settings.timeout + 30),
         )
         self.app = create_app(self.services)
         metrics.BUILD_INFO.labels(version=__version__, role="serve").set(1)

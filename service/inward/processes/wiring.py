@@ -82,10 +82,12 @@ def open_backbone(settings: Settings, model: ModelFiles, *, serving: bool = Fals
 
 def open_prompts(settings: Settings, model: ModelFiles, max_tokens: int) -> Prompts:
     """The templates and the tokenizer of the model."""
-    from inward.backbones.tokenizer import load_tokenizer
+    from inward.backbones.tokenizer import end_ids, ending_configs, load_tokenizer
 
+    tokenizer = load_tokenizer(model.folder)
+    ends = end_ids(tokenizer, *ending_configs(model.folder))
     limit = min(max_tokens, settings.max_tokens or max_tokens)
-    return Prompts(load_tokenizer(model.folder), max_tokens=limit, format=settings.template)
+    return Prompts(tokenizer, max_tokens=limit, format=settings.template, end_ids=ends)
 
 
 def heads_folder(settings: Settings, fingerprint: str) -> Path | None:

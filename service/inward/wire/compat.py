@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictBool, StrictInt, Tag
 
+from inward.errors import InvalidField
 from inward.wire.requests import RerankRequest, ScoreRequest, Text
 
 HeadName = Annotated[str, Field(min_length=1, max_length=64)]
@@ -145,6 +146,50 @@ class VerifyRequest(BaseModel):
     """What was asked of the policy: `input`, `instructions`."""
     response: dict[str, Any]
     """What it answered, as an object of the Responses API."""
+
+
+TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
+"""Types of the parts of a message's content that are text."""
+
+
+def message(turn: dict[str, Any], where: str) -> dict[str, str]:
+    """A chat message, which came at ``where``, as its role and text.
+
+    Raises:
+        InvalidField: names what is there that is no text, such as a tool call.
+    """
+    if not isinstance(turn.get("role"), str):
+        raise InvalidField(f"{where}.role is missing", param=f"{where}.role")
+    for calls in ("tool_calls", "function_call"):
+        if turn.get(calls):
+            raise InvalidField(f"{where}.{calls} is no text and can't be scored", param=f"{where}.{calls}")
+    content = turn.get("content")
+    if not content and isinstance(turn.get("refusal"), str):
+        content = turn["refusal"]
+    return {"role": turn["role"], "content": text_of(content, f"{where}.content")}
+
+
+def text_of(content: Any, where: str) -> str:
+    """The text of a message's content: a string, or its parts put together; a refusal is what it says.
+
+    Raises:
+        InvalidField: names what is no text. It must not be scored as an empty answer.
+    """
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not content:
+        what = "null" if content is None else "empty" if content == [] else "neither a string nor parts of text"
+        raise InvalidField(f"{where} is {what}: there is no text to score", param=where)
+    return "".join(_part(part, f"{where}.{i}") for i, part in enumerate(content))
+
+
+def _part(part: Any, where: str) -> str:
+    kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+    if isinstance(part, dict):
+        said = part.get("refusal") if kind == "refusal" else part.get("text") if kind in TEXT_PARTS else None
+        if isinstance(said, str):
+            return said
+    raise InvalidField(f"{where} is of type {kind!r}, which is no text and can't be scored", param=where)
 
 
 def rerank_dialect(value: Any) -> str:

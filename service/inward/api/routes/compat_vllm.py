@@ -29,7 +29,7 @@ router = APIRouter(route_class=family_route(lambda _: as_vllm), responses=respon
 async def classify(request: ClassifyRequest, services: FromApp) -> Response:
     """Inputs are whole conversations with the chat template applied. `use_activation: false` gives the raw score."""
     inputs = [request.input] if isinstance(request.input, str) else request.input
-    wholes = [Whole(*services.prompts.split(text), rendered=True) for text in inputs]
+    wholes = [Whole(*services.prompts.turns.split(text), rendered=True) for text in inputs]
     judged = await judge(services, request, "input", wholes, truncate=False)
     scores = judged.scores_N if request.use_activation is False else judged.units_N
     head = judged.scored[0].heads[0].name

@@ -35,7 +35,7 @@ from inward.wire.compat import AnyRerank, AnyScore, DocumentsRequest, TextPairsR
 from inward.wire.compat_answers import DocumentsAnswer, DocumentsError, TextPairsAnswer, TextRank, TextsError, VllmError
 
 CONFLICT: dict[int | str, dict[str, Any]] = {
-    409: {"model": ErrorBody, "description": "`scores` is set, and this server has no Redis to keep them."}
+    409: {"model": ErrorBody, "description": "`append_to` is set, and this server has no Redis to keep streams."}
 }
 EVENTS: dict[str, Any] = {
     "content": {"text/event-stream": {"schema": {"type": "string", "description": "With `stream`."}}}
@@ -109,9 +109,11 @@ async def rerank(request: AnyRerank, services: FromApp) -> Response:
     if isinstance(request, TextsRequest):
         return await rank_texts(services, request)
     head = scoring.find_head(services, request.head, RERANK_KINDS)
-    rows = stream(services, request.scores)
+    rows = stream(services, request.append_to)
     if request.stream:
-        return await stream_ranking(services, request, head, lambda answer: append_pair(rows, request.scores, answer))
+        return await stream_ranking(
+            services, request, head, lambda answer: append_pair(rows, request.append_to, answer)
+        )
     answer, timing = await rank(services, request, head)
-    await append_pair(rows, request.scores, answer)
+    await append_pair(rows, request.append_to, answer)
     return scored(answer, timing)

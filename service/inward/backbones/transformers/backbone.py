@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,16 +18,16 @@ from inward.backbones.adapter import read_adapter
 from inward.backbones.base import Capacity, read_samples
 from inward.backbones.fingerprint import fingerprint
 from inward.backbones.readout import Fusion, Span
-from inward.backbones.tokenizer import load_tokenizer
+from inward.backbones.tokenizer import end_ids, ending_configs, load_tokenizer
 from inward.backbones.transformers import generate, packing
 from inward.backbones.transformers.capture import DeviceProduct
 from inward.backbones.transformers.forward import forward_packed, forward_padded
 from inward.backbones.transformers.lora import Policy
-from inward.backbones.transformers.model import Model, load_model, max_tokens
+from inward.backbones.transformers.model import load_model, max_tokens
 from inward.backbones.transformers.norms import fuse_norms
 from inward.backbones.transformers.selfcheck import is_causal, packing_is_right
 from inward.errors import EngineDead, InvalidField
-from inward.types import BackboneInfo, Floats, Group, GroupReading, Ids, Reading, Readout, Sample
+from inward.types import BackboneInfo, Floats, Group, GroupReading, Reading, Readout, Sample
 
 log = logging.getLogger(__name__)
 R = TypeVar("R")
@@ -85,7 +85,7 @@ class TransformersBackbone:
         budget = token_budget or (TOKENS_GPU if on.type == "cuda" else TOKENS_CPU)
         self.capacity = Capacity(budget)
         self._policy = Policy()
-        self._eos_ids = _eos_ids(self._model, self._tokenizer)
+        self._eos_ids = end_ids(self._tokenizer, *ending_configs(folder))
         self._model.whole.generation_config = (
             GenerationConfig()
         )  # the sampling spec says everything: no defaults of the model's maker
@@ -223,14 +223,3 @@ class TransformersBackbone:
         readings = fusion.assemble(joined, own)
         costs = [sum(len(g.prompt_ids) + len(r) + (eos_id is not None) for r in g.responses_ids) for g in groups]
         return [(reading, cost, 0) for reading, cost in zip(readings, costs, strict=True)]
-
-
-def _eos_ids(model: Model, tokenizer: Any) -> Ids:
-    """What ends a text: first the token that is appended for position ``eos``, then others at which generation stops
-    too.
-    """
-    generation = getattr(model.whole, "generation_config", None)
-    ids: dict[int, None] = {}
-    for stated in (tokenizer.eos_token_id, model.config.eos_token_id, getattr(generation, "eos_token_id", None)):
-        ids |= dict.fromkeys(stated if isinstance(stated, list) else [] if stated is None else [stated])
-    return tuple(ids)
