@@ -119,9 +119,6 @@ class Settings(BaseSettings):
     """Seconds after which the jobs of a worker that is not heard of are given to another one."""
     max_deliveries: int = Field(3, ge=1)
     """Workers that one item may end before it is given up as a dead letter."""
-    stall_timeout: float = Field(120.0, gt=0)
-    """Seconds for which the device may go on with what is too late for everybody; then it counts as stuck, and the
-    process ends itself with status 1."""
     presence: float = Field(10.0, gt=0)
     """Seconds without a sign of life after which a worker or an API replica counts as gone."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -3,8 +3,8 @@
 A batch is closed as late as possible: while the device works, the next one fills up; it is closed early only when it is
 full. So there is no timer, no waiting when idle, and the device finds its next batch ready.
 
-A queue is a trust boundary: what is longer than the model takes is refused here, too. And a device is watched: one that
-goes on and on with what nobody waits for any more makes no progress, and its process has to end (``stuck``).
+A queue is a trust boundary: what is longer than the model takes is refused here, too. And the device is watched: where
+it makes no progress, the jobs are for others, and this loop ends, as its process has to.
 """
 
 from __future__ import annotations
@@ -27,37 +27,20 @@ GLANCE_S = 1.0
 
 
 class Worker:
-    """Serves ``queue`` with ``engine`` until the queue is closed and empty.
+    """Serves ``queue`` with ``engine`` until the queue is closed and empty. ``clock`` gives Unix seconds."""
 
-    Args:
-        stall: seconds after the last deadline of a batch for which the device may go on with it.
-        clock: Unix seconds.
-    """
-
-    def __init__(
-        self, queue: Consumer, engine: Engine, *, stall: float = 120.0, clock: Callable[[], float] = time.time
-    ) -> None:
+    def __init__(self, queue: Consumer, engine: Engine, *, clock: Callable[[], float] = time.time) -> None:
         self._queue = queue
         self._engine = engine
-        self._stall, self._clock = stall, clock
+        self._clock = clock
         self._longest = engine.backbone.info.max_tokens
         self._capacity = engine.backbone.capacity
         self._waiting: list[Job] = []  # taken and not yet packed
         self._running: set[asyncio.Task[None]] = set()
         self._taking: asyncio.Task[list[Job]] | None = None
-        self._overdue: set[str] = set()  # ids of the first jobs of batches
         self._closed = False
         self.dead: str | None = None
         """Why nothing is computed any more."""
-        self.stuck = asyncio.Event()
-        """The device makes no progress: the process can only be ended without waiting for it."""
-
-    @property
-    def problem(self) -> str | None:
-        """Why no jobs should be sent here now."""
-        if self.dead is not None:
-            return f"the engine is dead: {self.dead}"
-        return "the device goes on with what is too late for everybody" if self._overdue else None
 
     async def run(self) -> None:
         """Returns once the queue is closed and everything taken is settled, or when the engine is dead (see
@@ -67,6 +50,7 @@ class Worker:
         try:
             while self.dead is None and (not self._closed or self._waiting or self._running):
                 await self._next_event()
+                self._look_at_device()
                 while self.dead is None and (batch := await self._next_batch()):
                     task = asyncio.create_task(self._serve(batch))
                     self._running.add(task)
@@ -92,7 +76,7 @@ class Worker:
             events.add(self._taking)
         if not events:
             return
-        await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(events, timeout=GLANCE_S, return_when=asyncio.FIRST_COMPLETED)
         if self._taking is not None and self._taking.done():
             taking, self._taking = self._taking, None
             try:
@@ -110,30 +94,27 @@ class Worker:
         batch, self._waiting = pack(self._waiting, self._capacity.tokens)
         return batch
 
+    def _look_at_device(self) -> None:
+        if self.dead is None and not self._engine.backbone.healthy():
+            self.dead = "the device makes no progress, or the backbone has stopped"
+            logs.event(LOG, "engine_dead", severity=logging.ERROR, reason=self.dead)
+
     async def _watched(self, batch: Sequence[Job]) -> Sequence[Outcome]:
         """Outcomes of a batch. It is cut short once nobody waits for it, or its deadline has passed.
 
         Raises:
-            EngineDead: the device does not let go of it, or of another batch.
+            EngineDead: the device will not come back from it.
         """
         running = asyncio.create_task(self._engine.run(batch))
-        last = max(job.deadline for job in batch)
-        wanted = True
         try:
             while not (await asyncio.wait({running}, timeout=GLANCE_S))[0]:
+                self._look_at_device()
                 if self.dead is not None:
                     raise EngineDead(self.dead)
-                if self._clock() > last + self._stall:
-                    self.stuck.set()
-                    raise EngineDead("the device makes no progress")
-                if self._clock() > last:
-                    self._overdue.add(batch[0].id)
-                if wanted and not await self._due(await self._queue.wanted(batch)):
-                    wanted = False
-                    running.cancel()
-            return running.result() if wanted else ()
+                if not await self._due(await self._queue.wanted(batch)):
+                    return ()
+            return running.result()
         finally:
-            self._overdue.discard(batch[0].id)
             running.cancel()
 
     async def _short_enough(self, jobs: Sequence[Job]) -> list[Job]:

@@ -11,7 +11,8 @@ import pytest
 from inward import metrics
 from inward.api.app import create_app
 from inward.api.bulk import TRIES, BulkRunner
-from inward.errors import DeadlineExceeded, NotFound, Overloaded
+from inward.api.routes.jobs import _lines
+from inward.errors import DeadlineExceeded, NotFound, Overloaded, TooLarge
 from inward.stores.connection import Connection
 from inward.stores.jobs import ROWS, BulkStore
 from support.fake_services import FakeServices, error
@@ -93,7 +94,7 @@ async def test_rows_that_are_wrong_have_an_error_and_harm_no_others(redis_server
     }
     body = b"\n".join([lines(pairs(2)), *bad, lines(pairs(1))])
     async with opened(redis_server) as house, running(house):
-        created = await house.post("/jobs?kind=margin&scores=trainer", body, headers=JSONL)
+        created = await house.post("/jobs?kind=margin&append_to=trainer", body, headers=JSONL)
         got = await results(house, (await finished(house, created.json()["id"]))["id"])
         with redis_server.client() as client:
             streamed = [json.loads(fields[b"row"])["index"] for _, fields in client.xrange(KEYS.scores("trainer"))]
@@ -320,6 +321,23 @@ async def test_rows_are_whole_wherever_the_upload_is_cut_into_pieces(redis_serve
         chunk = await until(lambda: house.store.take("me"))
     assert [json.loads(line) for line in chunk.rows] == rows
     assert answer.json()["rows"] == len(rows)
+
+
+async def test_a_line_that_comes_in_many_pieces_is_looked_at_once():
+    looked = 0
+
+    class Piece(bytes):
+        def split(self, sep):
+            nonlocal looked
+            looked += len(self)
+            return super().split(sep)
+
+    body = b"x" * 20_000 + b"\ny\n\n" + b"z" * 300
+    pieces = [Piece(body[i : i + 7]) for i in range(0, len(body), 7)]
+    assert [line async for line in _lines(each(pieces), 20_000)] == ["x" * 20_000, "y", "z" * 300]
+    assert looked == len(body)
+    with pytest.raises(TooLarge, match="line 1 "):
+        _ = [line async for line in _lines(each(pieces), 19_999)]
 
 
 @pytest.mark.parametrize("ending", ["disconnect", "not utf-8", "too large", "a row too large"])

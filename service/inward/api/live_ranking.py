@@ -15,6 +15,7 @@ from inward.api.ranking import one_ranked, ranking
 from inward.api.scoring import Deadline, charge
 from inward.api.services import Services
 from inward.errors import InwardError, Unavailable
+from inward.intake import Coming
 from inward.types import Group, HeadRef, Scored, Scores, Timing, Usage
 from inward.wire import RerankAnswer, RerankRequest
 
@@ -38,19 +39,22 @@ async def stream_ranking(
     groups = [Group(asked.prompt_ids, sampling=one) for one in alone]
     await charge(services, groups)
     outcomes = await services.intake.stream(groups, heads=(head.name,), timeout=deadline.left)
-    return EventStream(_events(services, request, asked, outcomes, deadline, finish))
+    events = _events(services, request, asked, outcomes, deadline, finish)
+    await anext(events)  # a generator that was never begun would not close ``outcomes`` when it is closed
+    return EventStream(events)
 
 
 async def _events(
     services: Services,
     request: RerankRequest,
     asked: Generation,
-    outcomes: AsyncGenerator[tuple[int, Scored | InwardError], None],
+    outcomes: Coming,
     deadline: Deadline,
     finish: Callable[[RerankAnswer], Awaitable[None]],
 ) -> AsyncGenerator[str, None]:
     drawn: dict[int, Scored] = {}
     try:
+        yield ""  # begun
         async for i, scored in _successes(outcomes):
             drawn[i] = scored
             yield event("sample", one_ranked(i, _candidate(scored), request, asked.truncated))

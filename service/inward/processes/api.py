@@ -49,7 +49,7 @@ class ApiProcess:
 
     def __init__(self, settings: Settings, model: ModelFiles, connection: Connection) -> None:
         self.settings = settings
-        self.draining = False
+        self.draining = self.stuck = False
         self._connection = connection
         self.queue_name = settings.queue or model.name
         keys = Keys(self.queue_name)
@@ -121,10 +121,6 @@ class ApiProcess:
             except Unavailable:
                 pass  # the queue says so in ``away``
             await asyncio.sleep(LOOK_INTERVAL_S)
-
-    @property
-    def stuck(self) -> bool:
-        return False
 
     def ready(self) -> tuple[bool, str]:
         """Whether requests are welcome, and if not, why."""

@@ -30,11 +30,8 @@ class Served(Protocol):
 
     app: Any
     draining: bool
-
-    @property
-    def stuck(self) -> bool:
-        """Whether there are threads that will never end, so that nobody may wait for them."""
-        ...
+    stuck: bool
+    """There are threads that will never end, so that nobody may wait for them."""
 
     async def close(self, timeout: float) -> bool:
         """Ends in an orderly way; True if nothing was left undone."""

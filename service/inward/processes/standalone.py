@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from inward import __version__, logs, metrics
@@ -11,7 +12,7 @@ from inward.control.heads import LocalHeadControl
 from inward.engine import Engine
 from inward.intake import Intake
 from inward.processes.supervisor import Supervisor
-from inward.processes.wiring import Loaded, about, drain, find_model, key_ring, limits, load
+from inward.processes.wiring import Loaded, about, drain, find_model, key_ring, let_go, limits, load
 from inward.queues.memory import MemoryQueue
 from inward.queues.single_flight import SingleFlight
 from inward.settings import Settings
@@ -31,7 +32,7 @@ class Standalone:
         self.settings, self.backbone, self.prompts, self.registry = settings, backbone, prompts, registry
         self.draining = False
         self.queue = MemoryQueue(max_tokens=settings.queue_tokens)
-        self.worker = Worker(self.queue, Engine(backbone, registry), stall=settings.stall_timeout)
+        self.worker = Worker(self.queue, Engine(backbone, registry))
         self.services = Services(
             prompts=prompts,
             intake=Intake(SingleFlight(self.queue, window=settings.sharing_window, current=self.current)),
@@ -52,6 +53,7 @@ class Standalone:
         self._tasks = Supervisor()
         self._working = self._tasks.watch("jobs", self.worker.run)
         self.ending = self._tasks.watch("watchdog", self._until_stuck)
+        self.stuck = False
 
     @classmethod
     async def open(cls, settings: Settings) -> Standalone:
@@ -62,12 +64,12 @@ class Standalone:
         """
         return cls(settings, await load(settings, find_model(settings)))
 
-    @property
-    def stuck(self) -> bool:
-        return self.worker.stuck.is_set()
-
     async def _until_stuck(self) -> None:
-        await self.worker.stuck.wait()
+        """Ends where the device does not let go of what it has: only the end of the process frees it then."""
+        await asyncio.wait({self._working})
+        self.stuck = self.worker.dead is not None and not await let_go(self.backbone)
+        if not self.stuck:
+            await asyncio.Event().wait()
 
     def alive(self) -> bool:
         """Whether the backbone can compute."""
@@ -79,8 +81,7 @@ class Standalone:
             return False, f"the engine is dead: {self.worker.dead or 'the backbone stopped'}"
         if self.draining:
             return False, "shutting down"
-        problem = self.worker.problem or self._tasks.problem
-        return problem is None, problem or "ready"
+        return self._tasks.problem is None, self._tasks.problem or "ready"
 
     def current(self, scored: Scored) -> bool:
         """Whether no head or policy was switched since."""
@@ -102,7 +103,6 @@ class Standalone:
         await self.queue.close()
         clean = await drain(self._working, timeout) and self.worker.dead is None
         await self._tasks.stop()
-        if not self.stuck:
-            await self.backbone.close()
+        self.stuck = self.stuck or not await let_go(self.backbone)
         logs.event(LOG, "stopped", clean=clean)
         return clean

@@ -27,6 +27,8 @@ from inward.stores.connection import Connection
 from inward.types import BASE, BackboneInfo
 
 LOG = logs.logger("processes")
+LET_GO_S = 30.0
+"""That a device may take to finish what it has, after nobody waits for it any more."""
 TOY = Path(__file__).parents[1] / "models/toy"
 
 
@@ -196,6 +198,16 @@ async def drain(working: asyncio.Task[None], timeout: float) -> bool:
         working.cancel()
         await asyncio.gather(working, return_exceptions=True)
     return bool(done)
+
+
+async def let_go(backbone: Backbone) -> bool:
+    """Gives the device back; False where that does not come to an end, since a call in flight doesn't."""
+    try:
+        async with asyncio.timeout(LET_GO_S):
+            await backbone.close()
+    except TimeoutError:
+        return False
+    return True
 
 
 def connect(settings: Settings) -> Connection:

@@ -18,6 +18,7 @@ from inward.processes.wiring import (
     connect,
     drain,
     find_model,
+    let_go,
     load,
     served_as,
     tokenizer_hash,
@@ -41,7 +42,7 @@ class WorkerProcess:
             loaded.prompts,
             loaded.registry,
         )
-        self.draining = False
+        self.draining = self.stuck = False
         self._connection, self._tokenizer = connection, tokenizer_hash(model)
         self.queue_name = settings.queue or model.name
         keys = Keys(self.queue_name, served_as(loaded))
@@ -50,7 +51,7 @@ class WorkerProcess:
             about=lambda: self.worker_info().encode(),
         )  # fmt: skip
         self.name = self._queue.worker
-        self.worker = Worker(self._queue, Engine(loaded.backbone, loaded.registry), stall=settings.stall_timeout)
+        self.worker = Worker(self._queue, Engine(loaded.backbone, loaded.registry))
         head_control = LocalHeadControl(loaded.registry, loaded.backbone, loaded.prompts)
         self._agent = ControlAgent(
             ControlChannel(connection, keys),
@@ -83,10 +84,6 @@ class WorkerProcess:
             await connection.close()
             raise
 
-    @property
-    def stuck(self) -> bool:
-        return self.worker.stuck.is_set()
-
     async def _work(self) -> None:
         await self._agent.in_step.wait()
         await self.worker.run()
@@ -109,7 +106,7 @@ class WorkerProcess:
             return False, f"the engine is dead: {self.worker.dead or 'the backbone stopped'}"
         if self.draining:
             return False, "shutting down"
-        problem = self._queue.problem or self._tasks.problem or self.worker.problem
+        problem = self._queue.problem or self._tasks.problem
         if problem is None and not self._agent.in_step.is_set():
             problem = f"this worker {self._agent.behind}"
         return problem is None, problem or "ready"
@@ -131,7 +128,6 @@ class WorkerProcess:
         await self._tasks.stop()
         await self._queue.leave()
         await self._connection.close()
-        if not self.stuck:
-            await self.backbone.close()
+        self.stuck = not await let_go(self.backbone)
         logs.event(LOG, "stopped", clean=clean)
         return clean
