@@ -16,7 +16,7 @@ from inward.errors import DeadlineExceeded, NotFound, Overloaded, TooLarge
 from inward.stores.connection import Connection
 from inward.stores.jobs import ROWS, BulkStore
 from support.fake_services import FakeServices, error
-from support.queues import KEYS, age
+from support.queues import KEYS, age, endless
 from support.waiting import PATIENCE, until
 
 JSONL = {"content-type": "application/x-ndjson"}
@@ -210,10 +210,10 @@ async def test_everything_of_a_job_has_an_end(redis_server):
     async with opened(redis_server) as house:
         job = await house.store.create("margin", each(json.dumps(p) for p in pairs(3)), head="harmless", scores="t")
         with redis_server.client() as client:
-            assert {client.ttl(key) > 0 for key in client.keys()} == {True}
+            assert endless(client) == []
             async with running(house):
                 await finished(house, job.id)
-            assert {client.ttl(key) > 0 for key in client.keys()} == {True}
+            assert endless(client) == []
 
 
 async def test_a_chunk_of_a_replica_that_died_is_done_by_another_one_and_stored_once(redis_server):

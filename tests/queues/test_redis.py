@@ -11,10 +11,10 @@ from inward import metrics
 from inward.errors import EngineDead, InternalError, SetupError, Unavailable
 from inward.queues.redis import scripts
 from inward.queues.redis.consumer import RedisConsumer
-from inward.queues.redis.producer import RedisProducer
+from inward.queues.redis.producer import REPLIES_S, RedisProducer
 from inward.stores.connection import Connection
 from inward.stores.keys import GROUP, Keys
-from support.queues import BEATING, KEYS, REPLICA, WORKER, age, done, ids, in_redis, job, living
+from support.queues import BEATING, KEYS, REPLICA, WORKER, age, done, endless, ids, in_redis, job, living
 from support.waiting import PATIENCE, until
 
 
@@ -34,8 +34,8 @@ class Standalone:
         self._stack.push_async_callback(connection.close)
         return connection
 
-    async def worker(self, **options):
-        worker = RedisConsumer(await self.connection(), KEYS, **{**WORKER, **options})
+    async def worker(self, keys=KEYS, **options):
+        worker = RedisConsumer(await self.connection(), keys, **{**WORKER, **options})
         return await self._stack.enter_async_context(living(worker))
 
     async def replica(self, **options):
@@ -437,3 +437,110 @@ async def test_a_replica_tells_how_many_jobs_wait_in_redis_and_how_many_are_clai
         await q.producer.live()
         assert told() == ([0, 0], [0, 0])
         assert metrics.REGISTRY.get_sample_value("inward_dead_letters_kept") == 0
+
+
+ONE, OTHER = KEYS.of("sha256:one:float32"), KEYS.of("sha256:other:float32")
+
+
+async def test_workers_of_another_backbone_take_no_jobs_and_say_why(house):
+    worker, replica = await house.worker(ONE), await house.replica(**BEATING)
+    stranger = await house.worker(OTHER)
+    assert worker.problem is None
+    assert "sha256:one:float32" in stranger.problem and "sha256:other:float32" in stranger.problem
+    taking = asyncio.create_task(stranger.take(10_000))
+    waits = await replica.submit([job(i) for i in range(20)])
+    await worker.settle([done(j, "one") for j in await next_of(worker)])
+    assert {o.message for o in await asyncio.gather(*waits)} == {"one"}
+    assert not taking.done()
+    assert replica.workers == 1
+    taking.cancel()
+    await asyncio.wait([taking])
+
+
+@pytest.mark.parametrize("leaves", ["in order", "killed"])
+async def test_when_the_last_worker_of_a_backbone_has_gone_another_one_may_serve_the_queue(house, leaves):
+    replica = await house.replica(**BEATING)
+    async with living(RedisConsumer(await house.connection(), ONE, **WORKER)) as worker:
+        heir = await house.worker(OTHER, ttl=1.0)
+        await until(lambda: replica.workers)
+        [before] = await replica.submit([job("before")])
+        assert heir.problem
+        taken = await next_of(worker)
+        if leaves == "killed":
+            worker.stop()
+            with house.server.client() as client:
+                client.pexpire(KEYS.served, 1)
+                client.delete(KEYS.workers)
+            await until(lambda: heir.problem is None)
+    await until(lambda: heir.problem is None)
+    moved = await asyncio.wait_for(before, PATIENCE)
+    assert (moved.code, "another backbone" in moved.message) == ("unavailable", True)
+    await worker.settle([done(j, "too late") for j in taken])
+    [after] = await replica.submit([job("after")])
+    await heir.settle([done(j, "heir") for j in await next_of(heir)])
+    assert (await after).message == "heir"
+
+
+async def test_a_worker_that_lost_the_queue_to_another_backbone_takes_no_more(house):
+    worker = await house.worker(ONE, ttl=1.0)
+    with house.server.client() as client:
+        client.set(KEYS.served, OTHER.backbone)
+    await until(lambda: worker.problem)
+    assert await worker.look(100) == []
+    with house.server.client() as client:
+        assert client.zrange(KEYS.workers, 0, -1) == []
+        client.delete(KEYS.served)
+    await until(lambda: worker.problem is None)
+
+
+async def test_nothing_in_redis_lives_without_an_end(house):
+    worker, replica = await house.worker(), await house.replica(**BEATING)
+    with house.server.client() as client:
+        waits = await replica.submit([job("a"), job("b", priority="bulk")])
+        assert endless(client) == []
+        taken = []
+        while len(taken) < 2:
+            taken += await next_of(worker)
+        await worker.settle([done(j) for j in taken])
+        await asyncio.gather(*waits)
+        await replica.submit([job("poison")])
+        await one(worker)
+        house.freeze(worker)
+        heir = await house.worker(max_deliveries=1)
+        assert await heir.look(100) == []
+        assert client.xlen(KEYS.dead) == 1
+        replica.stop()  # killed: nobody reads its replies any more
+        [_] = await replica.submit([job("c")])
+        await heir.settle([done(j) for j in await next_of(heir)])
+        assert client.xlen(KEYS.replies(replica.replica)) == 1
+        assert endless(client) == []
+        assert 0 < client.ttl(KEYS.replies(replica.replica)) <= REPLIES_S
+
+
+async def test_signs_of_life_put_off_the_end_of_what_has_none_of_its_own(house):
+    worker, replica = await house.worker(ttl=1.0), await house.replica()
+    await replica.submit([job("a")])
+    with house.server.client() as client:
+        for key in (KEYS.key("open"), KEYS.key("tokens"), KEYS.streams[0]):
+            client.expire(key, 60)
+            await until(lambda key=key: client.ttl(key) > 60)
+        worker.stop()
+        client.expire(KEYS.key("open"), 60)
+        await replica.live()
+        assert client.ttl(KEYS.key("open")) > 60
+
+
+async def test_an_entry_that_is_no_job_is_dropped_and_harms_nobody(house):
+    worker, replica = await house.worker(), await house.replica()
+    with house.server.client() as client:
+        client.xadd(KEYS.streams[0], {"a": "b"})
+        client.xadd(KEYS.streams[0], {"id": "unknown", "to": replica.replica, "job": b"x"})
+    [wait] = await replica.submit([job("a")])
+    await worker.settle([done(j, "fine") for j in await next_of(worker)])
+    assert (await wait).message == "fine"
+    with house.server.client() as client:
+        assert client.xlen(KEYS.streams[0]) == 1  # what is no open job goes once its claim is old
+        age(house.server, worker.worker)
+    heir = await house.worker()
+    assert await heir.look(100) == []
+    assert house.empty()

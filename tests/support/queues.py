@@ -92,6 +92,11 @@ def age(server, worker, seconds=PATIENCE, *, streams=KEYS.streams, group=GROUP):
                 )
 
 
+def endless(client):
+    """Keys that would stay for ever if everybody went away now."""
+    return sorted(key for key in client.scan_iter() if client.ttl(key) == -1)
+
+
 def job(name, tokens=10, **more):
     return Job(str(name), Group((1,) * tokens), ("h",), **more)
 
