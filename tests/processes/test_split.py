@@ -59,6 +59,9 @@ def test_an_api_replica_is_red_until_there_is_a_worker_and_then_answers_as_one_p
         assert (info["heads"], info["limits"]["tokens"]) == (["bench-0"], 1024)
         assert http.get(api.url + "/heads").json() == {"heads": [http.get(api.url + "/heads/bench-0").json()]}
         assert http.get(api.url + "/heads/nope").status_code == 404
+        for most, status in ((1000, 200), (1024, 413), (20480, 413)):  # the limit that the worker has said by now
+            ask = {"prompt": "question", "n": 1, "sampling": {"max_tokens": most}}
+            assert http.post(api.url + "/rerank", json=ask).status_code == status
         assert "inward_workers 1.0" in http.get(api.url + "/metrics").text
         assert "inward_computed_tokens_total" in http.get(worker.url + "/metrics").text
     finally:

@@ -196,7 +196,7 @@ class RedisProducer:
         lived, served, jobs, tokens, done, workers, letters, *streams = beat
         self._observe(jobs, tokens, done)
         self.workers = workers
-        if workers and served.decode() != self._keys.backbone:
+        if workers and served and served.decode() != self._keys.backbone:
             self._move(served.decode())
         if not lived or self._suspect:
             await self._reconcile()
