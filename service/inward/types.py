@@ -1,4 +1,4 @@
-"""The values that walk through the house, all frozen.
+"""The values that pass from stage to stage, all frozen.
 
 Shapes are part of names: ``values_NK`` is ``[N, K]``.
 
@@ -150,6 +150,12 @@ class BackboneInfo:
     max_tokens: int
     dtype: str
     device: str
+    folder: str = ""
+    """Of its files, on the machine that computes."""
+    concurrency: int = 1
+    """Calls that it computes at once."""
+    final_norm: bool = True
+    """Whether the last layer can also be read after the model's final norm."""
 
     @property
     def identity(self) -> str:

@@ -8,9 +8,9 @@ import json
 from typing import Any
 
 import pytest
+from inward.api.live_ranking import stream_ranking
 
 from api.test_drawn import ASK, serving
-from inward.api.live_ranking import stream_ranking
 from inward.errors import InternalError
 from inward.types import Scores
 from inward.wire import RerankAnswer, RerankRequest
@@ -177,7 +177,7 @@ async def test_a_stream_that_ends_before_it_has_begun_leaves_no_drawings_running
 
 
 async def test_silence_is_broken_by_comments(monkeypatch):
-    monkeypatch.setattr("inward.api.events.HEARTBEAT", 0.01)
+    monkeypatch.setattr("inward.api.events.HEARTBEAT_S", 0.01)
     async with serving() as (house, c):
         c.backbone.delay_per_token = 0.002
         text = (await house.post("/rerank", {**STREAM, "n": 2})).text

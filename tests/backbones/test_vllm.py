@@ -23,7 +23,7 @@ import transformers
 from api.test_stream import events, hang_up_after
 from support import parity
 from support.corridor import FakeHead, FakeRegistry
-from support.fake_services import MAX_TOKENS, FakeServices
+from support.fake_services import FakeServices
 from support.parity import (
     EVERY_TAP,
     LAYERS,

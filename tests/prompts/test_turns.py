@@ -128,7 +128,7 @@ def test_a_thought_that_was_generated_stays_with_the_answer():
 def test_a_response_keeps_the_white_space_that_it_ends_in_itself():
     turns = prompts_of("qwen-2.5").turns
     for ending in ("", "<|im_end|>\n"):
-        assert turns.strip("line\n" + ending) == "line\n"  # noqa: B005
+        assert turns.strip("line\n" + ending) == "line\n"
 
 
 def test_a_template_that_can_not_be_asked_leaves_texts_as_they_are_but_for_their_ends():

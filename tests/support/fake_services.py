@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 
@@ -29,7 +29,7 @@ class FakeTokenizer:
     chat_template = None
     bos_token = bos_token_id = None
     eos_token = pad_token = unk_token = None
-    added_tokens_decoder = {}
+    added_tokens_decoder: ClassVar[dict[int, Any]] = {}
 
     def __call__(self, text: list[str], *, add_special_tokens: bool) -> Any:
         return {"input_ids": [[ord(c) for c in t] for t in text]}
@@ -94,7 +94,7 @@ def _scores(ref: HeadRef, lengths: tuple[float, ...], details: frozenset[str], p
     )
 
 
-class FakeDesk:
+class FakeHeadControl:
     """Knows the heads it is given."""
 
     def __init__(self, refs: dict[str, HeadRef]) -> None:
@@ -165,19 +165,22 @@ class FakeServices:
         keys_file: Path | None = None,
         limits: Limits | None = None,
         metrics_open: bool = True,
+        rerank_head: str | None = None,
         compat_head: str | None = None,
     ) -> None:
         self.refs = {ref.name: ref for ref in refs or (LEGEND, HYBRID)}
         self.intake = FakeIntake(self.refs)
-        self.desk = FakeDesk(self.refs)
+        self.head_control = FakeHeadControl(self.refs)
         self.policies = FakePolicies()
         self.is_alive = True
         self.readiness = (True, "ready")
         self.services = Services(
             prompts=Prompts(FakeTokenizer(), max_tokens=MAX_TOKENS),
             intake=self.intake,
-            heads=self.desk,
+            heads=self.head_control,
             policies=self.policies,
+            model="tiny",
+            rerank_head=rerank_head,
             info=lambda: {"model": "tiny", "revision": "main", "limits": {"items": self.services.limits.items}},
             ready=lambda: self.readiness,
             alive=lambda: self.is_alive,

@@ -16,7 +16,7 @@ from inward import logs
 from inward.errors import InternalError, InwardError
 
 LOG = logs.logger("api")
-HEARTBEAT = 15.0
+HEARTBEAT_S = 15.0
 """Seconds of silence after which a comment is sent, so that nobody between takes the connection for dead."""
 DONE = "data: [DONE]\n\n"
 """The end, as clients of streaming language models know it."""
@@ -51,7 +51,7 @@ class EventStream(Response):
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             while True:
                 coming = coming or asyncio.create_task(self._next())
-                if not (await asyncio.wait({coming}, timeout=HEARTBEAT))[0]:
+                if not (await asyncio.wait({coming}, timeout=HEARTBEAT_S))[0]:
                     await give(": still there\n\n")
                     continue
                 text, coming = coming.result(), None

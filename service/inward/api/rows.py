@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
@@ -20,7 +20,7 @@ from inward.api.scoring import Result, find_head, score_each
 from inward.api.services import Services
 from inward.errors import InvalidField, InwardError
 from inward.types import HeadRef, Kind, Scored
-from inward.wire import Element, ErrorDetail, Head, Item, Options, Pair
+from inward.wire import Element, ErrorDetail, Item, Options, Pair
 
 RowsKind = Literal["margin", "score", "reward"]
 """A bulk job's kind is the route whose elements its rows are; a row of ``reward`` is a pair where it has ``chosen``."""
@@ -48,12 +48,22 @@ class RowAnswer:
         """Why there is no score."""
         return self.element.error
 
+    @property
+    def by(self) -> dict[str, Any] | None:
+        """Who answered, as JSON: ``head``, ``policy_version``, and the ``confidence_head`` of a margin."""
+        if self.head is None:
+            return None
+        confidence = self.confidence_head or (self.head if self.head.kind == "hybrid" else None)
+        return {
+            "head": asdict(self.head), "policy_version": self.policy_version,
+            "confidence_head": asdict(confidence) if confidence else None,
+        }  # fmt: skip
+
     def body(self) -> dict[str, Any]:
-        """As JSON."""
+        """As JSON, with the head and the policy where it was scored."""
         if self.head is None:
             return self.element.model_dump()
-        by = {"head": Head.of(self.head).model_dump(), "policy_version": self.policy_version}
-        return self.element.model_dump() | by
+        return self.element.model_dump() | {"head": asdict(self.head), "policy_version": self.policy_version}
 
 
 def parse(line: str) -> Row | InwardError:

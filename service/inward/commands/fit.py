@@ -13,6 +13,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from inward.backbones.base import Backbone
+from inward.commands import COMMANDS
 from inward.commands.options import MODEL_SETTINGS, add_settings, settings_of
 from inward.errors import DataError, SetupError
 from inward.heads import store
@@ -39,7 +40,7 @@ ABOUT = {
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
-        "fit", help="fit a head", description="Fits a head for a model, from JSONL or Parquet, or from states."
+        "fit", help=COMMANDS["fit"], description="Fits a head for a model, from JSONL or Parquet, or from states."
     )
     kinds = parser.add_subparsers(dest="kind", metavar="legend|hybrid|srr", required=True)
     for kind, about in ABOUT.items():
@@ -74,6 +75,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         )
         one.add_argument("--seed", type=int, default=0, help="of splits and training (default: %(default)s)")
         one.add_argument("--limit", type=int, metavar="N", help="use the first N rows only")
+        one.add_argument("--parse-json", action="store_true", help="read messages that are stored as JSON text")
         _ADD[kind](one)
         add_settings(one, MODEL_SETTINGS)
     parser.set_defaults(run=run)
@@ -134,13 +136,15 @@ def _legend(args: argparse.Namespace, cache: Path) -> tuple[Head, Any]:
             raise SetupError("--validation needs --pairs: with --states, give states that hold all pairs")
     else:
         rows: Sequence[Pair | CalibrationRow] = (
-            read_calibration(args.rows) if has_refusals(args.rows) else read_pairs(args.rows)
+            read_calibration(args.rows)
+            if has_refusals(args.rows)
+            else read_pairs(args.rows, parse_json=args.parse_json)
         )
         rows = rows[: args.limit]
         warnings = constant_refusal(rows)
         pairs = [[row.pair if isinstance(row, CalibrationRow) else row for row in rows]]
         if args.validation:
-            pairs.append(read_pairs(args.validation))
+            pairs.append(read_pairs(args.validation, parse_json=args.parse_json))
         layers = (
             "last"
             if args.layer == "last" and args.layers == "all"
@@ -160,7 +164,8 @@ def _hybrid(args: argparse.Namespace, cache: Path) -> tuple[Head, Any]:
     if args.states:
         states = load_pair_states(args.states)
     else:
-        [states] = _states_of_pairs(args, [read_pairs(args.rows)[: args.limit]], args.layers, cache)
+        pairs = read_pairs(args.rows, parse_json=args.parse_json)[: args.limit]
+        [states] = _states_of_pairs(args, [pairs], args.layers, cache)
     return fit_hybrid(states, name=args.name, gate=args.gate, seed=args.seed)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from inward.backbones.base import Backbone
+from inward.batching import within
 from inward.errors import InvalidField, InwardError, Unavailable
 from inward.heads.hybrid import HybridHead
 from inward.heads.online import online_step
@@ -90,7 +91,7 @@ class LocalHeadControl:
         taps = tuple(Tap(k, manifest.position, final_norm=manifest.final_norm and k == last) for k in manifest.layers)
         states: list[Floats] = []
         versions: set[str] = set()
-        for batch in _batches(groups, self._backbone.capacity.tokens):
+        for batch in within(groups, self._backbone.capacity.tokens, lambda group: group.tokens):
             for reading in await self._backbone.read(batch, [Readout(taps)]):
                 states.append(reading.readings[0].values_NK.reshape(2, len(taps), -1))
                 versions.add(reading.policy_version)
@@ -100,15 +101,3 @@ class LocalHeadControl:
             )
         both_N2LD = np.stack(states)
         return both_N2LD[:, 0], both_N2LD[:, 1]
-
-
-def _batches(groups: Sequence[Group], budget: int) -> list[list[Group]]:
-    batches: list[list[Group]] = []
-    room = 0
-    for group in groups:
-        if not batches or group.tokens > room:
-            batches.append([])
-            room = budget
-        batches[-1].append(group)
-        room -= group.tokens
-    return batches

@@ -19,7 +19,6 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from scipy.special import erf
 
 from inward.errors import HeadError, InvalidField
 from inward.heads.base import Manifest
@@ -155,6 +154,8 @@ class SrrHead:
 
     def _block(self, x_SK: Doubles) -> Doubles:
         """``torch.nn.TransformerEncoderLayer`` with one head, GELU and post-norm, in evaluation mode."""
+        from scipy.special import erf  # a second to import, and an API replica, which scores nothing, has none
+
         attended_SK = self._linear("self_attn.out_proj", self._attend(x_SK))
         x_SK = self._norm("norm1", x_SK + attended_SK)
         inner_SF = self._linear("linear1", x_SK)

@@ -69,9 +69,11 @@ class ApiProcess:
             intake=Intake(SingleFlight(self._queue, window=settings.sharing_window, current=self.head_control.current)),
             heads=self.head_control,
             policies=RemotePolicyControl(self.head_control),
+            model=model.name,
             info=self.info,
             limits=limits(settings),
             keys=key_ring(settings),
+            rerank_head=settings.rerank_head,
             compat_head=settings.compat_head,
             metrics_open=settings.metrics_open,
             ready=self.ready,
@@ -103,7 +105,7 @@ class ApiProcess:
         connection = connect(settings)
         try:
             await connection.check()
-            front = cls(settings, find_model(settings), connection)
+            front = cls(settings, find_model(settings, weights=False), connection)
         except BaseException:
             await connection.close()
             raise
@@ -140,9 +142,11 @@ class ApiProcess:
         Raises:
             EngineDead: no worker is known, so neither is the model.
         """
+        workers = self.head_control.workers.values()
         worker = self.head_control.worker_info
+        backbone = replace(worker.backbone, concurrency=sum(one.backbone.concurrency for one in workers))
         heads = [row["name"] for row in worker.heads]
-        return about(worker.backbone, worker.policy_version, self._prompts, heads, self.settings)
+        return about(backbone, worker.policy_version, self._prompts, heads, self.settings)
 
     async def close(self, timeout: float) -> bool:
         """Leaves Redis; whoever still waits has been answered by the server's own draining. True if nothing was

@@ -1,7 +1,7 @@
 """Answers that come as conversations: what stands before the last turn is context, and is never dropped.
 
 The client's reader of rows (``inward_client.rows.messages``) has the same rules, so that a row is the same pair
-whichever door it comes through.
+wherever it is read.
 """
 
 from __future__ import annotations

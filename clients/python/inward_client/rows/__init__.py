@@ -26,6 +26,9 @@ from inward_client.rows.layouts import (
     Layout,
     Pair,
     PairReader,
+    get,
+    notes,
+    paired,
     read_item,
     read_pair,
     read_prompt,
@@ -33,7 +36,7 @@ from inward_client.rows.layouts import (
     transcript,
     which,
 )
-from inward_client.rows.messages import Messages, Prompt, as_turns, messages
+from inward_client.rows.messages import Messages, Prompt, as_turns, messages, text
 
 __all__ = [
     "AUTO",
@@ -56,11 +59,15 @@ __all__ = [
     "collect_pairs",
     "find",
     "format_of",
+    "get",
     "messages",
+    "notes",
+    "paired",
     "read_item",
     "read_pair",
     "read_prompt",
     "recognise",
+    "text",
     "transcript",
     "which",
 ]

@@ -13,9 +13,10 @@ import numpy as np
 
 from inward.backbones.adapter import base_shapes, check_shapes, read_adapter
 from inward.backbones.base import Capacity, first_alike, read_samples
+from inward.backbones.configuration import max_tokens
+from inward.backbones.device import choose_dtype
 from inward.backbones.fingerprint import fingerprint
 from inward.backbones.tokenizer import end_ids, ending_configs, load_tokenizer
-from inward.backbones.transformers.model import choose_dtype, max_tokens
 from inward.backbones.vllm.engine import Engine, built_for
 from inward.backbones.vllm.generation import Generation, Text, feeding, lora_request
 from inward.backbones.vllm.layout import Policy, ReadoutLayout, ReadRequest, Want, succeeding

@@ -19,6 +19,7 @@ from safetensors.numpy import load, save
 from tqdm import tqdm
 
 from inward.backbones.base import Backbone
+from inward.batching import within
 from inward.errors import DataError, InvalidField, TooLarge
 from inward.files import write
 from inward.heads.base import BackboneRef
@@ -206,7 +207,9 @@ async def _read(
 
         for batch, arrays in kept.finished() if kept else ():
             take(batch, arrays)
-        batches = iter(_batches(groups, [g for g in range(len(groups)) if g not in done], backbone.capacity.tokens))
+        left = (group for group in range(len(groups)) if group not in done)
+        longest_first = sorted(left, key=lambda group: -groups[group].tokens)  # what does not fit shows at once
+        batches = within(longest_first, backbone.capacity.tokens, lambda group: groups[group].tokens)
 
         async def work() -> None:
             for batch in batches:
@@ -223,20 +226,6 @@ async def _read(
         finally:
             for worker in workers:
                 worker.cancel()
-
-
-def _batches(groups: Sequence[Group], left: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Groups of similar length together, longest first: what does not fit shows at once."""
-    batch: list[int] = []
-    tokens = 0
-    for group in sorted(left, key=lambda g: -groups[g].tokens):
-        if batch and tokens + groups[group].tokens > budget:
-            yield batch
-            batch, tokens = [], 0
-        batch.append(group)
-        tokens += groups[group].tokens
-    if batch:
-        yield batch
 
 
 class _Kept:
