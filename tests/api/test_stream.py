@@ -8,9 +8,9 @@ import json
 from typing import Any
 
 import pytest
-from inward.api.live_ranking import stream_ranking
 
 from api.test_drawn import ASK, serving
+from inward.api.streamed_ranking import stream_ranking
 from inward.errors import InternalError
 from inward.types import Scores
 from inward.wire import RerankAnswer, RerankRequest

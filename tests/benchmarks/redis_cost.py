@@ -15,6 +15,7 @@ import random
 import sys
 import tempfile
 import uuid
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import redis as redis_py
@@ -28,6 +29,7 @@ from inward.stores.connection import Connection
 from inward.stores.jobs import BulkStore
 from inward.stores.keys import Keys
 from inward.types import Group, HeadRef, Job, Scored, Scores, Timing, Usage
+from support.queues import living
 from support.redis_server import RedisServer
 
 KEYS = Keys("cost")
@@ -97,9 +99,9 @@ async def working(worker: RedisConsumer) -> None:
 
 async def interactive(server: RedisServer, pairs: int, per_request: int) -> dict[str, float]:
     connection = Connection(server.url)
-    worker, producer = RedisConsumer(connection, KEYS), RedisProducer(connection, KEYS, max_tokens=2**40)
-    await worker.open()
-    await producer.open()
+    sides = AsyncExitStack()
+    await sides.enter_async_context(living(worker := RedisConsumer(connection, KEYS)))
+    await sides.enter_async_context(living(producer := RedisProducer(connection, KEYS, max_tokens=2**40)))
     queue = SingleFlight(producer, window=5.0, current=lambda _: True)
     task = asyncio.create_task(working(worker))
 
@@ -116,8 +118,7 @@ async def interactive(server: RedisServer, pairs: int, per_request: int) -> dict
         found = meter.each(requests * callers * per_request)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        await worker.leave()
-        await producer.leave()
+        await sides.aclose()
         await connection.close()
         client.flushall()
     return found
@@ -125,16 +126,15 @@ async def interactive(server: RedisServer, pairs: int, per_request: int) -> dict
 
 async def waiting(server: RedisServer, pairs: int) -> dict[str, float]:
     connection = Connection(server.url)
-    worker, producer = RedisConsumer(connection, KEYS), RedisProducer(connection, KEYS, max_tokens=2**40)
-    await worker.open()
-    await producer.open()
+    sides = AsyncExitStack()
+    await sides.enter_async_context(living(RedisConsumer(connection, KEYS)))
+    await sides.enter_async_context(living(producer := RedisProducer(connection, KEYS, max_tokens=2**40)))
     with server.client() as client:
         meter = Meter(client)
         for _ in range(pairs // 64):
             await producer.submit([pair() for _ in range(64)])
         found = meter.each(pairs // 64 * 64)
-        await producer.leave()
-        await worker.leave()
+        await sides.aclose()
         await connection.close()
         client.flushall()
     return found

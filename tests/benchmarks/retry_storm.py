@@ -6,8 +6,8 @@ most that an agreement between replicas could save.
     python tests/benchmarks/retry_storm.py [--rounds 3]
 
 The queue's own code around a real redis-server, in one process, with a worker whose device takes a fixed time for a
-token. Callers *leave* when they send again (a client's timeout) or *stay* (a hedging client). Beside the storm: callers whose
-items are all different. Prints one JSON object a line, ways alternating.
+token. Callers *leave* when they send again (a client's timeout) or *stay* (a hedging client). Beside the storm: callers
+whose items are all different. Prints one JSON object a line, ways alternating.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from inward.queues.single_flight import SingleFlight
 from inward.stores.connection import Connection
 from inward.stores.keys import Keys
 from inward.types import Job
+from support.queues import living
 from support.redis_server import RedisServer
 
 KEYS = Keys("storm")
@@ -61,14 +62,11 @@ class House:
         return connection
 
     async def open(self, replicas: int) -> House:
-        worker = RedisConsumer(await self.connection(), KEYS)
-        await worker.open()
-        self._stack.push_async_callback(worker.leave)
+        worker = await self._stack.enter_async_context(living(RedisConsumer(await self.connection(), KEYS)))
         for _ in range(replicas):
             connection = await self.connection()
             producer = RedisProducer(connection, KEYS, max_tokens=2**40)
-            await producer.open()
-            self._stack.push_async_callback(producer.leave)
+            await self._stack.enter_async_context(living(producer))
             self.replicas.append(SingleFlight(producer, window=5.0, current=lambda _: True))
         working = asyncio.create_task(self._work(worker))
         self._stack.push_async_callback(stopped, working)

@@ -119,7 +119,8 @@ class ControlChannel:
         by one. One that dies in here is out after ``seconds``.
         """
         key, who = self._keys.lock, f"{worker} {uuid.uuid4().hex}"
-        while not await self._redis("SET", key, who, "NX", "PX", round(seconds * 1000)):  # noqa: ASYNC110 (it crosses processes)
+        take = ("SET", key, who, "NX", "PX", round(seconds * 1000))
+        while not await self._redis(*take):  # noqa: ASYNC110 (it crosses processes)
             await asyncio.sleep(0.05)
         renewing = asyncio.create_task(self._renew(who, seconds))
         try:

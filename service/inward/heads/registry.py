@@ -23,7 +23,8 @@ from inward.types import BackboneInfo, HeadRef, Kind
 
 KINDS: tuple[Kind, ...] = ("legend", "hybrid", "srr")
 KEPT_UPDATES = 20
-"""Versions made by online updates that are kept on disk, to roll back to; the oldest go first. What was fitted stays."""
+"""Versions made by online updates that are kept on disk, to roll back to; the oldest go first. What was fitted
+stays."""
 
 
 @dataclass(frozen=True, slots=True)

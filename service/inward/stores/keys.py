@@ -14,10 +14,10 @@ fingerprint and dtype. Several queues may share a Redis.
 
     <backbone>:jobs:interactive  stream  waiting and claimed jobs: id, to (replica), job (``codec``)
     <backbone>:jobs:bulk         stream  the same, for those that can wait
-    <backbone>:open              hash    job id → "<stream 1|2> <entry> <tokens>": admitted, neither settled nor abandoned
+    <backbone>:open              hash    job id → "<stream 1|2> <entry> <tokens>", neither settled nor abandoned
     <backbone>:tokens            integer tokens of all open jobs: what admission looks at
     <backbone>:done              integer tokens settled since ever: what the pace is worked out from
-    dead                         stream  jobs that ended k workers: id, to, job, reason, deliveries, queue
+    dead                         stream  jobs that ended k workers: id, to, job, reason, deliveries, queue, backbone
 
     requests                  stream  what one worker is to do (switch a head …): request, answer (key), until
     answer:<id>               list    the answer to a request (TTL)
@@ -27,7 +27,7 @@ fingerprint and dtype. Several queues may share a Redis.
 
     answered:<key>            string  hash of a request and the answer to it, for its Idempotency-Key (TTL)
     quota:<caller>:<minute>   integer tokens that a key (its hash) used (TTL)
-    bulk:<job>                hash    a bulk job: state, kind, head, rows, chunks, created, scores (TTL, as the next two)
+    bulk:<job>                hash    a bulk job: state, kind, head, rows, chunks, created, scores (TTL, as its parts)
     bulk:<job>:rows           hash    chunk → its rows, as long as it is not done
     bulk:<job>:results        hash    chunk → its results
     chunks                    stream  chunks to be done: job, chunk

@@ -55,11 +55,13 @@ class MemoryQuota:
 
 def over_quota(tokens: int, now: float) -> OverQuota:
     """What a caller is told whose tokens are used up."""
-    return OverQuota(f"this key has used up its {tokens} tokens of this minute", retry_after=MINUTE_S - now % MINUTE_S)
+    left = MINUTE_S - now % MINUTE_S
+    return OverQuota(f"this key has used up its {tokens} tokens of this minute", retry_after=left)
 
 
 SPEND = """
--- KEYS: what a caller used in a minute.  ARGV: tokens a minute, tokens to spend, seconds to keep.  Gives 1 if there were some left.
+-- KEYS: what a caller used in a minute.  ARGV: tokens a minute, tokens to spend, seconds to keep.
+-- Gives 1 if there were some left.
 if tonumber(redis.call('GET', KEYS[1]) or '0') >= tonumber(ARGV[1]) then return 0 end
 redis.call('INCRBY', KEYS[1], ARGV[2])
 redis.call('EXPIRE', KEYS[1], ARGV[3])

@@ -304,7 +304,7 @@ class RedisConsumer:
         outcome = codec.encode(Failed(job_id, InternalError.code, f"this item could not be scored: {reason}"))
         keys = [*self._keys.book, self._keys.dead, self._keys.replies(replica), self._keys.alive(replica)]
         args: list[Arg] = [GROUP, self.worker, MOST_LETTERS, FORGOTTEN_S, job_id, reason, deliveries, outcome]
-        args += (MOST_REPLIES, REPLIES_S)
+        args += (MOST_REPLIES, REPLIES_S, self._keys.backbone)
         if await self._redis.script(scripts.BURY, keys, args):
             metrics.DEAD_LETTERS_TOTAL.inc()
 

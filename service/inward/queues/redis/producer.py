@@ -74,13 +74,14 @@ class RedisProducer:
         self._closed = False
 
     @property
+    def served(self) -> str:
+        """The backbone that the queue is served with, as far as we know."""
+        return self._keys.backbone
+
+    @property
     def open_jobs(self) -> int:
         """Jobs of this replica that are not answered yet."""
         return len(self._waiting)
-
-    async def open(self) -> None:
-        """The first sign of life. Redis may be away: ``away`` says so, and it is tried again."""
-        await self.live()
 
     async def keep_living(self) -> None:
         """Gives signs of life. Has to run as long as the replica does, and so has ``keep_receiving``."""

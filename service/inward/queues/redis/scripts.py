@@ -216,11 +216,11 @@ BURY = (
     + """
 -- KEYS: BOOK, dead letters, replies, alive.
 -- ARGV: group, worker, most letters kept, seconds for which, id, reason, deliveries, outcome, most replies kept,
--- seconds for which.
+-- seconds for which, our backbone.
 local s, entry, tokens = find(ARGV[5])
 if not s or not mine(ARGV[1], ARGV[2], s, entry) then return 0 end
 local fields = redis.call('XRANGE', STREAMS[s], entry, entry)[1][2]
-for _, more in ipairs({'reason', ARGV[6], 'deliveries', ARGV[7], 'queue', tostring(s)}) do
+for _, more in ipairs({'reason', ARGV[6], 'deliveries', ARGV[7], 'queue', tostring(s), 'backbone', ARGV[11]}) do
   fields[#fields + 1] = more
 end
 close(ARGV[1], ARGV[5], s, entry, tokens)
