@@ -9,12 +9,12 @@ import sys
 import time
 
 import pytest
+from inward.offline.annotate.asking import COLUMNS
 from pyarrow import parquet
 
 from inward import logs
 from inward.__main__ import main
 from inward.offline.annotate import work
-from inward.offline.annotate.asking import COLUMNS
 from support import real_data as real
 from support.serving import serve, write_model
 
