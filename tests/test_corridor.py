@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from inward.errors import DeadlineExceeded, EngineDead, InternalError, InvalidField, NotFound, Overloaded
-from inward.types import Group, SamplingSpec, Scored
-from support.corridor import Corridor, FakeHead, corridor, groups
+from inward.types import Group, PairScores, SamplingSpec, Scored, Scores
+from support.corridor import Corridor, FakeHead, FakeRegistry, corridor, groups
 from support.waiting import PATIENCE, until
 
 
@@ -199,4 +199,26 @@ async def test_pairs_bring_pair_fields():
     async with corridor() as c:
         [scored] = await c.score(groups(1, responses=2), pair=True)
     a, b = scored.scores[0].scores_N
-    assert scored.scores[0].pair == {"margin": a - b, "label_agrees": a > b}
+    assert scored.scores[0].pair == PairScores(a - b, label_agrees=a > b)
+
+
+class NoisyHead(FakeHead):
+    """Tells equal responses apart, as rounding does, and is as sure as can be."""
+
+    def score(self, reading, *, details=frozenset(), pair=False):
+        scores = tuple(float(i) for i in range(len(reading.values_NK)))
+        compared = PairScores(scores[0] - scores[1], 1e-7, 0.0, False, 0.9, 0.99) if pair else None
+        return Scores(scores, scores, tokens_N=tuple((s,) for s in scores), pair=compared)
+
+
+async def test_equal_responses_are_a_tie_by_their_tokens_whatever_rounding_says():
+    prompt, answer, other = (1, 2), (3, 4), (3, 5)
+    async with corridor() as c:
+        c.registry = c.engine._registry = FakeRegistry(NoisyHead())
+        [tie] = await c.score([Group(prompt, (answer, answer))], pair=True)
+        [listed] = await c.score([Group(prompt, (other, answer, other))])
+    assert tie.scores[0] == Scores((0.0, 0.0), (0.0, 0.0), tokens_N=((0.0,), (0.0,)), pair=TIE)
+    assert listed.scores[0].scores_N == (0.0, 1.0, 0.0)
+
+
+TIE = PairScores(0.0, 0.0, 0.0, label_agrees=None, label_probability=0.5, confidence=0.5)

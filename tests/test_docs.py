@@ -98,7 +98,7 @@ def dead_letter(redis) -> str:
     job = codec.encode(Job("a", Group((9, 8, 7), ((6, 5),)), ("legend",)))
     with redis.client() as client:
         entry = client.xadd(
-            Keys("inward-demo").dead,
+            Keys("toy").dead,
             {"id": "a", "to": "", "job": job, "reason": "3 workers ended", "deliveries": 4, "queue": 1},
         )
     return entry.decode() if isinstance(entry, bytes) else entry

@@ -8,6 +8,7 @@ InwardError
 │   ├── TooSlow             408  the body did not come in time
 │   ├── Conflict            409  another state than the request assumes (a stale sequence number)
 │   ├── TooLarge            413  body, number of items, or tokens over the limit
+│   ├── UnknownEncoding     415  a body that was compressed
 │   └── OverQuota           429  a key used up its own quota
 ├── Unavailable             503  not now: come back after ``retry_after`` seconds
 │   ├── Overloaded          503  the queue is full
@@ -69,6 +70,10 @@ class Conflict(RequestError):
 
 class TooLarge(RequestError):
     status, code = 413, "too_large"
+
+
+class UnknownEncoding(RequestError):
+    status, code = 415, "unknown_encoding"
 
 
 class OverQuota(RequestError):

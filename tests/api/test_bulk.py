@@ -143,7 +143,8 @@ async def test_a_cancelled_job_is_not_worked_off_and_leaves_nothing(redis_server
         ("/jobs?kind=other", b"{}", JSONL, 422),
         ("/jobs", b"{}", JSONL, 422),
         ("/jobs?kind=margin&head=nope", b"{}", JSONL, 404),
-        ("/jobs?kind=margin&scores=a%20b", b"{}", JSONL, 422),
+        ("/jobs?kind=margin&append_to=a%20b", b"{}", JSONL, 422),
+        ("/jobs?kind=margin&scores=dpo", b"{}", JSONL, 422),
     ],
 )
 async def test_what_is_no_job_is_refused(redis_server, path, body, headers, status):

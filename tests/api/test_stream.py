@@ -153,7 +153,7 @@ async def test_who_hangs_up_is_not_drawn_for_any_more():
 
 
 async def test_silence_is_broken_by_comments(monkeypatch):
-    monkeypatch.setattr("inward.api.events.HEARTBEAT", 0.01)
+    monkeypatch.setattr("inward.api.events.HEARTBEAT_S", 0.01)
     async with serving() as (house, c):
         c.backbone.delay_per_token = 0.002
         text = (await house.post("/rerank", {**STREAM, "n": 2})).text

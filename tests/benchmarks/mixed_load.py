@@ -62,7 +62,7 @@ def question(i: int) -> dict[str, Any]:
     if kind == 0:
         return {"items": [{"prompt": prompt, "response": answers[0]}], "head": "bench-0"}
     return {"prompt": prompt, "head": "bench-0"} | (
-        {"candidates": answers} if kind == 1 else {"n": 4, "sampling": {"max_tokens": 48}, "token_ids": True}
+        {"candidates": answers} if kind == 1 else {"n": 4, "sampling": {"max_tokens": 48}, "return_token_ids": True}
     )
 
 

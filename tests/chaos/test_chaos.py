@@ -116,7 +116,7 @@ class Bulk:
         rows = "\n".join(json.dumps(pair(PAIRS + n)) for n in range(BULK))
         async with httpx.AsyncClient(base_url=self.url, timeout=PATIENCE) as client:
             answer = await client.post(
-                "/jobs?kind=margin&scores=chaos", content=rows, headers={"content-type": "application/x-ndjson"}
+                "/jobs?kind=margin&append_to=chaos", content=rows, headers={"content-type": "application/x-ndjson"}
             )
         assert answer.status_code == 201, answer.text
         self.id = answer.json()["id"]

@@ -11,6 +11,7 @@ import numpy as np
 from inward.backbones.fake import FakeBackbone
 from inward.engine import Engine
 from inward.errors import InvalidField, NotFound
+from inward.heads.calibration import PairCalibration
 from inward.intake import Intake
 from inward.queues.memory import MemoryQueue
 from inward.types import Group, HeadRef, Readout, Scores, Tap
@@ -32,9 +33,7 @@ class FakeHead:
             raise InvalidField("this head has no layers", param="detail")
         values = reading.values_NK[:, 0]
         scores = tuple(float(v) if np.isfinite(v) else None for v in values)
-        return Scores(
-            scores, pair={"margin": scores[0] - scores[1], "label_agrees": scores[0] > scores[1]} if pair else None
-        )
+        return Scores(scores, pair=PairCalibration(None, None).compare(scores) if pair else None)
 
 
 class FakeRegistry:

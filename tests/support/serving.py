@@ -70,8 +70,8 @@ def serve(folder: Path, *options: str, env: dict[str, str] | None = None) -> Ite
 
 @contextmanager
 def demo(state: Path) -> Iterator[Served]:
-    """``inward serve`` as ``make serve`` starts it, with ``state`` as the folder for the heads' versions."""
-    with started(env={"XDG_STATE_HOME": str(state)}) as served:
+    """``inward serve`` as ``make serve MODEL=toy`` starts it, with ``state`` as the folder for the heads' versions."""
+    with started("--model", "toy", env={"XDG_STATE_HOME": str(state)}) as served:
         yield served
 
 

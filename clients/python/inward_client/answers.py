@@ -66,8 +66,11 @@ class Margin:
     chosen_score: float | None = None
     rejected_score: float | None = None
     label_agrees: bool | None = None
+    """None for a tie."""
+    label_probability: float | None = None
+    """Calibrated probability that the label is right, where the head is calibrated for it."""
     confidence: float | None = None
-    """Probability that the label is right, where a hybrid head is loaded."""
+    """Weight of the label in cDPO, where a hybrid head is loaded."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,11 @@ class RewardPair:
     rejected_probability: float | None = None
     margin: float | None = None
     label_agrees: bool | None = None
+    """None for a tie."""
+    label_probability: float | None = None
+    """Calibrated probability that the label is right, where the head is calibrated for it."""
     confidence: float | None = None
-    """Probability that the label is right."""
+    """Weight of the label in cDPO."""
     confidence_calibrated: float | None = None
     chosen_layers: Mapping[str, Any] | None = None
     rejected_layers: Mapping[str, Any] | None = None

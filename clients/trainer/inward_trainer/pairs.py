@@ -19,7 +19,8 @@ class ScoredPair:
 
     ``finished`` says of chosen and rejected whether they ended by themselves; one that was cut at its length limit is
     not followed by an end-of-sequence token in training. Scores and ``confidence`` are the hybrid head's, ``monitor``
-    the monitor head's of both answers.
+    the monitor head's of both answers. ``chosen_ids`` and ``rejected_ids`` are the tokens that the policy wrote, where
+    it did, without what ended them: its text may become other tokens again.
     """
 
     id: str
@@ -32,6 +33,8 @@ class ScoredPair:
     monitor: tuple[float, float] | None = None
     finished: tuple[bool, bool] = (True, True)
     policy_version: str | None = None
+    chosen_ids: tuple[int, ...] | None = None
+    rejected_ids: tuple[int, ...] | None = None
 
     def texts(self) -> dict[str, Any]:
         """As the service's routes take a pair."""
@@ -44,8 +47,8 @@ class ScoredPair:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ScoredPair:
         """What ``to_json`` gave, perhaps through a file."""
-        monitor = values["monitor"]
-        return cls(**{**values, "monitor": tuple(monitor) if monitor else None, "finished": tuple(values["finished"])})
+        lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list) and name != "prompt"}
+        return cls(**{**values, **lists})
 
 
 def read_row(row: Mapping[str, Any], id: str, *, as_scored: bool = False) -> ScoredPair:

@@ -35,9 +35,9 @@ class ConfidenceCollator(DataCollatorForPreference):  # type: ignore[misc]
 class CdpoTrainer(DPOTrainer):  # type: ignore[misc]
     """Takes a dataset as DPOTrainer does, with a column ``confidence`` besides; rows without one train as in plain DPO.
 
-    Logged beside TRL's ``rewards/…``: ``gamma`` (mean confidence), ``kl`` (mean log-ratio of the batch's answers in
-    nats each: KL to the reference where the answers are the policy's own), and of rows that carry scores
-    ``hybrid/accuracy``, ``monitor/accuracy`` and ``hybrid/reward/*``, the distribution of rewards.
+    Logged beside TRL's ``rewards/…``: ``gamma`` (mean confidence), ``log_ratio`` (of policy to reference, the mean of
+    the batch's answers in nats each; no KL, since best and worst of some samples are no draws), and of rows that carry
+    scores ``hybrid/accuracy``, ``monitor/accuracy`` and ``hybrid/reward/*``, the distribution of rewards.
 
     Raises:
         ValueError: options of DPOConfig that this loss does not know, which would be ignored in silence.
@@ -62,7 +62,8 @@ class CdpoTrainer(DPOTrainer):  # type: ignore[misc]
         ]
         if list(args.loss_type) != ["sigmoid"] or unknown or args.precompute_ref_log_probs:
             raise ValueError(
-                f"cDPO is a loss of its own: leave loss_type, precompute_ref_log_probs and {unknown or 'the rest'} as they are"
+                "cDPO is a loss of its own: leave loss_type, precompute_ref_log_probs and "
+                f"{unknown or 'the rest'} as they are"
             )
         if data_collator is None:
             if processing_class.pad_token is None:
@@ -110,7 +111,7 @@ class CdpoTrainer(DPOTrainer):  # type: ignore[misc]
         self._mean("rewards/rejected", self.beta * rejected)
         self._mean("rewards/margins", self.beta * (chosen - rejected))
         self._mean("rewards/accuracies", (chosen > rejected).float())
-        self._mean("kl", torch.cat([chosen, rejected]))
+        self._mean("log_ratio", torch.cat([chosen, rejected]))
         self._mean("gamma", confidence)
         scores = {name: gathered(values) for name, values in scores.items()}
         self._agreement("hybrid/accuracy", scores["chosen_score"], scores["rejected_score"])

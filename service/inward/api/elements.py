@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from inward.api.scoring import Result, find_head, hybrid_head
@@ -15,6 +16,7 @@ from inward.wire import Margin, RewardPair, Score
 MARGIN_KINDS: tuple[Kind, ...] = ("legend", "hybrid")
 SCORE_KINDS: tuple[Kind, ...] = ("legend", "hybrid")
 REWARD_KINDS: tuple[Kind, ...] = ("hybrid",)
+RERANK_KINDS: tuple[Kind, ...] = ("hybrid", "legend", "srr")
 
 
 def margin_heads(services: Services, name: str | None) -> tuple[str, ...]:
@@ -36,12 +38,13 @@ def margin(result: Result, where: str | None) -> Margin:
     pair = scores.pair
     return Margin(
         truncated=result.truncated,
-        margin=pair["margin"],
-        margin_scaled=pair.get("margin_scaled"),
-        bin=pair.get("bin"),
+        margin=pair.margin,
+        margin_scaled=pair.margin_scaled,
+        bin=pair.bin,
         chosen_score=scores.scores_N[0],
         rejected_score=scores.scores_N[1],
-        label_agrees=pair.get("label_agrees"),
+        label_agrees=pair.label_agrees,
+        label_probability=pair.label_probability,
         confidence=_confidence(result),
     )
 
@@ -49,8 +52,7 @@ def margin(result: Result, where: str | None) -> Margin:
 def _confidence(result: Result) -> float | None:
     """From the second head asked, where the first isn't the hybrid one."""
     of = result.scores(1) or result.scores()
-    confidence: float | None = (of.pair or {}).get("confidence") if of else None
-    return confidence
+    return of.pair.confidence if of and of.pair else None
 
 
 def score(result: Result, where: str | None) -> Score:
@@ -72,16 +74,18 @@ def reward_pair(result: Result, where: str | None) -> RewardPair:
     scores, error = result.scores(), result.error(where)
     if scores is None or scores.pair is None or error is not None:
         return RewardPair(error=error, truncated=result.truncated)
+    pair = scores.pair
     return RewardPair(
         truncated=result.truncated,
         chosen_score=scores.scores_N[0],
         rejected_score=scores.scores_N[1],
         chosen_probability=_at(scores, 0),
         rejected_probability=_at(scores, 1),
-        margin=scores.pair["margin"],
-        label_agrees=scores.pair.get("label_agrees"),
-        confidence=scores.pair.get("confidence"),
-        confidence_calibrated=scores.pair.get("confidence_calibrated"),
+        margin=pair.margin,
+        label_agrees=pair.label_agrees,
+        label_probability=pair.label_probability,
+        confidence=pair.confidence,
+        confidence_calibrated=pair.label_probability,
         chosen_layers=_layers(scores, 0),
         rejected_layers=_layers(scores, 1),
         chosen_tokens=_tokens(scores, 0),
@@ -90,7 +94,9 @@ def reward_pair(result: Result, where: str | None) -> RewardPair:
 
 
 def _layers(scores: Scores, n: int) -> dict[str, Any] | None:
-    return dict(scores.layers_N[n]) if scores.layers_N else None
+    if not scores.layers_N:
+        return None
+    return {name: list(part) for name, part in asdict(scores.layers_N[n]).items() if part is not None}
 
 
 def _tokens(scores: Scores, n: int) -> list[float] | None:

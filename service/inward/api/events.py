@@ -15,7 +15,7 @@ from inward import logs
 from inward.errors import InternalError, InwardError
 
 LOG = logs.logger("events")
-HEARTBEAT = 15.0
+HEARTBEAT_S = 15.0
 """Seconds of silence after which a comment is sent, so that nobody between takes the connection for dead."""
 DONE = "data: [DONE]\n\n"
 """The end, as clients of streaming language models know it."""
@@ -23,7 +23,8 @@ DONE = "data: [DONE]\n\n"
 
 def event(name: str, body: BaseModel | dict[str, Any]) -> str:
     """One event with JSON in ASCII, so that no text can end it early."""
-    return f"event: {name}\ndata: {json.dumps(body if isinstance(body, dict) else body.model_dump(mode='json'), allow_nan=False)}\n\n"
+    value = body if isinstance(body, dict) else body.model_dump(mode="json")
+    return f"event: {name}\ndata: {json.dumps(value, allow_nan=False)}\n\n"
 
 
 class EventStream(Response):
@@ -49,7 +50,7 @@ class EventStream(Response):
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             while True:
                 coming = coming or asyncio.create_task(self._next())
-                if not (await asyncio.wait({coming}, timeout=HEARTBEAT))[0]:
+                if not (await asyncio.wait({coming}, timeout=HEARTBEAT_S))[0]:
                     await give(": still there\n\n")
                     continue
                 text, coming = coming.result(), None

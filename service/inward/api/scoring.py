@@ -15,7 +15,7 @@ from inward.types import Detail, Group, HeadRef, Kind, Scored, Scores, Timing
 from inward.types import Usage as UsageTokens
 from inward.wire import ErrorDetail, Head, Options, Parts, Scorable, Usage
 
-SWITCHES = 3
+MOST_SWITCHES = 3
 """How often a head may be switched under one request before it gives up."""
 
 
@@ -63,7 +63,7 @@ class Results:
 def named(services: Services, scored: Sequence[Scored]) -> dict[str, Any]:
     """The fields of ``wire.Answer`` for what was scored; the first one's head is the answer's."""
     return {
-        "model": services.info()["model"],
+        "model": services.model,
         "policy_version": scored[0].policy_version,
         "head": Head.of(scored[0].heads[0]),
         "usage": Usage.of(sum((outcome.usage for outcome in scored), UsageTokens())),
@@ -215,7 +215,7 @@ async def score_groups(
     latest = outcomes = await score(groups)
     switches = 0
     while stale := _stale(outcomes, latest):
-        if (switches := switches + 1) > SWITCHES:
+        if (switches := switches + 1) > MOST_SWITCHES:
             raise Unavailable(
                 "the head was switched again and again during this request; send it again", retry_after=1.0
             )

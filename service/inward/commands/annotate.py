@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from inward import logs
+from inward.commands import COMMANDS
 from inward.commands.options import MODEL_SETTINGS, add_settings, settings_of
 from inward.settings import Settings
 
@@ -42,7 +43,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     from inward.offline.annotate.options import add_arguments
 
     parser = commands.add_parser(
-        "annotate", help="add margins and confidences to a file of preference pairs", description=HELP, epilog=EXAMPLES,
+        "annotate", help=COMMANDS["annotate"], description=HELP, epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add_arguments(parser)

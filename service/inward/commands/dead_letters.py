@@ -14,9 +14,10 @@ from typing import Any
 from redis.exceptions import RedisError
 
 from inward.backbones.tokenizer import load_tokenizer
+from inward.commands import COMMANDS
 from inward.commands.options import add_settings, settings_of
 from inward.errors import InwardError, NotFound, SetupError
-from inward.processes.wiring import connect, find_model
+from inward.processes.wiring import connect, find_model, model_name
 from inward.queues.redis.dead_letters import DeadLetter, DeadLetters
 from inward.queues.redis.producer import RedisProducer
 from inward.settings import Settings
@@ -28,7 +29,7 @@ from inward.types import Failed, Job
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "dead-letters",
-        help="jobs that were given up because they ended several workers",
+        help=COMMANDS["dead-letters"],
         description="Looks at the dead letters of a queue in Redis: jobs that ended several workers, or that nobody could read.",
         epilog="example: inward dead-letters list --redis-url redis://localhost:6379/0",
     )
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 async def _run(args: argparse.Namespace, settings: Settings) -> int:
     connection = connect(settings)
-    keys = Keys(settings.queue or find_model(settings).name)
+    keys = Keys(settings.queue or model_name(settings))
     letters = DeadLetters(connection, keys)
     verbs: dict[str, Callable[[], Awaitable[int]]] = {
         "list": lambda: _list(letters),

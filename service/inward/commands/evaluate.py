@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
+from inward.commands import COMMANDS
 from inward.commands.options import MODEL_SETTINGS, add_settings, settings_of
 from inward.errors import DataError, SetupError
 from inward.heads import store
@@ -39,7 +40,7 @@ POSITIONS: dict[Kind, Position] = {"legend": "last", "hybrid": "eos", "srr": "la
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "evaluate",
-        help="judge a head",
+        help=COMMANDS["evaluate"],
         description="Judges a head on pairs, lists, labelled responses or saved states: every figure with its 95 % interval, resampled by "
         "prompt, beside length, mean difference, a logistic probe, TF-IDF and stable rank.",
         epilog=EPILOG,

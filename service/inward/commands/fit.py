@@ -13,6 +13,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from inward.backbones.base import Backbone
+from inward.commands import COMMANDS
 from inward.commands.options import MODEL_SETTINGS, add_settings, settings_of
 from inward.errors import DataError, SetupError
 from inward.heads import store
@@ -39,7 +40,7 @@ ABOUT = {
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
-        "fit", help="fit a head", description="Fits a head for a model, from JSONL or Parquet, or from states."
+        "fit", help=COMMANDS["fit"], description="Fits a head for a model, from JSONL or Parquet, or from states."
     )
     kinds = parser.add_subparsers(dest="kind", metavar="legend|hybrid|srr", required=True)
     for kind, about in ABOUT.items():

@@ -14,16 +14,16 @@ import numpy as np
 
 from inward.errors import HeadError, InternalError
 from inward.heads.base import Manifest
-from inward.heads.calibration import Deciles, MarginScale, pair_fields
+from inward.heads.calibration import Deciles, PairCalibration
 from inward.heads.tensors import expect
-from inward.types import Detail, Floats, HeadRef, Reading, Readout, Scores, Tap
+from inward.types import Detail, Floats, HeadRef, LayerScores, Reading, Readout, Scores, Tap
 
 
 class LegendHead:
     """A unit vector at one layer.
 
     Args:
-        manifest: names exactly one layer; its ``calibration`` may hold a ``MarginScale``.
+        manifest: names exactly one layer; its ``calibration`` may hold what ``PairCalibration`` reads.
         direction_D: of unit length, pointing from harmful to safe.
 
     Raises:
@@ -44,7 +44,7 @@ class LegendHead:
         self.direction_D = direction_D
         (layer,) = manifest.layers
         self.readout = Readout((Tap(layer, manifest.position, direction_D[:, None], final_norm=manifest.final_norm),))
-        self._scale = MarginScale.load(manifest.calibration)
+        self._pairs = PairCalibration.load(manifest.calibration)
         Deciles.load(manifest.calibration)
 
     @classmethod
@@ -66,11 +66,9 @@ class LegendHead:
         scores = tuple(_finite(float(value)) for value in reading.values_NK[:, 0])
         return Scores(
             scores,
-            layers_N=tuple({"layers": list(self.manifest.layers), "values": [s]} for s in scores)
-            if "layers" in details
-            else None,
+            layers_N=tuple(LayerScores(self.manifest.layers, (s,)) for s in scores) if "layers" in details else None,
             tokens_N=_tokens(reading) if "tokens" in details else None,
-            pair=pair_fields(_difference(*scores), self._scale) if pair else None,
+            pair=self._pairs.compare(scores) if pair else None,
         )
 
     def tensors(self) -> Mapping[str, Floats]:
@@ -80,10 +78,6 @@ class LegendHead:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _difference(chosen: float | None, rejected: float | None) -> float | None:
-    return None if chosen is None or rejected is None else chosen - rejected
 
 
 def _tokens(reading: Reading) -> tuple[tuple[float, ...], ...]:

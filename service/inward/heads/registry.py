@@ -307,5 +307,6 @@ class Registry:
             template=self._template,
             depth=self._info.layers,
             width=self._info.width,
+            final_norm=self._info.final_norm,
             backbone=self._info.name,
         )

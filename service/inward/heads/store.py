@@ -102,6 +102,7 @@ def load(
     template: str | None = None,
     depth: int | None = None,
     width: int | None = None,
+    final_norm: bool = True,
     backbone: str = "the loaded backbone",
 ) -> Head:
     """Reads a head and refuses one that would give wrong numbers. What is None is not compared.
@@ -112,6 +113,7 @@ def load(
         template: how prompts are rendered there.
         depth: blocks of the backbone.
         width: of its residual stream.
+        final_norm: whether its last layer can be read after its final norm.
 
     Raises:
         HeadError: says what is wrong with which file and what to do.
@@ -135,12 +137,27 @@ def load(
             f"but the backbone has {'at least 0' if depth is None else f'0 to {depth}'}: fit it again on this backbone"
         )
     head = KINDS[manifest.kind].from_tensors(manifest, _load_tensors(folder))
+    _check_final_norm(head, folder, depth, final_norm, backbone)
     widths = {tap.weight_DK.shape[0] for tap in head.readout.taps if tap.weight_DK is not None}
     if width is not None and widths != {width}:
         raise HeadError(
             f"head {manifest.name!r} in {folder} reads states of width {sorted(widths)}, but the backbone's are {width} wide"
         )
     return head
+
+
+def _check_final_norm(head: Head, folder: Path, depth: int | None, there: bool, backbone: str) -> None:
+    normed = {tap.layer for tap in head.readout.taps if tap.final_norm}
+    if normed and not there:
+        raise HeadError(
+            f"head {head.manifest.name!r} in {folder} reads after the final norm, which {backbone} does not have in the "
+            "width of its stream: fit it again on the last layer before it"
+        )
+    if depth is not None and normed - {depth}:
+        raise HeadError(
+            f"head {head.manifest.name!r} in {folder} says final_norm, but reads layer {min(normed)}: only the last "
+            f"layer, {depth}, has a final norm; fit it again on that layer, or without final_norm"
+        )
 
 
 def load_manifest(folder: Path) -> Manifest:

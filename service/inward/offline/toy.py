@@ -163,7 +163,7 @@ class Learner:
             )
         )  # fmt: skip
         attention.register()
-        self.model.set_attn_implementation(attention.NAME)
+        self.model.set_attn_implementation(attention.SDPA)
         self.judge = torch.nn.Linear(width, 1, bias=False)
         torch.nn.init.zeros_(self.judge.weight)
         self.smoothing, self.token_noise = smoothing, token_noise

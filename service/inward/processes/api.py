@@ -76,15 +76,17 @@ class ApiProcess:
             ),
             heads=self.head_control,
             policies=RemotePolicyControl(self.head_control),
+            model=model.name,
             info=self.info,
             limits=limits(settings, self._prompts.max_tokens),
             keys=key_ring(settings),
+            rerank_head=settings.rerank_head,
             compat_head=settings.compat_head,
             metrics_open=settings.metrics_open,
             ready=self.ready,
             alive=lambda: not self._looking.done(),
             quota=RedisQuota(connection, keys, settings.quota) if settings.quota else None,
-            answered=RedisIdempotencyStore(
+            idempotency=RedisIdempotencyStore(
                 connection, keys, keep=settings.idempotency_window, running=settings.timeout + 30
             ),
         )
@@ -105,7 +107,7 @@ class ApiProcess:
         connection = connect(settings)
         try:
             await connection.check()
-            front = cls(settings, find_model(settings), connection)
+            front = cls(settings, find_model(settings, weights=False), connection)
         except BaseException:
             await connection.close()
             raise
@@ -154,8 +156,9 @@ class ApiProcess:
         worker_info, bounds = self.head_control.worker_info, self.services.limits
         bounds = replace(bounds, tokens=self._prompts.max_tokens)
         heads = [row["name"] for row in worker_info.heads]
+        concurrency = sum(worker.backbone.concurrency for worker in self.head_control.workers.values())
         return about(
-            worker_info.backbone,
+            replace(worker_info.backbone, concurrency=concurrency),
             worker_info.policy_version,
             worker_info.template,
             heads,

@@ -37,15 +37,17 @@ class Standalone:
             intake=Intake(SingleFlight(self.queue, window=settings.sharing_window, current=self.current)),
             heads=LocalHeadControl(registry, backbone, prompts),
             policies=loaded.policies,
+            model=backbone.info.name,
             info=self.info,
             limits=limits(settings, prompts.max_tokens),
             keys=key_ring(settings),
+            rerank_head=settings.rerank_head,
             compat_head=settings.compat_head,
             metrics_open=settings.metrics_open,
             ready=self.ready,
             alive=self.alive,
             quota=MemoryQuota(settings.quota) if settings.quota else None,
-            answered=MemoryIdempotencyStore(keep=settings.idempotency_window, running=settings.timeout + 30),
+            idempotency=MemoryIdempotencyStore(keep=settings.idempotency_window, running=settings.timeout + 30),
         )
         self.app = create_app(self.services)
         metrics.BUILD_INFO.labels(version=__version__, role="serve").set(1)

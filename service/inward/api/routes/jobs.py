@@ -12,7 +12,7 @@ from inward.api.answers import plain
 from inward.api.errors import RESPONSES
 from inward.api.rows import KINDS, RowsKind
 from inward.api.services import BulkJobs, FromApp, Services
-from inward.errors import Conflict, NotFound, RequestError, TooLarge
+from inward.errors import Conflict, InvalidField, NotFound, RequestError, TooLarge
 from inward.wire import ErrorBody
 from inward.wire.admin import Job
 
@@ -33,7 +33,7 @@ router = APIRouter(tags=["bulk"], responses=ERRORS)
     status_code=201,
     response_model=Job,
     summary="Upload rows to be scored in their own time",
-    responses={status: RESPONSES[status] for status in (400, 413)},
+    responses={status: RESPONSES[status] for status in (400, 413, 415)},
     openapi_extra={"requestBody": {"required": True, "content": ROWS}},
 )
 async def create(
@@ -41,20 +41,22 @@ async def create(
     services: FromApp,
     kind: RowsKind,
     head: Name = None,
-    scores: Name = None,
+    append_to: Name = None,
 ) -> Response:
     """The body is JSONL: one pair or item a line, as the route named by `kind` takes them.
 
-    `scores` names a stream in Redis to which scored rows are appended as well, for trainers that consume them as they
-    come.
+    `append_to` names a stream in Redis to which scored rows are appended as well, for trainers that consume them as
+    they come.
     """
     jobs = _jobs(services)
+    if "scores" in request.query_params:
+        raise InvalidField("scores is called `append_to`", param="scores")
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type not in JSONL:
         raise RequestError(f'send JSONL with the header "content-type: {JSONL[0]}"', param="content-type")
     chosen = services.heads.resolve(head, KINDS[kind])
     lines = _lines(request.stream(), services.limits.body_bytes)
-    return plain((await jobs.create(kind, lines, head=chosen.name, scores=scores)).body(), status=201)
+    return plain((await jobs.create(kind, lines, head=chosen.name, scores=append_to)).body(), status=201)
 
 
 @router.get("/jobs/{id}", response_model=Job, summary="How far a job is")

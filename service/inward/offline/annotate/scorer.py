@@ -34,9 +34,9 @@ COLUMNS = (
 """What is added to a row."""
 PROBE = Pair("question", "answer", "another")
 """Scored once, to learn who scores."""
-FIRST_CONTACT = Retries(most=2)
+FIRST_CONTACT = Retries(patience=3.0)
 """A wrong address should be known at once."""
-PATIENCE = Retries(most=9, cap=30.0)
+PATIENCE = Retries(patience=300.0, cap=30.0)
 """Afterwards a service may restart, or be overloaded for minutes."""
 TIMEOUT_S = 600.0
 """Of one try of a request."""
@@ -158,9 +158,7 @@ class ServiceScorer:
 
     def _inward(self, retries: Retries) -> AsyncInward:
         try:
-            return AsyncInward(
-                self._url, api_key=self._key or "", timeout=TIMEOUT_S, retries=retries, http=self._http
-            )
+            return AsyncInward(self._url, api_key=self._key or "", timeout=TIMEOUT_S, retries=retries, http=self._http)
         except ValueError as error:
             raise SetupError(f"--url: {error}") from None
 

@@ -1,30 +1,26 @@
-"""Conversation → token ids. The one place where a template is applied, so that fitting and serving see the same bytes.
-
-A prompt is rendered up to the point where the answer begins (the chat template with its generation prompt, or the part
-of the format string before ``{response}``); the response follows as it is. Prompt and response are tokenised
-*together*, as one text. Where the boundary falls inside a token of that text (possible only without a special token
-between them), they are tokenised apart, which is also what a model that samples an answer sees.
-"""
+"""Texts → groups of token ids, by the one template of a backbone."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Protocol
 
-from inward import metrics, tracing
+from inward import logs, metrics, tracing
 from inward.errors import InternalError, InvalidField, InwardError, SetupError, TooLarge
-from inward.types import Group, Ids
+from inward.prompts.control_tokens import ControlTokens
+from inward.prompts.turns import Turns
+from inward.types import Group, Ids, Prompt
 
-Message = Mapping[str, str]
-Prompt = str | Sequence[Message]
-"""What stands before the answer: a string (one user turn) or chat messages, oldest first, that do not end with the
-assistant."""
-
+LOG = logs.logger("prompts")
 DEFAULT_FORMAT = "{prompt}\n\n{response}"
 """For models without a chat template."""
+DATE = datetime(2024, 7, 26)
+"""Today, for chat templates that print it: a text has the same ids tomorrow. It is the day to which Llama 3's own
+template falls back."""
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 INLINE_CHARACTERS = 20_000
 """Requests up to this size are tokenised on the event loop (about a millisecond): a thread would cost more than it
@@ -35,13 +31,17 @@ class Tokenizer(Protocol):
     """The part of a Hugging Face tokenizer that is used here."""
 
     chat_template: Any
+    bos_token: str | None
     bos_token_id: int | None
     eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    added_tokens_decoder: Mapping[int, Any]
 
     def __len__(self) -> int: ...
-    def __call__(self, text: list[str], *, add_special_tokens: bool) -> Any: ...
+    def __call__(self, text: list[str], *, add_special_tokens: bool, split_special_tokens: bool = False) -> Any: ...
     def apply_chat_template(
-        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
+        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool, **variables: Any
     ) -> Any: ...
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> Any: ...
 
@@ -55,7 +55,7 @@ class Texts:
     """Texts, or token ids that are taken as they are."""
     truncate: bool = False
     rendered: bool = False
-    """The prompt is text to which a template was applied already; see ``Prompts.split``."""
+    """The prompt is text to which a template was applied already; see ``Turns.split``."""
 
     @property
     def characters(self) -> int:
@@ -81,30 +81,41 @@ class Prompts:
         max_tokens: most tokens of one prompt + response that the backbone takes; one is kept free for an EOS.
         format: a format string with ``{prompt}`` and, at its very end, ``{response}``; None takes the chat template, or
             ``DEFAULT_FORMAT`` where the tokenizer has none.
+        end_ids: all ids that end a text of this model (``backbones.tokenizer.end_ids``), beside the tokenizer's own.
 
     Raises:
         SetupError: the format string lacks a field, or text follows the response.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, max_tokens: int, format: str | None = None) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, max_tokens: int, format: str | None = None, end_ids: Ids = ()) -> None:
         if format is None and not tokenizer.chat_template:
             format = DEFAULT_FORMAT
         if format is not None and (format.count("{prompt}") != 1 or not format.endswith("{response}")):
             raise SetupError(
-                f"the template {format!r} needs {{prompt}} once and must end with {{response}}, as in {DEFAULT_FORMAT!r}"
+                f"the template {format!r} needs {{prompt}} once and must end with {{response}}, as in "
+                f"{DEFAULT_FORMAT!r}"
             )
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self._format = format
-        self._opening, closing = ("", "") if format is not None else _around_answers(tokenizer)
-        self._endings = tuple({ending for ending in (closing, tokenizer.eos_token) if ending})
         self._adds_bos = (
             self._first_ids([""])[:1] == (tokenizer.bos_token_id,) if tokenizer.bos_token_id is not None else False
         )
+        self._control = ControlTokens.of(tokenizer)
+        ends = [tokenizer.decode([token], skip_special_tokens=False) for token in end_ids]
+        self._date: dict[str, Callable[[str], str]] = {}
         if format is not None:
             self.template = f"format:{format}"
-        else:
-            self.template = f"chat:{hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:16]}"
+            self.turns = Turns.of(tokenizer, ends, None)
+            return
+        source = str(tokenizer.chat_template)
+        self.template = f"chat:{hashlib.sha256(source.encode()).hexdigest()[:16]}"
+        """Names it in a head's manifest, with the date where it prints one."""
+        if "strftime_now" in source:
+            self._date["strftime_now"] = DATE.strftime  # over the environment's own
+            self.template += f"@{DATE:%Y-%m-%d}"
+            logs.event(LOG, "template_date_fixed", date=f"{DATE:%Y-%m-%d}")
+        self.turns = Turns.of(tokenizer, ends, self._apply)
 
     def render(self, prompt: Prompt) -> str:
         """The text up to where the answer begins.
@@ -117,37 +128,18 @@ class Prompts:
         _check(messages)
         if self._format is None:
             try:
-                return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+                return self._apply(messages, answer_next=True)
             except Exception as error:  # templates refuse by raising whatever they like
                 raise InvalidField(f"the chat template refuses this conversation: {error}", param="messages") from error
         text = messages[0]["content"] if len(messages) == 1 else _transcript(messages)
         return self._format.removesuffix("{response}").replace("{prompt}", text)
 
-    def split(self, text: str, prompt: str = "") -> tuple[str, str]:
-        """A rendered prompt and the response in a whole conversation to which a template was applied already, special
-        tokens and all.
-
-        The response begins after ``prompt`` where the text does, else after the last place at which the chat template
-        lets an answer begin; where there is none, all of it is the prompt, and what is read at its end is the same.
-        What the template writes after an answer, and end-of-sequence tokens, are taken off, so that the text scores as
-        its prompt and response do by themselves.
-        """
-        text = self.strip(text)
-        if prompt and text.startswith(prompt):
-            return prompt, text[len(prompt) :]
-        at = text.rfind(self._opening) if self._opening else -1
-        start = at + len(self._opening) if at >= 0 else len(text)
-        return text[:start], text[start:]
-
-    def strip(self, response: str) -> str:
-        """``response`` without what the template writes after it, and without end-of-sequence tokens."""
-        while (end := next((end for end in self._endings if response.endswith(end)), None)) is not None:
-            response = response[: -len(end)]
-        return response
-
-    def is_rendered(self, prompt: str) -> bool:
-        """Whether a prompt ends as the chat template ends one, so that the template has been applied already."""
-        return bool(self._opening) and prompt.endswith(self._opening)
+    def _apply(self, messages: list[dict[str, str]], *, answer_next: bool) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=answer_next, **self._date
+            )
+        )
 
     def group(
         self, prompt: Prompt, responses: Sequence[str | Ids], *, truncate: bool = False, rendered: bool = False
@@ -162,15 +154,20 @@ class Prompts:
             InvalidField: text that is not Unicode, a conversation that the template refuses, or no text at all.
             TooLarge: more tokens than the backbone takes, and ``truncate`` is off.
         """
-        text = self._as_it_is(prompt) if rendered and isinstance(prompt, str) else self.render(prompt)
         for i, response in enumerate(responses):
             if isinstance(response, str):
                 _check_unicode(response, f"responses.{i}")
             else:
                 self._check_ids(response, f"responses.{i}")
         written = [response if isinstance(response, str) else "" for response in responses]
-        apart = self._ids([text, *written])
-        together = self._ids([text + response for response in written])
+        if rendered and isinstance(prompt, str):
+            _check_unicode(prompt, "messages")
+            text, broken = prompt, ""
+        else:
+            prompt, written, broken = self._control.broken(prompt, written)
+            text = self.render(prompt)
+        apart = self._ids([text, *written], broken)
+        together = self._ids([text + response for response in written], broken)
         prompt_ids, n = self._one_bos(apart[0]), len(apart[0])
         if not prompt_ids and not all(responses):
             raise InvalidField("prompt and response are both empty: there is no token to read", param="response")
@@ -193,10 +190,6 @@ class Prompts:
                 f"token id {max(ids)} is not in the tokenizer's vocabulary of {len(self.tokenizer)}", param=where
             )
 
-    def _as_it_is(self, rendered: str) -> str:
-        _check_unicode(rendered, "messages")
-        return rendered
-
     def _try(self, texts: Texts) -> Grouped | InwardError:
         try:
             return self.group(texts.prompt, texts.responses, truncate=texts.truncate, rendered=texts.rendered)
@@ -213,8 +206,8 @@ class Prompts:
         if not truncate:
             worst = max(range(len(responses_ids)), key=lambda i: len(responses_ids[i]), default=0)
             raise TooLarge(
-                f"prompt ({len(prompt_ids)} tokens) and response ({longest}) are longer than the {room} tokens that the model takes; "
-                "shorten them, or send \"truncate\": true",
+                f"prompt ({len(prompt_ids)} tokens) and response ({longest}) are longer than the {room} tokens that the "
+                "model takes; shorten them, or send \"truncate\": true",
                 param=f"responses.{worst}" if responses_ids else "prompt",
             )  # fmt: skip
         bos = prompt_ids[:1] if prompt_ids[:1] == (self.tokenizer.bos_token_id,) else ()
@@ -224,8 +217,20 @@ class Prompts:
         rest = prompt_ids[len(bos) :]
         return Grouped(Group(bos + rest[max(0, len(rest) - keep) :], responses_ids), truncated=True)
 
-    def _ids(self, texts: list[str]) -> list[Ids]:
+    def _ids(self, texts: list[str], broken: str = "") -> list[Ids]:
+        """Of each text; one that has the character ``broken`` is tokenised as the pieces between."""
+        if broken:
+            return [self._joined(text.split(broken)) for text in texts]
         return [tuple(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
+
+    def _joined(self, pieces: list[str]) -> Ids:
+        """Pieces of one text, each tokenised by itself. Behind a line break, because some tokenizers put a space before
+        what stands first.
+        """
+        (before,), (first, *others) = self._ids(["\n"]), self._ids([pieces[0], *("\n" + piece for piece in pieces[1:])])
+        for piece, ids in zip(pieces[1:], others, strict=True):
+            first += ids[len(before) :] if ids[: len(before)] == before else self._ids([piece])[0]
+        return first
 
     def _first_ids(self, texts: list[str]) -> Ids:
         return tuple(self.tokenizer(texts, add_special_tokens=True)["input_ids"][0])
@@ -241,23 +246,6 @@ class Prompts:
         while text[:1] == (bos,):
             text = text[1:]
         return (bos, *text) if len(text) < len(ids) or self._adds_bos else ids
-
-
-def _around_answers(tokenizer: Tokenizer) -> tuple[str, str]:
-    """What the chat template writes before an answer that is to be generated, and after one that is there; empty
-    where it can't be told.
-    """
-
-    def render(*messages: dict[str, str], answer_next: bool = False) -> str:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer_next))
-
-    question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "the-answer"}
-    try:
-        asked, opened, answered = render(question), render(question, answer_next=True), render(question, answer)
-    except Exception:  # templates refuse by raising whatever they like
-        return "", ""
-    opening = opened[len(asked) :] if opened.startswith(asked) else ""
-    return opening, answered.rpartition("the-answer")[2]
 
 
 def _check(messages: list[dict[str, str]]) -> None:

@@ -1,9 +1,10 @@
 import asyncio
+from datetime import timedelta
 
 import pytest
 
 from inward.errors import InvalidField, SetupError, TooLarge
-from inward.prompts import Prompts, Texts
+from inward.prompts import DATE, Prompts, Texts
 from support.tiny_tokenizer import tokenizer
 
 CHAT = tokenizer()
@@ -131,22 +132,6 @@ async def test_many_texts_come_back_in_order_with_errors_in_place():
     await asyncio.sleep(0)
 
 
-@pytest.mark.parametrize("ending", ["", "<|end|>", "<|end|><|end|>"])
-@pytest.mark.parametrize("known", [True, False])
-def test_a_conversation_rendered_elsewhere_is_the_tokens_of_its_prompt_and_response(known, ending):
-    """As trainers decode it, special tokens and all; whether they say where the prompt ends or not."""
-    prompts = Prompts(tokenizer(), max_tokens=1000)
-    chat = [
-        {"role": "user", "content": "Hi."},
-        {"role": "assistant", "content": "Yes?"},
-        {"role": "user", "content": "Why?"},
-    ]
-    rendered = prompts.render(chat)
-    prompt, response = prompts.split(rendered + "Seven birds." + ending, rendered if known else "")
-    assert (prompt, response) == (rendered, "Seven birds.")
-    assert prompts.group(prompt, [response], rendered=True) == prompts.group(chat, ["Seven birds."])
-
-
 def test_a_rendered_conversation_whose_bos_was_taken_off_has_one_again():
     prompts = Prompts(tokenizer(), max_tokens=1000)
     rendered = prompts.render("Hi.")
@@ -154,15 +139,31 @@ def test_a_rendered_conversation_whose_bos_was_taken_off_has_one_again():
 
 
 def test_text_without_a_place_where_an_answer_begins_is_all_prompt():
-    assert Prompts(tokenizer(), max_tokens=1000).split("just text") == ("just text", "")
-    assert Prompts(tokenizer(chat=False), max_tokens=1000).split("Human: a\n\nAssistant: b") == (
+    assert Prompts(tokenizer(), max_tokens=1000).turns.split("just text") == ("just text", "")
+    assert Prompts(tokenizer(chat=False), max_tokens=1000).turns.split("Human: a\n\nAssistant: b") == (
         "Human: a\n\nAssistant: b",
         "",
     )
 
 
-def test_a_prompt_that_the_template_has_been_applied_to_is_known_by_its_end():
-    prompts = Prompts(tokenizer(), max_tokens=1000)
-    assert prompts.is_rendered(prompts.render("Hi."))
-    assert not prompts.is_rendered("Hi.")
-    assert not Prompts(tokenizer(chat=False), max_tokens=1000).is_rendered("Hi.")
+DATED = "{{ strftime_now('%d %B %Y, %H:%M') }} {% for m in messages %}{{ m['content'] }}{% endfor %}"
+
+
+def test_a_template_that_prints_the_date_prints_the_same_one_every_day_and_says_so(caplog):
+    tok = tokenizer()
+    tok.chat_template = DATED
+    with caplog.at_level("INFO"):
+        dated = prompts(tok)
+    assert dated.render("Hi.") == "26 July 2024, 00:00 Hi."
+    assert dated.template.endswith("@2024-07-26")
+    assert [r.fields["date"] for r in caplog.records if r.message == "template_date_fixed"] == ["2024-07-26"]
+    assert "@" not in prompts().template
+
+
+def test_the_date_is_that_of_a_head_fitted_earlier(monkeypatch):
+    """The template's name has it, so that a head that was fitted with another date is not taken for this one's."""
+    tok = tokenizer()
+    tok.chat_template = DATED
+    before = prompts(tok).template
+    monkeypatch.setattr("inward.prompts.grouping.DATE", DATE + timedelta(days=1))
+    assert prompts(tok).template != before

@@ -17,8 +17,8 @@ def stream(services: Services, name: str | None) -> ScoredRows | None:
         return None
     if services.scores is None:
         raise Conflict(
-            "scores need a Redis that keeps them: run `inward api` and `inward worker` around a --redis-url",
-            param="scores",
+            "append_to needs a Redis that keeps streams: run `inward api` and `inward worker` around a --redis-url",
+            param="append_to",
         )
     return services.scores
 
