@@ -29,6 +29,11 @@ def test_a_pair_is_the_same_in_every_form_of_trl():
     assert rows.pair({"chosen": ASKED + said(SAFE), "rejected": ASKED + said(HARMFUL)}) == plain
     assert rows.pair({"prompt": ASKED, "chosen": ASKED + said(SAFE), "rejected": ASKED + said(HARMFUL)}) == plain
     assert rows.pair({"prompt": ASKED, "chosen": SAFE, "rejected": said(HARMFUL)}) == plain
+    assert rows.pair({"prompt": PROMPT, "chosen": ASKED + said(SAFE), "rejected": ASKED + said(HARMFUL)}) == {
+        **plain,
+        "prompt": PROMPT,
+    }
+    assert rows.pair({"prompt": PROMPT, "chosen": SAFE, "rejected": said(HARMFUL)}) == {**plain, "prompt": PROMPT}
 
 
 def test_a_pair_has_its_whole_context():
