@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
+DATA = Path(__file__).parents[3] / "shared" / "data"
 
 
 def rows(name: str, n: int | None = None) -> list[dict[str, Any]]:

@@ -46,7 +46,9 @@ __all__ = [
     "read_calibration",
     "read_lists",
     "read_pairs",
+    "read_texts",
     "save_states",
+    "whole_prompts",
 ]
 
 
@@ -117,6 +119,17 @@ def read_calibration(path: Path) -> list[CalibrationRow]:
     return [CalibrationRow(row.prompt(), row.answer("harmful"), row.answer("refusal")) for row in _rows(path)]
 
 
+def read_texts(path: Path) -> list[tuple[Prompt, tuple[str, ...]]]:
+    """Prompts with their responses, whatever the file calls them, and whatever it says of them.
+
+    Rows have ``response``, ``responses``, ``chosen`` and ``rejected``, or ``harmful`` and ``refusal``.
+
+    Raises:
+        DataError: names file, line and field.
+    """
+    return [(row.prompt(), row.texts()) for row in _rows(path)]
+
+
 def has_refusals(path: Path) -> bool:
     """Whether the rows of a file are calibration rows (``harmful`` and ``refusal``) and not labelled pairs; the first
     row decides.
@@ -181,6 +194,14 @@ def grouped_folds(groups: ArrayLike, k: int, seed: int) -> list[tuple[Indices, I
     return [(np.sort(np.concatenate([p for p in parts if p is not held_out])), held_out) for held_out in parts]
 
 
+def whole_prompts(groups_N: Indices, most: int) -> Indices:
+    """About ``most`` rows: all those of some prompts, which a hash of the prompt chooses, not the order of the rows."""
+    if len(groups_N) <= most:
+        return np.arange(len(groups_N), dtype=np.int64)
+    parts = max(2, -(-len(groups_N) // most))
+    return grouped_split(groups_N, [1.0, parts - 1.0], 0)[0]
+
+
 @dataclass(frozen=True, slots=True)
 class _Row:
     """One row as it was read, and where, for the message."""
@@ -203,6 +224,21 @@ class _Row:
         if not isinstance(value, str):
             raise self._error(field, "must be a string, or a list of one {role, content} message")
         return value
+
+    def texts(self) -> tuple[str, ...]:
+        for names in (("chosen", "rejected"), ("refusal", "harmful")):
+            if self.fields.keys() >= set(names):
+                return tuple(self.answer(name) for name in names)
+        if "responses" not in self.fields:
+            return (self.answer("response"),)
+        value = self._get("responses")
+        if not isinstance(value, list) or not value:
+            raise self._error("responses", "must be a list that is not empty")
+        found = [one.get("text") if isinstance(one, dict) else one for one in value]
+        texts = tuple(text for text in found if isinstance(text, str))
+        if len(texts) < len(found):
+            raise self._error("responses", 'must hold strings, or {"text"} with a string')
+        return texts
 
     def responses(self) -> tuple[Response, ...]:
         value = self._get("responses")
