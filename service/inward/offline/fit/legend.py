@@ -172,9 +172,9 @@ def constant_refusal(rows: Sequence[CalibrationRow | Pair]) -> list[str]:
     if len(rows) < 2 or len(chosen) > 1:
         return []
     return [
-        f"all {len(rows)} refusals are the same sentence ({chosen.pop()[:60]!r}): at the last token the direction then "
-        "also encodes 'ends with this sentence'; refusals of several wordings, or a sweep on labelled validation pairs, "
-        "show how much"
+        f"all {len(rows)} refusals are the same sentence ({chosen.pop()[:60]!r}): at the last token the direction "
+        "then also encodes 'ends with this sentence'; refusals of several wordings, or a sweep on labelled "
+        "validation pairs, show how much"
     ]
 
 

@@ -182,7 +182,7 @@ def _moments(states: StoredPairs, like: PairSource) -> list[Moments]:
 
 def _hybrid(args: Namespace, with_model: WithModel[Any], cache: Path) -> Fitted:
     if args.states:
-        return fit_hybrid(load_pair_states(args.states), name=args.name, gate=args.gate, seed=args.seed)
+        return fit_hybrid(StoredPairs.open(args.states), name=args.name, gate=args.gate, seed=args.seed, cache=cache)
     pairs = read_pairs(args.rows)[: args.limit]
     path = args.save_states or cache / "states.safetensors"
 
@@ -190,8 +190,7 @@ def _hybrid(args: Namespace, with_model: WithModel[Any], cache: Path) -> Fitted:
         layers = numbers(args.layers, backbone.info.layers)
         return await store_pairs(backbone, prompts, pairs, path, layers=layers, position=args.position)
 
-    with_model(store)
-    return fit_hybrid(load_pair_states(path), name=args.name, gate=args.gate, seed=args.seed)
+    return fit_hybrid(with_model(store), name=args.name, gate=args.gate, seed=args.seed, cache=cache)
 
 
 def _srr(args: Namespace, with_model: WithModel[Any], cache: Path) -> Fitted:
