@@ -349,7 +349,7 @@ async def test_an_unreadable_job_becomes_a_dead_letter_and_its_caller_gets_an_er
         waits = await replica.submit([job("newer")])
     await replica.submit([job("fine")])
     assert ids(await next_of(worker)) == ["fine"]
-    assert "upgrade workers" in (await waits[0]).message
+    assert "run API replicas and workers of one version" in (await waits[0]).message
     with house.server.client() as client:
         assert client.xlen(KEYS.dead) == 1
 
