@@ -2,6 +2,7 @@
 #   make serve              SmolLM2-135M-Instruct with its heads on http://127.0.0.1:8080
 #   make serve MODEL=…      a Hugging Face id, a folder, a GGUF file, or toy: the small model of the tests
 #   make test | check | format | install
+#   make test-fast          those tests that need no model, no Redis and no process of their own: under a minute
 #   make test-vllm          the vLLM backbone, on vLLM's CPU build, in an environment of its own (.venv-vllm, about 4 GB)
 #   make test-valkey        the tests of the queue against Valkey instead of Redis
 #   make test-deploy        image, compose file and Helm chart against linters and schemas, in .venv-deploy
@@ -22,7 +23,7 @@ ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: serve install test test-vllm test-valkey test-deploy audit check format image-check contract fuzz chaos smoke bench demo toy clean
+.PHONY: serve install test test-fast test-vllm test-valkey test-deploy audit check format image-check contract fuzz chaos smoke bench demo toy clean
 
 serve: .venv/installed $(if $(filter smollm2,$(MODEL)),.venv/smollm2)
 	$(BIN)/inward serve --model $(MODEL) $(ARGS)
@@ -32,6 +33,9 @@ install: .venv/installed
 test: .venv/installed-dev
 	$(BIN)/python -m pytest $(ARGS)
 
+test-fast: .venv/installed-dev
+	$(BIN)/python -m pytest -m fast -q $(ARGS)
+
 test-vllm: .venv-vllm/installed
 	.venv-vllm/bin/python -m pytest tests/backbones/test_vllm*.py $(ARGS)
 
@@ -40,6 +44,7 @@ check: .venv/installed-dev
 	$(BIN)/ruff check service clients tests docs
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 format: .venv/installed-dev
 	$(BIN)/ruff format service clients tests docs

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -168,7 +169,7 @@ async def test_samples_are_drawn_scored_and_returned_in_order():
 
 @pytest.mark.parametrize("leaves", ["by its deadline", "by itself"])
 async def test_sampling_is_cut_short_once_nobody_waits_for_it(leaves, monkeypatch):
-    monkeypatch.setattr("inward.worker.GLANCE_S", 0.01)
+    monkeypatch.setattr("inward.worker.POLL_INTERVAL_S", 0.01)
     started, cancelled = asyncio.Event(), asyncio.Event()
 
     async def draw(group, readouts, *, tokens=False):
@@ -193,6 +194,30 @@ async def test_sampling_is_cut_short_once_nobody_waits_for_it(leaves, monkeypatc
         c.worker._clock = time.time
         assert len(await c.score(groups(1))) == 1
     assert c.queue.tokens == 0
+
+
+async def test_scores_are_computed_while_a_backbone_draws_beside_them():
+    started, go_on = asyncio.Event(), asyncio.Event()
+    async with corridor() as c:
+        draw = c.backbone.sample_and_read
+
+        async def slow(group, readouts, *, tokens=False):
+            started.set()
+            await go_on.wait()
+            return await draw(group, readouts, tokens=tokens)
+
+        c.backbone.sample_and_read = slow
+        c.worker._capacity = replace(c.backbone.capacity, drawings=2)
+        drawings = [
+            asyncio.create_task(c.score([Group((1, 2, i), sampling=SamplingSpec(n=8, max_tokens=512))]))
+            for i in range(5)
+        ]
+        await asyncio.wait_for(started.wait(), PATIENCE)
+        for _ in range(3):
+            assert len(await c.score(groups(2))) == 2
+        assert len(c.worker._drawing) == 2
+        go_on.set()
+        assert [len(scored.samples) for [scored] in await asyncio.gather(*drawings)] == [8] * 5
 
 
 async def test_pairs_bring_pair_fields():
@@ -239,7 +264,7 @@ async def test_what_is_longer_than_the_model_takes_is_refused_by_the_worker_too(
 
 @pytest.mark.parametrize("when", ["while it computes", "while it waits"])
 async def test_a_device_that_makes_no_progress_ends_the_worker_and_its_jobs_are_given_back(when, monkeypatch):
-    monkeypatch.setattr("inward.worker.GLANCE_S", 0.01)
+    monkeypatch.setattr("inward.worker.POLL_INTERVAL_S", 0.01)
     c = Corridor()
     running = asyncio.create_task(c.worker.run())
     if when == "while it computes":

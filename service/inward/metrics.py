@@ -145,7 +145,8 @@ LABEL_AGREEMENT_TOTAL = Counter(
 )
 DECILES_TOTAL = Counter(
     "inward_reward_decile",
-    "Scores by the tenth of the head's calibration set that they are like (1 the lowest): all ten alike as long as nothing drifts.",
+    "Scores by the tenth of the head's calibration set that they are like (1 the lowest): all ten alike as long as "
+    "nothing drifts.",
     ("head", "version", "decile"),
     registry=REGISTRY,
 )
@@ -158,7 +159,7 @@ MARGINS = Histogram(
 )
 CONFIDENCES = Histogram(
     "inward_confidence",
-    "Confidence in the labels of pairs, by head.",
+    "Confidence (gamma of cDPO) of pairs, by head.",
     ("head",),
     buckets=PROBABILITY,
     registry=REGISTRY,

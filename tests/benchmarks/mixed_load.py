@@ -30,7 +30,8 @@ from inward.offline.bench.workload import write_random_heads
 from inward.prompts import Prompts
 from inward.types import BackboneInfo
 from support.serving import Served, serve
-from support.tiny_tokenizer import TEXTS, tokenizer
+from support.tiny_tokenizer import TEXTS
+from support.tiny_tokenizer import of_transformers as tokenizer
 
 LAYERS, WIDTH = 4, 64
 OPTIONS = ("--backbone", "vllm", "--dtype", "float32", "--max-candidates", "16")

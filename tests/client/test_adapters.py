@@ -27,7 +27,11 @@ def test_a_pair_is_the_same_in_every_form_of_trl():
     assert rows.pair({"prompt": PROMPT, "chosen": SAFE, "rejected": HARMFUL}) == {**plain, "prompt": PROMPT}
     assert rows.pair({"prompt": ASKED, "chosen": said(SAFE), "rejected": said(HARMFUL), "id": 3}) == plain
     assert rows.pair({"chosen": ASKED + said(SAFE), "rejected": ASKED + said(HARMFUL)}) == plain
-    assert rows.pair({"prompt": PROMPT, "chosen": ASKED + said(SAFE), "rejected": ASKED + said(HARMFUL)}) == plain
+    assert rows.pair({"prompt": PROMPT, "chosen": ASKED + said(SAFE), "rejected": ASKED + said(HARMFUL)}) == {
+        **plain,
+        "prompt": PROMPT,
+    }
+    assert rows.pair({"prompt": PROMPT, "chosen": SAFE, "rejected": said(HARMFUL)}) == {**plain, "prompt": PROMPT}
 
 
 @pytest.mark.parametrize(
@@ -36,7 +40,6 @@ def test_a_pair_is_the_same_in_every_form_of_trl():
         {"chosen": SAFE, "rejected": HARMFUL},
         {"chosen": said(SAFE), "rejected": said(HARMFUL)},
         {"chosen": ASKED + said(SAFE), "rejected": [{"role": "user", "content": "Other?"}, *said(HARMFUL)]},
-        {"prompt": PROMPT, "chosen": SAFE, "rejected": said(HARMFUL)},
         {"chosen": ASKED, "rejected": ASKED},
     ],
 )
@@ -45,14 +48,10 @@ def test_a_pair_without_one_prompt_or_answers_of_one_kind_is_refused(row):
         rows.pair(row)
 
 
-def test_messages_lose_what_is_no_text():
-    turn = {
-        "role": "user",
-        "content": [{"type": "text", "text": "Hi"}, {"type": "image"}],
-        "tool_calls": None,
-        "token_ids": [1],
-    }
-    assert rows.messages([turn]) == [{"role": "user", "content": "Hi"}]
+def test_what_is_no_text_is_refused_by_its_name_instead_of_lost():
+    turn = {"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "image"}]}
+    with pytest.raises(ValueError, match="image"):
+        rows.item([turn], SAFE)
 
 
 @pytest.mark.parametrize("head", [None, "legend"])

@@ -16,6 +16,8 @@ SOURCES = tuple(ROOT / folder for folder in ("service", "clients/python", "clien
 MODEL = {"torch", "transformers", "trl", "peft", "datasets", "sklearn"}
 """Packages that a test has only for a model; they take seconds to import."""
 PROCESS = {"subprocess", "multiprocessing"}
+CALLERS = {"service/inward/commands/parser.py", "tests/support/fleet.py", "tests/support/serving.py"}
+"""What calls commands by their names."""
 REDIS_FIXTURES = {"redis_server", "own_redis", "_shared_redis"}
 MODEL_FIXTURES = {"demo_server"}
 
@@ -40,25 +42,36 @@ def of_test(marks: Iterable[str], fixtures: Iterable[str]) -> set[str]:
     return marks if marks == {"fast"} else marks - {"fast"}
 
 
-@cache
 def imported(file: Path) -> frozenset[str]:
     """Top-level packages from elsewhere that come with ``file``: those that it imports, anywhere in it, and those that
     modules of ours import at once when it imports them.
     """
+    modules = _closure(file, _AT_TOP)
+    pairs = [(module, _ANYWHERE if module == file else _AT_TOP) for module in modules]
+    names = {name for module, pattern in pairs for name in _names(module.read_text(encoding="utf-8"), pattern)}
+    return frozenset(name.partition(".")[0] for name in names if not _file(name))
+
+
+def reached(file: Path) -> frozenset[Path]:
+    """Our own modules that the tests in ``file`` can come to, by imports or by commands that they start."""
+    return _closure(file, _ANYWHERE)
+
+
+@cache
+def _closure(file: Path, pattern: re.Pattern[str]) -> frozenset[Path]:
+    """``file``, the modules of ours that it imports anywhere, and those that ``pattern`` finds in them, and so on."""
     seen: set[Path] = set()
-    found: set[str] = set()
-    waiting = [(file, _ANYWHERE)]
+    waiting = [file]
     while waiting:
-        module, pattern = waiting.pop()
+        module = waiting.pop()
         if module in seen:
             continue
         seen.add(module)
-        for name in _names(module.read_text(encoding="utf-8"), pattern):
-            ours = _file(name)
-            waiting += [(part, _AT_TOP) for part in ours]
-            if not ours:
-                found.add(name.partition(".")[0])
-    return frozenset(found)
+        names = _names(module.read_text(encoding="utf-8"), _ANYWHERE if module == file else pattern)
+        waiting += [part for name in names for part in _file(name)]
+        if pattern is _ANYWHERE and module.relative_to(ROOT).as_posix() in CALLERS:
+            waiting += (ROOT / "service/inward/commands").glob("*.py")
+    return frozenset(seen)
 
 
 def _starts_processes(file: Path) -> bool:

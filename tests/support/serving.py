@@ -20,7 +20,7 @@ from inward.backbones.fingerprint import fingerprint
 from inward.offline.bench.workload import write_random_heads
 from inward.prompts import Prompts
 from inward.types import BackboneInfo
-from support.tiny_tokenizer import tokenizer
+from support.tiny_tokenizer import of_transformers as tokenizer
 from support.waiting import PATIENCE
 
 LAYERS, WIDTH = 3, 64

@@ -244,6 +244,46 @@ def test_another_model_than_the_services_is_refused_before_anything_is_drawn(wor
     assert cdpo.run(run.model_copy(update={"model": "service", "steps": 1})) == 0
 
 
+def judged(run):
+    return [line for line in read_log(run.out / "log.jsonl") if "eval/loss" in line]
+
+
+def test_every_checkpoint_is_judged_on_pairs_that_nobody_trains_on_and_the_best_is_kept(world, tmp_path):
+    _, run = world
+    pairs = write_rows(tmp_path / "eval.jsonl", [row | {"confidence": 0.9} for row in rows(5)])
+    run = run.model_copy(update={"eval_pairs": pairs})
+    assert cdpo.run(run) == 0
+    lines = judged(run)
+    assert [line["step"] for line in lines] == [0, 2, 4, 6]
+    assert lines[0]["eval/loss"] == pytest.approx(math.log(2)) and lines[0]["eval/margin"] == 0.0
+    assert len({line["eval/loss"] for line in lines}) == 4
+    assert all(line["eval/loss_se"] > 0 for line in lines[1:])
+    looks = [line for line in read_log(run.out / "log.jsonl") if "policy_version" in line]
+    names = {f"eval/{judge}_{what}" for judge in ("hybrid", "monitor") for what in ("reward", "margin", "accuracy")}
+    assert all(names | {f"{name}_se" for name in names} <= look.keys() for look in looks)
+    best = min(lines[1:], key=lambda line: line["eval/loss"])
+    assert json.loads((run.out / "best/evaluation.json").read_text()) == best
+    kept = load_file(run.out / "best/adapter_model.safetensors")
+    published = load_file(next(run.adapters.glob(f"*-{best['step']:06d}")) / "adapter_model.safetensors")
+    assert all(torch.equal(kept[name], value) for name, value in published.items())
+
+
+def test_a_run_that_only_gets_worse_ends_early_publishes_and_stays_ended(world, tmp_path, monkeypatch):
+    fake, run = world
+    pairs = write_rows(tmp_path / "eval.jsonl", [row | {"confidence": 0.9} for row in rows(3)])
+    losses = iter([0.7, 0.5, 0.6, 0.55, 0.4, 0.3])
+    monkeypatch.setattr(loop.FedTrainer, "judge", lambda self, rows, seen=losses: [(next(seen), 1.0)] * len(rows))
+    run = run.model_copy(
+        update={"eval_pairs": pairs, "stop_after": 2, "publish_every": 1, "steps": 6, "held_out": None}
+    )
+    assert cdpo.run(run) == 0
+    assert [line["step"] for line in judged(run)] == [0, 1, 2, 3]
+    assert json.loads((run.out / "best/evaluation.json").read_text())["step"] == 1
+    assert [version.rpartition("-")[2] for version in fake.policies] == ["base", "000001", "000002", "000003"]
+    assert cdpo.run(run) == 0
+    assert [line["step"] for line in steps_of(run)] == [1, 2, 3]
+
+
 def test_a_head_is_found_by_its_kind_whatever_it_is_called(world):
     fake, run = world
     fake.heads = ({"name": "danger", "kind": "legend"}, {"name": "kindness", "kind": "hybrid"})

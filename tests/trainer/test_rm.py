@@ -58,10 +58,31 @@ def test_learns_to_rank_and_reports_it(policy, tmp_path, capsys):
     run = run.model_copy(update={"held_out": run.pairs})
     assert rm.run(run) == 0
     report = json.loads((run.out / "report.json").read_text())
-    assert report == {"pairs": 8, "margins": "column", "held_out_pairs": 8, "held_out_accuracy": 1.0}
+    right = {"held_out_pairs": 8, "held_out_accuracy": 1.0, "held_out_accuracy_se": 0.0}
+    assert report == {"pairs": 8, "margins": "column", **right}
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == report
     assert (run.out / "final/model.safetensors").is_file()
     assert len(losses(run)) == 12
+
+
+def test_every_checkpoint_is_judged_and_the_best_is_kept(policy, tmp_path):
+    run = options(policy, tmp_path, rows=with_margin(0.5), margins="column", epochs=4, checkpoint_every=2)
+    assert rm.run(run.model_copy(update={"eval_pairs": run.pairs, "eval_most": 6})) == 0
+    judged = [line for line in read_log(run.out / "log.jsonl") if "eval/loss" in line]
+    assert [line["step"] for line in judged] == [0, 2, 4, 6, 8]
+    assert judged[-1]["eval/accuracy"] == 1.0 and judged[-1]["eval/loss"] < judged[0]["eval/loss"]
+    assert all(line["eval/loss_se"] > 0 for line in judged)
+    best = min(judged[1:], key=lambda line: line["eval/loss"])
+    assert json.loads((run.out / "best/evaluation.json").read_text()) == best
+    assert (run.out / "best/model.safetensors").is_file()
+
+
+def test_the_loss_of_a_pair_is_that_of_its_difference(policy, tmp_path):
+    run = options(policy, tmp_path, margins="none")
+    model = rm.load_model(rm.AutoModelForSequenceClassification, policy, run, num_labels=1)
+    (loss, margin), (other, _) = rm.judge(model, [([1, 5, 9], [1, 7]), ([1, 7], [1, 5, 9])])
+    assert loss == pytest.approx(float(-torch.nn.functional.logsigmoid(torch.tensor(margin))), rel=1e-5)
+    assert other == pytest.approx(loss + margin, rel=1e-4)
 
 
 @pytest.mark.parametrize("full", [True, False])

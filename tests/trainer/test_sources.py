@@ -52,10 +52,15 @@ def test_parquet_is_read_as_well(tmp_path):
     assert read_pairs(tmp_path / "pairs.parquet") == read_pairs(write_rows(tmp_path / "pairs.jsonl", rows(3)))
 
 
-def test_a_line_that_is_no_object_is_named(tmp_path):
-    (tmp_path / "pairs.jsonl").write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n[1]\n')
-    with pytest.raises(DataError, match="line 2"):
-        read_pairs(tmp_path / "pairs.jsonl")
+def test_a_row_that_is_no_pair_is_left_out_with_a_word_and_a_file_without_one_is_refused(tmp_path, caplog):
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n{"text": "alone"}\n')
+    assert [pair.prompt for pair in read_pairs(tmp_path / "pairs.jsonl")] == ["p"]
+    assert "1 of 2 rows are left out" in caplog.text
+    (tmp_path / "none.jsonl").write_text('{"text": "alone"}\n')
+    with pytest.raises(DataError, match=r"none\.jsonl"):
+        read_pairs(tmp_path / "none.jsonl")
+    with pytest.raises(DataError, match="nowhere"):
+        read_pairs(tmp_path / "nowhere.jsonl")
 
 
 def test_prompts_are_taken_once_each(tmp_path):

@@ -70,7 +70,7 @@ class Margin:
     label_probability: float | None = None
     """Calibrated probability that the label is right, where the head is calibrated for it."""
     confidence: float | None = None
-    """Weight of the label in cDPO, where a hybrid head is loaded."""
+    """Gamma of cDPO, for a trainer, where a hybrid head is loaded; it is not calibrated."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,9 @@ class RewardPair:
     label_probability: float | None = None
     """Calibrated probability that the label is right, where the head is calibrated for it."""
     confidence: float | None = None
-    """Weight of the label in cDPO."""
+    """Gamma of cDPO, for a trainer; it is not calibrated."""
     confidence_calibrated: float | None = None
+    """The same as ``label_probability``."""
     chosen_layers: Mapping[str, Any] | None = None
     rejected_layers: Mapping[str, Any] | None = None
     chosen_tokens: list[float] | None = None
@@ -139,6 +140,7 @@ class BestAgainstWorst:
     chosen_score: float | None = None
     rejected_score: float | None = None
     confidence: float | None = None
+    """Gamma of cDPO, where a hybrid head is loaded."""
     chosen_finish_reason: str | None = None
     rejected_finish_reason: str | None = None
 

@@ -18,8 +18,9 @@ from inward_trainer.annotate import Annotator, Judges
 from inward_trainer.base_model import check_same, eos_ids, find_model, name_model
 from inward_trainer.checkpoints import last_checkpoint, step_of
 from inward_trainer.confidence import Confidence
-from inward_trainer.errors import OptionsError, Stopped
-from inward_trainer.feed import Feed, Gatherer, fitting
+from inward_trainer.errors import DataError, OptionsError, Stopped
+from inward_trainer.evaluation import Evaluation
+from inward_trainer.feed import Feed, Gatherer, fitting, rows_of
 from inward_trainer.fingerprint import fingerprint
 from inward_trainer.held_out import HeldOut
 from inward_trainer.journal import Journal
@@ -132,10 +133,11 @@ def _run(options: CdpoOptions, config: DPOConfig, stopping: Stopping, stack: Exi
     parts = _Parts(options, rows, model, service, info, stopping, stack) if is_main else None
     plan = agreed((parts.steps, parts.checkpoint) if parts else None, processes)
     config.max_steps, resume = plan[0], str(plan[1]) if plan[1] else None
+    confidence = Confidence(options.confidence, options.gamma, options.scale, options.alpha, options.floor)
     feed = Feed(
         parts.main.gatherer if parts else None,
         model.tokeniser,
-        Confidence(options.confidence, options.gamma, options.scale, options.alpha, options.floor),
+        confidence,
         rows=rows,
         batch=options.batch_size,
         stopping=stopping,
@@ -144,8 +146,15 @@ def _run(options: CdpoOptions, config: DPOConfig, stopping: Stopping, stack: Exi
     )
     trainer = build_trainer(options, config, model.folder, model.tokeniser, feed)
     every = options.publish_every if options.adapters else options.checkpoint_every
-    wait = trainer.accelerator.wait_for_everyone
-    trainer.add_callback(OnlineLoop(feed, parts.main if parts else None, stopping, wait=wait, every=every))
+    loop = OnlineLoop(
+        feed,
+        parts.main if parts else None,
+        stopping,
+        wait=trainer.accelerator.wait_for_everyone,
+        every=every,
+        evaluate=_evaluation(options, trainer, parts, model.tokeniser, confidence),
+    )
+    trainer.add_callback(loop)
     trainer.train(resume_from_checkpoint=resume)
     if (signal := agreed(stopping.signal, processes)) is not None:
         raise Stopped(signal)
@@ -155,6 +164,26 @@ def _run(options: CdpoOptions, config: DPOConfig, stopping: Stopping, stack: Exi
         if options.metrics_port is not None:
             metrics.linger()
     return 0
+
+
+def _evaluation(
+    options: CdpoOptions, trainer: FedTrainer, parts: _Parts | None, tokeniser: Tokeniser, confidence: Confidence
+) -> Evaluation | None:
+    if options.eval_pairs is None:
+        return None
+    processes = trainer.args.world_size
+    pairs: Sequence[ScoredPair] = agreed(parts.main.eval_pairs if parts else None, processes)
+    rows = rows_of(pairs, tokeniser, confidence)
+    return Evaluation(
+        lambda places: trainer.judge([rows[place] for place in places]),
+        len(rows),
+        trainer.save_model,
+        parts.main.log if parts else None,
+        options.out / "best",
+        stop_after=options.stop_after,
+        rank=trainer.args.process_index,
+        processes=processes,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,13 +231,15 @@ class _Parts:
         self.steps = options.steps or math.ceil(options.epochs * pairs / rows)
         log = Log(options.out, done, run=self.run.name, tensorboard=options.tensorboard)
         stack.callback(log.close)
+        annotator = self._annotator()
         self.main = MainProcess(
-            self._gatherer(source, rows),
+            self._gatherer(source, annotator, rows),
             log,
             publisher=self.publisher,
             update_head=self._head_updates(),
             judges=Judges(service, self._named_head(), options.monitor) if service and self.publisher else None,
             held_out=self._held_out(),
+            eval_pairs=self._eval_pairs(annotator),
         )
 
     def _needs_head(self) -> bool:
@@ -245,13 +276,30 @@ class _Parts:
             publisher.publish(0, self._options.adapter)
         return publisher
 
-    def _gatherer(self, source: Source, rows: int) -> Gatherer:
+    def _annotator(self) -> Annotator:
         options = self._options
         hybrid = options.confidence in ("pair", "batch") or options.monitor is not None
+        return Annotator(self._service, head=self.head, monitor=options.monitor, hybrid=hybrid)
+
+    def _eval_pairs(self, annotator: Annotator) -> list[ScoredPair]:
+        """Those that fit the model, with what their confidence is made from.
+
+        Raises:
+            DataError: there are none.
+        """
+        options = self._options
+        if options.eval_pairs is None:
+            return []
+        pairs = fitting(read_pairs(options.eval_pairs), self._model.tokeniser, options.max_length)[: options.eval_most]
+        if not (known := annotator(pairs)):
+            raise DataError(f"--eval-pairs: {options.eval_pairs} has no pair that can be used")
+        return known
+
+    def _gatherer(self, source: Source, annotator: Annotator, rows: int) -> Gatherer:
         return Gatherer(
             source,
-            Annotator(self._service, head=self.head, monitor=options.monitor, hybrid=hybrid),
-            Journal(options.out / "journal"),
+            annotator,
+            Journal(self._options.out / "journal"),
             rows=rows,
             usable=self._usable if source.live else lambda pairs, done: list(pairs),
             before=self.publisher.enforce if self.publisher else lambda done: None,

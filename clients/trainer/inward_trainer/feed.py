@@ -117,6 +117,10 @@ class Feed(IterableDataset[dict[str, Any]]):
         self.current: Step | None = None
         """The step whose rows were given last."""
 
+    def end(self) -> None:
+        """Gives no more; told to all processes."""
+        self._over = self.ended = True
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         while not self._over:
             step = self._shared(self.done + 1)
@@ -124,9 +128,9 @@ class Feed(IterableDataset[dict[str, Any]]):
                 self._over = True
                 return
             self.current = step
-            rows = list(zip(step.pairs, self._confidence(step.pairs), strict=True))
+            rows = rows_of(step.pairs, self._tokenise, self._confidence)
             for start in range(self._rank * self._batch, self._rows, self._processes * self._batch):
-                yield from (self._row(pair, gamma) for pair, gamma in rows[start : start + self._batch])
+                yield from rows[start : start + self._batch]
 
     def _shared(self, number: int) -> Step | None:
         """The step, gathered by the main process and sent to the others; None where the source has ended, or somebody
@@ -145,12 +149,17 @@ class Feed(IterableDataset[dict[str, Any]]):
         step: Step | None = agreed(found, self._processes)
         return step
 
-    def _row(self, pair: ScoredPair, gamma: float) -> dict[str, Any]:
-        row: dict[str, Any] = asdict(self._tokenise(pair)) | {"confidence": gamma}
+
+def rows_of(pairs: Sequence[ScoredPair], tokenise: Tokeniser, confidence: Confidence) -> list[dict[str, Any]]:
+    """Pairs that are learnt together, as the collator takes them."""
+    rows = []
+    for pair, gamma in zip(pairs, confidence(pairs), strict=True):
+        row: dict[str, Any] = asdict(tokenise(pair)) | {"confidence": gamma}
         row |= {"chosen_score": pair.chosen_score, "rejected_score": pair.rejected_score}
         if pair.monitor is not None:
             row["monitor_chosen"], row["monitor_rejected"] = pair.monitor
-        return row
+        rows.append(row)
+    return rows
 
 
 def fitting(pairs: Sequence[ScoredPair], tokenise: Tokeniser, max_length: int) -> list[ScoredPair]:

@@ -27,6 +27,7 @@ from transformers import TrainerCallback
 from inward_trainer.annotate import Judges
 from inward_trainer.checkpoints import mark_complete
 from inward_trainer.errors import DivergedError
+from inward_trainer.evaluation import judged
 from inward_trainer.feed import Feed, Gatherer
 from inward_trainer.held_out import HeldOut
 from inward_trainer.journal import Step
@@ -80,6 +81,7 @@ class MainProcess:
     update_head: HeadUpdates | None = None
     judges: Judges | None = None
     held_out: HeldOut | None = None
+    eval_pairs: Sequence[ScoredPair] = ()
 
 
 class OnlineLoop(TrainerCallback):  # type: ignore[misc]
@@ -89,17 +91,28 @@ class OnlineLoop(TrainerCallback):  # type: ignore[misc]
         main: None in all processes but the main one.
         wait: lets all processes come to the same point; called by each of them.
         every: steps between two checkpoints.
+        evaluate: judges every checkpoint, in all processes; says whether the run should end.
     """
 
     def __init__(
-        self, feed: Feed, main: MainProcess | None, stopping: Stopping, *, wait: Callable[[], None], every: int
+        self,
+        feed: Feed,
+        main: MainProcess | None,
+        stopping: Stopping,
+        *,
+        wait: Callable[[], None],
+        every: int,
+        evaluate: Callable[[int], bool] | None = None,
     ) -> None:
         self._feed, self._main, self._stopping, self._wait, self._every = feed, main, stopping, wait, every
+        self._evaluate = evaluate or (lambda step: False)
         self._saved = 0
         self._began = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._feed.done = self._saved = state.global_step
+        if self._evaluate(state.global_step):
+            self._feed.end()
         if self._main is not None:
             self._settle(args, state)
             self._main.log.series.begins(state.global_step, state.max_steps)
@@ -138,8 +151,10 @@ class OnlineLoop(TrainerCallback):  # type: ignore[misc]
         self._wait()
         if self._main is not None:
             mark_complete(_checkpoint(args, state))
-            if self._stopping.signal is None:  # else it is done when the run goes on
-                self._settle(args, state)
+        if self._evaluate(state.global_step):
+            self._feed.end()
+        if self._main is not None and self._stopping.signal is None:  # else it is done when the run goes on
+            self._settle(args, state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._main is not None and self._stopping.signal is None:
@@ -173,6 +188,8 @@ def look(main: MainProcess, done: int, recent: Sequence[ScoredPair]) -> None:
     values: dict[str, Any] = {"policy_version": main.publisher.version(done)}
     if main.judges is not None and recent:
         values |= main.judges.agreement(recent)
+    if main.judges is not None and main.eval_pairs:
+        values |= judged(main.judges, main.eval_pairs)
     if main.held_out is not None:
         values |= main.held_out()
     main.log.write(done, values)

@@ -204,6 +204,18 @@ class OnlineOptions(_Options):
     """How many of them."""
 
 
+class EvalOptions(_Options):
+    """evaluation"""
+
+    eval_pairs: Path | None = None
+    """Pairs, in any form that --pairs may have, on which every checkpoint is judged: loss, accuracy, and what heads say
+    of them. The checkpoint with the least loss is kept in OUT/best."""
+    eval_most: int = Field(256, ge=1)
+    """How many of them."""
+    stop_after: int | None = Field(None, ge=1)
+    """End the run after so many evaluations without a lower loss; by default never."""
+
+
 class WatchOptions(_Options):
     """Prometheus"""
 
@@ -213,7 +225,9 @@ class WatchOptions(_Options):
     """Address of that port; 0.0.0.0 lets other machines see numbers and names of versions, never texts."""
 
 
-class CdpoOptions(ModelOptions, SourceOptions, ServiceOptions, ConfidenceOptions, OnlineOptions, WatchOptions):
+class CdpoOptions(
+    ModelOptions, SourceOptions, ServiceOptions, ConfidenceOptions, OnlineOptions, EvalOptions, WatchOptions
+):
     """the method"""
 
     beta: float = Field(0.15, gt=0)
@@ -238,7 +252,7 @@ class MarginOptions(_Options):
     """Pairs on which the reward model's accuracy is measured in the end."""
 
 
-class RewardOptions(ModelOptions, MarginOptions, ServiceOptions):
+class RewardOptions(ModelOptions, MarginOptions, EvalOptions, ServiceOptions):
     """All options of ``inward-train rm``."""
 
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from inward_trainer.base_model import check_same, eos_ids, find_model, name_mode
 from inward_trainer.checkpoints import last_checkpoint, mark_complete, step_of
 from inward_trainer.durable import write_text
 from inward_trainer.errors import DataError, OptionsError, Stopped
+from inward_trainer.evaluation import Evaluation
 from inward_trainer.fingerprint import fingerprint
 from inward_trainer.logs import Log
 from inward_trainer.loop import refuse_divergence
@@ -31,7 +33,8 @@ from inward_trainer.pairs import ScoredPair, read_row
 from inward_trainer.processes import agreed
 from inward_trainer.runs import Run, find_run, go_on, locked, new_run, stopped
 from inward_trainer.service import Service
-from inward_trainer.sources.rows import read_table
+from inward_trainer.sources.rows import read_pairs, read_table
+from inward_trainer.statistics import estimates
 from inward_trainer.stopping import Stopping
 from inward_trainer.tokens import Tokeniser
 
@@ -78,23 +81,33 @@ def run(options: RewardOptions) -> int:
             return stopped("rm", options, stop, config.max_steps)
 
 
-@torch.inference_mode()
-def accuracy(model: Any, pairs: Sequence[tuple[list[int], list[int]]]) -> float:
-    """Share of pairs whose chosen answer has the higher reward; one text at a time, so that no padding can matter."""
-    right = 0
+@torch.no_grad()
+def judge(model: Any, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, float]]:
+    """Loss (without a margin) and difference of rewards of each pair; one text at a time, so that no padding can
+    matter.
+    """
+    was_training, found = model.training, []
+    model.eval()
     for texts in pairs:
         chosen, rejected = (model(torch.tensor([ids], device=model.device)).logits.item() for ids in texts)
-        right += chosen > rejected
-    return right / len(pairs)
+        found.append((math.log1p(math.exp(-abs(chosen - rejected))) + max(rejected - chosen, 0.0), chosen - rejected))
+    model.train(was_training)
+    return found
 
 
 class Steps(TrainerCallback):  # type: ignore[misc]
     """What happens between the steps: the log, whole checkpoints, the end if somebody asks for it."""
 
-    def __init__(self, log: Log | None, stopping: Stopping, wait: Any) -> None:
+    def __init__(
+        self, log: Log | None, stopping: Stopping, wait: Callable[[], None], evaluate: Callable[[int], bool] | None
+    ) -> None:
         self._log, self._stopping, self._wait = log, stopping, wait
+        self._evaluate = evaluate or (lambda step: False)
         self.signal: int | None = None
         """Of the main process, if it was asked for the end."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._evaluate(state.global_step)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         refuse_divergence(model, state.global_step + 1)
@@ -114,6 +127,8 @@ class Steps(TrainerCallback):  # type: ignore[misc]
         self._wait()
         if self._log is not None:
             mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        if self._evaluate(state.global_step):
+            control.should_training_stop = True
 
 
 def _run(options: RewardOptions, path: Path, config: RewardConfig, stopping: Stopping, stack: ExitStack) -> int:
@@ -137,7 +152,8 @@ def _run(options: RewardOptions, path: Path, config: RewardConfig, stopping: Sto
         stack.callback(log.close)
     rows, checkpoint = agreed((rows, checkpoint), processes)
     trainer = build_trainer(options, config, folder, tokenizer, rows)
-    steps = Steps(log, stopping, trainer.accelerator.wait_for_everyone)
+    evaluate = _evaluation(options, trainer, log, tokeniser)
+    steps = Steps(log, stopping, trainer.accelerator.wait_for_everyone, evaluate)
     trainer.add_callback(steps)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if steps.signal is not None:
@@ -163,10 +179,32 @@ def _report(options: RewardOptions, pairs: int, trainer: Any, tokeniser: Tokenis
     report: dict[str, Any] = {"pairs": pairs, "margins": options.margins}
     if options.held_out is not None:
         held_out = [_texts(tokeniser, read_row(row, str(i))) for i, row in enumerate(read_table(options.held_out))]
-        model = trainer.accelerator.unwrap_model(trainer.model).eval()
-        report |= {"held_out_pairs": len(held_out), "held_out_accuracy": accuracy(model, held_out)}
+        found = judge(trainer.accelerator.unwrap_model(trainer.model), held_out)
+        right = estimates("held_out", {"accuracy": [float(margin > 0) for _, margin in found]})
+        report |= {"held_out_pairs": len(held_out)} | {name.replace("/", "_"): one for name, one in right.items()}
     write_text(options.out / "report.json", json.dumps(report, indent=2) + "\n")
     print(json.dumps(report))
+
+
+def _evaluation(
+    options: RewardOptions, trainer: Any, log: Log | None, tokeniser: Tokeniser
+) -> Callable[[int], bool] | None:
+    if options.eval_pairs is None:
+        return None
+    pairs = [_texts(tokeniser, pair) for pair in read_pairs(options.eval_pairs)]
+    pairs = [texts for texts in pairs if max(map(len, texts)) <= options.max_length][: options.eval_most]
+    if not pairs:
+        raise DataError(f"--eval-pairs: {options.eval_pairs} has no pair that can be used")
+    return Evaluation(
+        lambda places: judge(trainer.model, [pairs[place] for place in places]),
+        len(pairs),
+        trainer.save_model,
+        log,
+        options.out / "best",
+        stop_after=options.stop_after,
+        rank=trainer.args.process_index,
+        processes=trainer.args.world_size,
+    )
 
 
 def read_rows(options: RewardOptions, path: Path, tokeniser: Tokeniser, service: Service | None) -> list[Row]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
 
+from inward.backbones.cpus import CHOSEN, available_cpus
 from inward.errors import SetupError
 
 
@@ -42,3 +44,12 @@ def cpu_has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     except (OSError, StopIteration):
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def use_available_cpus() -> int:
+    """Has torch use as many threads as there are processors for this process, unless somebody has chosen already; says
+    how many it uses.
+    """
+    if CHOSEN not in os.environ:
+        torch.set_num_threads(available_cpus())
+    return torch.get_num_threads()

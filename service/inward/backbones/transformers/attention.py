@@ -209,8 +209,8 @@ class _Rule(NamedTuple):
         return self._eager(q, k, v, mask)
 
     def _eager(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """The soft cap of Gemma 2 (``cap * tanh(logits / cap)``), and the sinks of GPT-OSS: one more logit a head, which
-        takes weight and gives nothing.
+        """The soft cap of Gemma 2 (``cap * tanh(logits / cap)``), and the sinks of GPT-OSS: one more logit a head,
+        which takes weight and gives nothing.
         """
         logits = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if self.scaling is None else self.scaling)
         if self.softcap is not None:

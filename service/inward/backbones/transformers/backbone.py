@@ -166,7 +166,8 @@ class TransformersBackbone:
             )
         if not self.info.final_norm and any(place.final_norm for place in fusion.places):
             raise InvalidField(
-                f"{self.info.name} gives nothing of its stream's width after its final norm: read its last layer before it",
+                f"{self.info.name} gives nothing of its stream's width after its final norm: read its last layer "
+                "before it",
                 param="readouts",
             )
         if fusion.eos and not self._causal:  # it would change every other state of the text

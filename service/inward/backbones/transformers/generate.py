@@ -1,8 +1,8 @@
 """Drawing responses, one token a step, for all callers at once.
 
 Rows that share a cache are drawn in one forward pass (a ``Cohort``): the samples of one prompt, which is computed once
-for all of them, and where the caches allow it those of several callers. What a model's caches allow is asked of the model
-itself when it is loaded (``choose_caching``): some can't be repeated, some not even continued.
+for all of them, and where the caches allow it those of several callers. What a model's caches allow is asked of the
+model itself when it is loaded (``choose_caching``): some can't be repeated, some not even continued.
 
 A step ends after every token. So whoever owns the device can do something else in between, and a drawing that nobody
 waits for any more is dropped there.
@@ -35,8 +35,8 @@ log = logging.getLogger(__name__)
 ROWS = 64
 """Most responses that are drawn at once; further ones begin when some have ended."""
 Caching = Literal["shared", "repeated", "alone", "none"]
-"""What a model's caches allow: rows of several prompts in one, rows of one prompt, one row, or nothing: then the text is
-computed again for each token."""
+"""What a model's caches allow: rows of several prompts in one, rows of one prompt, one row, or nothing: then the text
+is computed again for each token."""
 _CACHES = ("past_key_values", "cache_params", "state")
 """Names under which models give their cache, and take it back."""
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from transformers import logging as transformers_logging
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from inward.backbones.device import choose_device, choose_dtype
+from inward.backbones.device import choose_device, choose_dtype, use_available_cpus
 from inward.backbones.transformers.stream import find_stream
 from inward.errors import SetupError
 
@@ -55,6 +55,8 @@ def load_model(folder: Path, dtype: str = "auto", device: str = "auto", *, trust
     """
     transformers_logging.disable_progress_bar()  # a log has no place for it
     on = choose_device(device)
+    if on.type == "cpu":
+        use_available_cpus()
     options = {
         "dtype": choose_dtype(dtype, on),
         "attn_implementation": "eager",
