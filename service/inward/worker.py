@@ -52,18 +52,17 @@ class Worker:
         try:
             while self.dead is None and (not self._closed or self._waiting or self._running):
                 await self._next_event()
+                self._look_at_device()
                 while self.dead is None and (batch := await self._next_batch()):
                     self._start(batch)
         except Exception as error:  # a defect of ours; others shall have the jobs
+            self.dead = f"a defect ended its loop ({type(error).__name__})"
             logs.event(LOG, "worker_failed", severity=logging.ERROR, error=error)
-            self._die(f"a defect ended its loop ({type(error).__name__})")
         finally:
             metrics.ENGINE_UP.set(0)
             if self._taking is not None:
                 self._taking.cancel()
             if self.dead is not None:
-                for task in self._running:
-                    task.cancel()  # where the device makes no progress they would wait for ever
                 await asyncio.gather(*self._running, return_exceptions=True)
                 await self._queue.release(self._waiting, self.dead)
 
@@ -92,8 +91,6 @@ class Worker:
         if not events:
             return
         await asyncio.wait(events, timeout=POLL_INTERVAL_S, return_when=asyncio.FIRST_COMPLETED)
-        if not self._engine.backbone.healthy():
-            self._die("the device makes no progress any more")
         if self._taking is not None and self._taking.done():
             taking, self._taking = self._taking, None
             try:
@@ -126,13 +123,23 @@ class Worker:
             self._waiting.remove(job)
         return job
 
+    def _look_at_device(self) -> None:
+        if not self._engine.backbone.healthy():
+            self._die("the device makes no progress, or the backbone has stopped")
+
     async def _watched(self, batch: Sequence[Job]) -> Sequence[Outcome]:
         """Outcomes of a batch. Where it takes long it is cut short once nobody waits for any of it, or all deadlines
         have passed.
+
+        Raises:
+            EngineDead: the device will not come back from it.
         """
         running = asyncio.create_task(self._engine.run(batch))
         try:
             while not (await asyncio.wait({running}, timeout=POLL_INTERVAL_S))[0]:
+                self._look_at_device()
+                if self.dead is not None:
+                    raise EngineDead(self.dead)
                 wanted = await self._queue.wanted(batch)
                 if all(job.deadline <= self._clock() for job in wanted):
                     await self._due(wanted)
@@ -145,9 +152,11 @@ class Worker:
         """Without those that are longer than the model takes, which are settled as such."""
         long = [job for job in jobs if job.group.longest > self._longest]
         if long:
-            problem = "{} tokens, and the model takes {}"
             await self._settle(
-                [Failed(job.id, TooLarge.code, problem.format(job.group.longest, self._longest)) for job in long]
+                [
+                    Failed(job.id, TooLarge.code, f"{job.group.longest} tokens, and the model takes {self._longest}")
+                    for job in long
+                ]
             )
         return [job for job in jobs if job.group.longest <= self._longest]
 
@@ -170,10 +179,6 @@ class Worker:
         except EngineDead as error:
             self._die(error.message)
             await self._queue.release(batch, error.message)
-        except asyncio.CancelledError:
-            if self.dead is not None:
-                await self._queue.release(batch, self.dead)
-            raise
         except Exception as error:  # a defect of ours must not leave callers waiting
             logs.event(LOG, "batch_failed", severity=logging.ERROR, error=error)
             failure = f"scoring failed ({type(error).__name__})"
