@@ -220,19 +220,6 @@ async def test_scores_are_computed_while_a_backbone_draws_beside_them():
         assert [len(scored.samples) for [scored] in await asyncio.gather(*drawings)] == [8] * 5
 
 
-async def test_a_device_that_makes_no_progress_ends_the_worker_and_answers_everybody(monkeypatch):
-    monkeypatch.setattr("inward.worker.POLL_INTERVAL_S", 0.01)
-    opened = Corridor()
-    running = asyncio.create_task(opened.worker.run())
-    async with opened.busy(groups(1)) as waiting:
-        opened.backbone.healthy = lambda: False
-        await asyncio.wait_for(running, PATIENCE)
-        [answer] = await waiting
-        assert isinstance(answer, EngineDead)
-        assert "no progress" in answer.message
-    assert opened.worker.dead is not None
-
-
 async def test_pairs_bring_pair_fields():
     async with corridor() as c:
         [scored] = await c.score(groups(1, responses=2), pair=True)
