@@ -36,7 +36,8 @@ def folder(tmp_path):
     rng = np.random.default_rng(0)
     fingerprint = FakeBackbone(LAYERS, WIDTH).info.fingerprint
     manifest = Manifest(
-        name="hybrid", kind="hybrid", version=1, created="2025-01-01T00:00:00Z", template=PROMPTS.template, layers=(2, 4),
+        name="hybrid", kind="hybrid", version=1, created="2025-01-01T00:00:00Z", template=PROMPTS.template,
+        layers=(2, 4),
         backbone=BackboneRef(name="fake", fingerprint=fingerprint), options={"gate": "sigmoid"},
     )  # fmt: skip
     shapes = {"probe_weight": (2, WIDTH), "probe_bias": 2, "gate_weight": (2, 2), "mean": (2, WIDTH)}

@@ -45,7 +45,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "replay",
         help="have them scored again",
         description="Sends dead letters to the workers again and prints what becomes of them. Those that are scored are no dead letters "
-        "any more. A job that crashes workers will do so again: replay it once the cause is mended. Exit status 1 if any failed.",
+        "any more. A job that crashes workers will do so again: replay it once the cause is mended. Exit status 1 if "
+        "any failed.",
     )
     drop = verbs.add_parser("drop", help="delete them", description="Deletes dead letters.")
     show.add_argument("entry", help="as `list` prints it")

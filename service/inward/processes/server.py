@@ -84,7 +84,8 @@ def check_reachability(settings: Settings) -> None:
         loopback = False
     if not loopback:
         raise SetupError(
-            f"--host {settings.host} can be reached by others and no keys are set: set INWARD_API_KEYS or INWARD_API_KEYS_FILE, "
+            f"--host {settings.host} can be reached by others and no keys are set: set INWARD_API_KEYS or "
+            "INWARD_API_KEYS_FILE, "
             "or say --insecure if that is meant"
         )
 

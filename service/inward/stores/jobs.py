@@ -240,7 +240,8 @@ class BulkStore:
         """
         job = chunk.job
         keys = [
-            self._keys.bulk(job.id), self._keys.bulk(job.id, "rows"), self._keys.bulk(job.id, "results"), self._keys.chunks,
+            self._keys.bulk(job.id), self._keys.bulk(job.id, "rows"), self._keys.bulk(job.id, "results"),
+            self._keys.chunks,
             self._keys.scores(job.scores or "-"),
         ]  # fmt: skip
         data = zlib.compress("\n".join(json.dumps(row) for row in results).encode())
