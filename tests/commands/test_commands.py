@@ -120,8 +120,8 @@ def test_bad_rows_are_named_by_file_line_and_field(folder, tmp_path, capsys):
     bad.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": 3, "rejected": "c"}\n')
     assert inward("fit", "legend", "--model", folder / "model", "--pairs", bad, "--out", tmp_path / "x") == 2
     said = capsys.readouterr().err
-    assert "line 2" in said
-    assert "chosen" in said
+    assert "1 of 2 rows are left out: 1 × 'chosen' must be text" in said
+    assert "bad.jsonl, line 2" in said
     assert "Traceback" not in said
 
 

@@ -1,7 +1,7 @@
 """Heads on disk: ``head.safetensors`` beside ``head.json``, checked on the way in, replaced atomically on the way out.
 
     <heads>/<name>/head.json            a head that was fitted or copied here (a bare folder is one version)
-    <heads>/<name>/<version>/head.json  further versions, written by online updates
+    <heads>/<name>/<version>/head.json  further versions, written by online updates; old ones of these are pruned
     <heads>/<name>/active.json          which version is served (without it: the highest), and the last update
 
 Nothing here unpickles anything.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -32,6 +32,7 @@ from inward.types import Floats, Kind
 MANIFEST = "head.json"
 TENSORS = "head.safetensors"
 ACTIVE = "active.json"
+Stamp = tuple[tuple[int, int, int], ...]
 
 
 class HeadClass(Protocol):
@@ -194,8 +195,11 @@ def load_manifest(folder: Path) -> Manifest:
         ) from None
 
 
-def find(heads_dir: Path) -> list[Found]:
+def find(heads_dir: Path, *, read: Callable[[Path], Manifest] = load_manifest) -> list[Found]:
     """Every version of every head below ``heads_dir``, by name and version. It may also be the folder of a single head.
+
+    Args:
+        read: gives the manifest in a folder; a caller may know it already.
 
     Raises:
         HeadError: the folder does not exist, a manifest can't be read, or two folders claim the same head.
@@ -203,7 +207,12 @@ def find(heads_dir: Path) -> list[Found]:
     found: dict[tuple[str, int], Found] = {}
     roots: dict[str, Path] = {}
     for root, path in folders(heads_dir):
-        manifest = load_manifest(path)
+        try:
+            manifest = read(path)
+        except HeadError:
+            if not path.exists():  # another process has just removed this version
+                continue
+            raise
         one = Found(manifest.name, manifest.version, manifest.kind, path, root)
         other = found.setdefault(one[:2], one)
         if other is not one or roots.setdefault(one.name, root) != root:
@@ -212,6 +221,23 @@ def find(heads_dir: Path) -> list[Found]:
                 f"{path} and {claimed} both hold head {one.name!r} (version {one.version}): rename or remove one"
             )
     return [found[key] for key in sorted(found)]
+
+
+def remove(folder: Path) -> None:
+    """Takes a version away at once; one that can't be removed stays."""
+    gone = folder.with_name(f".{folder.name}-gone")
+    try:
+        folder.rename(gone)
+    except OSError:
+        return
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def stamp(folder: Path) -> Stamp:
+    """What differs once one of a head's files was written again."""
+    files = [folder / MANIFEST, folder / TENSORS]
+    about = [file.stat() for file in files if file.is_file()]
+    return tuple((one.st_mtime_ns, one.st_size, one.st_ino) for one in about)
 
 
 def folders(heads_dir: Path) -> list[tuple[Path, Path]]:

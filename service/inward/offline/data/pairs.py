@@ -86,7 +86,7 @@ class CalibrationRow:
 
 @data_errors()
 def read_pairs(path: Path, *, parse_json: bool = False) -> list[Pair]:
-    """The pairs of a file or folder, in any layout. Rows that can't be read are left out, which the log says.
+    """The pairs of a file or folder, in any layout. Rows that can't be read are left out, which standard error says.
 
     Args:
         parse_json: messages may be stored as JSON text.
