@@ -143,12 +143,15 @@ def _train(args: argparse.Namespace, size: Size, service: Service, url: str, way
     prompts = folder / "prompts.jsonl"
     _write(prompts, [{"prompt": prompt} for prompt in _prompts(args, "train", 10 * size.prompts)])
     options: dict[str, Any] = {
-        "model": DEMO / "backbone", "url": url, "head": "reward", "out": folder / "run", "seed": seed, "steps": size.steps,
-        "batch-size": size.batch, "learning-rate": args.learning_rate, "max-length": 512, "log-every": 1, "checkpoint-every": size.steps,
+        "model": DEMO / "backbone", "url": url, "head": "reward", "out": folder / "run", "seed": seed,
+        "steps": size.steps,
+        "batch-size": size.batch, "learning-rate": args.learning_rate, "max-length": 512, "log-every": 1,
+        "checkpoint-every": size.steps,
     }  # fmt: skip
     if way == "online":
         options |= {
-            "source": "samples", "prompts": prompts, "sampling": json.dumps(_sampling(size)), "adapters": folder / "adapters",
+            "source": "samples", "prompts": prompts, "sampling": json.dumps(_sampling(size)),
+            "adapters": folder / "adapters",
             "publish-every": size.publish_every, "update-head": True, "monitor": "reference",
         }  # fmt: skip
     elif way == "dpo-labels":

@@ -33,9 +33,12 @@ def test_a_circle_whose_halves_die_again_and_again_uses_each_pair_and_applies_ea
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"How do I open lock {i}?"} for i in range(100)])
     url, log = f"http://127.0.0.1:{address[1]}", tmp_path / "run/log.jsonl"
     command = [
-        sys.executable, "-m", "inward_trainer", "cdpo", "--model", DEMO / "backbone", "--url", url, "--out", tmp_path / "run",
-        "--source", "samples", "--prompts", prompts, "--samples", 4, "--sampling", '{"max_tokens": 16}', "--steps", STEPS,
-        "--batch-size", BATCH, "--adapters", tmp_path / "adapters", "--publish-every", EVERY, "--update-head", "--learning-rate", 1e-3,
+        sys.executable, "-m", "inward_trainer", "cdpo", "--model", DEMO / "backbone", "--url", url, "--out",
+        tmp_path / "run",
+        "--source", "samples", "--prompts", prompts, "--samples", 4, "--sampling", '{"max_tokens": 16}', "--steps",
+        STEPS,
+        "--batch-size", BATCH, "--adapters", tmp_path / "adapters", "--publish-every", EVERY, "--update-head",
+        "--learning-rate", 1e-3,
     ]  # fmt: skip
 
     def serve():
