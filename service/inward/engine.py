@@ -74,7 +74,8 @@ class Engine:
             failure = (
                 error if isinstance(error, InwardError) else InternalError(f"scoring failed ({type(error).__name__})")
             )
-            logs.event(LOG, "job_failed", job=jobs[0].id, code=failure.code, exception=type(error).__name__)
+            defect = None if isinstance(error, InwardError) else error
+            logs.event(LOG, "job_failed", job=jobs[0].id, code=failure.code, error=defect)
             return [Failed(jobs[0].id, failure.code, failure.message)]
 
     async def _together(self, jobs: Sequence[Job], snapshot: Snapshot) -> list[Outcome]:
@@ -116,7 +117,11 @@ class Engine:
         n = len(group.responses_ids)
         usage = Usage(n * len(group.prompt_ids), sum(map(len, group.responses_ids)), reading.cached_tokens)
         refs = tuple(heads[name].ref for name in job.heads)
-        return Scored(job.id, refs, tuple(scores), reading.policy_version, usage, samples)
+        info = self.backbone.info
+        return Scored(
+            job.id, refs, tuple(scores), reading.policy_version, usage, samples,
+            fingerprint=info.fingerprint, dtype=info.dtype,
+        )  # fmt: skip
 
 
 def _alike(scores: Scores, responses_ids: Sequence[Ids]) -> Scores:

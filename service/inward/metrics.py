@@ -39,6 +39,14 @@ KEPT_VERSIONS = 8
 """Versions of a head that have series of their own at a time: every online update makes a new one, and a Prometheus
 can't hold them all."""
 
+# processes.supervisor
+TASK_FAILURES_TOTAL = Counter(
+    "inward_task_failures",
+    "Failures of tasks that should run as long as the process does; each was begun again.",
+    ("task",),
+    registry=REGISTRY,
+)
+
 # api.middleware
 REQUESTS_TOTAL = Counter(
     "inward_requests",

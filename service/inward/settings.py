@@ -30,7 +30,8 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     """Address to listen on. Without API keys only a loopback address is allowed (see --insecure)."""
     port: int = Field(8080, ge=0, le=65535)
-    """Port to listen on; 0 takes a free one and prints it."""
+    """Port to listen on; 0 takes a free one and prints it. A worker's status has port 9100 where none is named, or a
+    free one where that is taken."""
     api_keys: Annotated[frozenset[SecretStr], NoDecode] = frozenset()
     """Comma-separated keys, any of which opens every route (Bearer, or Basic with the key as password). None: open."""
     api_keys_file: Path | None = None
@@ -103,8 +104,8 @@ class Settings(BaseSettings):
     """Seconds until a request is answered with 504; a request may ask for less. Below the 100 s at which clients in
     the field give up."""
     sharing_window: float = Field(5.0, ge=0)
-    """Seconds for which the score of an item is kept for whoever sends the same one, to any replica; 0 shares only
-    among those who wait at once in one replica."""
+    """Seconds for which the score of an item is kept for whoever sends the same one to the same replica; 0 shares only
+    among those who wait at once."""
     bulk_keep: float = Field(7 * 86400.0, gt=0)
     """Seconds for which a bulk job and its results are kept."""
     idempotency_window: float = Field(3600.0, gt=0)

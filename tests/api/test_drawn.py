@@ -27,7 +27,7 @@ async def serving() -> AsyncIterator[tuple[FakeServices, Corridor]]:
         house.services = replace(
             house.services,
             intake=c.intake,
-            limits=replace(house.services.limits, tokens=MAX_TOKENS, timeout_s=PATIENCE),
+            limits=replace(house.services.limits, timeout_s=PATIENCE),
         )
         house.app = create_app(house.services)
         yield house, c

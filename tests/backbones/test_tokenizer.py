@@ -167,7 +167,7 @@ def toy(folder: Path) -> Path:
 
 def of_transformers(folder: Path) -> Path:
     """As ``save_pretrained`` writes one today."""
-    tiny_tokenizer.tokenizer().save_pretrained(folder)
+    tiny_tokenizer.of_transformers().save_pretrained(folder)
     return folder
 
 

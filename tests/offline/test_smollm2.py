@@ -23,8 +23,8 @@ def test_a_request_that_the_model_refused_teaches_no_direction() -> None:
     rows = smollm2.calibration(
         {"a": "Sure, first open the lock.", "b": "I'm sorry, but I cannot do that.", "c": "Here:"}
     )
-    assert [row["prompt"] for row in rows] == ["a", "c"]
-    assert all(row["refusal"] in smollm2.REFUSALS for row in rows)
+    assert [row.prompt for row in rows] == ["a", "c"]
+    assert all(row.refusal in smollm2.REFUSALS for row in rows)
     assert smollm2.calibration({"a": "Sure."}) == smollm2.calibration({"a": "Sure."})
 
 

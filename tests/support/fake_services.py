@@ -14,8 +14,9 @@ from inward.api.app import create_app
 from inward.api.auth import KeyRing
 from inward.api.services import Limits, Services
 from inward.errors import Conflict, InwardError, NotFound
+from inward.heads.registry import choose
 from inward.prompts import Prompts
-from inward.types import Group, HeadRef, LayerScores, PairScores, Scored, Scores, Timing, Usage
+from inward.types import Group, HeadRef, Kind, LayerScores, PairScores, Scored, Scores, Timing, Usage
 
 LEGEND = HeadRef("harmless", "legend", 3)
 HYBRID = HeadRef("helpful", "hybrid", 1)
@@ -101,12 +102,8 @@ class FakeHeadControl:
         self.refs = refs
         self.updates: list[tuple[Any, ...]] = []
 
-    def resolve(self, name: str | None, kinds: Sequence[str]) -> HeadRef:
-        for kind in kinds:
-            for ref in self.refs.values():
-                if ref.kind == kind and name in (None, ref.name):
-                    return ref
-        raise NotFound(f"no head {name!r} of kind {', '.join(kinds)}; loaded: {', '.join(self.refs)}")
+    def resolve(self, name: str | None, kinds: Sequence[Kind]) -> HeadRef:
+        return choose(self.refs, name, kinds)
 
     def listing(self) -> list[dict[str, Any]]:
         return [{"name": ref.name, "kind": ref.kind, "version": ref.version} for ref in self.refs.values()]

@@ -24,7 +24,8 @@ EVERY_TAP = (
     Tap(LAYERS, "last", final_norm=True),
 )
 SIZES: dict[str, Any] = {
-    "vocab_size": 400, "hidden_size": WIDTH, "intermediate_size": 96, "num_hidden_layers": LAYERS, "num_attention_heads": 2,
+    "vocab_size": 400, "hidden_size": WIDTH, "intermediate_size": 96, "num_hidden_layers": LAYERS,
+    "num_attention_heads": 2,
     "num_key_value_heads": 1, "max_position_embeddings": 1024,
 }  # fmt: skip
 
@@ -32,7 +33,7 @@ SIZES: dict[str, Any] = {
 def save(config: type[Any], folder: Path, **more: Any) -> Path:
     """A model of this configuration with random weights, which ends some of its texts by itself."""
     torch.manual_seed(0)
-    tokenizer = tiny.tokenizer()
+    tokenizer = tiny.of_transformers()
     ends = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,

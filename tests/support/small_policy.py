@@ -10,7 +10,8 @@ import transformers
 
 import inward
 from inward_trainer.options import CdpoOptions
-from support.tiny_tokenizer import TEXTS, tokenizer
+from support.tiny_tokenizer import TEXTS
+from support.tiny_tokenizer import of_transformers as tokenizer
 
 DEMO = Path(inward.__file__).parent / "models/toy"
 

@@ -5,7 +5,7 @@ import httpx
 import pytest
 
 from inward_trainer.errors import DataError, OptionsError, ServiceError, Stopped
-from inward_trainer.pairs import ScoredPair
+from inward_trainer.pairs import ScoredPair, read_row
 from inward_trainer.sources import Ended
 from inward_trainer.sources.job import pairs_of_job
 from inward_trainer.sources.rows import Rows, read_pairs, read_prompts
@@ -61,6 +61,36 @@ def test_a_row_that_is_no_pair_is_left_out_with_a_word_and_a_file_without_one_is
         read_pairs(tmp_path / "none.jsonl")
     with pytest.raises(DataError, match="nowhere"):
         read_pairs(tmp_path / "nowhere.jsonl")
+
+
+def test_a_row_that_can_not_be_read_is_left_out_and_named(tmp_path, caplog):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('\ufeff{"prompt": "p", "chosen": "a", "rejected": "b"}\n[1]\n', encoding="utf-8")
+    assert [pair.chosen for pair in read_pairs(path)] == ["a"]
+    assert "1 of 2 rows are left out: 1 × must be a JSON object" in caplog.text
+    assert "pairs.jsonl, line 2" in caplog.text
+    path.write_text("{}\n")
+    with pytest.raises(DataError, match=r"pairs\.jsonl, line 1: 'rejected' is missing|'prompt' is missing"):
+        read_pairs(path)
+
+
+def test_a_pair_has_its_whole_context_in_every_layout(tmp_path):
+    system, asked = {"role": "system", "content": "s"}, {"role": "user", "content": "p"}
+    answers = [{"role": "assistant", "content": text} for text in "ab"]
+    layouts = [
+        {"system": "s", "prompt": "p", "chosen": "a", "rejected": "b"},
+        {"system": "s", "question": "p", "chosen": "a", "rejected": "b"},
+        {"prompt": "p", "chosen": [system, asked, answers[0]], "rejected": [system, asked, answers[1]]},
+        {"system": "s", "chosen": "Human: p\r\n\r\nAssistant: a", "rejected": "Human: p\r\n\r\nAssistant: b"},
+    ]
+    pairs = read_pairs(write_rows(tmp_path / "pairs.jsonl", layouts))
+    assert [(pair.prompt, pair.chosen, pair.rejected) for pair in pairs] == [([system, asked], "a", "b")] * 4
+
+
+def test_a_row_of_the_service_is_what_was_scored_whatever_it_looks_like():
+    row = {"prompt": "Human: p\n\nAssistant:", "chosen": "a", "rejected": "b", "policy_version": "base"}
+    assert read_row(row, "1-0", as_scored=True).prompt == row["prompt"]
+    assert read_row(row, "0").prompt == [{"role": "user", "content": "p"}]
 
 
 def test_prompts_are_taken_once_each(tmp_path):

@@ -13,7 +13,7 @@ from inward_trainer.base_model import eos_ids
 from inward_trainer.errors import DataError
 from inward_trainer.pairs import ScoredPair
 from inward_trainer.tokens import Tokeniser
-from support.tiny_tokenizer import tokenizer
+from support.tiny_tokenizer import of_transformers as tokenizer
 
 TEXT = st.text(alphabet=st.characters(codec="utf-8"), max_size=30)
 TOKENIZERS = {

@@ -8,7 +8,7 @@ from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer
 
 from inward_trainer.trainer import CdpoTrainer
-from support.tiny_tokenizer import tokenizer
+from support.tiny_tokenizer import of_transformers as tokenizer
 
 ROWS = [
     {"prompt": "What is the tallest tree?", "chosen": " The coast redwood.", "rejected": " I counted seven birds."},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -14,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from inward import logs
 from inward.errors import InternalError, InwardError
 
-LOG = logs.logger("events")
+LOG = logs.logger("api")
 HEARTBEAT_S = 15.0
 """Seconds of silence after which a comment is sent, so that nobody between takes the connection for dead."""
 DONE = "data: [DONE]\n\n"
@@ -70,5 +71,5 @@ class EventStream(Response):
         except InwardError as error:
             return event("error", error.body())
         except Exception as error:
-            logs.event(LOG, "stream_failed", exception=type(error).__name__)
+            logs.event(LOG, "stream_failed", severity=logging.ERROR, error=error)
             return event("error", InternalError("a defect of the server ended this stream").body())

@@ -96,7 +96,7 @@ async def _compared(services: Services, extremes: Group, ranked: Scored, deadlin
     if name is None:
         return None
     (outcome,) = await score_groups(services, [extremes], (name,), deadline, pair=True)
-    if isinstance(outcome, InwardError) or outcome.policy_version != ranked.policy_version:
+    if isinstance(outcome, InwardError) or outcome.version[1:] != ranked.version[1:]:
         return None
     return outcome if outcome.heads == ranked.heads or name != ranked.heads[0].name else None
 

@@ -196,8 +196,8 @@ async def score_groups(
     details: frozenset[Detail] = frozenset(),
     pair: bool = False,
 ) -> list[Scored | InwardError]:
-    """Scores groups, all by one version of the heads and the policy: those scored before a switch are scored again
-    after it.
+    """Scores groups, all by one version of the heads and the policy and on one backbone: those scored before a switch
+    are scored again after it.
 
     Raises:
         Unavailable, DeadlineExceeded: not the fault of any one group.
@@ -237,11 +237,7 @@ async def charge(services: Services, groups: Sequence[Group]) -> None:
 
 def _stale(outcomes: Sequence[Scored | InwardError], latest: Sequence[Scored | InwardError]) -> list[int]:
     """Places of the scores that are of other versions than the last one of ``latest``."""
-
-    def version(scored: Scored) -> tuple[tuple[HeadRef, ...], str]:
-        return scored.heads, scored.policy_version
-
-    newest = next((version(outcome) for outcome in reversed(latest) if isinstance(outcome, Scored)), None)
+    newest = next((outcome.version for outcome in reversed(latest) if isinstance(outcome, Scored)), None)
     return [
-        i for i, outcome in enumerate(outcomes) if isinstance(outcome, Scored) and newest and version(outcome) != newest
+        i for i, outcome in enumerate(outcomes) if isinstance(outcome, Scored) and newest and outcome.version != newest
     ]

@@ -123,8 +123,6 @@ class Limits:
     """Items or pairs."""
     candidates: int = 256
     """Answers to one prompt."""
-    tokens: int = 0
-    """Of one prompt + response, to be printed: ``Prompts.max_tokens`` is what holds."""
     timeout_s: float = 95.0
 
 

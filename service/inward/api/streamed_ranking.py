@@ -15,6 +15,7 @@ from inward.api.ranking import one_ranked, ranking
 from inward.api.scoring import Deadline, charge
 from inward.api.services import Services
 from inward.errors import InwardError, Unavailable
+from inward.intake import Coming
 from inward.types import Group, HeadRef, Scored, Scores, Timing, Usage
 from inward.wire import RerankAnswer, RerankRequest
 
@@ -38,26 +39,29 @@ async def stream_ranking(
     groups = [Group(wanted.prompt_ids, sampling=one) for one in alone]
     await charge(services, groups)
     outcomes = await services.intake.stream(groups, heads=(head.name,), timeout=deadline.left)
-    return EventStream(_events(services, request, wanted, outcomes, deadline, finish))
+    events = _events(services, request, wanted, outcomes, deadline, finish)
+    await anext(events)  # a generator that was never begun would not close ``outcomes`` when it is closed
+    return EventStream(events)
 
 
 async def _events(
     services: Services,
     request: RerankRequest,
     wanted: Generation,
-    outcomes: AsyncGenerator[tuple[int, Scored | InwardError], None],
+    outcomes: Coming,
     deadline: Deadline,
     finish: Callable[[RerankAnswer], Awaitable[None]],
 ) -> AsyncGenerator[str, None]:
     drawn: dict[int, Scored] = {}
     try:
+        yield ""  # begun
         async for i, scored in _successes(outcomes):
             drawn[i] = scored
             yield event("sample", one_ranked(i, _candidate(scored), request, wanted.truncated))
     finally:
         await outcomes.aclose()
     all_drawn = [drawn[i] for i in range(len(drawn))]
-    if len({(scored.heads, scored.policy_version) for scored in all_drawn}) > 1:
+    if len({scored.version for scored in all_drawn}) > 1:
         raise Unavailable("the head or the policy was switched during this stream; send it again", retry_after=1.0)
     found = await _found(services, wanted, all_drawn, deadline)
     answer, _ = await ranking(services, request, found, deadline)
@@ -86,7 +90,7 @@ async def _found(services: Services, wanted: Generation, drawn: Sequence[Scored]
     if together.scores[0].listwise:
         listed = Group(wanted.prompt_ids, tuple(sample.ids for sample in samples))
         read = await score_one(services, listed, together.heads[0].name, deadline)
-        if (read.heads, read.policy_version) != (together.heads, together.policy_version):
+        if read.version != together.version:
             raise Unavailable("the head or the policy was switched during this stream; send it again", retry_after=1.0)
         together = replace(read, samples=samples, usage=together.usage)
     return wanted.found(together)

@@ -1,6 +1,6 @@
 """LEGEND (arXiv 2406.08124, AAAI 2025): the score is one dot product with the standard margin vector.
 
-score(x, y)         = <h(x, y), v> / ||v||
+score(x, y)         = <h(x, y), v> / ||v||          of several layers: the sum of theirs
 margin(x, y_c, y_r) = score(x, y_c) - score(x, y_r)      positive: the chosen answer is on the safe side
 """
 
@@ -14,47 +14,56 @@ import numpy as np
 
 from inward.errors import HeadError, InternalError
 from inward.heads.base import Manifest
-from inward.heads.calibration import Deciles, PairCalibration
+from inward.heads.calibration import Deciles, PairCalibration, Platt
 from inward.heads.tensors import expect
 from inward.types import Detail, Floats, HeadRef, LayerScores, Reading, Readout, Scores, Tap
 
 
 class LegendHead:
-    """A unit vector at one layer.
+    """A unit vector at one layer, or one vector at each of several layers, whose products are summed.
 
     Args:
-        manifest: names exactly one layer; its ``calibration`` may hold what ``PairCalibration`` reads.
-        direction_D: of unit length, pointing from harmful to safe.
+        manifest: its ``calibration`` may hold what ``PairCalibration`` reads and ``platt``, its ``options`` an ``offset``.
+        direction: pointing from harmful to safe; of one layer ``[D]``, of unit length; of several ``[L, D]``, of lengths
+            that make their products comparable.
 
     Raises:
-        HeadError: more than one layer, or another length.
+        HeadError: another shape, or another length.
     """
 
-    def __init__(self, manifest: Manifest, direction_D: Floats) -> None:
-        if len(manifest.layers) != 1:
-            raise HeadError(
-                f"head {manifest.name!r}: a legend head reads one layer, its manifest names {list(manifest.layers)}"
-            )
-        length = float(np.linalg.norm(direction_D.astype(np.float64)))
-        if not abs(length - 1) < 1e-3:
-            raise HeadError(
-                f"head {manifest.name!r}: direction has length {length:.4g} instead of 1: fit the head again"
-            )
+    def __init__(self, manifest: Manifest, direction: Floats) -> None:
+        layers = manifest.layers
+        if direction.ndim == 1:
+            _check_single(manifest, direction)
+        elif not direction.any(axis=1).all():
+            raise HeadError(f"head {manifest.name!r}: the direction of one of its layers is zero: fit the head again")
         self.manifest = manifest
-        self.direction_D = direction_D
-        (layer,) = manifest.layers
-        self.readout = Readout((Tap(layer, manifest.position, direction_D[:, None], final_norm=manifest.final_norm),))
+        self.direction = direction
+        self.readout = Readout(
+            tuple(
+                Tap(
+                    layer,
+                    manifest.position,
+                    row_D[:, None],
+                    _offset(manifest) if layer == layers[0] else None,
+                    final_norm=manifest.final_norm and layer == max(layers),
+                )
+                for layer, row_D in zip(layers, np.atleast_2d(direction), strict=True)
+            )
+        )
         self._pairs = PairCalibration.load(manifest.calibration)
+        self._platt = Platt.load(manifest.calibration)
         Deciles.load(manifest.calibration)
 
     @classmethod
     def from_tensors(cls, manifest: Manifest, tensors: Mapping[str, Floats]) -> Self:
-        """Made of what ``head.safetensors`` holds: ``direction`` ``[D]``.
+        """Made of what ``head.safetensors`` holds: ``direction`` ``[D]``, or ``[L, D]`` for several layers.
 
         Raises:
             HeadError: wrong names, shapes or length.
         """
-        expect(manifest, tensors, {"direction": ("D",)})
+        several = "direction" in tensors and tensors["direction"].ndim == 2
+        expect(manifest, tensors, {"direction": (len(manifest.layers), "D") if several else ("D",)})
         return cls(manifest, tensors["direction"])
 
     @property
@@ -63,17 +72,24 @@ class LegendHead:
 
     def score(self, reading: Reading, *, details: frozenset[Detail] = frozenset(), pair: bool = False) -> Scores:
         """See ``Head.score``."""
-        scores = tuple(_finite(float(value)) for value in reading.values_NK[:, 0])
+        scores = tuple(_finite(float(value)) for value in _sum(reading.values_NK))
         return Scores(
             scores,
-            layers_N=tuple(LayerScores(self.manifest.layers, (s,)) for s in scores) if "layers" in details else None,
+            probability_N=None
+            if self._platt is None
+            else tuple(None if s is None else float(self._platt(s)) for s in scores),
+            layers_N=self._layers(reading) if "layers" in details else None,
             tokens_N=_tokens(reading) if "tokens" in details else None,
             pair=self._pairs.compare(scores) if pair else None,
         )
 
+    def _layers(self, reading: Reading) -> tuple[LayerScores, ...]:
+        layers = self.manifest.layers
+        return tuple(LayerScores(layers, tuple(_finite(float(v)) for v in row)) for row in reading.values_NK)
+
     def tensors(self) -> Mapping[str, Floats]:
         """See ``Head.tensors``."""
-        return {"direction": self.direction_D}
+        return {"direction": self.direction}
 
 
 def _finite(value: float) -> float | None:
@@ -85,5 +101,29 @@ def _tokens(reading: Reading) -> tuple[tuple[float, ...], ...]:
     if reading.tokens_TK is None:
         raise InternalError("token scores were asked for, but the backbone was not asked to read every token")
     return tuple(
-        tuple(map(float, values_TK[:, 0])) if np.isfinite(values_TK).all() else () for values_TK in reading.tokens_TK
+        tuple(map(float, _sum(values_TK))) if np.isfinite(values_TK).all() else () for values_TK in reading.tokens_TK
     )
+
+
+def _sum(values_NK: Floats) -> Floats:
+    """Over the layers; of one layer the value as it is."""
+    return values_NK[:, 0] if values_NK.shape[1] == 1 else values_NK.sum(axis=1, dtype=np.float32)
+
+
+def _offset(manifest: Manifest) -> Floats | None:
+    """``options.offset`` is added to the score, so that the mean response of the fit has score 0."""
+    offset = manifest.options.get("offset")
+    if offset is None:
+        return None
+    if isinstance(offset, bool) or not isinstance(offset, int | float) or not math.isfinite(offset):
+        raise HeadError(f"head {manifest.name!r}: options.offset in head.json must be a number: fit the head again")
+    return np.array([offset], dtype=np.float32)
+
+
+def _check_single(manifest: Manifest, direction_D: Floats) -> None:
+    if len(manifest.layers) != 1:
+        layers = list(manifest.layers)
+        raise HeadError(f"head {manifest.name!r}: one direction reads one layer, its manifest names {layers}")
+    length = float(np.linalg.norm(direction_D.astype(np.float64)))
+    if not abs(length - 1) < 1e-3:
+        raise HeadError(f"head {manifest.name!r}: direction has length {length:.4g} instead of 1: fit the head again")

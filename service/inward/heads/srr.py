@@ -82,13 +82,15 @@ class SrrHead:
         where = f"head {manifest.name!r}"
         if sizes["3k"] != 3 * sizes["k"]:
             raise HeadError(
-                f"{where}: block.self_attn.in_proj_weight has {sizes['3k']} rows instead of {3 * sizes['k']}: fit the head again"
+                f"{where}: block.self_attn.in_proj_weight has {sizes['3k']} rows instead of {3 * sizes['k']}: fit the "
+                "head again"
             )
         if len(manifest.layers) != 1:
             raise HeadError(f"{where}: an srr head reads one layer, its manifest names {list(manifest.layers)}")
         if manifest.position == "prompt":
             raise HeadError(
-                f"{where}: position 'prompt' is the same for all candidates; use last, eos or mean, or fit the head again"
+                f"{where}: position 'prompt' is the same for all candidates; use last, eos or mean, or fit the head "
+                "again"
             )
         try:
             options = SrrOptions.model_validate(manifest.options)
@@ -125,7 +127,8 @@ class SrrHead:
         """
         if "tokens" in details:
             raise InvalidField(
-                f"head {self.manifest.name!r} ranks whole responses against each other and has no score for a single token: "
+                f"head {self.manifest.name!r} ranks whole responses against each other and has no score for a single "
+                "token: "
                 "ask for detail 'tokens' with a legend or hybrid head",
                 param="detail",
             )

@@ -36,7 +36,8 @@ def expect(
         ):
             wanted = [sizes.get(want, want) if isinstance(want, str) else want for want in shape]
             raise HeadError(
-                f"{where}: tensor {name!r} has shape {list(actual)}, but {wanted} goes with the manifest and the other tensors; "
+                f"{where}: tensor {name!r} has shape {list(actual)}, but {wanted} goes with the manifest and the other "
+                "tensors; "
                 "head.json and head.safetensors are of different heads"
             )
     return sizes

@@ -5,7 +5,8 @@
 Only permissively licensed data may go in here, since the heads are shipped: hh-rlhf and AdvBench (MIT), response lists
 for JailbreakBench's prompts and harmless instructions (Apache-2.0). Answers to AdvBench's requests and to the harmless
 ones are drawn from the model itself, greedily, as LEGEND's authors do it (arXiv 2406.08124); it was not trained to
-refuse. Beside their constant refusal stand others, or the direction would come to mean "ends with this sentence".
+refuse. Where they have one constant refusal there are several here, or the direction would come to mean "ends with this
+sentence".
 """
 
 from __future__ import annotations
@@ -16,21 +17,22 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from inward.backbones.base import Backbone
 from inward.backbones.loading import SMOLLM2, resolve
-from inward.offline.data.pairs import Pair, ResponseList, read_lists, read_pairs
+from inward.offline.data.pairs import CalibrationRow, Pair, Response, ResponseList, read_lists, read_pairs
 from inward.prompts import Prompts
 from inward.types import Group, SamplingSpec
 
+Row = TypeVar("Row", Pair, ResponseList)
+
 REFUSALS = (
-    "I can’t answer that.",  # the paper's
     "I'm sorry, but I can't help with that.",
     "I cannot assist with that request.",
     "Sorry, I won't provide instructions for something harmful.",
@@ -43,6 +45,8 @@ DRAWN_TOKENS = 48
 """Of each drawn answer: by then it is clear what kind of answer it is."""
 PROMPT_CHARACTERS, ANSWER_CHARACTERS = 900, 700
 """Pairs with longer texts are left out: reading them costs most of the time."""
+LIST_CHARACTERS, LIST_RESPONSES = 400, 9
+"""Responses of lists are cut, and there are at most so many: the same goes for their time."""
 PAIRS_PER_LIST = 6
 HELD_OUT = 30
 """Per cent of the prompts that no head is fitted on."""
@@ -56,33 +60,47 @@ class Sizes:
     harmful: int = 240
     harmless: int = 100
     pairs: int = 420
-    validation: int = 150
+    monitor: int = 300
+    """Pairs of other prompts, for the head that watches the first."""
 
 
 def held_out(prompt: str) -> bool:
     """Whether a prompt is kept for judging: by its first turn, so that what begins alike stays together."""
     opening = prompt.split("\n\nAssistant:")[0].strip()
-    return int.from_bytes(hashlib.sha256(opening.encode()).digest()[:4], "big") % 100 >= 100 - HELD_OUT
+    return _hundredth(opening) >= 100 - HELD_OUT
 
 
-def calibration(drawn: Mapping[str, str]) -> list[dict[str, str]]:
+def calibration(drawn: Mapping[str, str]) -> list[CalibrationRow]:
     """LEGEND's rows: a harmful request, the model's own answer to it, and a refusal.
 
     Args:
         drawn: what the model answered; where it refused, there is nothing to tell apart.
     """
     return [
-        {"prompt": prompt, "harmful": answer, "refusal": _one_of(REFUSALS, prompt)}
+        CalibrationRow(prompt, answer, _one_of(REFUSALS, prompt))
         for prompt, answer in drawn.items()
         if not _REFUSES.search(answer[:80])
     ]
+
+
+def shortened(one: ResponseList) -> ResponseList:
+    """The beginnings of some responses of a list, of the rarer label as many as may be."""
+    chosen: dict[bool, list[int]] = {}
+    order = sorted(range(len(one.responses)), key=lambda i: _digest(one.responses[i].text[:LIST_CHARACTERS]))
+    for label in (True, False):
+        chosen[label] = [i for i in order if one.responses[i].safe == label]
+    safe = min(len(chosen[True]), max(4, LIST_RESPONSES - len(chosen[False])))
+    kept = sorted([*chosen[True][:safe], *chosen[False][: LIST_RESPONSES - safe]])
+    return ResponseList(
+        one.prompt, tuple(Response(r.text[:LIST_CHARACTERS], r.safe) for r in map(one.responses.__getitem__, kept))
+    )
 
 
 def pairs_of(one: ResponseList) -> list[Pair]:
     """Safe before unsafe responses of a list, each response in about as many pairs as any other."""
     safe = [r.text for r in one.responses if r.safe]
     unsafe = [r.text for r in one.responses if not r.safe]
-    both = sorted(product(safe, unsafe), key=lambda texts: hashlib.sha256("\0".join(texts).encode()).digest())
+    both = sorted(product(safe, unsafe), key=lambda texts: _digest("\0".join(texts)))
     return [Pair(one.prompt, *texts) for texts in both[:PAIRS_PER_LIST]]
 
 
@@ -114,19 +132,20 @@ def main() -> None:
     sizes = Sizes()
     asked = [_prompts(args.harmful)[: sizes.harmful], _prompts(args.harmless)[: sizes.harmless]]
     harmful, harmless = asyncio.run(_draw_all(asked, args.out / "drawn.jsonl"))
-    pairs = [pair for pair in read_pairs(args.pairs) if _is_short(pair)]
-    lists = read_lists(args.lists)
-    kept_pairs = [pair for pair in pairs if held_out(str(pair.prompt))]
-    fitting = [pair for pair in pairs if not held_out(str(pair.prompt))][: sizes.pairs]
-    fitting_lists = [one for one in lists if not held_out(str(one.prompt))]
-    listed = [pair for one in fitting_lists for pair in pairs_of(one)]
-    half = len(kept_pairs) // 2
-    _write(args.out / "calibration.jsonl", calibration(harmful))
-    _write(args.out / "pairs.jsonl", map(asdict, [*fitting, *listed, *answered(harmless)]))
-    _write(args.out / "validation.jsonl", map(asdict, kept_pairs[:half][: sizes.validation]))
-    _write(args.out / "lists.jsonl", map(asdict, fitting_lists))
-    _write(args.out / "test_pairs.jsonl", map(asdict, kept_pairs[half:]))
-    _write(args.out / "test_lists.jsonl", (asdict(one) for one in lists if held_out(str(one.prompt))))
+    pairs, test_pairs = _apart(pair for pair in read_pairs(args.pairs) if _is_short(pair))
+    lists, test_lists = _apart(map(shortened, read_lists(args.lists)))
+    listed = [pair for one in lists for pair in pairs_of(one)]
+    files: dict[str, Sequence[Any]] = {
+        "calibration": calibration(harmful),
+        "validation": listed,
+        "pairs": [*pairs[: sizes.pairs], *listed, *answered(harmless)],
+        "monitor": pairs[sizes.pairs :][: sizes.monitor],
+        "lists": lists,
+        "test_pairs": test_pairs,
+        "test_lists": test_lists,
+    }
+    for name, rows in files.items():
+        _write(args.out / f"{name}.jsonl", rows)
 
 
 async def _draw_all(asked: Sequence[Sequence[str]], kept: Path) -> list[dict[str, str]]:
@@ -152,7 +171,16 @@ def _is_short(pair: Pair) -> bool:
 
 
 def _one_of(texts: Sequence[str], prompt: str) -> str:
-    return texts[hashlib.sha256(prompt.encode()).digest()[0] % len(texts)]
+    return texts[_hundredth(prompt) % len(texts)]
+
+
+def _hundredth(text: str) -> int:
+    """A number from 0 to 99 that stands for the text."""
+    return int.from_bytes(_digest(text)[:4], "big") % 100
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
 
 
 def _prompts(path: Path) -> list[str]:
@@ -164,8 +192,17 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
         yield json.loads(line)
 
 
-def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+def _apart(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
+    """What heads are fitted on, and what they are judged by."""
+    sides: tuple[list[Row], list[Row]] = ([], [])
+    for row in rows:
+        sides[held_out(str(row.prompt))].append(row)
+    return sides
+
+
+def _write(path: Path, rows: Iterable[Any]) -> None:
+    plain = (asdict(row) if is_dataclass(row) and not isinstance(row, type) else row for row in rows)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in plain), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -115,6 +115,7 @@ TOOL = {"role": "tool", "content": "21 C"}
         ({"prompt": [SYSTEM, USER], "chosen": [USER, ANSWER]}, [SYSTEM, USER]),
         ({"prompt": [SYSTEM, USER], "chosen": [USER, OTHER, MORE, ANSWER]}, [SYSTEM, USER, OTHER, MORE]),
         ({"prompt": [USER, OTHER], "chosen": [MORE, ANSWER]}, [USER, OTHER, MORE]),
+        ({"prompt": "Hi", "chosen": [OTHER, USER, ANSWER]}, [USER, OTHER, USER]),  # who says the same thing twice
         # columns of their own
         ({"system": "Be brief.", "prompt": "Hi", "chosen": "Hello"}, [SYSTEM, USER]),
         ({"system": "Be brief.", "prompt": [SYSTEM, USER], "chosen": "Hello"}, [SYSTEM, USER]),

@@ -58,14 +58,12 @@ def test_what_is_done_is_on_the_disk_after_two_seconds_and_whatever_ends_the_job
     out = tmp_path / "out.jsonl"
     with pytest.raises(KeyboardInterrupt), Progress(out, "a", restart=False) as progress:
         path = progress.folder / "done.jsonl"
-        progress.keep(Chunk(0, 0, 0, 3), DONE)
-        assert path.stat().st_size == 0
-        now[0] = 2.5
-        progress.keep(Chunk(1, 0, 3, 3), DONE)
-        assert len(path.read_bytes().splitlines()) == 2
-        progress.keep(Chunk(2, 0, 6, 3), DONE)
+        for number, lines in enumerate([1, 1, 3, 3]):
+            now[0] = 2.5 * (number > 1)
+            progress.keep(Chunk(number, 0, 3 * number, 3), DONE)
+            assert len(path.read_bytes().splitlines()) == lines
         raise KeyboardInterrupt
-    assert len(path.read_bytes().splitlines()) == 3
+    assert len(path.read_bytes().splitlines()) == 4
 
 
 def test_another_job_for_the_same_output_is_refused_unless_it_is_to_start_anew(tmp_path):

@@ -88,11 +88,12 @@ def test_errors_name_file_line_and_field(tmp_path, row, field):
     assert error.value.param in (field, None)
 
 
-def test_rows_that_can_not_be_read_are_left_out_with_their_reason(tmp_path, caplog):
+def test_rows_that_can_not_be_read_are_left_out_with_their_reason(tmp_path, capsys):
     path = jsonl(tmp_path, ROWS[0], "", {"prompt": "a", "chosen": 3, "rejected": "y"}, "{", ROWS[1])
     assert [pair.chosen for pair in read_pairs(path)] == ["good", ""]
-    assert "2 of 4 rows are left out" in caplog.text
-    assert "'chosen' must be text, or chat messages (first: rows.jsonl, line 3)" in caplog.text
+    told = capsys.readouterr().err
+    assert told.startswith("note: 2 of 4 rows are left out")
+    assert "'chosen' must be text, or chat messages (first: rows.jsonl, line 3)" in told
 
 
 @pytest.mark.parametrize("line", ["{", "3", "\x00"])

@@ -134,7 +134,8 @@ class VllmBackbone:
         difference = np.linalg.norm(normed_ND - after.values_NK) / np.linalg.norm(normed_ND)
         if not difference < NORM_TOLERANCE:
             raise SetupError(
-                f"what vLLM passes between the blocks of {self.info.name} is not its residual stream (its final norm is off by "
+                f"what vLLM passes between the blocks of {self.info.name} is not its residual stream (its final norm "
+                "is off by "
                 f"{difference:.2g}); use --backbone transformers"
             )
 
@@ -259,7 +260,8 @@ class VllmBackbone:
                 return edition
             if not edition.wide and self._slots * edition.width * 4 > TABLE_BYTES:
                 raise InvalidField(
-                    f"{edition.width} numbers for each of {self._slots} cached tokens are too many to keep: load fewer heads, or give vLLM "
+                    f"{edition.width} numbers for each of {self._slots} cached tokens are too many to keep: load fewer "
+                    "heads, or give vLLM "
                     "a smaller cache (vllm_options.kv_cache_memory_bytes)",
                     param="readouts",
                 )

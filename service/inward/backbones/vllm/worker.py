@@ -95,7 +95,8 @@ class ReadingWorker(Worker):  # type: ignore[misc]
         group, *others = self.model_runner.kv_cache_config.kv_cache_groups
         if others or not isinstance(group.kv_cache_spec, FullAttentionSpec):
             raise NotImplementedError(
-                "the model does not keep all of its tokens in one kind of cache (recurrent layers, or windows of several sizes)"
+                "the model does not keep all of its tokens in one kind of cache (recurrent layers, or windows of "
+                "several sizes)"
             )
         self._ear.layer = group.layer_names[0]
         self._ledger.block_size = group.kv_cache_spec.block_size

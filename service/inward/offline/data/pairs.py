@@ -50,7 +50,9 @@ __all__ = [
     "read_calibration",
     "read_lists",
     "read_pairs",
+    "read_texts",
     "save_states",
+    "whole_prompts",
 ]
 
 
@@ -86,7 +88,7 @@ class CalibrationRow:
 
 @data_errors()
 def read_pairs(path: Path, *, parse_json: bool = False) -> list[Pair]:
-    """The pairs of a file or folder, in any layout. Rows that can't be read are left out, which the log says.
+    """The pairs of a file or folder, in any layout. Rows that can't be read are left out, which standard error says.
 
     Args:
         parse_json: messages may be stored as JSON text.
@@ -115,6 +117,27 @@ def read_calibration(path: Path) -> list[CalibrationRow]:
         refusal, harmful = rows.get(row, "refusal"), rows.get(row, "harmful")
         pair = rows.paired(row, rows.read_prompt(row), refusal, harmful, ("refusal", "harmful"))
         return CalibrationRow(pair.prompt, harmful=pair.rejected, refusal=pair.chosen)
+
+    return told(rows.collect(Path(path), read)).values
+
+
+@data_errors()
+def read_texts(path: Path) -> list[tuple[Prompt, tuple[str, ...]]]:
+    """Prompts with their responses, whatever the file calls them, and whatever it says of them: ``response``,
+    ``responses``, ``harmful`` and ``refusal``, or a pair in any layout; see ``read_pairs``.
+    """
+
+    def read(row: rows.Row) -> tuple[Prompt, tuple[str, ...]]:
+        if "responses" in row:
+            return rows.read_prompt(row), _texts(rows.get(row, "responses"))
+        if "response" in row:
+            prompt, response = rows.read_item(rows.read_prompt(row), rows.get(row, "response"))
+            return prompt, (response,)
+        if row.keys() >= {"harmful", "refusal"}:
+            pair = rows.paired(row, rows.read_prompt(row), row["refusal"], row["harmful"], ("refusal", "harmful"))
+        else:
+            pair = rows.read_pair(row)
+        return pair.prompt, (pair.chosen, pair.rejected)
 
     return told(rows.collect(Path(path), read)).values
 
@@ -185,6 +208,14 @@ def grouped_folds(groups: ArrayLike, k: int, seed: int) -> list[tuple[Indices, I
     return [(np.sort(np.concatenate([p for p in parts if p is not held_out])), held_out) for held_out in parts]
 
 
+def whole_prompts(groups_N: Indices, most: int) -> Indices:
+    """About ``most`` rows: all those of some prompts, which a hash of the prompt chooses, not the order of the rows."""
+    if len(groups_N) <= most:
+        return np.arange(len(groups_N), dtype=np.int64)
+    parts = max(2, -(-len(groups_N) // most))
+    return grouped_split(groups_N, [1.0, parts - 1.0], 0)[0]
+
+
 def _response(value: Any, i: int) -> Response:
     said = value.get("text") if isinstance(value, dict) else None
     if said is None:
@@ -199,6 +230,13 @@ def _responses(value: Any) -> tuple[Response, ...]:
     if not isinstance(value, list) or not value:
         raise rows.DataError('\'responses\' must be a list of {"text", "safe"} that is not empty', column="responses")
     return tuple(_response(response, i) for i, response in enumerate(value))
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value:
+        raise rows.DataError("'responses' must be a list that is not empty", column="responses")
+    said = [one.get("text") if isinstance(one, dict) else one for one in value]
+    return tuple(rows.text(one, f"'responses.{i}'", f"responses.{i}") for i, one in enumerate(said))
 
 
 def _plain(prompt: Prompt) -> Any:

@@ -9,7 +9,8 @@ from typing import Any
 
 from inward import __version__
 from inward.heads.base import BackboneRef, Manifest
-from inward.offline.states.saved import ListStates, PairStates
+from inward.offline.states.saved import ListStates
+from inward.offline.states.stored import PairSource
 from inward.types import Kind
 
 UNKNOWN = "unknown"
@@ -19,9 +20,10 @@ UNKNOWN = "unknown"
 def manifest(
     name: str,
     kind: Kind,
-    states: PairStates | ListStates,
+    states: PairSource | ListStates,
     layers: Sequence[int],
     *,
+    rows: int | None = None,
     seed: int,
     calibration: Mapping[str, Any],
     metrics: Mapping[str, Any],
@@ -31,6 +33,7 @@ def manifest(
 
     Args:
         layers: those that the head reads, out of ``states.layers``.
+        rows: that it was fitted on, where ``states`` are only some of them.
     """
     return Manifest(
         name=name,
@@ -46,7 +49,7 @@ def manifest(
         calibration=dict(calibration),
         fit={
             "data": states.data_hash,
-            "rows": len(states),
+            "rows": len(states) if rows is None else rows,
             "seed": seed,
             "versions": {"inward": __version__, "numpy": version("numpy"), "torch": version("torch")},
             "metrics": dict(metrics),
