@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from real_data import DATA
 from rich.console import Console
 
 from inward.errors import DataError
@@ -16,6 +15,7 @@ from inward.offline.fit.probes import auc, both, fit_layer, labels, pair_accurac
 from inward.offline.states.saved import PairStates, save_states
 from inward.offline.states.stored import StoredPairs
 from inward.types import Reading
+from support.real_data import DATA
 
 LLAMA = DATA / "llama2_7b_states.safetensors"
 QUICK = {"shrinkage": (1.0,), "joint": Joint(steps=20), "folds": 3, "progress": False}

@@ -4,9 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from real_data import DATA
 from rich.console import Console
-from small_heads import BACKBONE, pair_states
 
 from inward.errors import DataError
 from inward.heads import store
@@ -16,6 +14,8 @@ from inward.offline.fit.whitened import HELD_OUT, FromStates, fit_whitened
 from inward.offline.states.moments import Moments
 from inward.offline.states.stored import StoredPairs, Subset
 from inward.types import Reading
+from support.real_data import DATA
+from support.small_heads import BACKBONE, pair_states
 
 
 def fit(states, **options):

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file as save_torch
-from small_heads import BACKBONE, pair_states
 
 from inward.errors import DataError
 from inward.offline.states.saved import load_pair_states, save_states
 from inward.offline.states.stored import PairWriter, StoredPairs, Subset, blocks
+from support.small_heads import BACKBONE, pair_states
 
 SHAPE = (5, 2, 3)
 ORIGIN = {
