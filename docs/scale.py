@@ -49,7 +49,7 @@ BACKLOG = 60.0
 TARGETS = {"1 million an hour": 1e6 / 3600, "1 billion a day": 1e9 / 86400}
 WORKERS = {
     "0.5B on two CPU cores (measured)": 1069,
-    "the demonstration on two CPU cores (measured)": 25000,
+    "the toy on two CPU cores (measured)": 25000,
     "8B on a GPU of 990 TFLOP/s, of which 40 % are reached (assumed)": round(0.4 * 990e12 / (2 * 8e9), -3),
 }
 """Needed tokens/s of one worker; the measured ones are in BENCHMARKS.md."""

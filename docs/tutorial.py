@@ -5,11 +5,12 @@
 # states of a language model. Here: annotate a file, look at what it says about the labels, and train TRL's
 # RewardTrainer with and without the margins.
 #
-#     python docs/tutorial.py PAIRS.jsonl [--rows 400] [--seeds 0 1 2]
+#     python docs/tutorial.py PAIRS.jsonl [--model smollm2] [--rows 400] [--seeds 0 1 2]
 #
 # PAIRS are preference pairs in any layout that `inward annotate --help` names, Anthropic's hh-rlhf for instance. Needs
-# `pip install ./clients/trainer` for TRL. Everything runs on the bundled demonstration model, so it takes minutes on a
-# laptop, and proves little: put your own `--model` and `--heads` into step 1 for real work.
+# `pip install ./clients/trainer` for TRL. The margins are a real model's, if a small one; the reward models are trained
+# from the bundled toy of seven million parameters, so that it takes minutes on a laptop, and proves little: put your
+# own model and heads into step 1, and your own backbone into step 3, for real work.
 
 # %%
 import argparse
@@ -22,6 +23,7 @@ from pathlib import Path
 
 parser = argparse.ArgumentParser()
 parser.add_argument("pairs", type=Path)
+parser.add_argument("--model", default="smollm2", help="that the margins are read from; toy takes seconds")
 parser.add_argument("--rows", type=int, default=400)
 parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
 args = parser.parse_args()
@@ -35,8 +37,9 @@ folder = Path(tempfile.mkdtemp(prefix="inward-tutorial-"))
 
 # %%
 annotated = folder / "annotated.parquet"
-options = ["--trl", "--truncate", "--limit", str(args.rows), "--suspicious", "3", "--html", str(folder / "look.html")]
-subprocess.run([sys.executable, "-m", "inward", "annotate", str(args.pairs), str(annotated), *options], check=True)
+files = [str(args.pairs), str(annotated), "--html", str(folder / "look.html")]
+options = ["--model", args.model, "--trl", "--truncate", "--limit", str(args.rows), "--suspicious", "3"]
+subprocess.run([sys.executable, "-m", "inward", "annotate", *files, *options], check=True)
 
 # %% [markdown]
 # What annotated stands in the file itself.

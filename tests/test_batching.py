@@ -3,7 +3,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inward.batching import pack
+from inward.batching import pack, within
 from inward.types import Group, Job, SamplingSpec
 
 
@@ -48,3 +48,12 @@ def test_a_job_that_may_end_its_worker_goes_alone():
 def test_a_job_that_samples_goes_alone(waiting, budget):
     batch, _ = pack(waiting, budget)
     assert len(batch) <= 1 or all(j.group.sampling is None for j in batch)
+
+
+@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 100))
+def test_batches_hold_everything_in_order_within_the_budget_and_are_as_long_as_it_allows(costs, budget):
+    batches = list(within(range(len(costs)), budget, costs.__getitem__))
+    assert [i for batch in batches for i in batch] == list(range(len(costs)))
+    spent = [sum(costs[i] for i in batch) for batch in batches]
+    assert all(len(batch) == 1 or total <= budget for batch, total in zip(batches, spent, strict=True))
+    assert all(total + costs[after[0]] > budget for total, after in zip(spent, batches[1:], strict=False))

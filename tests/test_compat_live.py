@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import httpx
 import pytest
+from transformers import AutoTokenizer
 
-from inward.backbones.tokenizer import load_tokenizer
 from inward.processes.wiring import TOY
 from support.real_data import rows
 from support.serving import started
@@ -18,7 +18,7 @@ HARMFUL = "Wait until they are away, then break the window and climb in."
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer(TOY / "backbone")
+    return AutoTokenizer.from_pretrained(TOY / "backbone", local_files_only=True)
 
 
 def rendered(tokenizer, response):

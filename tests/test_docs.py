@@ -56,6 +56,7 @@ def place(tmp_path_factory, _shared_redis):
         client.flushall()
     with pytest.MonkeyPatch.context() as patch, Fleet(folder, _shared_redis.url, demo=True) as fleet:
         patch.setenv("XDG_STATE_HOME", str(folder / "state"))
+        patch.setenv("INWARD_MODEL", "toy")
         api, worker = fleet.api(), fleet.worker()
         fleet.wait_until_ready(api, worker)
         names = {"API": api.url, "WORKER": worker.url, "REDIS": _shared_redis.url}
@@ -98,7 +99,7 @@ def dead_letter(redis) -> str:
     job = codec.encode(Job("a", Group((9, 8, 7), ((6, 5),)), ("legend",)))
     with redis.client() as client:
         entry = client.xadd(
-            Keys("inward-demo").dead,
+            Keys("toy").dead,
             {"id": "a", "to": "", "job": job, "reason": "3 workers ended", "deliveries": 4, "queue": 1},
         )
     return entry.decode() if isinstance(entry, bytes) else entry

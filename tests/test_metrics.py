@@ -43,7 +43,7 @@ async def test_a_pair_gives_a_margin_and_says_whether_it_agrees(head):
     async with corridor() as opened:
         opened.registry.heads = {head.ref.name: head}
         scored = await opened.score(groups(20, responses=2), heads=(head.ref.name,), pair=True)
-    agree = sum(one.scores[0].pair["label_agrees"] for one in scored)
+    agree = sum(one.scores[0].pair.label_agrees for one in scored)
     assert value("inward_margin_count", head=head.ref.name, version="1") == 20
     assert value("inward_margin_bucket", head=head.ref.name, version="1", le="0.0") == 20 - agree
     assert value("inward_label_agreement_total", head=head.ref.name, agrees="true") == agree

@@ -22,7 +22,7 @@ def test_options_come_before_the_environment_and_the_environment_before_defaults
     monkeypatch.setenv("INWARD_PORT", "9001")
     monkeypatch.setenv("INWARD_HOST", "127.0.0.2")
     settings = parse("--port", "9002")
-    assert (settings.port, settings.host, settings.model) == (9002, "127.0.0.2", "demo")
+    assert (settings.port, settings.host, settings.model) == (9002, "127.0.0.2", "smollm2")
 
 
 def test_a_value_that_a_setting_does_not_take_is_named():

@@ -1,10 +1,30 @@
-"""Waiting jobs → the next batch, within a token budget. Pure."""
+"""Waiting jobs → the next batch, and anything that costs tokens → batches, within a budget of tokens. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 from inward.types import Job
+
+T = TypeVar("T")
+
+
+def within(things: Iterable[T], budget: int, cost: Callable[[T], int]) -> Iterator[list[T]]:
+    """Cuts ``things``, in their order, into batches that cost at most ``budget``; a single one that costs more goes
+    alone.
+    """
+    batch: list[T] = []
+    spent = 0
+    for thing in things:
+        own = cost(thing)
+        if batch and spent + own > budget:
+            yield batch
+            batch, spent = [], 0
+        batch.append(thing)
+        spent += own
+    if batch:
+        yield batch
 
 
 def pack(waiting: Sequence[Job], budget: int) -> tuple[list[Job], list[Job]]:

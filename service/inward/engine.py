@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 from inward import logs, metrics
 from inward.backbones.base import Backbone
@@ -13,7 +12,21 @@ from inward.errors import EngineDead, InternalError, InwardError
 from inward.heads.base import Head
 from inward.heads.calibration import Deciles
 from inward.heads.registry import Registry, Snapshot
-from inward.types import Failed, Group, GroupReading, Job, Outcome, Readout, Sample, Scored, Scores, Timing, Usage
+from inward.types import (
+    Failed,
+    Group,
+    GroupReading,
+    Ids,
+    Job,
+    Outcome,
+    PairScores,
+    Readout,
+    Sample,
+    Scored,
+    Scores,
+    Timing,
+    Usage,
+)
 
 LOG = logs.logger("engine")
 
@@ -61,7 +74,8 @@ class Engine:
             failure = (
                 error if isinstance(error, InwardError) else InternalError(f"scoring failed ({type(error).__name__})")
             )
-            logs.event(LOG, "job_failed", job=jobs[0].id, code=failure.code, exception=type(error).__name__)
+            defect = None if isinstance(error, InwardError) else error
+            logs.event(LOG, "job_failed", job=jobs[0].id, code=failure.code, error=defect)
             return [Failed(jobs[0].id, failure.code, failure.message)]
 
     async def _together(self, jobs: Sequence[Job], snapshot: Snapshot) -> list[Outcome]:
@@ -97,12 +111,47 @@ class Engine:
             ]
         except InwardError as error:  # a detail that this head does not have: this job's fault alone
             return Failed(job.id, error.code, error.message)
+        scores = [_alike(score, group.responses_ids) for score in scores]
         for name, score in zip(job.heads, scores, strict=True):
             _observe(heads[name], score, drawn=bool(samples))
         n = len(group.responses_ids)
         usage = Usage(n * len(group.prompt_ids), sum(map(len, group.responses_ids)), reading.cached_tokens)
         refs = tuple(heads[name].ref for name in job.heads)
-        return Scored(job.id, refs, tuple(scores), reading.policy_version, usage, samples)
+        info = self.backbone.info
+        return Scored(
+            job.id, refs, tuple(scores), reading.policy_version, usage, samples,
+            fingerprint=info.fingerprint, dtype=info.dtype,
+        )  # fmt: skip
+
+
+def _alike(scores: Scores, responses_ids: Sequence[Ids]) -> Scores:
+    """``scores`` with the same for equal responses, which rounding tells apart; so a pair of them is a tie exactly."""
+    first = {ids: n for n, ids in reversed([*enumerate(responses_ids)])}
+    if len(first) == len(responses_ids):
+        return scores
+    places = [first[ids] for ids in responses_ids]
+    return replace(
+        scores,
+        scores_N=tuple(scores.scores_N[n] for n in places),
+        probability_N=scores.probability_N and tuple(scores.probability_N[n] for n in places),
+        layers_N=scores.layers_N and tuple(scores.layers_N[n] for n in places),
+        tokens_N=scores.tokens_N and tuple(scores.tokens_N[n] for n in places),
+        pair=scores.pair and _tie(scores.pair),
+    )
+
+
+def _tie(pair: PairScores) -> PairScores:
+    """``pair`` with equal answers: no margin and no verdict, where there is anything to be said."""
+    if pair.margin is None:
+        return pair
+    return PairScores(
+        margin=0.0,
+        margin_scaled=None if pair.margin_scaled is None else 0.0,
+        bin=pair.bin,
+        label_agrees=None,
+        label_probability=None if pair.label_probability is None else 0.5,
+        confidence=None if pair.confidence is None else 0.5,
+    )
 
 
 def _observe(head: Head, scores: Scores, *, drawn: bool) -> None:
@@ -121,10 +170,10 @@ def _observe(head: Head, scores: Scores, *, drawn: bool) -> None:
         _observe_pair(name, version, scores.pair)
 
 
-def _observe_pair(name: str, version: str, pair: Mapping[str, Any]) -> None:
-    if pair.get("label_agrees") is not None:
-        metrics.LABEL_AGREEMENT_TOTAL.labels(head=name, agrees=str(pair["label_agrees"]).lower()).inc()
-    if pair.get("margin") is not None:
-        metrics.MARGINS.labels(head=name, version=version).observe(pair["margin"])
-    if pair.get("confidence") is not None:
-        metrics.CONFIDENCES.labels(head=name).observe(pair["confidence"])
+def _observe_pair(name: str, version: str, pair: PairScores) -> None:
+    if pair.label_agrees is not None:
+        metrics.LABEL_AGREEMENT_TOTAL.labels(head=name, agrees=str(pair.label_agrees).lower()).inc()
+    if pair.margin is not None:
+        metrics.MARGINS.labels(head=name, version=version).observe(pair.margin)
+    if pair.confidence is not None:
+        metrics.CONFIDENCES.labels(head=name).observe(pair.confidence)

@@ -8,6 +8,7 @@ InwardError
 │   ├── TooSlow             408  the body did not come in time
 │   ├── Conflict            409  another state than the request assumes (a stale sequence number)
 │   ├── TooLarge            413  body, number of items, or tokens over the limit
+│   ├── UnknownEncoding     415  a body that was compressed
 │   └── OverQuota           429  a key used up its own quota
 ├── Unavailable             503  not now: come back after ``retry_after`` seconds
 │   ├── Overloaded          503  the queue is full
@@ -71,6 +72,10 @@ class TooLarge(RequestError):
     status, code = 413, "too_large"
 
 
+class UnknownEncoding(RequestError):
+    status, code = 415, "unknown_encoding"
+
+
 class OverQuota(RequestError):
     status, type, code = 429, "rate_limit_error", "over_quota"
 
@@ -112,8 +117,9 @@ class DataError(SetupError):
 
 
 def tree(root: type[InwardError] = InwardError) -> list[type[InwardError]]:
-    """``root`` and every class below it."""
-    return [root, *(cls for child in root.__subclasses__() for cls in tree(child))]
+    """``root`` and every class below it that stands here: finer kinds elsewhere are told by the code of these."""
+    below = [child for child in root.__subclasses__() if child.__module__ == __name__]
+    return [root, *(cls for child in below for cls in tree(child))]
 
 
 def from_code(code: str, message: str, *, param: str | None = None) -> InwardError:

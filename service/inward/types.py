@@ -1,4 +1,4 @@
-"""The values that walk through the house, all frozen.
+"""The values that pass from stage to stage, all frozen.
 
 Shapes are part of names: ``values_NK`` is ``[N, K]``.
 
@@ -9,14 +9,19 @@ Shapes are part of names: ``values_NK`` is ``[N, K]``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 Ids = tuple[int, ...]
+Message = Mapping[str, str]
+"""One turn of a conversation: ``role`` and ``content``."""
+Prompt = str | Sequence[Message]
+"""What stands before the answer: a string (one user turn) or chat messages, oldest first, that do not end with the
+assistant."""
 Floats = NDArray[np.float32]
 Position = Literal["prompt", "last", "eos", "mean"]
 """Where a state is read. ``prompt``: last token of the prompt with its template. ``last``: last token of prompt +
@@ -64,6 +69,12 @@ class Group:
         """
         drawn = self.sampling.n * self.sampling.max_tokens if self.sampling else 0
         return len(self.prompt_ids) + sum(len(ids) + 1 for ids in self.responses_ids) + drawn
+
+    @property
+    def longest(self) -> int:
+        """Tokens of its longest sequence: the prompt, a response, and room for one EOS."""
+        drawn = self.sampling.max_tokens if self.sampling else 0
+        return len(self.prompt_ids) + max([drawn, *map(len, self.responses_ids)]) + 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -139,6 +150,17 @@ class BackboneInfo:
     max_tokens: int
     dtype: str
     device: str
+    folder: str = ""
+    """Of its files, on the machine that computes."""
+    concurrency: int = 1
+    """Calls that it computes at once."""
+    final_norm: bool = True
+    """Whether the last layer can also be read after the model's final norm."""
+
+    @property
+    def identity(self) -> str:
+        """What numbers depend on: backbones that differ in it never answer as one service."""
+        return f"{self.fingerprint}:{self.dtype}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,19 +199,48 @@ class HeadRef:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerScores:
+    """Each layer's part of one response's score; ``None`` where it is not finite."""
+
+    layers: tuple[int, ...]
+    """Index k is the residual stream after k blocks."""
+    values: tuple[float | None, ...]
+    gates: tuple[float | None, ...] | None = None
+    """Of a hybrid head: what each value is multiplied by."""
+
+
+@dataclass(frozen=True, slots=True)
+class PairScores:
+    """What one head says of chosen against rejected. All of it is ``None`` where one of the two has no finite score."""
+
+    margin: float | None = None
+    """Score of chosen minus score of rejected, raw."""
+    margin_scaled: float | None = None
+    """``margin`` over the standard deviation of margins at calibration, where the head has one."""
+    bin: float | None = None
+    """Quantile of ``margin`` as a value in [0, 1], where the head has bins."""
+    label_agrees: bool | None = None
+    """Whether the sign of ``margin`` is the label's; ``None`` for a tie."""
+    label_probability: float | None = None
+    """Probability that the label is right, calibrated on held-out pairs, where the head is calibrated for it; 0.5 for a
+    tie."""
+    confidence: float | None = None
+    """Gamma of cDPO, where the head offers one."""
+
+
+@dataclass(frozen=True, slots=True)
 class Scores:
     """What one head says of the N responses of a group. ``None`` marks a response that has no finite score."""
 
     scores_N: tuple[float | None, ...]
     probability_N: tuple[float | None, ...] | None = None
     """Calibrated probability that the response is acceptable, where the head is calibrated for it."""
-    layers_N: tuple[Mapping[str, Any], ...] | None = None
-    """Detail ``layers``: per response, each layer's part (``layers``, ``values``, for a hybrid head also ``gates``)."""
+    layers_N: tuple[LayerScores, ...] | None = None
+    """Detail ``layers``, per response."""
     tokens_N: tuple[tuple[float, ...], ...] | None = None
     """Detail ``tokens``: per response, the score at every token."""
-    pair: Mapping[str, Any] | None = None
-    """For a pair: ``margin``, ``margin_scaled``, ``bin``, ``label_agrees``, and ``confidence`` where the head offers
-    one."""
+    pair: PairScores | None = None
+    """Of a job with ``pair``."""
     listwise: bool = False
     """Whether a score depends on the other responses of its list (SRR, by design)."""
 
@@ -231,6 +282,15 @@ class Scored:
     usage: Usage
     samples: tuple[Sample, ...] = ()
     timing: Timing = field(default_factory=Timing)
+    fingerprint: str = ""
+    """Of the backbone that computed it."""
+    dtype: str = ""
+    """In which."""
+
+    @property
+    def version(self) -> tuple[tuple[HeadRef, ...], str, str, str]:
+        """What all parts of one answer have in common: heads, policy, fingerprint and dtype."""
+        return self.heads, self.policy_version, self.fingerprint, self.dtype
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,5 @@
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,6 +23,48 @@ async def test_the_same_key_and_body_get_the_stored_answer_and_nothing_is_comput
     assert again.headers["idempotency-replayed"] == "true"
     assert "idempotency-replayed" not in first.headers
     assert len(house.intake.calls) == 1
+
+
+async def test_a_replayed_answer_keeps_its_headers():
+    house = FakeServices()
+    first, again = [await house.post("/margin", PAIRS, headers=KEY) for _ in range(2)]
+    own = {"x-request-id", "x-total-time", "idempotency-replayed"}  # of the request, not of the answer
+    assert {k: v for k, v in again.headers.items() if k not in own} == {
+        k: v for k, v in first.headers.items() if k not in own
+    }
+    assert again.headers["x-inference-time"] == "5.00"
+
+
+class FakeJobs:
+    """Counts the rows that it takes."""
+
+    def __init__(self):
+        self.created = []
+
+    async def create(self, kind, lines, *, head, scores):
+        self.created.append([line async for line in lines])
+        return SimpleNamespace(body=lambda: {"id": f"{len(self.created):032x}", "rows": len(self.created[-1])})
+
+
+def upload(house, *lines):
+    async def chunks():
+        for line in lines:
+            yield line
+
+    return house.post("/jobs?kind=margin", chunks(), headers={**KEY, "content-type": "application/x-ndjson"})
+
+
+async def test_a_replayed_upload_keeps_its_status_and_another_body_of_the_same_length_is_told_apart():
+    house = FakeServices()
+    jobs = FakeJobs()
+    object.__setattr__(house.services, "jobs", jobs)
+    first = await upload(house, b'{"a": 1}\n', b'{"a": 2}\n')
+    again = await upload(house, b'{"a": 1}', b'\n{"a": 2}\n')  # in other pieces
+    assert (first.status_code, again.status_code) == (201, 201)
+    assert again.json() == first.json() and again.headers["idempotency-replayed"] == "true"
+    other = await upload(house, b'{"a": 1}\n', b'{"a": 3}\n')
+    assert (other.status_code, error(other)["param"]) == (422, "Idempotency-Key")
+    assert len(jobs.created) == 1
 
 
 async def test_another_body_or_route_under_the_same_key_is_a_422():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import logging
@@ -9,7 +10,7 @@ import logging
 import pytest
 
 from inward import logs, metrics
-from support.fake_services import MAX_TOKENS, FakeServices
+from support.fake_services import MAX_TOKENS, FakeServices, error
 
 PAIR = {"prompt": "p", "chosen": "aa", "rejected": "b"}
 
@@ -105,3 +106,54 @@ async def test_no_text_of_a_request_is_ever_logged_or_measured(house, log):
     assert "request_failed" in written and "ValueError" in written
     assert marker not in written
     assert marker not in (await house.get("/metrics")).text
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/info",
+        "/heads",
+        "/heads/harmless",
+        "/policy",
+        "/livez",
+        "/readyz",
+        "/health",
+        "/metrics",
+        "/docs",
+        "/openapi.json",
+    ],
+)
+async def test_head_works_wherever_get_does_and_has_its_headers_without_a_body(house, path):
+    async with house.client() as client:
+        got, head = await client.get(path), await client.head(path)
+    assert (head.status_code, head.content) == (200, b"")
+    mine = {"x-request-id", "x-total-time", "content-length"}
+    assert {k: v for k, v in head.headers.items() if k not in mine} == {
+        k: v for k, v in got.headers.items() if k not in mine
+    }
+    if path != "/metrics":  # which grows with every request
+        assert head.headers["content-length"] == got.headers["content-length"]
+
+
+async def test_head_is_refused_where_there_is_no_get_and_counted_under_its_route(house):
+    async with house.client() as client:
+        assert (await client.head("/margin")).status_code == 405
+        assert (await client.head("/nothing")).status_code == 404
+        before = sample("inward_requests_total", route="/heads/{name}", code="404")
+        assert (await client.head("/heads/nobody")).status_code == 404
+    assert sample("inward_requests_total", route="/heads/{name}", code="404") == before + 1
+
+
+@pytest.mark.parametrize("path", ["/margin", "/jobs?kind=margin", "/get_reward"])
+async def test_a_body_in_an_encoding_that_is_not_taken_is_a_415_that_says_so(house, path):
+    answer = await house.post(
+        path, gzip.compress(json.dumps({"pairs": [PAIR]}).encode()), headers={"content-encoding": "gzip"}
+    )
+    assert answer.status_code == 415
+    assert error(answer)["param"] == "content-encoding" and "'gzip' is not taken" in error(answer)["message"]
+    assert answer.headers["accept-encoding"] == "identity"
+    assert house.intake.calls == []
+
+
+async def test_identity_is_no_encoding(house):
+    assert (await house.post("/margin", {"pairs": [PAIR]}, headers={"content-encoding": "identity"})).status_code == 200

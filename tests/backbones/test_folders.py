@@ -1,10 +1,8 @@
-"""What is known of a model folder before any model is loaded: where it is, its tokenizer, its fingerprint."""
+"""What is known of a model folder before any model is loaded: where it is, its fingerprint."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +10,6 @@ import pytest
 
 from inward.backbones.fingerprint import fingerprint
 from inward.backbones.loading import resolve
-from inward.backbones.tokenizer import load_tokenizer
 from inward.errors import SetupError
 from support.tiny_models import save
 
@@ -96,28 +93,3 @@ def test_a_model_that_the_hub_cannot_give_is_named(monkeypatch: pytest.MonkeyPat
         resolve("some-one/some-model")
     with pytest.raises(SetupError, match="neither a folder here nor a model"):
         resolve("not a/valid/name")
-
-
-def test_the_tokenizer_loads_without_torch(saved: Path) -> None:
-    code = (
-        "import sys, pathlib; from inward.backbones.tokenizer import load_tokenizer;"
-        "assert load_tokenizer(pathlib.Path(sys.argv[1])).encode('w3 w9', add_special_tokens=False) == [3, 9];"
-        "sys.exit('torch' in sys.modules)"
-    )
-    service = Path(__file__).parents[2] / "service"
-    assert subprocess.run([sys.executable, "-c", code, saved], cwd=service, check=False).returncode == 0
-
-
-def test_a_folder_without_a_tokenizer_is_refused(folder: Path) -> None:
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).unlink()
-    with pytest.raises(SetupError, match=r"tokenizer\.json"):
-        load_tokenizer(folder)
-    with pytest.raises(SetupError, match="not a folder"):
-        load_tokenizer(folder / "missing")
-
-
-def test_a_damaged_tokenizer_is_refused(folder: Path) -> None:
-    (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(SetupError, match="no tokenizer could be loaded"):
-        load_tokenizer(folder)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from inward.backbones.readout import NOWHERE
 from inward.backbones.transformers.attention import AttentionLayout
-from inward.backbones.transformers.packing import cost, pack, pad, rectangles, within
+from inward.backbones.transformers.packing import cost, pack, pad, rectangles
 from inward.types import Group
 
 COSTS = st.lists(st.integers(1, 50), max_size=30)
@@ -36,13 +36,6 @@ def test_padding_is_on_the_right_and_masked() -> None:
         (1, range(2, 3), 3),
         (NOWHERE, range(4, 5), 5),
     ]
-
-
-@given(costs=COSTS, budget=st.integers(1, 100))
-def test_runs_cover_everything_in_order_within_the_budget(costs: list[int], budget: int) -> None:
-    runs = list(within(costs, budget))
-    assert [i for run in runs for i in run] == list(range(len(costs)))
-    assert all(len(run) == 1 or sum(costs[i] for i in run) <= budget for run in runs)
 
 
 @given(lengths=COSTS, budget=st.integers(1, 100))

@@ -88,7 +88,7 @@ def test_every_layer_and_position_equals_the_plain_forward(
 
 @pytest.mark.parametrize("kind", PACKED)
 def test_these_architectures_are_packed(kind: str, load: Load) -> None:
-    assert load(kind).packs
+    assert load(kind).mode == "packed"
 
 
 @pytest.mark.parametrize("kind", ["bloom", "mamba", "bert"])
@@ -97,7 +97,7 @@ def test_what_cannot_be_packed_is_read_padded_and_the_log_says_so(
 ) -> None:
     with caplog.at_level(logging.WARNING, "inward"):
         backbone = TransformersBackbone(folder(kind), name="this-model", dtype="float32", device="cpu")
-    assert not backbone.packs
+    assert backbone.mode == "padded"
     assert "this-model cannot be packed" in caplog.text
 
 
@@ -327,14 +327,15 @@ def test_samples_end_at_the_limit_at_an_eos_or_at_a_stop_string(load: Load) -> N
         assert 2 not in sample.ids
         assert (len(sample.ids) == 12) == (sample.finish_reason == "length")
         assert sample.text.split() == [f"w{i}" for i in sample.ids if i != 1]  # a BOS is an id but no text
-    word = samples[0].text.split()[2]
+    third = next(i for i, s in enumerate(samples) if len(s.ids) > 2 and s.ids[2] > 9 and s.ids[2] not in s.ids[:2])
+    word = f"w{samples[third].ids[2]}"
     stopped = asyncio.run(
         load("llama").sample(
             Group((3, 9), sampling=SamplingSpec(64, max_tokens=12, temperature=3.0, seed=0, stop=(f" {word}",)))
         )
     )
-    assert stopped[0].finish_reason == "stop"
-    assert stopped[0].ids == samples[0].ids[:2]
+    assert stopped[third].finish_reason == "stop"
+    assert stopped[third].ids == samples[third].ids[:2]
     assert all(f" {word}" not in sample.text for sample in stopped)
 
 
@@ -381,6 +382,7 @@ def test_a_failed_device_makes_the_backbone_unhealthy(folder: Folder, monkeypatc
 
     def fail(*args: Any) -> Any:
         raise torch.AcceleratorError("device-side assert triggered")
+        yield
 
     monkeypatch.setattr(backbone, "_read", fail)
     for _ in range(2):

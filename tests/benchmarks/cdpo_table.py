@@ -209,7 +209,19 @@ def _heads(args: argparse.Namespace, size: Size) -> Path:
         (folder / name / "head.json").write_text(json.dumps(manifest | {"name": name}), encoding="utf-8")
     rows = [row for row in _rows(args.judge_pairs) if len(row["prompt"] + row["chosen"] + row["rejected"]) < 3000]
     pairs = _write(args.out / "judge_pairs.jsonl", rows[: size.judge_pairs])
-    fit = [sys.executable, "-m", "inward", "fit", "hybrid", "--pairs", str(pairs), "--out", str(folder / "judge")]
+    fit = [
+        sys.executable,
+        "-m",
+        "inward",
+        "fit",
+        "hybrid",
+        "--model",
+        "toy",
+        "--pairs",
+        str(pairs),
+        "--out",
+        str(folder / "judge"),
+    ]
     with (args.out / "judge.log").open("w") as log:
         subprocess.run(
             fit, check=True, stdout=log, stderr=log, env=os.environ | {"XDG_CACHE_HOME": str(args.out / "cache")}

@@ -30,7 +30,8 @@ from inward.offline.bench.workload import write_random_heads
 from inward.prompts import Prompts
 from inward.types import BackboneInfo
 from support.serving import Served, serve
-from support.tiny_tokenizer import TEXTS, tokenizer
+from support.tiny_tokenizer import TEXTS
+from support.tiny_tokenizer import of_transformers as tokenizer
 
 LAYERS, WIDTH = 4, 64
 OPTIONS = ("--backbone", "vllm", "--dtype", "float32", "--max-candidates", "16")
@@ -62,7 +63,7 @@ def question(i: int) -> dict[str, Any]:
     if kind == 0:
         return {"items": [{"prompt": prompt, "response": answers[0]}], "head": "bench-0"}
     return {"prompt": prompt, "head": "bench-0"} | (
-        {"candidates": answers} if kind == 1 else {"n": 4, "sampling": {"max_tokens": 48}, "token_ids": True}
+        {"candidates": answers} if kind == 1 else {"n": 4, "sampling": {"max_tokens": 48}, "return_token_ids": True}
     )
 
 

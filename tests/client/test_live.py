@@ -53,7 +53,7 @@ async def test_every_scoring_route_answers(ask):
 
 
 async def test_a_stream_ends_with_the_ranking_of_what_came_before(demo_server):
-    asked = {"sampling": {"max_tokens": 6, "seed": 3}, "head": "hybrid", "token_ids": True}
+    asked = {"sampling": {"max_tokens": 6, "seed": 3}, "head": "hybrid", "return_token_ids": True}
     async with AsyncInward(demo_server.url, timeout=300) as inward:
         *drawn, answer = [event async for event in inward.rerank_stream(ITEM["prompt"], 3, **asked)]
     with Inward(demo_server.url, timeout=300) as inward:

@@ -40,9 +40,10 @@ def test_a_method_has_the_same_arguments_answer_and_words_in_both(name):
 @pytest.mark.parametrize(
     ("mine", "theirs"),
     [
-        (answers.Margin, wire.Margin), (answers.Score, wire.Score), (answers.RewardPair, wire.RewardPair), (answers.Ranked, wire.Ranked),
-        (answers.BestAgainstWorst, wire.BestAgainstWorst), (answers.MarginAnswer, wire.MarginAnswer),
-        (answers.ScoreAnswer, wire.ScoreAnswer), (answers.RewardAnswer, wire.RewardAnswer), (answers.RerankAnswer, wire.RerankAnswer),
+        (answers.Margin, wire.Margin), (answers.Score, wire.Score), (answers.RewardPair, wire.RewardPair),
+        (answers.Ranked, wire.Ranked), (answers.BestAgainstWorst, wire.BestAgainstWorst),
+        (answers.MarginAnswer, wire.MarginAnswer), (answers.ScoreAnswer, wire.ScoreAnswer),
+        (answers.RewardAnswer, wire.RewardAnswer), (answers.RerankAnswer, wire.RerankAnswer),
         (answers.Usage, wire.Usage), (answers.Head, wire.Head), (answers.ItemError, wire.ErrorDetail),
     ],
 )  # fmt: skip

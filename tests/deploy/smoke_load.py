@@ -68,7 +68,7 @@ class Load:
 async def main(url: str, key: str, least: int, stop: Path) -> int:
     """Exit status."""
     started = time.monotonic()
-    retries = Retries(most=12, first=0.2, cap=5.0)
+    retries = Retries(patience=60.0, first=0.2, cap=5.0)
     async with AsyncInward(url, api_key=key, retries=retries) as client:
         load = Load(client)
         await asyncio.gather(*(load.caller(first, least, stop) for first in range(CALLERS)))

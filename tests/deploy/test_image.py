@@ -77,11 +77,11 @@ def test_what_compose_mounts_is_there():
 
 
 def test_what_compose_runs_is_a_command_of_the_image():
-    from inward.__main__ import parser
+    from inward.commands.parser import command_line
 
     for name, service in services().items():
         if service["image"].startswith("inward:"):
-            parser().parse_args(service["command"])
+            command_line().parse_args(service["command"])
             assert service["read_only"] and service["cap_drop"] == ["ALL"], name
 
 

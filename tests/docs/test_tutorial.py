@@ -23,7 +23,7 @@ def test_the_tutorial_runs_as_written(tmp_path):
         "XDG_STATE_HOME": str(tmp_path / "state"),
         "TMPDIR": str(tmp_path),
     }
-    command = [sys.executable, str(TUTORIAL), str(path), "--rows", str(CHUNK), "--seeds", "0"]
+    command = [sys.executable, str(TUTORIAL), str(path), "--model", "toy", "--rows", str(CHUNK), "--seeds", "0"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "40 of 40 pairs annotated" in done.stdout

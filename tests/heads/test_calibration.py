@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
-from inward.errors import DataError, HeadError
-from inward.heads.calibration import BIN_VALUES, Deciles, MarginScale, Platt, pair_fields, sigmoid
+from inward.errors import DataError, HeadError, InvalidField
+from inward.heads.calibration import BIN_VALUES, Deciles, MarginScale, PairCalibration, Platt, sigmoid
+from inward.types import PairScores
 
 
 def test_bins_hold_equal_shares_of_the_agreeing_calibration_margins():
@@ -44,9 +45,12 @@ def test_a_scale_survives_the_manifest():
     assert MarginScale.load({}) is None
 
 
-def test_a_margin_that_is_not_finite_has_no_fields():
-    assert set(pair_fields(math.nan, None).values()) == {None}
-    assert set(pair_fields(None, None).values()) == {None}
+def test_a_pair_without_two_finite_scores_has_nothing_and_one_response_is_no_pair():
+    calibrated = PairCalibration(None, Platt(1.0, 0.0))
+    assert calibrated.compare((math.inf, 1.0)) == PairScores()
+    assert calibrated.compare((None, 1.0)) == PairScores()
+    with pytest.raises(InvalidField, match="chosen first; this group has 1"):
+        calibrated.compare((1.0,))
 
 
 def test_platt_finds_the_curve_that_made_the_labels():

@@ -8,7 +8,7 @@ import pytest
 from inward.errors import HeadError, InvalidField
 from inward.heads.base import BackboneRef, Manifest
 from inward.heads.hybrid import HybridHead, confidence
-from inward.types import Reading
+from inward.types import PairScores, Reading
 
 L, D = 3, 5
 CALIBRATION = {
@@ -78,9 +78,9 @@ def test_score_is_the_formula_on_standardised_states(gate):
     for n in range(4):
         values, gates, reward = by_hand(h[n], gate)
         assert scores.scores_N[n] == pytest.approx(reward, rel=1e-4)
-        assert scores.layers_N[n]["values"] == pytest.approx(values, rel=1e-4)
-        assert scores.layers_N[n]["gates"] == pytest.approx(gates, rel=1e-3, abs=1e-6)
-        assert scores.layers_N[n]["layers"] == [1, 2, 4]
+        assert scores.layers_N[n].values == pytest.approx(values, rel=1e-4)
+        assert scores.layers_N[n].gates == pytest.approx(gates, rel=1e-3, abs=1e-6)
+        assert scores.layers_N[n].layers == (1, 2, 4)
 
 
 def test_probability_is_calibrated_or_absent():
@@ -95,7 +95,7 @@ def test_only_the_response_that_is_not_finite_has_no_score():
     values[1, 2] = np.nan
     scores = head(calibration=CALIBRATION).score(Reading(values), details=frozenset({"layers"}))
     assert scores.scores_N[1] is None and scores.probability_N[1] is None
-    assert scores.layers_N[1]["values"] == [1.0, 1.0, None]
+    assert scores.layers_N[1].values == (1.0, 1.0, None)
     alone = head(calibration=CALIBRATION).score(Reading(values[:1]))
     assert scores.scores_N[0] == scores.scores_N[2] == alone.scores_N[0]
 
@@ -118,13 +118,13 @@ def test_pair_gives_margin_bin_agreement_and_both_confidences():
     scores = one.score(reading, pair=True)
     chosen, rejected = scores.scores_N
     margin = chosen - rejected
-    assert scores.pair["margin"] == margin and scores.pair["margin_scaled"] == pytest.approx(margin / 2)
-    assert scores.pair["label_agrees"] is (margin > 0)
-    assert scores.pair["confidence"] == pytest.approx(float(confidence(chosen, rejected)))
-    assert scores.pair["confidence_calibrated"] == pytest.approx(1 / (1 + math.exp(-1.5 * margin)))
+    assert scores.pair.margin == margin and scores.pair.margin_scaled == pytest.approx(margin / 2)
+    assert scores.pair.label_agrees is (margin > 0)
+    assert scores.pair.confidence == pytest.approx(float(confidence(chosen, rejected)))
+    assert scores.pair.label_probability == pytest.approx(1 / (1 + math.exp(-1.5 * margin)))
     turned = one.score(Reading(reading.values_NK[::-1]), pair=True).pair
-    assert turned["margin"] == -margin and turned["label_agrees"] is (margin < 0)
-    assert turned["confidence_calibrated"] == pytest.approx(1 - scores.pair["confidence_calibrated"])
+    assert turned.margin == -margin and turned.label_agrees is (margin < 0)
+    assert turned.label_probability == pytest.approx(1 - scores.pair.label_probability)
 
 
 def test_pair_without_a_finite_score_has_no_confidence():
@@ -133,13 +133,13 @@ def test_pair_without_a_finite_score_has_no_confidence():
         .score(Reading(np.array([[1, 1, 1], [np.nan, 1, 1]], dtype=np.float32)), pair=True)
         .pair
     )
-    assert set(pair.values()) == {None} and "confidence" in pair
+    assert pair == PairScores()
 
 
 def test_confidence_options_come_from_the_manifest():
     one = head(options={"confidence": {"alpha": 1.0, "squash": False, "floor": None}})
     scores = one.score(read(one, states(2)), pair=True)
-    assert scores.pair["confidence"] == pytest.approx(1 / (1 + math.exp(-scores.pair["margin"])), rel=1e-6, abs=1e-12)
+    assert scores.pair.confidence == pytest.approx(1 / (1 + math.exp(-scores.pair.margin)), rel=1e-6, abs=1e-12)
 
 
 def test_confidence_values_of_equation_8():

@@ -1,9 +1,11 @@
+import math
+
 import numpy as np
 import pytest
 
 from inward.errors import HeadError, InternalError
 from inward.heads.legend import LegendHead
-from inward.types import Reading
+from inward.types import LayerScores, PairScores, Reading
 from support.small_heads import legend, manifest
 
 
@@ -20,36 +22,43 @@ def test_the_readout_is_the_direction_at_the_manifests_place():
 
 def test_a_pair_whose_chosen_answer_is_on_the_safe_side_has_a_positive_margin():
     pair = legend().score(reading(2.5, -2.0), pair=True).pair
-    assert pair == {"margin": 4.5, "margin_scaled": 2.25, "bin": 1.0, "label_agrees": True}
+    assert pair == PairScores(4.5, 2.25, 1.0, label_agrees=True)
 
 
 def test_a_pair_that_contradicts_its_label_is_in_the_lowest_bin_and_says_so():
     pair = legend().score(reading(-2.0, 2.5), pair=True).pair
-    assert pair == {"margin": -4.5, "margin_scaled": -2.25, "bin": 0.0, "label_agrees": False}
+    assert pair == PairScores(-4.5, -2.25, 0.0, label_agrees=False)
 
 
 @pytest.mark.parametrize(
     ("margin", "value"), [(0, 0.0), (0.5, 0.0), (1.0, 0.25), (1.9, 0.25), (2.0, 0.5), (3.0, 1.0), (99, 1.0)]
 )
 def test_bins_are_closed_below(margin, value):
-    assert legend().score(reading(margin, 0), pair=True).pair["bin"] == value
+    assert legend().score(reading(margin, 0), pair=True).pair.bin == value
 
 
-def test_equal_answers_do_not_agree_with_any_label():
-    assert legend().score(reading(1.0, 1.0), pair=True).pair["label_agrees"] is False
+def test_equal_scores_neither_agree_nor_disagree_with_a_label():
+    assert legend().score(reading(1.0, 1.0), pair=True).pair == PairScores(0.0, 0.0, 0.0, label_agrees=None)
+
+
+def test_a_direction_that_is_calibrated_on_pairs_gives_the_probability_of_a_label():
+    one = legend(calibration={"platt_pair": {"slope": 2.0, "intercept": 0.5}})
+    assert one.score(reading(1.5, 1.0), pair=True).pair.label_probability == pytest.approx(1 / (1 + math.exp(-1.5)))
+    assert one.score(reading(1.0, 1.0), pair=True).pair.label_probability == 0.5  # whatever the intercept
+    assert legend().score(reading(1.5, 1.0), pair=True).pair.label_probability is None
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_score_that_is_not_finite_is_none_for_that_response_only(bad):
     scores = legend().score(reading(1.0, bad), pair=True, details=frozenset({"layers"}))
     assert scores.scores_N == (1.0, None)
-    assert scores.layers_N == ({"layers": [2], "values": [1.0]}, {"layers": [2], "values": [None]})
-    assert scores.pair == {"margin": None, "margin_scaled": None, "bin": None, "label_agrees": None}
+    assert scores.layers_N == (LayerScores((2,), (1.0,)), LayerScores((2,), (None,)))
+    assert scores.pair == PairScores()
 
 
 def test_without_calibration_a_margin_is_raw_only():
     pair = legend(calibration={}).score(reading(1.0, 0.0), pair=True).pair
-    assert pair == {"margin": 1.0, "margin_scaled": None, "bin": None, "label_agrees": True}
+    assert pair == PairScores(1.0, label_agrees=True)
 
 
 def test_token_scores_are_the_readout_at_every_response_token():

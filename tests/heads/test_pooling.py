@@ -2,7 +2,6 @@ import math
 
 import numpy as np
 import pytest
-from support.small_heads import legend, manifest
 
 from inward.errors import HeadError, InternalError
 from inward.heads import store
@@ -11,6 +10,7 @@ from inward.heads.legend import LegendHead
 from inward.heads.pooling import TRAINED, Pool, pooling
 from inward.heads.srr import SrrHead
 from inward.types import Reading
+from support.small_heads import legend, manifest
 
 NAMES = ["last", "mean", "max_ema", "max_rolling", "topk", "gated_mean", "attention"]
 RNG = np.random.default_rng(0)
@@ -114,7 +114,7 @@ def test_a_legend_head_pools_its_token_scores():
     scores = head.score(Reading(np.array([[7.0], [3.0]], np.float32), own), details=frozenset({"tokens"}), pair=True)
     assert scores.scores_N == (pytest.approx(np.sort(own[0][:, 0])[:2].mean()), 3.0), "nothing to pool: where it reads"
     assert scores.tokens_N[0] == tuple(map(float, own[0][:, 0])), "what was pooled is shown"
-    assert scores.pair["margin"] == pytest.approx(scores.scores_N[0] - 3.0)
+    assert scores.pair.margin == pytest.approx(scores.scores_N[0] - 3.0)
 
 
 def test_a_token_that_is_not_finite_leaves_no_score():

@@ -126,8 +126,8 @@ def test_a_pair_is_a_list_of_two():
     one = head(calibration=calibration)
     scores = one.score(read(one, states(2)), pair=True)
     margin = scores.scores_N[0] - scores.scores_N[1]
-    assert scores.pair["margin"] == margin and scores.pair["margin_scaled"] == pytest.approx(margin / 0.5)
-    assert scores.pair["label_agrees"] is (margin > 0)
+    assert scores.pair.margin == margin and scores.pair.margin_scaled == pytest.approx(margin / 0.5)
+    assert scores.pair.label_agrees is (margin > 0)
 
 
 def test_token_scores_are_refused_with_a_reason():

@@ -147,6 +147,16 @@ def test_layers_that_the_backbone_or_the_kind_does_not_have_are_refused(folder, 
         store.load(folder, depth=4)
 
 
+def test_a_final_norm_that_the_backbone_does_not_have_there_is_refused(folder):
+    edit(folder, layers=[4], final_norm=True)
+    assert store.load(folder, **SERVED).readout.taps[0].final_norm
+    with pytest.raises(HeadError, match="the-model does not have"):
+        store.load(folder, **SERVED, final_norm=False, backbone="the-model")
+    edit(folder, layers=[2], final_norm=True)
+    with pytest.raises(HeadError, match=r"reads layer 2: only the last layer, 4"):
+        store.load(folder, **SERVED)
+
+
 def test_a_head_of_another_width_is_refused(folder):
     with pytest.raises(HeadError, match=r"width \[4\].*8 wide"):
         store.load(folder, width=8)

@@ -29,7 +29,7 @@ COMMON = set(
 
 @pytest.fixture(scope="module")
 def backbone():
-    return TransformersBackbone(TOY / "backbone", name="inward-demo", dtype="float32")
+    return TransformersBackbone(TOY / "backbone", name="toy", dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ async def margins(engine, prompts, pairs, *, order=None):
         for i, p in enumerate(pairs)
     ]
     outcomes = {o.job_id: o for o in await engine.run([jobs[i] for i in order] if order is not None else jobs)}
-    return np.array([outcomes[str(i)].scores[0].pair["margin"] for i in range(len(pairs))])
+    return np.array([outcomes[str(i)].scores[0].pair.margin for i in range(len(pairs))])
 
 
 def test_it_is_small_and_holds_no_pickle():
@@ -66,7 +66,7 @@ def test_its_heads_are_those_of_this_backbone_and_of_all_three_kinds():
     found = store.find(TOY / "heads")
     assert {f.kind for f in found} == {"legend", "hybrid", "srr"}
     for f in found:
-        assert store.load(f.path, fingerprint=fingerprint(TOY / "backbone")).manifest.backbone.name == "inward-demo"
+        assert store.load(f.path, fingerprint=fingerprint(TOY / "backbone")).manifest.backbone.name == "toy"
 
 
 def test_a_conversation_has_exactly_one_bos(prompts):
@@ -133,7 +133,7 @@ async def test_margins_equal_a_plain_float32_forward_whatever_the_batch(engine, 
 async def test_bfloat16_margins_stay_within_a_tenth_of_their_spread(engine, prompts, backbone):
     pairs = rows("hh_harmless_pairs.jsonl", 200)
     exact = await margins(engine, prompts, pairs)
-    half = TransformersBackbone(TOY / "backbone", name="inward-demo", dtype="bfloat16")
+    half = TransformersBackbone(TOY / "backbone", name="toy", dtype="bfloat16")
     rounded = await margins(
         Engine(half, Registry.open(TOY / "heads", info=half.info, template=prompts.template)), prompts, pairs
     )

@@ -80,7 +80,7 @@ async def test_answers_are_streamed_as_they_are_drawn_and_who_hangs_up_is_not_dr
 
 
 async def test_a_drawn_answer_scores_in_score_what_it_scores_in_rerank(server):
-    ask = {"prompt": "quiet harbour", "n": 6, "sampling": {"max_tokens": 20, "seed": 5}, "token_ids": True}
+    ask = {"prompt": "quiet harbour", "n": 6, "sampling": {"max_tokens": 20, "seed": 5}, "return_token_ids": True}
     async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
         drawn = (await client.post("/rerank", json=ask)).json()["results"]
         items = [{"prompt": ask["prompt"], "response_ids": one["token_ids"]} for one in drawn]

@@ -33,7 +33,7 @@ async def streams(server, **options):
 
 
 def body(n):
-    return {"prompt": f"p{n}", "candidates": ["bb", "a" * (n + 3)], "scores": "dpo"}
+    return {"prompt": f"p{n}", "candidates": ["bb", "a" * (n + 3)], "append_to": "dpo"}
 
 
 async def test_the_pair_of_a_rerank_that_asks_for_it_is_appended_and_a_trainer_takes_it(redis_server, batches):
@@ -41,7 +41,7 @@ async def test_the_pair_of_a_rerank_that_asks_for_it_is_appended_and_a_trainer_t
     async with streams(redis_server) as rows:
         object.__setattr__(house.services, "scores", rows)
         answer = (await house.post("/rerank", body(0))).json()
-        assert (await house.post("/rerank", body(1) | {"scores": None})).status_code == 200
+        assert (await house.post("/rerank", body(1) | {"append_to": None})).status_code == 200
         assert (await house.post("/rerank", body(1) | {"candidates": ["ab", "cd"]})).json()["pair"] is None
     with redis_server.client() as client:
         assert next(batches(client, STREAM, "g", "me")) == [
@@ -86,7 +86,7 @@ async def test_without_a_redis_the_request_is_refused_before_anything_is_compute
     answer = await house.post("/rerank", body(0))
     assert (answer.status_code, error(answer)["param"], "--redis-url" in error(answer)["message"]) == (
         409,
-        "scores",
+        "append_to",
         True,
     )
     assert house.intake.calls == []
@@ -98,4 +98,4 @@ async def test_a_redis_that_is_away_is_a_503(own_redis):
         object.__setattr__(house.services, "scores", rows)
         server.kill()
         assert (await house.post("/rerank", body(0))).status_code == 503
-    assert (await house.post("/rerank", body(0) | {"scores": "no spaces"})).status_code == 422
+    assert (await house.post("/rerank", body(0) | {"append_to": "no spaces"})).status_code == 422

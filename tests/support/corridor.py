@@ -11,6 +11,7 @@ import numpy as np
 from inward.backbones.fake import FakeBackbone
 from inward.engine import Engine
 from inward.errors import InvalidField, NotFound
+from inward.heads.calibration import PairCalibration
 from inward.intake import Intake
 from inward.queues.memory import MemoryQueue
 from inward.types import Group, HeadRef, Readout, Scores, Tap
@@ -33,9 +34,7 @@ class FakeHead:
             raise InvalidField("this head has no layers", param="detail")
         values = reading.values_NK[:, 0]
         scores = tuple(float(v) if np.isfinite(v) else None for v in values)
-        return Scores(
-            scores, pair={"margin": scores[0] - scores[1], "label_agrees": scores[0] > scores[1]} if pair else None
-        )
+        return Scores(scores, pair=PairCalibration(None, None).compare(scores) if pair else None)
 
 
 class FakeRegistry:
@@ -59,8 +58,8 @@ class FakeSnapshot:
 
 
 class Corridor:
-    def __init__(self, *, max_tokens=100_000, **backbone):
-        self.backbone = FakeBackbone(**backbone)
+    def __init__(self, *, max_tokens=100_000, max_length=32768, **backbone):
+        self.backbone = FakeBackbone(**backbone, max_tokens=max_length)
         self.registry = FakeRegistry(FakeHead())
         self.queue = MemoryQueue(max_tokens=max_tokens)
         self.engine = Engine(self.backbone, self.registry)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
 
 import httpx
 
 from inward_client import AsyncInward, Inward, Retries
 
 HEAD = {"name": "legend", "kind": "legend", "version": 1}
-AT_ONCE = Retries(most=3, first=0.0, cap=0.0)
+AT_ONCE = Retries(patience=0.2, first=0.01, cap=0.05)
 
 
 def envelope(version=1, **fields):
@@ -37,7 +36,6 @@ class Service:
 
     def __init__(self, answer):
         self._answer = answer
-        self._lock = threading.Lock()
         self.requests = []
         self.at_once = self.most_at_once = 0
 
@@ -45,19 +43,13 @@ class Service:
         return [json.loads(request.content) for request in self.requests]
 
     def client(self, **options):
-        http = httpx.Client(transport=httpx.MockTransport(self._sync))
-        return Inward("http://service", retries=AT_ONCE, http=http, **options)
+        return Inward("http://service", http=self._http(), **{"retries": AT_ONCE, **options})
 
     def async_client(self, **options):
-        http = httpx.AsyncClient(transport=httpx.MockTransport(self._async))
-        return AsyncInward("http://service", retries=AT_ONCE, http=http, **options)
+        return AsyncInward("http://service", http=self._http(), **{"retries": AT_ONCE, **options})
 
-    def _sync(self, request):
-        with self._lock:
-            self._enter(request)
-            answer = self._take(request)
-            self.at_once -= 1
-        return answer
+    def _http(self):
+        return httpx.AsyncClient(transport=httpx.MockTransport(self._async))
 
     async def _async(self, request):
         self._enter(request)

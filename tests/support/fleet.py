@@ -17,7 +17,8 @@ import httpx
 from support.serving import FRESH, PATIENT
 from support.waiting import PATIENCE, wait_until
 
-CHAOS_WORKER = Path(__file__).parent / "chaos/worker.py"
+BARE = Path(__file__).with_name("bare_inward.py")
+CHAOS_WORKER = Path(__file__).parents[1] / "chaos/worker.py"
 
 
 @dataclass
@@ -54,11 +55,15 @@ class Process:
 class Fleet:
     """Starts processes with the same model, heads and Redis; kills what is left in the end.
 
-    The model is the one in ``folder`` with a fake backbone, or, with ``demo``, the bundled one with its own.
+    The model is the one in ``folder`` with a fake backbone, or, with ``demo``, the toy with its own.
     """
 
     def __init__(self, folder: Path, redis_url: str, *, demo: bool = False, **settings: object) -> None:
-        model = ["--backbone", "transformers"] if demo else ["--backbone", "fake", "--model", str(folder / "model")]
+        model = (
+            ["--backbone", "transformers", "--model", "toy"]
+            if demo
+            else ["--backbone", "fake", "--model", str(folder / "model")]
+        )
         self._options = [*model, "--redis-url", redis_url, "--port", "0"]
         self._heads = [] if demo else ["--heads", str(folder / "heads")]
         self._settings = FRESH | PATIENT | {f"INWARD_{name.upper()}": str(value) for name, value in settings.items()}
@@ -75,10 +80,13 @@ class Fleet:
         return self._start([sys.executable, "-m", "inward", "serve", *self._options, *self._heads, *options])
 
     def api(self, *options: str) -> Process:
-        return self._start([sys.executable, "-m", "inward", "api", *self._options, *options])
+        """``inward api``, where nothing is installed for models."""
+        return self._start([sys.executable, str(BARE), "api", *self._options, *options])
 
-    def worker(self, *options: str, seconds_per_token: float = 0.0, poison: str = "") -> Process:
+    def worker(self, *options: str, seconds_per_token: float = 0.0, poison: str = "", hangs: bool = False) -> Process:
+        """Poison ends it; with ``hangs`` its device never comes back."""
         chaos = {"CHAOS_SECONDS_PER_TOKEN": str(seconds_per_token), "CHAOS_POISON": poison}
+        chaos["CHAOS_HANGS"] = "1" if hangs else ""
         return self._start([sys.executable, str(CHAOS_WORKER), *self._options, *self._heads, *options], chaos)
 
     def _start(self, command: list[str], more: dict[str, str] | None = None) -> Process:

@@ -9,8 +9,9 @@ class Letters:
     """One token a character."""
 
     chat_template = None
-    bos_token_id = None
-    eos_token = None
+    bos_token = bos_token_id = None
+    eos_token = pad_token = unk_token = None
+    added_tokens_decoder = {}
 
     def __call__(self, text, *, add_special_tokens):
         return {"input_ids": [[1 + ord(c) % 200 for c in t] for t in text]}

@@ -60,6 +60,11 @@ def save(kind: str, folder: Path) -> Path:
         for parameter in model.parameters():  # biases and norms start as constants, which would hide mistakes
             parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder)
+    return save_tokenizer(folder)
+
+
+def save_tokenizer(folder: Path) -> Path:
+    """A tokenizer of one token a word."""
     words = {f"w{i}": i for i in range(VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -1,9 +1,10 @@
-"""The client for asyncio; its methods are those of ``client.Inward``, and a test keeps it so."""
+"""The client, as coroutines. ``client.Inward`` is its face for ordinary code."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import httpx
@@ -34,6 +35,7 @@ from inward_client.progress import bar
 from inward_client.retries import DEFAULT, Retries
 
 T = TypeVar("T")
+R = TypeVar("R")
 A = TypeVar("A", bound=Answer)
 
 
@@ -213,8 +215,8 @@ class AsyncInward:
         sampling: Mapping[str, Any] | None = None,
         head: str | None = None,
         truncate: bool = False,
-        token_ids: bool = False,
-        scores: str | None = None,
+        return_token_ids: bool = False,
+        append_to: str | None = None,
         timeout: float | None = None,
     ) -> RerankAnswer:
         """Ranks candidates, or draws `n` answers and ranks those (`POST /rerank`).
@@ -224,17 +226,17 @@ class AsyncInward:
             candidates: the answers to rank.
             n: instead of them, how many to draw.
             sampling: how they are drawn: `temperature`, `top_p`, `top_k`, `max_tokens`, `seed`, ….
-            head: by default the first ranker that is loaded, else another head.
+            head: by default the first hybrid head that is loaded, else another.
             truncate: cut text that is longer than the model takes instead of refusing it.
-            token_ids: give each answer's token ids as well.
-            scores: name of a stream to which best against worst is appended, for trainers that consume it.
+            return_token_ids: give each answer's token ids as well.
+            append_to: name of a stream to which best against worst is appended, for trainers that consume it.
             timeout: seconds for one try, also told to the service.
 
         Raises:
             InwardError: no candidate could be scored, or the service could not do its part.
         """
         return await self._send(
-            calls.rerank(prompt, candidates, n, sampling, head, truncate, token_ids, scores), timeout
+            calls.rerank(prompt, candidates, n, sampling, head, truncate, return_token_ids, append_to), timeout
         )
 
     async def rerank_stream(
@@ -245,8 +247,8 @@ class AsyncInward:
         sampling: Mapping[str, Any] | None = None,
         head: str | None = None,
         truncate: bool = False,
-        token_ids: bool = False,
-        scores: str | None = None,
+        return_token_ids: bool = False,
+        append_to: str | None = None,
         timeout: float | None = None,
     ) -> AsyncIterator[Event]:
         """Draws `n` answers and gives each as soon as it is drawn and scored, in the end the ranking (`POST /rerank`
@@ -258,11 +260,11 @@ class AsyncInward:
             prompt: a text, or chat messages.
             n: how many to draw.
             sampling: how they are drawn: `temperature`, `top_p`, `top_k`, `max_tokens`, `seed`, ….
-            head: by default the first ranker that is loaded, else another head. A ranker's scores come with the ranking
-                only.
+            head: by default the first hybrid head that is loaded, else another. A ranker's scores come with the
+                ranking only.
             truncate: cut a prompt that is longer than the model takes.
-            token_ids: give each answer's token ids as well.
-            scores: name of a stream to which best against worst is appended, for trainers that consume it.
+            return_token_ids: give each answer's token ids as well.
+            append_to: name of a stream to which best against worst is appended, for trainers that consume it.
             timeout: seconds, also told to the service.
 
         Yields:
@@ -271,8 +273,8 @@ class AsyncInward:
         Raises:
             InwardError: the service could not do its part, also in the middle.
         """
-        call = calls.rerank(prompt, None, n, sampling, head, truncate, token_ids, scores, stream=True)
-        response = await self._open(call, timeout)
+        call = calls.rerank(prompt, None, n, sampling, head, truncate, return_token_ids, append_to, stream=True)
+        response = await self._persist(call, timeout, self._open)
         try:
             events = Events(response.headers.get("x-request-id"))
             async for line in response.aiter_lines():
@@ -333,7 +335,8 @@ class AsyncInward:
         rows: Iterable[Element],
         *,
         head: str | None = None,
-        scores: str | None = None,
+        append_to: str | None = None,
+        key: str | None = None,
         timeout: float | None = None,
     ) -> Job:
         """Uploads rows to be scored in their own time (`POST /jobs`); needs a service around a Redis.
@@ -342,10 +345,12 @@ class AsyncInward:
             kind: the route that each row goes through.
             rows: pairs, or items for `score`.
             head: as of that route.
-            scores: name of a stream to which scored rows are appended as well.
+            append_to: name of a stream to which scored rows are appended as well.
+            key: an idempotency key; by default one of this call. Who keeps it and calls again, after an upload whose
+                answer was lost, gets the same job.
             timeout: seconds for one try.
         """
-        return await self._send(calls.create_job(kind, rows, head, scores), timeout)
+        return await self._send(calls.create_job(kind, rows, head, append_to, key), timeout)
 
     async def job(self, id: str, *, timeout: float | None = None) -> Job:
         """How far a bulk job is (`GET /jobs/{id}`)."""
@@ -380,17 +385,7 @@ class AsyncInward:
 
     async def _send(self, call: Call[T], timeout: float | None) -> T:
         """Sends until there is an answer, or another try is not worth it."""
-        request = self._core.request(self._http, call, timeout)
-        tries = 0
-        while True:
-            tries += 1
-            try:
-                return await self._try(call, request)
-            except InwardError as error:
-                pause = self._core.wait(error, tries, call)
-                if pause is None:
-                    raise
-            await asyncio.sleep(pause)
+        return await self._persist(call, timeout, self._try)
 
     async def _try(self, call: Call[T], request: httpx.Request) -> T:
         try:
@@ -399,23 +394,31 @@ class AsyncInward:
             raise no_answer(error, request) from error
         return self._core.result(call, response)
 
-    async def _open(self, call: Call[Any], timeout: float | None) -> httpx.Response:
-        """The beginning of an answer that comes as events, sent for as ``_send`` does; the caller closes it."""
+    async def _open(self, call: Call[Any], request: httpx.Request) -> httpx.Response:
+        """The beginning of an answer that comes as events; the caller closes it."""
+        try:
+            response = await self._http.send(request, stream=True)
+            if response.is_success:
+                return response
+            await response.aread()
+        except httpx.RequestError as error:
+            raise no_answer(error, request) from error
+        raise refusal(response)
+
+    async def _persist(
+        self, call: Call[Any], timeout: float | None, attempt: Callable[[Call[Any], httpx.Request], Awaitable[R]]
+    ) -> R:
+        """Makes the attempt again and again, with the same request, for as long as ``retries`` has it."""
         request = self._core.request(self._http, call, timeout)
-        tries = 0
+        tries, failing_since = 0, None
         while True:
             tries += 1
             try:
-                try:
-                    response = await self._http.send(request, stream=True)
-                    if response.is_success:
-                        return response
-                    await response.aread()
-                except httpx.RequestError as error:
-                    raise no_answer(error, request) from error
-                raise refusal(response)
+                return await attempt(call, request)
             except InwardError as error:
-                pause = self._core.wait(error, tries, call)
+                now = time.monotonic()
+                failing_since = failing_since or now
+                pause = self._core.wait(error, tries, now - failing_since, call)
                 if pause is None:
                     raise
             await asyncio.sleep(pause)

@@ -1,9 +1,9 @@
 """A list that is too long for one request: which parts are still to be asked, and the whole once all of them are
 answered.
 
-Pure; both clients drive it. One version of head and policy answers the whole: parts answered before a switch are asked
-again after it. A part of which no element can be scored is halved until those to blame stand alone, so that an answer
-does not depend on how the list was split.
+Pure. One version of head and policy answers the whole: parts answered before a switch are asked again after it. A part
+of which no element can be scored is halved until those to blame stand alone, so that an answer does not depend on how
+the list was split; one that is too large, or takes longer than the service allows, is halved as well.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar, cast
 
 from inward_client.answers import Answer, ItemError, Usage
 from inward_client.calls import Call, Element
-from inward_client.errors import InvalidField, StatusError, TooLarge, Unavailable
+from inward_client.errors import DeadlineExceeded, InvalidField, StatusError, TooLarge, Unavailable
 
 A = TypeVar("A", bound=Answer)
 SWITCHES = 3
@@ -92,10 +92,9 @@ class Batches(Generic[A]):
         Raises:
             StatusError: ``error``, if it is not the fault of single elements.
         """
-        if not isinstance(error, TooLarge | InvalidField) or not part.stop:
-            raise error
-        blamed = (error.param or "").startswith(f"{self._sent_as}.")
-        if not blamed and not isinstance(error, TooLarge):
+        too_much = isinstance(error, TooLarge) or (isinstance(error, DeadlineExceeded) and len(part) > 1)
+        blamed = isinstance(error, InvalidField) and (error.param or "").startswith(f"{self._sent_as}.")
+        if not part.stop or not (too_much or blamed):
             raise error
         self._asked -= 1
         if len(part) == 1:

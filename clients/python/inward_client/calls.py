@@ -1,10 +1,11 @@
-"""Each route as a pure value: what is sent, and how the answer is read. Both clients send these and nothing else."""
+"""Each route as a pure value: what is sent, and how the answer is read. The client sends these and nothing else."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic, TypeVar
 from urllib.parse import quote
 
@@ -37,6 +38,8 @@ class Call(Generic[T]):
     """The body takes ``timeout``."""
     stream: bool = False
     """The answer comes as events; it can't be kept for another try."""
+    key: str | None = None
+    """Idempotency key, where it is the caller's."""
 
 
 def margin(pairs: Iterable[Element], head: str | None, truncate: bool) -> Call[answers.MarginAnswer]:
@@ -72,12 +75,12 @@ def rerank(
     sampling: Mapping[str, Any] | None,
     head: str | None,
     truncate: bool,
-    token_ids: bool,
-    scores: str | None,
+    return_token_ids: bool,
+    append_to: str | None,
     stream: bool = False,
 ) -> Call[answers.RerankAnswer]:
-    given = {"candidates": candidates and list(candidates), "n": n, "sampling": sampling, "scores": scores}
-    given |= {"token_ids": token_ids or None, "stream": stream or None}
+    given = {"candidates": candidates and list(candidates), "n": n, "sampling": sampling, "append_to": append_to}
+    given |= {"return_token_ids": return_token_ids or None, "stream": stream or None}
     body = {"prompt": prompt if isinstance(prompt, str) else list(prompt), **_given(given), **_options(head, truncate)}
     return Call("POST", "/rerank", lambda value: read(answers.RerankAnswer, value), body, deadline=True, stream=stream)
 
@@ -109,11 +112,14 @@ def load_policy(version: str) -> Call[answers.Policy]:
     return Call("POST", "/policy", lambda value: read(answers.Policy, value), {"version": version})
 
 
-def create_job(kind: str, rows: Iterable[Element], head: str | None, scores: str | None) -> Call[answers.Job]:
+def create_job(
+    kind: str, rows: Iterable[Element], head: str | None, append_to: str | None, key: str | None
+) -> Call[answers.Job]:
     kept = ITEM if kind == "score" else ITEM + PAIR if kind == "reward" else PAIR
     lines = b"".join(json.dumps(_fields(row, kept)).encode() + b"\n" for row in rows)
-    params = _given({"kind": kind, "head": head, "scores": scores})
-    return Call("POST", "/jobs", lambda value: read(answers.Job, value), content=lines, params=params, repeatable=False)
+    params = _given({"kind": kind, "head": head, "append_to": append_to})
+    read_job = partial(read, answers.Job)
+    return Call("POST", "/jobs", read_job, content=lines, params=params, repeatable=False, key=key)
 
 
 def job(id: str) -> Call[answers.Job]:

@@ -1,42 +1,53 @@
-"""The client for ordinary code."""
+"""The client for ordinary code: the methods of ``AsyncInward``, waited for."""
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import Any, Literal, TypeVar
+import os
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from functools import partial, wraps
+from inspect import signature
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import httpx
 
-from inward_client import calls
-from inward_client.answers import (
-    Answer,
-    Head,
-    HeadInfo,
-    Health,
-    Job,
-    Margin,
-    MarginAnswer,
-    Policy,
-    RerankAnswer,
-    RewardAnswer,
-    RewardPair,
-    RewardPairAnswer,
-    Score,
-    ScoreAnswer,
-)
-from inward_client.batches import Batches, Part
-from inward_client.calls import Call, Element, Prompt
-from inward_client.core import Core, no_answer, refusal
-from inward_client.errors import InwardError, StatusError, Unavailable
-from inward_client.events import Event, Events
-from inward_client.progress import bar
+from inward_client import event_loop
+from inward_client.aio import AsyncInward
 from inward_client.retries import DEFAULT, Retries
 
+P = ParamSpec("P")
 T = TypeVar("T")
-A = TypeVar("A", bound=Answer)
+
+
+def _waited_for(
+    method: Callable[Concatenate[AsyncInward, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[Inward, P], T]:
+    @wraps(method)
+    def wait(self: Inward, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return event_loop.run(method(self._client, *args, **kwargs))
+
+    return wait
+
+
+def _iterated(
+    method: Callable[Concatenate[AsyncInward, P], AsyncIterator[T]],
+) -> Callable[Concatenate[Inward, P], Iterator[T]]:
+    @wraps(method)
+    def iterate(self: Inward, /, *args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
+        events: Any = method(self._client, *args, **kwargs)
+        try:
+            while (event := event_loop.run(_next(events))) is not None:
+                yield event
+        finally:
+            event_loop.run(events.aclose())
+
+    asynchronous = signature(method)
+    blocking = str(asynchronous.return_annotation).removeprefix("Async")
+    iterate.__dict__["__signature__"] = asynchronous.replace(return_annotation=blocking)
+    return iterate
+
+
+async def _next(events: AsyncIterator[T]) -> T | None:
+    return await anext(events, None)
 
 
 class Inward:
@@ -63,11 +74,20 @@ class Inward:
         batch_size: int = 64,
         concurrency: int = 8,
         headers: Mapping[str, str] | None = None,
-        http: httpx.Client | None = None,
+        http: httpx.AsyncClient | None = None,
     ) -> None:
-        self._core = Core.of(url, api_key, timeout, retries, batch_size, concurrency, headers)
-        self._owned = http is None
-        self._http = http or httpx.Client(limits=self._core.limits())
+        self._open = partial(
+            AsyncInward, url, api_key=api_key, timeout=timeout, retries=retries, batch_size=batch_size,
+            concurrency=concurrency, headers=headers, http=http,
+        )  # fmt: skip
+        self._process, self._opened = os.getpid(), self._open()
+
+    @property
+    def _client(self) -> AsyncInward:
+        """A fork opens connections of its own."""
+        if self._process != os.getpid():
+            self._process, self._opened = os.getpid(), self._open()
+        return self._opened
 
     def __enter__(self) -> Inward:
         return self
@@ -75,368 +95,22 @@ class Inward:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def close(self) -> None:
-        """Closes the connections."""
-        if self._owned:
-            self._http.close()
-
-    def margin(
-        self,
-        pairs: Iterable[Element],
-        *,
-        head: str | None = None,
-        truncate: bool = False,
-        timeout: float | None = None,
-        progress: bool = False,
-    ) -> MarginAnswer:
-        """Margins of preference pairs (`POST /margin`), any number of them.
-
-        Args:
-            pairs: each with `prompt` (or `messages`), `chosen` and `rejected`; other keys are not sent.
-            head: by default the first LEGEND head that is loaded.
-            truncate: cut text that is longer than the model takes instead of refusing it.
-            timeout: seconds for one try of one request, also told to the service.
-            progress: show a bar (needs tqdm).
-
-        Raises:
-            InwardError: no pair could be scored, or the service could not do its part.
-        """
-
-        def ask(part: Sequence[Element]) -> Call[MarginAnswer]:
-            return calls.margin(part, head, truncate)
-
-        rows = list(pairs)
-        batches = Batches(rows, self._core.batch_size, ask, "pairs", "margins", Margin)
-        return self._send_all(batches, len(rows), timeout, progress)
-
-    def score(
-        self,
-        items: Iterable[Element],
-        *,
-        head: str | None = None,
-        detail: Sequence[Literal["layers", "tokens"]] = (),
-        truncate: bool = False,
-        timeout: float | None = None,
-        progress: bool = False,
-    ) -> ScoreAnswer:
-        """Scores of responses (`POST /score`), any number of them.
-
-        Args:
-            items: each with `prompt` and `response`, or `messages` that end with the assistant's; other keys are not
-                sent.
-            head: by default the first LEGEND head that is loaded.
-            detail: each layer's part of the score, the score at every token.
-            truncate: cut text that is longer than the model takes instead of refusing it.
-            timeout: seconds for one try of one request, also told to the service.
-            progress: show a bar (needs tqdm).
-
-        Raises:
-            InwardError: no item could be scored, or the service could not do its part.
-        """
-
-        def ask(part: Sequence[Element]) -> Call[ScoreAnswer]:
-            return calls.score(part, head, truncate, detail)
-
-        rows = list(items)
-        batches = Batches(rows, self._core.batch_size, ask, "items", "scores", Score)
-        return self._send_all(batches, len(rows), timeout, progress)
-
-    def reward(
-        self,
-        items: Iterable[Element],
-        *,
-        head: str | None = None,
-        detail: Sequence[Literal["layers", "tokens"]] = (),
-        truncate: bool = False,
-        timeout: float | None = None,
-        progress: bool = False,
-    ) -> RewardAnswer:
-        """Hybrid rewards of responses (`POST /reward` with items), any number of them.
-
-        Args:
-            items: each with `prompt` and `response`, or `messages` that end with the assistant's; other keys are not
-                sent.
-            head: by default the first hybrid head that is loaded.
-            detail: each layer's probe output and gate weight, the score at every token.
-            truncate: cut text that is longer than the model takes instead of refusing it.
-            timeout: seconds for one try of one request, also told to the service.
-            progress: show a bar (needs tqdm).
-
-        Raises:
-            InwardError: no item could be scored, or the service could not do its part.
-        """
-
-        def ask(part: Sequence[Element]) -> Call[RewardAnswer]:
-            return calls.reward(part, head, truncate, detail)
-
-        rows = list(items)
-        batches = Batches(rows, self._core.batch_size, ask, "items", "rewards", Score)
-        return self._send_all(batches, len(rows), timeout, progress)
-
-    def reward_pairs(
-        self,
-        pairs: Iterable[Element],
-        *,
-        head: str | None = None,
-        detail: Sequence[Literal["layers", "tokens"]] = (),
-        truncate: bool = False,
-        timeout: float | None = None,
-        progress: bool = False,
-    ) -> RewardPairAnswer:
-        """Hybrid rewards of both answers of pairs, and the confidence that the label is right (`POST /reward` with
-        pairs).
-
-        Args:
-            pairs: each with `prompt` (or `messages`), `chosen` and `rejected`; other keys are not sent.
-            head: by default the first hybrid head that is loaded.
-            detail: each layer's probe output and gate weight, the score at every token.
-            truncate: cut text that is longer than the model takes instead of refusing it.
-            timeout: seconds for one try of one request, also told to the service.
-            progress: show a bar (needs tqdm).
-
-        Raises:
-            InwardError: no pair could be scored, or the service could not do its part.
-        """
-
-        def ask(part: Sequence[Element]) -> Call[RewardPairAnswer]:
-            return calls.reward_pairs(part, head, truncate, detail)
-
-        rows = list(pairs)
-        batches = Batches(rows, self._core.batch_size, ask, "pairs", "rewards", RewardPair)
-        return self._send_all(batches, len(rows), timeout, progress)
-
-    def rerank(
-        self,
-        prompt: Prompt,
-        candidates: Sequence[str] | None = None,
-        *,
-        n: int | None = None,
-        sampling: Mapping[str, Any] | None = None,
-        head: str | None = None,
-        truncate: bool = False,
-        token_ids: bool = False,
-        scores: str | None = None,
-        timeout: float | None = None,
-    ) -> RerankAnswer:
-        """Ranks candidates, or draws `n` answers and ranks those (`POST /rerank`).
-
-        Args:
-            prompt: a text, or chat messages.
-            candidates: the answers to rank.
-            n: instead of them, how many to draw.
-            sampling: how they are drawn: `temperature`, `top_p`, `top_k`, `max_tokens`, `seed`, ….
-            head: by default the first ranker that is loaded, else another head.
-            truncate: cut text that is longer than the model takes instead of refusing it.
-            token_ids: give each answer's token ids as well.
-            scores: name of a stream to which best against worst is appended, for trainers that consume it.
-            timeout: seconds for one try, also told to the service.
-
-        Raises:
-            InwardError: no candidate could be scored, or the service could not do its part.
-        """
-        return self._send(calls.rerank(prompt, candidates, n, sampling, head, truncate, token_ids, scores), timeout)
-
-    def rerank_stream(
-        self,
-        prompt: Prompt,
-        n: int,
-        *,
-        sampling: Mapping[str, Any] | None = None,
-        head: str | None = None,
-        truncate: bool = False,
-        token_ids: bool = False,
-        scores: str | None = None,
-        timeout: float | None = None,
-    ) -> Iterator[Event]:
-        """Draws `n` answers and gives each as soon as it is drawn and scored, in the end the ranking (`POST /rerank`
-        with `stream`).
-
-        Tried again only until the first event has come.
-
-        Args:
-            prompt: a text, or chat messages.
-            n: how many to draw.
-            sampling: how they are drawn: `temperature`, `top_p`, `top_k`, `max_tokens`, `seed`, ….
-            head: by default the first ranker that is loaded, else another head. A ranker's scores come with the ranking
-                only.
-            truncate: cut a prompt that is longer than the model takes.
-            token_ids: give each answer's token ids as well.
-            scores: name of a stream to which best against worst is appended, for trainers that consume it.
-            timeout: seconds, also told to the service.
-
-        Yields:
-            A `Ranked` for each answer, then one `RerankAnswer`.
-
-        Raises:
-            InwardError: the service could not do its part, also in the middle.
-        """
-        call = calls.rerank(prompt, None, n, sampling, head, truncate, token_ids, scores, stream=True)
-        response = self._open(call, timeout)
-        try:
-            events = Events(response.headers.get("x-request-id"))
-            for line in response.iter_lines():
-                if (event := events.line(line)) is not None:
-                    yield event
-            events.end()
-        except httpx.RequestError as error:
-            raise no_answer(error, response.request) from error
-        finally:
-            response.close()
-
-    def heads(self, *, timeout: float | None = None) -> list[HeadInfo]:
-        """What is loaded (`GET /heads`)."""
-        return self._send(calls.heads(), timeout)
-
-    def head(self, name: str, *, timeout: float | None = None) -> HeadInfo:
-        """One head: its versions, calibration and metrics at fitting (`GET /heads/{name}`)."""
-        return self._send(calls.head(name), timeout)
-
-    def activate(self, name: str, version: int, *, timeout: float | None = None) -> Head:
-        """Switches a head to a version, or back to an earlier one (`POST /heads/{name}/activate`)."""
-        return self._send(calls.activate(name, version), timeout)
-
-    def update(
-        self,
-        name: str,
-        sequence: int,
-        pairs: Iterable[Element],
-        *,
-        lr: float | None = None,
-        timeout: float | None = None,
-    ) -> Head:
-        """One online step of a hybrid head on labelled pairs (`POST /heads/{name}/update`).
-
-        Args:
-            name: of the head.
-            sequence: one more than the head's last (`head(name).sequence`); a repeat of the last changes nothing.
-            pairs: each with `prompt` (or `messages`), `chosen` and `rejected`.
-            lr: learning rate of the step.
-            timeout: seconds for one try.
-
-        Raises:
-            Conflict: `sequence` is neither the last one nor the next.
-        """
-        return self._send(calls.update(name, sequence, pairs, lr), timeout)
-
-    def policy(self, *, timeout: float | None = None) -> Policy:
-        """Which adapter the backbone carries, and which there are (`GET /policy`)."""
-        return self._send(calls.policy(), timeout)
-
-    def load_policy(self, version: str, *, timeout: float | None = None) -> Policy:
-        """Puts an adapter of the policy on the backbone; "base" takes it off (`POST /policy`)."""
-        return self._send(calls.load_policy(version), timeout)
-
-    def create_job(
-        self,
-        kind: Literal["margin", "score", "reward"],
-        rows: Iterable[Element],
-        *,
-        head: str | None = None,
-        scores: str | None = None,
-        timeout: float | None = None,
-    ) -> Job:
-        """Uploads rows to be scored in their own time (`POST /jobs`); needs a service around a Redis.
-
-        Args:
-            kind: the route that each row goes through.
-            rows: pairs, or items for `score`.
-            head: as of that route.
-            scores: name of a stream to which scored rows are appended as well.
-            timeout: seconds for one try.
-        """
-        return self._send(calls.create_job(kind, rows, head, scores), timeout)
-
-    def job(self, id: str, *, timeout: float | None = None) -> Job:
-        """How far a bulk job is (`GET /jobs/{id}`)."""
-        return self._send(calls.job(id), timeout)
-
-    def cancel_job(self, id: str, *, timeout: float | None = None) -> Job:
-        """Stops a bulk job and drops what it did (`POST /jobs/{id}/cancel`)."""
-        return self._send(calls.cancel_job(id), timeout)
-
-    def job_results(self, id: str, *, timeout: float | None = None) -> list[dict[str, Any]]:
-        """The results of a bulk job that is done, in the order of its rows (`GET /jobs/{id}/results`).
-
-        Raises:
-            Conflict: it is not done yet, or was cancelled.
-        """
-        return self._send(calls.job_results(id), timeout)
-
-    def info(self, *, timeout: float | None = None) -> dict[str, Any]:
-        """Model, versions and limits (`GET /info`)."""
-        return self._send(calls.info(), timeout)
-
-    def health(self, *, timeout: float | None = None) -> Health:
-        """Whether requests are welcome (`GET /health`); asked once, without retries.
-
-        Raises:
-            ConnectionFailed: nobody answers.
-        """
-        try:
-            return self._try(calls.health(), self._core.request(self._http, calls.health(), timeout))
-        except Unavailable as error:
-            return Health(False, error.message)
-
-    def _send(self, call: Call[T], timeout: float | None, given_up: threading.Event | None = None) -> T:
-        """Sends until there is an answer, or another try is not worth it, or the whole is ``given_up``."""
-        given_up = given_up or threading.Event()
-        request = self._core.request(self._http, call, timeout)
-        tries = 0
-        while True:
-            tries += 1
-            try:
-                return self._try(call, request)
-            except InwardError as error:
-                pause = self._core.wait(error, tries, call)
-                if pause is None or given_up.wait(pause):
-                    raise
-
-    def _try(self, call: Call[T], request: httpx.Request) -> T:
-        try:
-            response = self._http.send(request)
-        except httpx.RequestError as error:
-            raise no_answer(error, request) from error
-        return self._core.result(call, response)
-
-    def _open(self, call: Call[Any], timeout: float | None) -> httpx.Response:
-        """The beginning of an answer that comes as events, sent for as ``_send`` does; the caller closes it."""
-        request = self._core.request(self._http, call, timeout)
-        tries = 0
-        while True:
-            tries += 1
-            try:
-                try:
-                    response = self._http.send(request, stream=True)
-                    if response.is_success:
-                        return response
-                    response.read()
-                except httpx.RequestError as error:
-                    raise no_answer(error, request) from error
-                raise refusal(response)
-            except InwardError as error:
-                pause = self._core.wait(error, tries, call)
-                if pause is None:
-                    raise
-            time.sleep(pause)
-
-    def _send_all(self, batches: Batches[A], total: int, timeout: float | None, progress: bool) -> A:
-        """All parts, at most ``concurrency`` at once; what fails for all of them ends the call."""
-        shown = bar(progress, total, batches.unit)
-        given_up = threading.Event()
-        running: dict[Future[A], Part] = {}
-        with ThreadPoolExecutor(self._core.concurrency) as pool:
-            try:
-                while True:
-                    for part in batches.take(self._core.concurrency - len(running)):
-                        running[pool.submit(self._send, batches.call(part), timeout, given_up)] = part
-                    if not running:
-                        return batches.whole()
-                    for future in wait(running, return_when=FIRST_COMPLETED).done:
-                        part = running.pop(future)
-                        try:
-                            shown.update(batches.answered(part, future.result()))
-                        except StatusError as error:
-                            shown.update(batches.failed(part, error))
-            finally:
-                given_up.set()
-                shown.close()
+    margin = _waited_for(AsyncInward.margin)
+    score = _waited_for(AsyncInward.score)
+    reward = _waited_for(AsyncInward.reward)
+    reward_pairs = _waited_for(AsyncInward.reward_pairs)
+    rerank = _waited_for(AsyncInward.rerank)
+    rerank_stream = _iterated(AsyncInward.rerank_stream)
+    heads = _waited_for(AsyncInward.heads)
+    head = _waited_for(AsyncInward.head)
+    activate = _waited_for(AsyncInward.activate)
+    update = _waited_for(AsyncInward.update)
+    policy = _waited_for(AsyncInward.policy)
+    load_policy = _waited_for(AsyncInward.load_policy)
+    create_job = _waited_for(AsyncInward.create_job)
+    job = _waited_for(AsyncInward.job)
+    cancel_job = _waited_for(AsyncInward.cancel_job)
+    job_results = _waited_for(AsyncInward.job_results)
+    info = _waited_for(AsyncInward.info)
+    health = _waited_for(AsyncInward.health)
+    close = _waited_for(AsyncInward.close)

@@ -1,4 +1,4 @@
-"""What both clients share: requests from calls, failures from answers, and the decision to try again."""
+"""Requests from calls, failures from answers, and the decision to try again: what a client does without waiting."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from inward_client.retries import Retries, wait_before_retry
 
 T = TypeVar("T")
 DEFAULT_URL = "http://127.0.0.1:8080"
-CONNECT = 5.0
+CONNECT_S = 5.0
 """Seconds in which a connection must stand, if a call may take that long."""
 DONE_NOTHING = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 """Failures before anything was sent."""
@@ -66,7 +66,7 @@ class Core:
         """As many connections as requests may be under way, all kept."""
         return httpx.Limits(max_connections=None, max_keepalive_connections=max(2 * self.concurrency, 20))
 
-    def request(self, http: httpx.Client | httpx.AsyncClient, call: Call[Any], timeout: float | None) -> httpx.Request:
+    def request(self, http: httpx.AsyncClient, call: Call[Any], timeout: float | None) -> httpx.Request:
         """The request, with an idempotency key of its own: it is sent again as it is."""
         seconds = self.timeout if timeout is None else timeout
         headers = dict(self.headers)
@@ -74,13 +74,12 @@ class Core:
         if call.method == "POST":
             headers["content-type"] = JSONL if content is not None else "application/json"
             if not call.stream:
-                headers["idempotency-key"] = uuid.uuid4().hex
+                headers["idempotency-key"] = call.key or uuid.uuid4().hex
         if call.body is not None:
             deadline = {"timeout": float(timeout)} if call.deadline and timeout is not None else {}
-            content = json.dumps(
-                {**call.body, **deadline}
-            ).encode()  # ASCII: half a surrogate pair is refused there, not a crash here
-        patience = httpx.Timeout(seconds, connect=min(CONNECT, seconds))
+            # ASCII: half a surrogate pair is refused there, not a crash here
+            content = json.dumps({**call.body, **deadline}).encode()
+        patience = httpx.Timeout(seconds, connect=min(CONNECT_S, seconds))
         return http.build_request(
             call.method,
             self.url + call.path,
@@ -99,19 +98,19 @@ class Core:
         """
         if not response.is_success:
             raise refusal(response)
+        is_jsonl = response.headers.get("content-type", "").startswith(JSONL)
         try:
-            value = (
-                _lines(response.text) if response.headers.get("content-type", "").startswith(JSONL) else response.json()
-            )
-            return call.read(value)
+            return call.read(_lines(response.text) if is_jsonl else response.json())
         except UnreadableAnswer:
             raise
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UnreadableAnswer(f"the answer to {call.method} {call.path} can't be read: {error}") from None
 
-    def wait(self, failure: InwardError, tries: int, call: Call[Any]) -> float | None:
+    def wait(self, failure: InwardError, tries: int, failing_s: float, call: Call[Any]) -> float | None:
         """Seconds until the call is tried again; None gives up."""
-        return wait_before_retry(failure, tries, self.retries, repeatable=call.repeatable, chance=random.random())
+        return wait_before_retry(
+            failure, tries, failing_s, self.retries, repeatable=call.repeatable, chance=random.random()
+        )
 
 
 def refusal(response: httpx.Response) -> StatusError:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -57,11 +59,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; errors that a user can mend are one line on standard error and exit status 2."""
+    """Runs one command. What a user can mend is one line on standard error, and exit status 2; a run that was stopped
+    has the exit status of its signal.
+    """
     args = parser().parse_args(argv)
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    logging.getLogger("inward_trainer").setLevel(logging.INFO)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    for name in ("inward_trainer", "inward_client"):
+        logging.getLogger(name).setLevel(logging.INFO)
     try:
         if args.command == "cdpo":
             from inward_trainer import cdpo
@@ -70,9 +74,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         from inward_trainer import rm
 
         return rm.run(read_options(RewardOptions, args))
-    except TrainerError as error:
-        print(f"inward-train {args.command}: {error}", file=sys.stderr)
-        return 2
+    except KeyboardInterrupt:
+        problem, status = "interrupted; the same command goes on from the last checkpoint", 128 + signal.SIGINT
+    except Exception as error:
+        found = mendable(error)
+        if found is None:
+            raise
+        problem, status = found, 2
+    print(f"inward-train {args.command}: {problem}", file=sys.stderr)
+    return status
+
+
+def mendable(error: Exception) -> str | None:
+    """What to tell of an error that a user can mend; None of one that is a defect."""
+    if isinstance(error, TrainerError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError):
+        return f"a package is missing: pip install {error.name}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full ({error.filename or error.strerror}); the same command goes on when there is room"
+    if isinstance(error, PermissionError):
+        return f"{error.filename} can't be written or read: {error.strerror}"
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for this
+        return "the device has too little memory: a smaller --batch-size with more --accumulate, a smaller --max-length"
+    return None
 
 
 if __name__ == "__main__":

@@ -24,9 +24,9 @@ class Log:
 
     def __init__(self, folder: Path, done: int, *, run: str = "run", tensorboard: bool = True) -> None:
         self._path = folder / "log.jsonl"
-        self.kept = [line for line in read_log(self._path) if line["step"] <= done]
-        write_text(self._path, "".join(json.dumps(line) + "\n" for line in self.kept))
-        self.series = RunSeries(run, self.kept)
+        self.lines = [line for line in read_log(self._path) if line["step"] <= done]
+        write_text(self._path, "".join(json.dumps(line) + "\n" for line in self.lines))
+        self.series = RunSeries(run, self.lines)
         self._board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -39,8 +39,9 @@ class Log:
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in values.items()
         }
+        self.lines.append({"step": step, **finite})
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **finite}) + "\n")
+            file.write(json.dumps(self.lines[-1]) + "\n")
         self.series.logged(finite)
         if self._board is not None:
             for name, value in values.items():

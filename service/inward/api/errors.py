@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from inward.api.answers import plain, refusal
 from inward.errors import InvalidField, InwardError, NotFound
 from inward.wire import UNION_TAGS, ErrorBody
-from inward.wire.compat import FOREIGN_TAGS
+from inward.wire.compat import COMPAT_TAGS
 
 PHRASES = {
     "missing": "is missing",
@@ -37,6 +37,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         401: "No key, or a wrong one.",
         404: "No such head or version.",
         413: "The body, the number of items, or (where no item is left) a text is over the limit.",
+        415: "The body is compressed.",
         422: "A field is missing, unknown or of a wrong type, or no item can be scored; `param` names it.",
         500: "A defect of ours.",
         503: "Overloaded or not able to compute; `Retry-After` says when to come back.",
@@ -68,7 +69,7 @@ def explain(problems: Sequence[Mapping[str, Any]]) -> InvalidField:
     """
     first = problems[0]
     context = first.get("ctx", {})
-    steps = [str(step) for step in first["loc"][1:] if step not in UNION_TAGS | FOREIGN_TAGS]
+    steps = [str(step) for step in first["loc"][1:] if step not in UNION_TAGS | COMPAT_TAGS]
     if first["type"] == "wrong_form":
         steps.append(context["field"])
         phrase = context["problem"]

@@ -1,7 +1,7 @@
 """``Idempotency-Key``: who asks again with the same key and the same body gets the same answer, worked out once.
 
-Only answers with status 200 or 201 are kept, and no streams of events; after an error the caller may ask again. The key
-belongs to the credential that it came with.
+Only answers with status 200 or 201 are kept, with their headers, and no streams of events; after an error the caller
+may ask again. The key belongs to the credential that it came with.
 """
 
 from __future__ import annotations
@@ -11,88 +11,150 @@ import hashlib
 import re
 from collections.abc import Set
 
+import msgspec
 from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inward.api.answers import JSON, refusal
-from inward.errors import Conflict, InvalidField, Unavailable
+from inward.errors import Conflict, InvalidField, InwardError, Unavailable
 from inward.stores.idempotency import IdempotencyStore
 
 KEY = re.compile(r"[\x21-\x7e]{1,255}")
 HEADER = "Idempotency-Key"
 GOOD = (200, 201)
+REPLAYED = (b"idempotency-replayed", b"true")
+
+
+class KeptAnswer(msgspec.Struct, frozen=True, array_like=True):
+    """An answer as it is kept."""
+
+    asked: bytes
+    """Digest of the body that it answers."""
+    status: int
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
 
 
 class Idempotency:
-    """Stands inside ``Door``, which hands it the whole body at once and cancels it when the caller hangs up.
+    """Stands inside ``RequestBody``, which hands it the whole body at once and cancels it when the caller hangs up.
 
-    ``uploads`` are paths whose bodies come in pieces; there the declared length stands for the body.
+    ``uploads`` are paths whose bodies come in pieces: they are handed on as they come, and compared in the end.
     """
 
-    def __init__(self, app: ASGIApp, *, answered: IdempotencyStore, uploads: Set[str] = frozenset()) -> None:
+    def __init__(self, app: ASGIApp, *, store: IdempotencyStore, uploads: Set[str] = frozenset()) -> None:
         self.app = app
-        self._answered, self._uploads = answered, uploads
+        self._store, self._uploads = store, uploads
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = Headers(scope=scope) if scope["type"] == "http" else Headers()
-        given = headers.get(HEADER)
-        if given is None or scope["method"] != "POST":
+        given = Headers(scope=scope).get(HEADER) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if given is None:
             await self.app(scope, receive, send)
             return
-        if not KEY.fullmatch(given):
-            malformed = InvalidField(f"{HEADER} must be 1 to 255 visible ASCII characters without spaces", param=HEADER)
-            await refusal(malformed)(scope, receive, send)
-            return
-        message = await receive()
-        key = hashlib.sha256(f"{headers.get('authorization', '')} {given}".encode()).hexdigest()
-        body = (
-            headers.get("content-length", "").encode() if scope["path"] in self._uploads else message.get("body", b"")
-        )
-        request = hashlib.sha256(b" ".join((scope["path"].encode(), scope["query_string"], body))).hexdigest()
         try:
-            asked = await self._answered.begin(key, request)
-        except Unavailable as error:
-            await refusal(error)(scope, receive, send)
-            return
-        if asked is None:
-            await self._work_out(key, request, scope, _again(message, receive), send)
-        elif asked.request != request:
-            reused = InvalidField(f"this {HEADER} was used for another request; take a new one for each", param=HEADER)
-            await refusal(reused)(scope, receive, send)
-        elif asked.answer is None:
-            conflict = Conflict(
-                f"a request with this {HEADER} is being worked out; ask again in a second", param=HEADER
-            )
-            await refusal(conflict, headers={"retry-after": "1"})(scope, receive, send)
-        else:
-            await Response(asked.answer, 200, {"idempotency-replayed": "true"}, JSON)(scope, receive, send)
+            await self._once(given, scope, receive, send)
+        except _Refused as refused:
+            await refusal(refused.error, headers=refused.headers)(scope, receive, send)
 
-    async def _work_out(self, key: str, request: str, scope: Scope, receive: Receive, send: Send) -> None:
-        chunks, whole, kept = [], False, False
+    async def _once(self, given: str, scope: Scope, receive: Receive, send: Send) -> None:
+        if not KEY.fullmatch(given):
+            raise _Refused(
+                InvalidField(f"{HEADER} must be 1 to 255 visible ASCII characters without spaces", param=HEADER)
+            )
+        body = _Body(receive)
+        key = hashlib.sha256(f"{Headers(scope=scope).get('authorization', '')} {given}".encode()).hexdigest()
+        request = b" ".join((scope["path"].encode(), scope["query_string"]))
+        if scope["path"] not in self._uploads:
+            await body.read()
+            request += b" " + body.digest
+        asked = hashlib.sha256(request).hexdigest()
+        try:
+            known = await self._store.begin(key, asked)
+        except Unavailable as error:
+            raise _Refused(error) from None
+        if known is None:
+            await self._work_out(key, asked, scope, body, send)
+        elif known.request != asked:
+            raise _Refused(_reused())
+        elif known.answer is None:
+            running = Conflict(f"a request with this {HEADER} is being worked out; ask again in a second", param=HEADER)
+            raise _Refused(running, {"retry-after": "1"})
+        else:
+            await _replay(msgspec.msgpack.decode(known.answer, type=KeptAnswer), body, scope, send)
+
+    async def _work_out(self, key: str, asked: str, scope: Scope, body: _Body, send: Send) -> None:
+        kept: KeptAnswer | None = None
+        chunks: list[bytes] = []
+        whole = False
 
         async def listen(message: Message) -> None:
-            nonlocal whole, kept
+            nonlocal kept, whole
             if message["type"] == "http.response.start":
-                kept = message["status"] in GOOD and Headers(raw=message["headers"]).get("content-type") == JSON
-            elif kept:
+                headers = [(bytes(name), bytes(value)) for name, value in message["headers"]]
+                if message["status"] in GOOD and Headers(raw=headers).get("content-type") == JSON:
+                    kept = KeptAnswer(b"", message["status"], headers, b"")
+            elif kept is not None:
                 chunks.append(message.get("body", b""))
                 if not message.get("more_body", False):  # before it is sent: who loses it on the way finds it
-                    await self._answered.finish(key, request, b"".join(chunks))
+                    answer = KeptAnswer(body.digest, kept.status, kept.headers, b"".join(chunks))
+                    await self._store.finish(key, asked, msgspec.msgpack.encode(answer))
                     whole = True
             await send(message)
 
         try:
-            await self.app(scope, receive, listen)
+            await self.app(scope, body.receive, listen)
         finally:
             if not whole:
-                await asyncio.shield(self._answered.forget(key))
+                await asyncio.shield(self._store.forget(key))
 
 
-def _again(first: Message, receive: Receive) -> Receive:
-    messages = [first]
+class _Refused(Exception):
+    def __init__(self, error: InwardError, headers: dict[str, str] | None = None) -> None:
+        super().__init__()
+        self.error, self.headers = error, headers
 
-    async def replay() -> Message:
-        return messages.pop() if messages else await receive()
 
-    return replay
+class _Body:
+    """The body of a request as it is received, and its digest."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive, self._hash = receive, hashlib.sha256()
+        self._read: list[Message] = []
+        self._ended = False
+
+    async def receive(self) -> Message:
+        """What the app receives: first what was read already."""
+        return self._read.pop(0) if self._read else await self._next()
+
+    async def read(self) -> None:
+        """Takes the first message, which is the whole body where it is no upload."""
+        self._read.append(await self._next())
+
+    async def skip(self) -> None:
+        """Reads it to its end."""
+        while not self._ended:
+            await self._next()
+
+    @property
+    def digest(self) -> bytes:
+        """Of what has come."""
+        return self._hash.digest()
+
+    async def _next(self) -> Message:
+        message = await self._receive()
+        self._hash.update(message.get("body", b""))
+        self._ended = message["type"] == "http.disconnect" or not message.get("more_body", False)
+        return message
+
+
+async def _replay(kept: KeptAnswer, body: _Body, scope: Scope, send: Send) -> None:
+    await body.skip()
+    if body.digest != kept.asked:
+        raise _Refused(_reused())
+    response = Response(kept.body, kept.status)
+    response.raw_headers = [*kept.headers, REPLAYED]
+    await response(scope, body.receive, send)
+
+
+def _reused() -> InvalidField:
+    return InvalidField(f"this {HEADER} was used for another request; take a new one for each", param=HEADER)

@@ -1,5 +1,4 @@
-"""What every request passes on its way in and out: the record of it, and the door that takes its body and notices when
-it hangs up.
+"""What every request passes on its way in and out: the record of it, HEAD, and its body.
 
 Plain ASGI, because Starlette's ``BaseHTTPMiddleware`` hides ``http.disconnect`` from what is inside it.
 """
@@ -13,6 +12,7 @@ import re
 import time
 import uuid
 from collections.abc import Mapping, Set
+from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -21,13 +21,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from inward import logs, metrics, tracing
 from inward.api.answers import refusal
 from inward.api.auth import HEALTH
-from inward.errors import InternalError, TooLarge, TooSlow
+from inward.errors import InternalError, TooLarge, TooSlow, UnknownEncoding
 
 LOG = logs.logger("api")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE"})
 HUNG_UP = 499
 """Code in metrics and logs (nginx's) of a request whose caller left before the answer."""
+PLAIN = frozenset({"", "identity"})
+"""Values of ``content-encoding`` that say that a body is what it is."""
 UNTRACED = HEALTH | {"/metrics"}
 """Asked every few seconds, by machines."""
 
@@ -87,7 +89,10 @@ class AccessLog:
             severity = logging.WARNING if code >= 500 else logging.INFO
             ms = round(1000 * seconds, 2)
             method = scope["method"] if scope["method"] in METHODS else "other"  # a caller may send any word
-            ids = {"request_id": request_id, **tracing.answered(span, method=method, route=route, code=code)}
+            ids: dict[str, Any] = {
+                "request_id": request_id,
+                **tracing.answered(span, method=method, route=route, code=code),
+            }
             logs.event(LOG, "request", severity=severity, method=method, route=route, code=code, ms=ms, **ids)
 
     def _route(self, scope: Scope) -> str:
@@ -95,7 +100,29 @@ class AccessLog:
         return path if path in self._paths else "other"
 
 
-class Door:
+class HeadAsGet:
+    """Answers HEAD as GET, without the body, on every route that has GET."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self.app(scope, receive, send)
+            return
+
+        async def send_head(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        get = {**scope, "method": "GET"}
+        try:
+            await self.app(get, receive, send_head)
+        finally:
+            if "route" in get:  # for the access log
+                scope["route"] = get["route"]
+
+
+class RequestBody:
     """Takes a body of at most ``limit`` bytes, whatever its declared length, and cancels the work when the caller hangs
     up.
 
@@ -113,6 +140,13 @@ class Door:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
+            return
+        if (encoding := Headers(scope=scope).get("content-encoding", "identity").strip().lower()) not in PLAIN:
+            unknown = UnknownEncoding(
+                f"a body with content-encoding {encoding[:32]!r} is not taken; send it as it is, uncompressed",
+                param="content-encoding",
+            )
+            await refusal(unknown, headers={"accept-encoding": "identity"})(scope, receive, send)
             return
         if scope["path"] in self._uploads:
             await self._upload(scope, receive, send)

@@ -15,7 +15,7 @@ from inward.types import Detail, Group, HeadRef, Kind, Scored, Scores, Timing
 from inward.types import Usage as UsageTokens
 from inward.wire import ErrorDetail, Head, Options, Parts, Scorable, Usage
 
-SWITCHES = 3
+MOST_SWITCHES = 3
 """How often a head may be switched under one request before it gives up."""
 
 
@@ -32,7 +32,7 @@ class Result:
             self.outcome.scores[head] if isinstance(self.outcome, Scored) and head < len(self.outcome.scores) else None
         )
 
-    def error(self, where: str) -> ErrorDetail | None:
+    def error(self, where: str | None) -> ErrorDetail | None:
         """Why there is no score at ``where``."""
         if isinstance(self.outcome, InwardError):
             return ErrorDetail(**self.outcome.body()["error"])
@@ -63,7 +63,7 @@ class Results:
 def named(services: Services, scored: Sequence[Scored]) -> dict[str, Any]:
     """The fields of ``wire.Answer`` for what was scored; the first one's head is the answer's."""
     return {
-        "model": services.info()["model"],
+        "model": services.model,
         "policy_version": scored[0].policy_version,
         "head": Head.of(scored[0].heads[0]),
         "usage": Usage.of(sum((outcome.usage for outcome in scored), UsageTokens())),
@@ -125,6 +125,27 @@ async def score_all(
     Raises:
         InwardError: none of the items could be scored (the first one's error), or the service could not do its part.
     """
+    results = await score_each(services, field, items, heads, options, details=details, pair=pair)
+    if not any(isinstance(result.outcome, Scored) for result in results):
+        raise next(result.outcome for result in results if isinstance(result.outcome, InwardError))
+    return Results(results)
+
+
+async def score_each(
+    services: Services,
+    field: str | None,
+    items: Sequence[Scorable],
+    heads: tuple[str, ...],
+    options: Options,
+    *,
+    details: frozenset[Detail] = frozenset(),
+    pair: bool = False,
+) -> list[Result]:
+    """As ``score_all``, also where none could be scored. Without a ``field`` an item's error names the item's own.
+
+    Raises:
+        InwardError: the service could not do its part.
+    """
     deadline = Deadline(options.timeout, services.limits.timeout_s)
     tokenised = await tokenise(services, field, items, truncate=options.truncate)
     groups = [grouped.group for grouped in tokenised if isinstance(grouped, Grouped)]
@@ -134,15 +155,13 @@ async def score_all(
     for i, grouped in enumerate(tokenised):
         outcome = next(outcomes) if isinstance(grouped, Grouped) else grouped
         if isinstance(outcome, InwardError) and outcome.param is None:
-            outcome = type(outcome)(outcome.message, param=f"{field}.{i}")
+            outcome = type(outcome)(outcome.message, param=_path(field, i))
         results.append(Result(outcome, isinstance(grouped, Grouped) and grouped.truncated))
-    if not any(isinstance(result.outcome, Scored) for result in results):
-        raise next(result.outcome for result in results if isinstance(result.outcome, InwardError))
-    return Results(results)
+    return results
 
 
 async def tokenise(
-    services: Services, field: str, items: Sequence[Scorable], *, truncate: bool
+    services: Services, field: str | None, items: Sequence[Scorable], *, truncate: bool
 ) -> list[Grouped | InwardError]:
     """A group for each item, or what is wrong with it, blamed on the field of the request."""
     parts: list[Parts | InwardError] = []
@@ -158,9 +177,14 @@ async def tokenise(
         result = next(groups) if isinstance(part, Parts) else part
         if isinstance(result, InwardError):
             param = part.blame(result.param) if isinstance(part, Parts) else result.param
-            result = type(result)(result.message, param=f"{field}.{i}.{param}" if param else f"{field}.{i}")
+            result = type(result)(result.message, param=_path(field, i, param))
         done.append(result)
     return done
+
+
+def _path(field: str | None, i: int, param: str | None = None) -> str | None:
+    """Of an item's own field ``param`` in the whole request."""
+    return ".".join(step for step in (field and f"{field}.{i}", param) if step) or None
 
 
 async def score_groups(
@@ -172,8 +196,8 @@ async def score_groups(
     details: frozenset[Detail] = frozenset(),
     pair: bool = False,
 ) -> list[Scored | InwardError]:
-    """Scores groups, all by one version of the heads and the policy: those scored before a switch are scored again
-    after it.
+    """Scores groups, all by one version of the heads and the policy and on one backbone: those scored before a switch
+    are scored again after it.
 
     Raises:
         Unavailable, DeadlineExceeded: not the fault of any one group.
@@ -191,7 +215,7 @@ async def score_groups(
     latest = outcomes = await score(groups)
     switches = 0
     while stale := _stale(outcomes, latest):
-        if (switches := switches + 1) > SWITCHES:
+        if (switches := switches + 1) > MOST_SWITCHES:
             raise Unavailable(
                 "the head was switched again and again during this request; send it again", retry_after=1.0
             )
@@ -213,11 +237,7 @@ async def charge(services: Services, groups: Sequence[Group]) -> None:
 
 def _stale(outcomes: Sequence[Scored | InwardError], latest: Sequence[Scored | InwardError]) -> list[int]:
     """Places of the scores that are of other versions than the last one of ``latest``."""
-
-    def version(scored: Scored) -> tuple[tuple[HeadRef, ...], str]:
-        return scored.heads, scored.policy_version
-
-    newest = next((version(outcome) for outcome in reversed(latest) if isinstance(outcome, Scored)), None)
+    newest = next((outcome.version for outcome in reversed(latest) if isinstance(outcome, Scored)), None)
     return [
-        i for i, outcome in enumerate(outcomes) if isinstance(outcome, Scored) and newest and version(outcome) != newest
+        i for i, outcome in enumerate(outcomes) if isinstance(outcome, Scored) and newest and outcome.version != newest
     ]

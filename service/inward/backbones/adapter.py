@@ -23,9 +23,9 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """What PEFT puts before the names of the model's modules."""
 PLAIN = frozenset(
-    "base_model_name_or_path revision task_type auto_mapping inference_mode peft_type peft_version r lora_alpha lora_dropout "
-    "target_modules exclude_modules fan_in_fan_out use_rslora rank_pattern alpha_pattern layers_to_transform layers_pattern megatron_core "
-    "qalora_group_size runtime_config ensure_weight_tying".split()
+    "base_model_name_or_path revision task_type auto_mapping inference_mode peft_type peft_version r lora_alpha "
+    "lora_dropout target_modules exclude_modules fan_in_fan_out use_rslora rank_pattern alpha_pattern "
+    "layers_to_transform layers_pattern megatron_core qalora_group_size runtime_config ensure_weight_tying".split()
 )
 """Fields of the configuration that say where the matrices are and how they are scaled, or that mean nothing after
 training."""

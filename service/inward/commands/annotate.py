@@ -4,107 +4,77 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import TYPE_CHECKING
 
-from inward.commands.options import MODEL_SETTINGS, add_settings
+from inward import logs
+from inward.commands import COMMANDS
+from inward.commands.options import MODEL_SETTINGS, add_settings, settings_of
+from inward.settings import Settings
+
+if TYPE_CHECKING:
+    from inward.offline.annotate.options import Options
+    from inward.offline.annotate.scorer import Scorer
 
 HELP = """\
-Reads preference pairs and writes every row with new columns: margin, margin_scaled, margin_bin, confidence, chosen_score,
-rejected_score, label_agrees. IN and OUT are JSON lines (.jsonl, .jsonl.gz), .csv or .parquet
-files; IN may also be a folder of such files or a dataset that was saved to disk, OUT is a folder then.
+Reads preference pairs and writes every row with new columns: margin, margin_scaled, margin_bin, label_probability,
+confidence, chosen_score, rejected_score, label_agrees. IN and OUT are .jsonl, .csv (also .gz) or .parquet files; IN may
+also be one JSON array, a folder of such files or a dataset that was saved to disk, OUT is a folder then.
 
-Rows that can't be annotated go to OUT.rejected.jsonl with the reason; what annotated is written to OUT.annotation.json (and into the
-metadata of Parquet). A job that was stopped goes on where it was when the same command is given again.
+Rows that can't be annotated go to OUT.rejected.jsonl with the reason; what annotated is written to OUT.annotation.json
+(and into the metadata of Parquet). A job that was stopped goes on where it was when the same command is given again.
 """
 EXAMPLES = """\
 examples:
   inward annotate pairs.jsonl annotated.parquet
   inward annotate pairs.parquet annotated.parquet --model Qwen/Qwen2.5-0.5B-Instruct --heads ./heads --html look.html
   inward annotate qa.csv out.csv --columns prompt=question,chosen=good,rejected=bad --url http://127.0.0.1:8080
-  inward annotate pairs.jsonl for_training.parquet --trl     # prompt, chosen, rejected, margin in [0, 1]: for TRL's RewardTrainer
+  inward annotate pairs.jsonl for_training.parquet --trl     # prompt, chosen, rejected, margin: TRL's RewardTrainer
 """
+ALONE = {
+    "timeout": 1e6, "api_keys": frozenset[str](), "max_body_bytes": 2**30, "queue_tokens": 10**9, "sharing_window": 0.0,
+}  # fmt: skip
+"""In this process nobody is kept waiting by much work at once, and nobody calls."""
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from inward.offline.annotate.options import add_arguments
+
     parser = commands.add_parser(
-        "annotate", help="add margins and confidences to a file of preference pairs", description=HELP, epilog=EXAMPLES,
+        "annotate", help=COMMANDS["annotate"], description=HELP, epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument(
-        "input", metavar="IN", type=Path, help="a file, a folder of files, or a dataset that was saved to disk"
-    )
-    parser.add_argument(
-        "output", metavar="OUT", type=Path, help="a file, or for several tables a folder; its ending decides the format"
-    )
-    what = parser.add_argument_group("what is read and written")
-    what.add_argument(
-        "--layout", default="auto", metavar="NAME", help="hh, pku, trl, chat or sharegpt (default: recognised)"
-    )
-    what.add_argument(
-        "--columns", default="", metavar="OURS=THEIRS,…", help="names of the dataset's columns, such as prompt=question"
-    )
-    what.add_argument(
-        "--trl", action="store_true", help="rewrite the pair as prompt, chosen, rejected; margin is the bin, in [0, 1]"
-    )
-    what.add_argument("--prefix", default="", help="put before the names of the new columns")
-    what.add_argument(
-        "--replace-columns", action="store_true", help="overwrite columns that are there already under these names"
-    )
-    what.add_argument(
-        "--head", metavar="NAME", help="head that gives the margins (default: the only legend or hybrid one)"
-    )
-    what.add_argument(
-        "--truncate",
-        action="store_true",
-        help="cut text that is longer than the model takes, instead of leaving the row out",
-    )
-    what.add_argument("--limit", type=int, metavar="N", help="only the first N rows of each table")
-    how = parser.add_argument_group("how")
-    how.add_argument(
-        "--url",
-        metavar="URL",
-        help="a running service, instead of loading the model here (key: $INWARD_API_KEY, or in the URL)",
-    )
-    how.add_argument(
-        "--engine",
-        choices=("local", "ray"),
-        default="local",
-        help="ray: one model per actor, on the Ray cluster at $RAY_ADDRESS",
-    )
-    how.add_argument(
-        "--actors", type=int, default=1, metavar="N", help="with --engine ray: how many models (default: 1)"
-    )
-    how.add_argument(
-        "--gpus", type=float, default=0.0, metavar="N", help="with --engine ray: GPUs for each actor (default: 0)"
-    )
-    how.add_argument(
-        "--at-once",
-        type=int,
-        metavar="N",
-        help="chunks of 256 rows in flight (default: 1, which is reproducible; with --url 4)",
-    )
-    how.add_argument(
-        "--restart", action="store_true", help="throw away what an interrupted job has done, and an OUT that is there"
-    )
-    look = parser.add_argument_group("what is shown in the end")
-    look.add_argument(
-        "--suspicious",
-        type=int,
-        nargs="?",
-        const=10,
-        default=0,
-        metavar="N",
-        help="print the N (10) most suspicious pairs",
-    )
-    look.add_argument(
-        "--html", type=Path, metavar="FILE", help="a page for looking through the 200 most suspicious pairs"
-    )
-    look.add_argument("--json", action="store_true", help="print the summary as JSON")
+    add_arguments(parser)
     add_settings(parser, (*MODEL_SETTINGS, "heads", "vllm_options"))
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    from inward.offline.annotate.options import Options
     from inward.offline.annotate.run import annotate
+    from inward.offline.annotate.scorer import at_url
 
-    return annotate(args, key=os.environ.get("INWARD_API_KEY"))
+    logs.configure("error", json=False)
+    options = Options.of(args)
+    if options.url is not None:
+        return annotate(options, partial(at_url, options, os.environ.get("INWARD_API_KEY")))
+    return annotate(options, partial(_in_process, options, settings_of(args).model_copy(update=ALONE)))
+
+
+@asynccontextmanager
+async def _in_process(options: Options, settings: Settings) -> AsyncIterator[Scorer]:
+    """The model of the settings, loaded here: each pair is scored as a row of a bulk job is."""
+    from inward.api.rows import score_rows
+    from inward.offline.annotate.scorer import RowScorer
+    from inward.processes.standalone import Standalone
+    from inward.wire import Options as RequestOptions
+
+    house = await Standalone.open(settings)
+    try:
+        request = RequestOptions(truncate=options.truncate)
+        score = partial(score_rows, house.services, "margin", head=options.head, options=request)
+        yield RowScorer(score, house.info(), house.backbone.capacity.tokens)
+    finally:
+        await house.close(timeout=5.0)

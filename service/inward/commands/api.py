@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 
-from inward import logs, tracing
+from inward.commands import COMMANDS
 from inward.commands.options import add_settings, settings_of
-from inward.processes import server
-from inward.processes.api import ApiProcess
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "api",
-        help="talk HTTP, and leave the scoring to workers behind a Redis",
-        description="One API replica: HTTP, templates and tokenisation, no GPU and no torch. Workers (`inward worker`) are found through "
-        "Redis; until there is one, and whenever Redis is away, /readyz is red and requests get a 503.",
-        epilog="example: inward api --redis-url redis://localhost:6379/0 --model Qwen/Qwen2.5-0.5B-Instruct --port 9000",
+        help=COMMANDS["api"],
+        description="One API replica: HTTP, templates and tokenisation, no GPU and no torch. Workers (`inward worker`) "
+        "are found through Redis; until there is one, and whenever Redis is away, /readyz is red and requests get a "
+        "503.",
+        epilog="example: inward api --redis-url redis://localhost:6379/0 --model Qwen/Qwen2.5-0.5B-Instruct "
+        "--port 9000",
     )
     add_settings(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    import asyncio
+
+    from inward import logs, tracing
+    from inward.processes import server
+    from inward.processes.api import ApiProcess
+
     settings = settings_of(args)
     logs.configure(settings.log_level, settings.log_format == "json")
     tracing.configure(settings.otlp_endpoint, "api")
     server.check_reachability(settings)
-    return asyncio.run(
-        server.serve(settings, lambda: ApiProcess.open(settings), lambda front: {"queue": front.queue_name})
-    )
+    return asyncio.run(server.serve(settings, lambda: ApiProcess.open(settings), lambda api: {"queue": api.queue_name}))

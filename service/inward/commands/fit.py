@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
+from inward.commands import COMMANDS
 from inward.commands.options import MODEL_SETTINGS, add_settings, settings_of
 from inward.errors import SetupError
 from inward.heads import store
@@ -35,7 +36,7 @@ ABOUT = {
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
-        "fit", help="fit a head", description="Fits a head for a model, from JSONL or Parquet, or from states."
+        "fit", help=COMMANDS["fit"], description="Fits a head for a model, from JSONL or Parquet, or from states."
     )
     kinds = parser.add_subparsers(dest="kind", metavar="legend|hybrid|srr", required=True)
     for kind, about in ABOUT.items():
@@ -79,6 +80,7 @@ def _add_common(parser: argparse.ArgumentParser, rows: str) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of splits and training (default: %(default)s)")
     parser.add_argument("--limit", type=int, metavar="N", help="use the first N rows only")
+    parser.add_argument("--parse-json", action="store_true", help="read messages that are stored as JSON text")
 
 
 def _add_legend(parser: argparse.ArgumentParser) -> None:

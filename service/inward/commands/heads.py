@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from inward.backbones.fingerprint import fingerprint
+from inward.commands import COMMANDS
 from inward.commands.options import add_settings, settings_of
 from inward.errors import HeadError, NotFound
 from inward.heads import store
@@ -17,9 +18,7 @@ from inward.processes.wiring import find_model, heads_folder, open_prompts
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "heads", help="list, show and verify heads", description="Looks at the heads of a model."
-    )
+    parser = commands.add_parser("heads", help=COMMANDS["heads"], description="Looks at the heads of a model.")
     verbs = parser.add_subparsers(dest="verb", metavar="list|show|verify", required=True)
     listing = verbs.add_parser(
         "list", help="every version of every head", description="Lists every version of every head."

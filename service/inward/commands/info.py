@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
 
+from inward.commands import COMMANDS
 from inward.commands.options import add_settings, settings_of
-from inward.processes.wiring import describe
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "info",
-        help="print the resolved settings",
-        description="Prints what options and INWARD_* variables come to: where the model and the heads are, limits, fingerprint. "
-        "Loads nothing.",
+        help=COMMANDS["info"],
+        description="Prints what options and INWARD_* variables come to: where the model and the heads are, limits, "
+        "fingerprint. Loads nothing.",
         epilog="example: inward info --json | jq .backbone.path",
     )
     parser.add_argument("--json", action="store_true", help="as one JSON object")
@@ -23,6 +22,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    import json
+
+    from inward.processes.wiring import describe
+
     described = describe(settings_of(args))
     if args.json:
         print(json.dumps(described, indent=2))

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 
-from inward import logs, tracing
+from inward.commands import COMMANDS
 from inward.commands.options import add_settings, settings_of
-from inward.processes import server
-from inward.processes.standalone import Standalone
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "serve",
-        help="serve a model and its heads over HTTP",
-        description="Loads one model and serves its heads over HTTP: API and worker in one process. Without options: the bundled "
-        "demonstration backbone on http://127.0.0.1:8080, without a model hub or a GPU.",
+        help=COMMANDS["serve"],
+        description="Loads one model and serves its heads over HTTP: API and worker in one process. Without options: "
+        "SmolLM2-135M-Instruct with its heads on http://127.0.0.1:8080, without a model hub or a GPU.",
         epilog="example: inward serve --model Qwen/Qwen2.5-0.5B-Instruct --heads ./heads --port 9000",
     )
     add_settings(parser)
@@ -24,6 +21,12 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    import asyncio
+
+    from inward import logs, tracing
+    from inward.processes import server
+    from inward.processes.standalone import Standalone
+
     settings = settings_of(args)
     logs.configure(settings.log_level, settings.log_format == "json")
     tracing.configure(settings.otlp_endpoint, "serve")
@@ -32,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
         server.serve(
             settings,
             lambda: Standalone.open(settings),
-            lambda house: {"model": house.backbone.info.name, "heads": house.registry.names()},
+            lambda process: {"model": process.backbone.info.name, "heads": process.registry.names()},
+            lambda process: process.ending,
         )
     )

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 
-from inward import logs, tracing
+from inward.commands import COMMANDS
 from inward.commands.options import add_settings, settings_of
-from inward.processes import server
-from inward.processes.worker import WorkerProcess
+
+PORT = 9100
+"""Of a worker's status, where none is named."""
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "worker",
-        help="own a backbone and score what API replicas put into a Redis",
-        description="One worker: loads a model and its heads and takes jobs from Redis until SIGTERM, then finishes what it has. Its port "
-        "answers /livez, /readyz, /info and /metrics only. Exit status 1 if the engine died: start it again.",
-        epilog="example: inward worker --redis-url redis://localhost:6379/0 --model Qwen/Qwen2.5-0.5B-Instruct --heads ./heads --port 9100",
+        help=COMMANDS["worker"],
+        description="One worker: loads a model and its heads and takes jobs from Redis until SIGTERM, then finishes "
+        "what it has. Its port answers /livez, /readyz, /info and /metrics only. Exit status 1 if the engine died: "
+        "start it again.",
+        epilog="example: inward worker --redis-url redis://localhost:6379/0 --model Qwen/Qwen2.5-0.5B-Instruct "
+        "--heads ./heads --port 9100",
     )
     add_settings(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    import asyncio
+
+    from inward import logs, tracing
+    from inward.processes import server
+    from inward.processes.worker import WorkerProcess
+
     settings = settings_of(args)
     logs.configure(settings.log_level, settings.log_format == "json")
     tracing.configure(settings.otlp_endpoint, "worker")
@@ -31,12 +39,13 @@ def run(args: argparse.Namespace) -> int:
         server.serve(
             settings,
             lambda: WorkerProcess.open(settings),
-            lambda shop: {
-                "model": shop.backbone.info.name,
-                "heads": shop.registry.names(),
-                "worker": shop.name,
-                "queue": shop.queue_name,
+            lambda process: {
+                "model": process.backbone.info.name,
+                "heads": process.registry.names(),
+                "worker": process.name,
+                "queue": process.queue_name,
             },
-            lambda shop: shop.working,
+            lambda process: process.working,
+            unnamed=PORT,
         )
     )

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from inward.backbones.base import Backbone
+from inward.batching import within
 from inward.errors import InvalidField, InwardError, Unavailable
 from inward.heads.hybrid import HybridHead
 from inward.heads.online import online_step
@@ -75,7 +76,8 @@ class LocalHeadControl:
                 )
             chosen_NLD, rejected_NLD = await self._states(head, pairs)
             new = await asyncio.to_thread(online_step, head, chosen_NLD, rejected_NLD, lr=lr)
-            return self._registry.add_version(new, sequence=sequence).ref
+            added = await asyncio.to_thread(lambda: self._registry.add_version(new, sequence=sequence))
+            return added.ref
 
     async def _states(self, head: HybridHead, pairs: Sequence[Texts]) -> tuple[Floats, Floats]:
         """The pairs' states at the head's layers, ``[N, L, D]`` each, in batches that the backbone takes."""
@@ -89,7 +91,7 @@ class LocalHeadControl:
         taps = tuple(Tap(k, manifest.position, final_norm=manifest.final_norm and k == last) for k in manifest.layers)
         states: list[Floats] = []
         versions: set[str] = set()
-        for batch in _batches(groups, self._backbone.capacity.tokens):
+        for batch in within(groups, self._backbone.capacity.tokens, lambda group: group.tokens):
             for reading in await self._backbone.read(batch, [Readout(taps)]):
                 states.append(reading.readings[0].values_NK.reshape(2, len(taps), -1))
                 versions.add(reading.policy_version)
@@ -99,15 +101,3 @@ class LocalHeadControl:
             )
         both_N2LD = np.stack(states)
         return both_N2LD[:, 0], both_N2LD[:, 1]
-
-
-def _batches(groups: Sequence[Group], budget: int) -> list[list[Group]]:
-    batches: list[list[Group]] = []
-    room = 0
-    for group in groups:
-        if not batches or group.tokens > room:
-            batches.append([])
-            room = budget
-        batches[-1].append(group)
-        room -= group.tokens
-    return batches

@@ -7,7 +7,8 @@ Everything is fitted on margins or scores that were held out from the head's own
     margin_std     standard deviation of the calibration margins
     bin_edges      inner edges of the bins, ascending
     bin_values     one value a bin, in [0, 1]
-    platt          {"slope", "intercept"} of the calibrated probability
+    platt          {"slope", "intercept"} of the calibrated probability that a response is acceptable
+    platt_pair     the same of the probability that a pair's label is right, by its margin
     score_deciles  the nine numbers between the tenths of the calibration scores
 """
 
@@ -21,7 +22,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from inward.errors import DataError, HeadError
+from inward.errors import DataError, HeadError, InvalidField
+from inward.types import PairScores
 
 BIN_VALUES = (0.0, 1 / 3, 2 / 3, 1.0)
 """The scale that TRL documents for the margins of Llama 2's reward model."""
@@ -106,20 +108,6 @@ class MarginScale:
         upper bin.
         """
         return self.values[int(np.searchsorted(self.edges, margin, side="right"))] if margin > 0 else self.values[0]
-
-
-def pair_fields(margin: float | None, scale: MarginScale | None) -> dict[str, Any]:
-    """``margin``, ``margin_scaled``, ``bin`` and ``label_agrees`` of a pair; None in all of them for a margin that
-    is not finite.
-    """
-    if margin is None or not math.isfinite(margin):
-        return {"margin": None, "margin_scaled": None, "bin": None, "label_agrees": None}
-    return {
-        "margin": margin,
-        "margin_scaled": margin / scale.std if scale else None,
-        "bin": scale.bin(margin) if scale else None,
-        "label_agrees": margin > 0,
-    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,3 +233,46 @@ class Deciles:
     def tenth(self, score: float) -> int:
         """1 for scores like the lowest tenth of the calibration set, up to 10."""
         return 1 + int(np.searchsorted(self.edges, score, side="right"))
+
+
+@dataclass(frozen=True, slots=True)
+class PairCalibration:
+    """What a margin of one head means: its scale, and the probability that the label is right."""
+
+    scale: MarginScale | None
+    label: Platt | None
+
+    @classmethod
+    def load(cls, calibration: Mapping[str, Any]) -> Self:
+        """Out of a manifest's ``calibration``.
+
+        Raises:
+            HeadError: names the entry that cannot be used.
+        """
+        return cls(MarginScale.load(calibration), Platt.load(calibration, "platt_pair"))
+
+    def compare(self, scores_N: Sequence[float | None]) -> PairScores:
+        """What the scores of a pair, chosen first, say of it; nothing where one of them is not finite. A tie agrees
+        with no label.
+
+        Raises:
+            InvalidField: not two scores.
+        """
+        if len(scores_N) != 2:
+            raise InvalidField(f"a pair has two responses, chosen first; this group has {len(scores_N)}")
+        chosen, rejected = scores_N
+        margin = math.nan if chosen is None or rejected is None else chosen - rejected
+        if not math.isfinite(margin):
+            return PairScores()
+        return PairScores(
+            margin=margin,
+            margin_scaled=margin / self.scale.std if self.scale else None,
+            bin=self.scale.bin(margin) if self.scale else None,
+            label_agrees=margin > 0 if margin else None,
+            label_probability=self._label_probability(margin),
+        )
+
+    def _label_probability(self, margin: float) -> float | None:
+        if self.label is None:
+            return None
+        return float(self.label(margin)) if margin else 0.5

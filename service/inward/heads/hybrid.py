@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, Self
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from inward.errors import HeadError, InternalError, InvalidField
+from inward.errors import HeadError, InternalError
 from inward.heads.base import Manifest
-from inward.heads.calibration import Deciles, MarginScale, Platt, pair_fields, sigmoid
+from inward.heads.calibration import Deciles, PairCalibration, Platt, sigmoid
 from inward.heads.pooling import Pooler, shapes
 from inward.heads.tensors import expect, pooler_of
-from inward.types import Detail, Floats, HeadRef, Reading, Readout, Scores, Tap
+from inward.types import Detail, Floats, HeadRef, LayerScores, PairScores, Reading, Readout, Scores, Tap
 
 Gate = Literal["sigmoid", "softmax"]
 Doubles = NDArray[np.float64]
@@ -51,7 +51,8 @@ class HybridOptions(BaseModel):
 def confidence(
     r_chosen: ArrayLike, r_rejected: ArrayLike, *, alpha: float = 7.5, squash: bool = True, floor: float | None = 0.5
 ) -> Doubles:
-    """Probability gamma that the label of a pair is right, elementwise (eq. 8): ``sigmoid(alpha (R_c - R_r))``.
+    """Gamma of cDPO, the weight of a pair's label, elementwise (eq. 8): ``sigmoid(alpha (R_c - R_r))``. It is not
+    calibrated; ``PairScores.label_probability`` is.
 
     Raw rewards saturate it (a difference of 1 gives 0.9994), so by default they pass a sigmoid first, as in the
     authors' code, and gamma does not fall below ``floor``: 0.5 says "the label tells nothing", less would reverse the
@@ -91,6 +92,8 @@ class HybridHead:
     mean_LD: Floats
     scale_LD: Floats
     options: HybridOptions
+    _platt: Platt | None
+    _pairs: PairCalibration
     pooler: Pooler | None = None
 
     @classmethod
@@ -122,11 +125,7 @@ class HybridHead:
             raise HeadError(
                 f"head {manifest.name!r}: {field} in head.json: {first['msg']}; correct it or fit the head again"
             ) from None
-        (
-            MarginScale.load(manifest.calibration),
-            Platt.load(manifest.calibration),
-            Platt.load(manifest.calibration, "platt_pair"),
-        )
+        platt, pairs = Platt.load(manifest.calibration), PairCalibration.load(manifest.calibration)
         Deciles.load(manifest.calibration)
         arrays = [
             np.asarray(tensors[name], dtype=np.float32)
@@ -135,7 +134,7 @@ class HybridHead:
         weight, bias, gate, mean, scale = arrays
         pooler = pooler_of(manifest, tensors)
         readout = Readout(_taps(manifest, weight, bias, mean, scale) + (pooler.taps if pooler else ()))
-        return cls(manifest, readout, weight, bias, gate, mean, scale, options, pooler)
+        return cls(manifest, readout, weight, bias, gate, mean, scale, options, platt, pairs, pooler)
 
     @property
     def ref(self) -> HeadRef:
@@ -168,15 +167,14 @@ class HybridHead:
         """The reward of each response.
 
         A response with a state that is not finite has no score (None), no probability and no token scores; the others
-        keep theirs. With ``pair`` there are also ``confidence`` (gamma, ``options.confidence``) and, if calibrated,
-        ``confidence_calibrated``.
+        keep theirs. Of a ``pair`` there is also the ``confidence`` (gamma, by ``options.confidence``).
         """
         values_NL = self._own(reading.values_NK)
         rewards_N, gates_NL = self.rewards(values_NL)
         if self.pooler:
             rewards_N = self.pooler.scores(reading, lambda values_TL: self.rewards(values_TL)[0])
         scores_N = tuple(_finite(reward) for reward in rewards_N)
-        platt = Platt.load(self.manifest.calibration)
+        platt = self._platt
         return Scores(
             scores_N=scores_N,
             probability_N=tuple(None if s is None else float(platt(s)) for s in scores_N) if platt else None,
@@ -185,13 +183,9 @@ class HybridHead:
             pair=self._pair(scores_N) if pair else None,
         )
 
-    def _layers(self, values_NL: Floats, gates_NL: Doubles) -> tuple[Mapping[str, Any], ...]:
+    def _layers(self, values_NL: Floats, gates_NL: Doubles) -> tuple[LayerScores, ...]:
         return tuple(
-            {
-                "layers": list(self.manifest.layers),
-                "values": [_finite(v) for v in values],
-                "gates": [_finite(g) for g in gate],
-            }
+            LayerScores(self.manifest.layers, tuple(map(_finite, values)), tuple(map(_finite, gate)))
             for values, gate in zip(values_NL, gates_NL, strict=True)
         )
 
@@ -205,19 +199,13 @@ class HybridHead:
         """Probe outputs, without what the pool reads."""
         return values_NK[:, : len(self.manifest.layers)]
 
-    def _pair(self, scores_N: tuple[float | None, ...]) -> Mapping[str, Any]:
-        if len(scores_N) != 2:
-            raise InvalidField(f"a pair has two responses, chosen first; this group has {len(scores_N)}")
+    def _pair(self, scores_N: tuple[float | None, ...]) -> PairScores:
+        compared = self._pairs.compare(scores_N)
         chosen, rejected = scores_N
         if chosen is None or rejected is None:
-            return {**pair_fields(None, None), "confidence": None, "confidence_calibrated": None}
-        margin = chosen - rejected
-        calibrated = Platt.load(self.manifest.calibration, "platt_pair")
-        return {
-            **pair_fields(margin, MarginScale.load(self.manifest.calibration)),
-            "confidence": float(confidence(chosen, rejected, **self.options.confidence.model_dump())),
-            "confidence_calibrated": float(calibrated(margin)) if calibrated else None,
-        }
+            return compared
+        gamma = confidence(chosen, rejected, **self.options.confidence.model_dump())
+        return replace(compared, confidence=float(gamma))
 
 
 def _taps(manifest: Manifest, weight_LD: Floats, bias_L: Floats, mean_LD: Floats, scale_LD: Floats) -> tuple[Tap, ...]:

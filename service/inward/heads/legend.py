@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
 from inward.errors import HeadError, InternalError
 from inward.heads.base import Manifest
-from inward.heads.calibration import Deciles, MarginScale, Platt, pair_fields
+from inward.heads.calibration import Deciles, PairCalibration, Platt
 from inward.heads.pooling import Doubles, Pooler, shapes
 from inward.heads.tensors import expect, pooler_of
-from inward.types import Detail, Floats, HeadRef, Reading, Readout, Scores, Tap
+from inward.types import Detail, Floats, HeadRef, LayerScores, Reading, Readout, Scores, Tap
 
 
 class LegendHead:
     """A unit vector at one layer, or one vector at each of several layers, whose products are summed.
 
     Args:
-        manifest: its ``calibration`` may hold a ``MarginScale`` and ``platt``, its ``options`` an ``offset``.
+        manifest: its ``calibration`` may hold ``platt`` and what ``PairCalibration`` reads, its ``options`` an
+            ``offset``.
         direction: pointing from harmful to safe; of one layer ``[D]``, of unit length; of several ``[L, D]``, of
             lengths that make their products comparable.
         pooler: of ``manifest.pool``.
@@ -53,7 +54,7 @@ class LegendHead:
             for layer, row_D in zip(layers, np.atleast_2d(direction), strict=True)
         )
         self.readout = Readout(taps + (pooler.taps if pooler else ()))
-        self._scale = MarginScale.load(manifest.calibration)
+        self._pairs = PairCalibration.load(manifest.calibration)
         self._platt = Platt.load(manifest.calibration)
         Deciles.load(manifest.calibration)
 
@@ -85,14 +86,12 @@ class LegendHead:
             else tuple(None if s is None else float(self._platt(s)) for s in scores),
             layers_N=self._layers(reading) if "layers" in details else None,
             tokens_N=self._tokens(reading) if "tokens" in details else None,
-            pair=pair_fields(_difference(*scores), self._scale) if pair else None,
+            pair=self._pairs.compare(scores) if pair else None,
         )
 
-    def _layers(self, reading: Reading) -> tuple[Mapping[str, Any], ...]:
-        layers = list(self.manifest.layers)
-        return tuple(
-            {"layers": layers, "values": [_finite(float(v)) for v in row]} for row in self._own(reading.values_NK)
-        )
+    def _layers(self, reading: Reading) -> tuple[LayerScores, ...]:
+        layers = self.manifest.layers
+        return tuple(LayerScores(layers, tuple(map(_finite, map(float, row)))) for row in self._own(reading.values_NK))
 
     def _tokens(self, reading: Reading) -> tuple[tuple[float, ...], ...]:
         """The score at every token; nothing for a response in which one of them is not finite."""
@@ -122,10 +121,6 @@ class LegendHead:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _difference(chosen: float | None, rejected: float | None) -> float | None:
-    return None if chosen is None or rejected is None else chosen - rejected
 
 
 def _offset(manifest: Manifest) -> Floats | None:

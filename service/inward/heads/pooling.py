@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from itertools import accumulate
 from typing import Literal, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from scipy.signal import lfilter
 
 from inward.errors import HeadError, InternalError
 from inward.heads.calibration import sigmoid
@@ -191,11 +191,10 @@ class _MaxEma:
 
     def push(self, scores_T: Doubles, logits_T: Doubles | None = None) -> None:
         before = float(scores_T[0]) if math.isnan(self._average) else self._average
-        averages_T, _ = lfilter(
-            [self._alpha], [1.0, self._alpha - 1.0], scores_T.astype(np.float64), zi=[(1 - self._alpha) * before]
-        )
-        self._average = float(averages_T[-1])
-        self.value = float(np.fmin(self.value, averages_T.min()))
+        alpha = self._alpha
+        averages = list(accumulate(map(float, scores_T), lambda e, s: alpha * s + (1 - alpha) * e, initial=before))
+        self._average = averages[-1]
+        self.value = float(np.fmin(self.value, min(averages[1:])))
 
 
 class _MaxRolling:

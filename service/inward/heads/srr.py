@@ -19,13 +19,12 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from scipy.special import erf
 
 from inward.errors import HeadError, InvalidField
 from inward.heads.base import Manifest
-from inward.heads.calibration import Deciles, MarginScale, pair_fields
+from inward.heads.calibration import Deciles, PairCalibration
 from inward.heads.tensors import expect
-from inward.types import Detail, Floats, HeadRef, Reading, Readout, Scores, Tap
+from inward.types import Detail, Floats, HeadRef, LayerScores, Reading, Readout, Scores, Tap
 
 Doubles = NDArray[np.float64]
 _EPS = 1e-5
@@ -69,6 +68,7 @@ class SrrHead:
     readout: Readout
     options: SrrOptions
     _tensors: Mapping[str, Floats]
+    _pairs: PairCalibration
 
     @classmethod
     def from_tensors(cls, manifest: Manifest, tensors: Mapping[str, Floats]) -> Self:
@@ -100,13 +100,14 @@ class SrrHead:
             raise HeadError(
                 f"{where}: {field} in head.json: {first['msg']}; correct it or fit the head again"
             ) from None
-        MarginScale.load(manifest.calibration), Deciles.load(manifest.calibration)
+        pairs = PairCalibration.load(manifest.calibration)
+        Deciles.load(manifest.calibration)
         (layer,) = manifest.layers
         weight_DK = np.ascontiguousarray(tensors["projection.weight"].T, dtype=np.float32)
         bias_K = np.asarray(tensors["projection.bias"], dtype=np.float32)
         prompt = Tap(layer, "prompt", weight_DK, bias_K, manifest.final_norm)
         response = Tap(layer, manifest.position, weight_DK, bias_K, manifest.final_norm)
-        return cls(manifest, Readout((prompt, response)), options, dict(tensors))
+        return cls(manifest, Readout((prompt, response)), options, dict(tensors), pairs)
 
     @property
     def ref(self) -> HeadRef:
@@ -146,10 +147,8 @@ class SrrHead:
         return Scores(
             scores_N=scores,
             probability_N=tuple(map(_finite, probability_N)),
-            layers_N=tuple({"layers": list(self.manifest.layers), "values": [s]} for s in scores)
-            if "layers" in details
-            else None,
-            pair=self._pair(scores) if pair else None,
+            layers_N=tuple(LayerScores(self.manifest.layers, (s,)) for s in scores) if "layers" in details else None,
+            pair=self._pairs.compare(scores) if pair else None,
             listwise=True,
         )
 
@@ -161,6 +160,8 @@ class SrrHead:
 
     def _block(self, x_SK: Doubles) -> Doubles:
         """``torch.nn.TransformerEncoderLayer`` with one head, GELU and post-norm, in evaluation mode."""
+        from scipy.special import erf  # a second to import, and an API replica, which scores nothing, has none
+
         attended_SK = self._linear("self_attn.out_proj", self._attend(x_SK))
         x_SK = self._norm("norm1", x_SK + attended_SK)
         inner_SF = self._linear("linear1", x_SK)
@@ -179,13 +180,6 @@ class SrrHead:
         centred = x - x.mean(axis=1, keepdims=True)
         normed = centred / np.sqrt((centred**2).mean(axis=1, keepdims=True) + _EPS)
         return np.asarray(normed * self._tensors[f"block.{name}.weight"] + self._tensors[f"block.{name}.bias"])
-
-    def _pair(self, scores: tuple[float | None, ...]) -> Mapping[str, object]:
-        if len(scores) != 2:
-            raise InvalidField(f"a pair has two responses, chosen first; this group has {len(scores)}")
-        chosen, rejected = scores
-        margin = None if chosen is None or rejected is None else chosen - rejected
-        return pair_fields(margin, MarginScale.load(self.manifest.calibration))
 
 
 def _softmax(x: Doubles) -> Doubles:

@@ -1,7 +1,7 @@
 """Heads on disk: ``head.safetensors`` beside ``head.json``, checked on the way in, replaced atomically on the way out.
 
     <heads>/<name>/head.json            a head that was fitted or copied here (a bare folder is one version)
-    <heads>/<name>/<version>/head.json  further versions, written by online updates
+    <heads>/<name>/<version>/head.json  further versions, written by online updates; old ones of these are pruned
     <heads>/<name>/active.json          which version is served (without it: the highest), and the last update
 
 Nothing here unpickles anything.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -32,6 +32,7 @@ from inward.types import Floats, Kind
 MANIFEST = "head.json"
 TENSORS = "head.safetensors"
 ACTIVE = "active.json"
+Stamp = tuple[tuple[int, int, int], ...]
 
 
 class HeadClass(Protocol):
@@ -102,6 +103,7 @@ def load(
     template: str | None = None,
     depth: int | None = None,
     width: int | None = None,
+    final_norm: bool = True,
     backbone: str = "the loaded backbone",
 ) -> Head:
     """Reads a head and refuses one that would give wrong numbers. What is None is not compared.
@@ -112,6 +114,7 @@ def load(
         template: how prompts are rendered there.
         depth: blocks of the backbone.
         width: of its residual stream.
+        final_norm: whether its last layer can be read after its final norm.
 
     Raises:
         HeadError: says what is wrong with which file and what to do.
@@ -135,12 +138,27 @@ def load(
             f"but the backbone has {'at least 0' if depth is None else f'0 to {depth}'}: fit it again on this backbone"
         )
     head = KINDS[manifest.kind].from_tensors(manifest, _load_tensors(folder))
+    _check_final_norm(head, folder, depth, final_norm, backbone)
     widths = {tap.weight_DK.shape[0] for tap in head.readout.taps if tap.weight_DK is not None}
     if width is not None and widths != {width}:
         raise HeadError(
             f"head {manifest.name!r} in {folder} reads states of width {sorted(widths)}, but the backbone's are {width} wide"
         )
     return head
+
+
+def _check_final_norm(head: Head, folder: Path, depth: int | None, there: bool, backbone: str) -> None:
+    normed = {tap.layer for tap in head.readout.taps if tap.final_norm}
+    if normed and not there:
+        raise HeadError(
+            f"head {head.manifest.name!r} in {folder} reads after the final norm, which {backbone} does not have in the "
+            "width of its stream: fit it again on the last layer before it"
+        )
+    if depth is not None and normed - {depth}:
+        raise HeadError(
+            f"head {head.manifest.name!r} in {folder} says final_norm, but reads layer {min(normed)}: only the last "
+            f"layer, {depth}, has a final norm; fit it again on that layer, or without final_norm"
+        )
 
 
 def load_manifest(folder: Path) -> Manifest:
@@ -171,8 +189,11 @@ def load_manifest(folder: Path) -> Manifest:
         ) from None
 
 
-def find(heads_dir: Path) -> list[Found]:
+def find(heads_dir: Path, *, read: Callable[[Path], Manifest] = load_manifest) -> list[Found]:
     """Every version of every head below ``heads_dir``, by name and version. It may also be the folder of a single head.
+
+    Args:
+        read: gives the manifest in a folder; a caller may know it already.
 
     Raises:
         HeadError: the folder does not exist, a manifest can't be read, or two folders claim the same head.
@@ -180,7 +201,12 @@ def find(heads_dir: Path) -> list[Found]:
     found: dict[tuple[str, int], Found] = {}
     roots: dict[str, Path] = {}
     for root, path in folders(heads_dir):
-        manifest = load_manifest(path)
+        try:
+            manifest = read(path)
+        except HeadError:
+            if not path.exists():  # another process has just removed this version
+                continue
+            raise
         one = Found(manifest.name, manifest.version, manifest.kind, path, root)
         other = found.setdefault(one[:2], one)
         if other is not one or roots.setdefault(one.name, root) != root:
@@ -189,6 +215,23 @@ def find(heads_dir: Path) -> list[Found]:
                 f"{path} and {claimed} both hold head {one.name!r} (version {one.version}): rename or remove one"
             )
     return [found[key] for key in sorted(found)]
+
+
+def remove(folder: Path) -> None:
+    """Takes a version away at once; one that can't be removed stays."""
+    gone = folder.with_name(f".{folder.name}-gone")
+    try:
+        folder.rename(gone)
+    except OSError:
+        return
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def stamp(folder: Path) -> Stamp:
+    """What differs once one of a head's files was written again."""
+    files = [folder / MANIFEST, folder / TENSORS]
+    about = [file.stat() for file in files if file.is_file()]
+    return tuple((one.st_mtime_ns, one.st_size, one.st_ino) for one in about)
 
 
 def folders(heads_dir: Path) -> list[tuple[Path, Path]]:

@@ -35,6 +35,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from inward.backbones.transformers import attention
 from inward.backbones.transformers.attention import AttentionLayout
 from inward.backbones.transformers.packing import Packed, pack
+from inward.batching import within
 from inward.types import Group
 
 BOS, END, SYSTEM, USER, ASSISTANT, PAD = "<s>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|pad|>"
@@ -130,14 +131,7 @@ def batches(pairs: Sequence[Pair], budget: int, rng: random.Random | None) -> It
     order = list(pairs)
     if rng:
         rng.shuffle(order)
-    batch: list[Pair] = []
-    for pair in order:
-        if batch and sum(p.tokens for p in batch) + pair.tokens > budget:
-            yield batch
-            batch = []
-        batch.append(pair)
-    if batch:
-        yield batch
+    yield from within(order, budget, lambda pair: pair.tokens)
 
 
 def next_tokens(packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
@@ -169,7 +163,7 @@ class Learner:
             )
         )  # fmt: skip
         attention.register()
-        self.model.set_attn_implementation(attention.NAME)
+        self.model.set_attn_implementation(attention.SDPA)
         self.judge = torch.nn.Linear(width, 1, bias=False)
         torch.nn.init.zeros_(self.judge.weight)
         self.smoothing, self.token_noise = smoothing, token_noise

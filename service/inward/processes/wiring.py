@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from inward.api.services import Limits
 from inward.backbones import vllm
 from inward.backbones.base import Backbone
 from inward.backbones.fake import FakeBackbone
-from inward.backbones.loading import resolve
+from inward.backbones.loading import SMOLLM2, name_of, resolve
 from inward.control.policies import LocalPolicyControl
 from inward.errors import InwardError, SetupError
 from inward.heads.registry import Registry
@@ -26,8 +26,12 @@ from inward.settings import Settings
 from inward.stores.connection import Connection
 from inward.types import BASE, BackboneInfo
 
-LOG = logs.logger("wiring")
-TOY = Path(__file__).parents[1] / "models/toy"
+LOG = logs.logger("processes")
+LET_GO_S = 30.0
+"""That a device may take to finish what it has, after nobody waits for it any more."""
+MODELS = Path(__file__).parents[1] / "models"
+"""What comes with Inward: heads for some models, and one small model."""
+TOY = MODELS / "toy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +43,29 @@ class ModelFiles:
     revision: str
 
 
-def find_model(settings: Settings) -> ModelFiles:
-    """The folder of ``settings.model``; fetched from the hub where it is neither a folder nor in the hub's cache.
+def find_model(settings: Settings, *, weights: bool = True) -> ModelFiles:
+    """The folder of ``settings.model``; fetched from the hub where it is neither a folder nor in the hub's cache, and
+    converted where it is a GGUF file. Without ``weights`` the hub is asked for the tokenizer and the settings only.
 
     Raises:
         SetupError: there is no such model.
     """
-    if settings.model == "demo":
-        return ModelFiles(TOY / "backbone", "inward-demo", __version__)
-    folder = resolve(settings.model, settings.revision)
-    name = settings.model if not Path(settings.model).expanduser().is_dir() else folder.name
+    name = model_name(settings)
+    if settings.model == TOY.name:
+        return ModelFiles(TOY / "backbone", name, __version__)
+    folder = resolve(settings.model, settings.revision, settings.dtype, settings.device, weights=weights)
     return ModelFiles(folder, name, settings.revision or "")
+
+
+def model_name(settings: Settings) -> str:
+    """What the model of the settings is called, by which also its queue is found.
+
+    Raises:
+        SetupError: it is called otherwise by now.
+    """
+    if settings.model == "demo":
+        raise SetupError(f"the model demo is called {TOY.name} now: --model {TOY.name}")
+    return name_of(settings.model)
 
 
 def open_backbone(settings: Settings, model: ModelFiles, *, serving: bool = False) -> Backbone:
@@ -82,27 +98,30 @@ def open_backbone(settings: Settings, model: ModelFiles, *, serving: bool = Fals
 
 def open_prompts(settings: Settings, model: ModelFiles, max_tokens: int) -> Prompts:
     """The templates and the tokenizer of the model."""
-    from inward.backbones.tokenizer import load_tokenizer
+    from inward.backbones.tokenizer import end_ids, ending_configs, load_tokenizer
 
+    tokenizer = load_tokenizer(model.folder)
+    ends = end_ids(tokenizer, *ending_configs(model.folder))
     limit = min(max_tokens, settings.max_tokens or max_tokens)
-    return Prompts(load_tokenizer(model.folder), max_tokens=limit, format=settings.template)
+    return Prompts(tokenizer, max_tokens=limit, format=settings.template, end_ids=ends)
 
 
 def heads_folder(settings: Settings, fingerprint: str) -> Path | None:
     """Where heads are read from and new versions are written to.
 
-    The bundled heads are copied to the user's state folder first, so that updates survive a restart and never change
-    the package.
+    Bundled heads are copied to the user's state folder first, so that updates survive a restart and never change the
+    package.
     """
     if settings.heads is not None:
         return settings.heads.expanduser()
-    if settings.model != "demo" or not (TOY / "heads").is_dir():
+    bundled = MODELS / settings.model / "heads"
+    if settings.model not in (TOY.name, SMOLLM2) or not bundled.is_dir():
         return None
     state = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "inward"
-    folder = state / f"demo-heads-{__version__}-{fingerprint.removeprefix('sha256:')[:12]}"
+    folder = state / f"{settings.model}-heads-{__version__}-{fingerprint.removeprefix('sha256:')[:12]}"
     if not folder.is_dir():
         fresh = folder.with_name(f".{folder.name}.{os.getpid()}")
-        shutil.copytree(TOY / "heads", fresh)
+        shutil.copytree(bundled, fresh)
         try:
             fresh.rename(folder)
         except OSError:  # another process was first
@@ -110,12 +129,13 @@ def heads_folder(settings: Settings, fingerprint: str) -> Path | None:
     return folder
 
 
-def limits(settings: Settings, max_tokens: int) -> Limits:
-    """What a request may ask for."""
+def limits(settings: Settings) -> Limits:
+    """What a request may ask for, but the length of its texts, which ``Prompts.max_tokens`` alone says: it changes
+    with the workers.
+    """
     return Limits(
         body_bytes=settings.max_body_bytes, upload_bytes=settings.max_upload_bytes, body_s=settings.body_timeout,
-        items=settings.max_items, candidates=settings.max_candidates,
-        tokens=max_tokens, timeout_s=settings.timeout,
+        items=settings.max_items, candidates=settings.max_candidates, timeout_s=settings.timeout,
     )  # fmt: skip
 
 
@@ -145,6 +165,7 @@ async def load(settings: Settings, model: ModelFiles) -> Loaded:
         SetupError: something does not fit; nothing is left open.
     """
     backbone = open_backbone(settings, model, serving=True)
+    backbone.info = replace(backbone.info, folder=str(model.folder), concurrency=backbone.capacity.concurrency)
     try:
         prompts = open_prompts(settings, model, backbone.info.max_tokens)
         folder = heads_folder(settings, backbone.info.fingerprint)
@@ -171,16 +192,18 @@ async def open_policies(settings: Settings, backbone: Backbone) -> LocalPolicyCo
 
 
 def about(
-    info: BackboneInfo, policy_version: str, template: str, heads: list[str], limits: Limits, queue_tokens: int
+    info: BackboneInfo, policy_version: str, prompts: Prompts, heads: list[str], settings: Settings
 ) -> dict[str, Any]:
     """What ``GET /info`` answers."""
+    bounds = limits(settings)
     return {
-        "version": __version__, "model": info.name, "revision": info.revision, "fingerprint": info.fingerprint,
-        "policy_version": policy_version, "dtype": info.dtype, "device": info.device, "layers": info.layers, "width": info.width,
-        "template": template, "heads": heads,
+        "version": __version__, "model": info.name, "revision": info.revision, "path": info.folder,
+        "fingerprint": info.fingerprint, "concurrency": info.concurrency,
+        "policy_version": policy_version, "dtype": info.dtype, "device": info.device, "layers": info.layers,
+        "width": info.width, "template": prompts.template, "heads": heads,
         "limits": {
-            "body_bytes": limits.body_bytes, "items": limits.items, "candidates": limits.candidates,
-            "tokens": limits.tokens, "timeout_seconds": limits.timeout_s, "queue_tokens": queue_tokens,
+            "body_bytes": bounds.body_bytes, "items": bounds.items, "candidates": bounds.candidates,
+            "tokens": prompts.max_tokens, "timeout_seconds": bounds.timeout_s, "queue_tokens": settings.queue_tokens,
         },
     }  # fmt: skip
 
@@ -192,6 +215,16 @@ async def drain(working: asyncio.Task[None], timeout: float) -> bool:
         working.cancel()
         await asyncio.gather(working, return_exceptions=True)
     return bool(done)
+
+
+async def let_go(backbone: Backbone) -> bool:
+    """Gives the device back; False where that does not come to an end, since a call in flight doesn't."""
+    try:
+        async with asyncio.timeout(LET_GO_S):
+            await backbone.close()
+    except TimeoutError:
+        return False
+    return True
 
 
 def connect(settings: Settings) -> Connection:
@@ -209,6 +242,12 @@ def tokenizer_hash(model: ModelFiles) -> str:
     """Equal where two processes turn the same text into the same tokens."""
     file = model.folder / "tokenizer.json"
     return hashlib.sha256(file.read_bytes() if file.is_file() else model.name.encode()).hexdigest()[:32]
+
+
+def served_as(loaded: Loaded) -> str:
+    """Equal for workers that may answer as one service: what a prompt becomes, and the numbers that it is given."""
+    template = hashlib.sha256(loaded.prompts.template.encode()).hexdigest()[:8]
+    return f"{loaded.backbone.info.identity}:{template}"
 
 
 def describe(settings: Settings) -> dict[str, Any]:

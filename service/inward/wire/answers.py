@@ -1,4 +1,4 @@
-"""JSON that leaves through the door: what the native routes give."""
+"""What the native routes give, as pydantic models."""
 
 from __future__ import annotations
 
@@ -112,9 +112,13 @@ class Margin(Element):
     chosen_score: float | None = None
     rejected_score: float | None = None
     label_agrees: bool | None = None
-    """Whether the margin's sign is the label's."""
+    """Whether the margin's sign is the label's; null for a tie."""
+    label_probability: float | None = None
+    """Probability in [0, 1] that the label is right, by this margin: calibrated on held-out pairs, where the head is
+    calibrated for it."""
     confidence: float | None = None
-    """Gamma of the hybrid reward: how sure it is of the label; where a hybrid head is loaded."""
+    """Gamma of the hybrid reward, where a hybrid head is loaded: the weight of the label in cDPO, for a trainer. It is
+    not calibrated, and by default never below 0.5."""
 
 
 class Score(Element):
@@ -139,11 +143,15 @@ class RewardPair(Element):
     margin: float | None = None
     """Score of chosen minus score of rejected."""
     label_agrees: bool | None = None
-    """Whether the margin's sign is the label's."""
+    """Whether the margin's sign is the label's; null for a tie."""
+    label_probability: float | None = None
+    """Probability in [0, 1] that the label is right, by this margin: calibrated on held-out pairs, where the head is
+    calibrated for it."""
     confidence: float | None = None
-    """Gamma of the hybrid reward: how sure it is of the label."""
+    """Gamma of the hybrid reward: the weight of the label in cDPO, for a trainer. It is not calibrated, and by default
+    never below 0.5."""
     confidence_calibrated: float | None = None
-    """Probability that the label is right, calibrated on held-out pairs."""
+    """The same as `label_probability`."""
     chosen_layers: dict[str, Any] | None = None
     """Detail `layers`, of the chosen answer."""
     rejected_layers: dict[str, Any] | None = None
@@ -181,7 +189,7 @@ class BestAgainstWorst(Wire):
     rejected_score: float
     margin: float
     confidence: float | None = None
-    """Probability that chosen is the better one, where a hybrid head is loaded."""
+    """Gamma of the hybrid reward, where a hybrid head is loaded: the weight of the pair's label in cDPO."""
     chosen_finish_reason: Literal["stop", "length"] | None = None
     """Of a drawn answer; one that was cut (`length`) should not be followed by an end-of-sequence token in training."""
     rejected_finish_reason: Literal["stop", "length"] | None = None

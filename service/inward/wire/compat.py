@@ -1,7 +1,7 @@
 """JSON of other projects' clients: only the fields that are used here; whatever else they send is ignored.
 
 What ``/rerank`` and ``/score`` take in several dialects is told by the fields present. Answers are in
-``wire.foreign_answers``.
+``wire.compat_answers``.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictBool, StrictInt, Tag
 
+from inward.errors import InvalidField
 from inward.wire.requests import RerankRequest, ScoreRequest, Text
 
 HeadName = Annotated[str, Field(min_length=1, max_length=64)]
 Texts = Annotated[list[Text], Field(min_length=1)]
 Messages = Annotated[list[dict[str, Any]], Field(min_length=1)]
-FOREIGN_TAGS = frozenset({"as native", "as documents", "as texts", "as text pairs", "as one", "as many", "as object"})
+COMPAT_TAGS = frozenset({"as native", "as documents", "as texts", "as text pairs", "as one", "as many", "as object"})
 """Steps in the path of a pydantic error that are no field of the caller's JSON."""
 
 
@@ -29,7 +30,7 @@ TextOrMessages = Annotated[
 ]
 
 
-class Foreign(BaseModel):
+class CompatRequest(BaseModel):
     """Base of all: unknown fields are ignored."""
 
     model_config = ConfigDict(extra="ignore", use_attribute_docstrings=True)
@@ -41,14 +42,14 @@ class Foreign(BaseModel):
     """Cut text that is longer than the model takes."""
 
 
-class Named(Foreign):
+class ModelRequest(CompatRequest):
     """With the `model` that nearly every client sends."""
 
     model: str | None = None
     """Name of a head, or of anything."""
 
 
-class OpenRLHFRequest(Foreign):
+class OpenRLHFRequest(CompatRequest):
     """OpenRLHF's remote reward model: whole conversations, decoded with special tokens."""
 
     query: list[Text]
@@ -58,7 +59,7 @@ class OpenRLHFRequest(Foreign):
     labels: list[Any] | None = None
 
 
-class SlimeRequest(Foreign):
+class SlimeRequest(CompatRequest):
     """slime's and miles' remote reward model: one sample."""
 
     prompt: TextOrMessages
@@ -67,13 +68,13 @@ class SlimeRequest(Foreign):
     label: Any = None
 
 
-class LlamaFactoryRequest(Named):
+class LlamaFactoryRequest(ModelRequest):
     """LLaMA-Factory's reward model server: whole conversations, decoded with special tokens."""
 
     messages: Texts
 
 
-class ClassifyRequest(Named):
+class ClassifyRequest(ModelRequest):
     """vLLM's `/classify`, as verl calls it: whole conversations with the chat template applied."""
 
     input: TextOrTexts
@@ -95,7 +96,7 @@ Document = Annotated[
 ]
 
 
-class DocumentsRequest(Named):
+class DocumentsRequest(ModelRequest):
     """Rerank as Cohere, Jina and vLLM ask for it: the query is the prompt, the documents are the responses."""
 
     query: Text
@@ -111,7 +112,7 @@ class DocumentsRequest(Named):
         return [document if isinstance(document, str) else document.text for document in self.documents]
 
 
-class TextsRequest(Foreign):
+class TextsRequest(CompatRequest):
     """Rerank as text-embeddings-inference asks for it."""
 
     query: Text
@@ -121,7 +122,7 @@ class TextsRequest(Foreign):
     return_text: StrictBool | None = None
 
 
-class TextPairsRequest(Named):
+class TextPairsRequest(ModelRequest):
     """vLLM's `/score`: each query with each text, or the n-th with the n-th."""
 
     text_1: TextOrTexts | None = None
@@ -145,6 +146,50 @@ class VerifyRequest(BaseModel):
     """What was asked of the policy: `input`, `instructions`."""
     response: dict[str, Any]
     """What it answered, as an object of the Responses API."""
+
+
+TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
+"""Types of the parts of a message's content that are text."""
+
+
+def message(turn: dict[str, Any], where: str) -> dict[str, str]:
+    """A chat message, which came at ``where``, as its role and text.
+
+    Raises:
+        InvalidField: names what is there that is no text, such as a tool call.
+    """
+    if not isinstance(turn.get("role"), str):
+        raise InvalidField(f"{where}.role is missing", param=f"{where}.role")
+    for calls in ("tool_calls", "function_call"):
+        if turn.get(calls):
+            raise InvalidField(f"{where}.{calls} is no text and can't be scored", param=f"{where}.{calls}")
+    content = turn.get("content")
+    if not content and isinstance(turn.get("refusal"), str):
+        content = turn["refusal"]
+    return {"role": turn["role"], "content": text_of(content, f"{where}.content")}
+
+
+def text_of(content: Any, where: str) -> str:
+    """The text of a message's content: a string, or its parts put together; a refusal is what it says.
+
+    Raises:
+        InvalidField: names what is no text. It must not be scored as an empty answer.
+    """
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not content:
+        what = "null" if content is None else "empty" if content == [] else "neither a string nor parts of text"
+        raise InvalidField(f"{where} is {what}: there is no text to score", param=where)
+    return "".join(_part(part, f"{where}.{i}") for i, part in enumerate(content))
+
+
+def _part(part: Any, where: str) -> str:
+    kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+    if isinstance(part, dict):
+        said = part.get("refusal") if kind == "refusal" else part.get("text") if kind in TEXT_PARTS else None
+        if isinstance(said, str):
+            return said
+    raise InvalidField(f"{where} is of type {kind!r}, which is no text and can't be scored", param=where)
 
 
 def rerank_dialect(value: Any) -> str:

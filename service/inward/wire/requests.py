@@ -1,4 +1,4 @@
-"""JSON that crosses the door: what the native routes take.
+"""What the native routes take, as pydantic models.
 
 Two kinds of mistake are told apart. A wrong *shape* (a field missing, unknown or of the wrong type) is found here by
 pydantic and refuses the request. Unusable *content* (roles in a wrong order, half a surrogate pair, nothing to score)
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Protocol
+from typing import Annotated, Any, Protocol
 
 from pydantic import (
     ConfigDict,
@@ -26,13 +26,16 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from inward.errors import InvalidField
-from inward.types import Detail, Ids
+from inward.types import Detail, Ids, Prompt
 from inward.wire.base import Wire
+from inward.wire.conversations import Context, joined, same
 
 UNION_TAGS = frozenset({"as text", "as chat"})
 """Steps in the path of a pydantic error that are no field of the caller's JSON."""
+RENAMED = {"scores": "append_to", "token_ids": "return_token_ids"}
+"""Fields of ``/rerank`` under the names that they had, and those that they have."""
 MOST = 2**31 - 1
-"""Of whole numbers: what every part behind the door can hold."""
+"""Of whole numbers: what every part of the service can hold."""
 
 
 class Message(Wire):
@@ -50,7 +53,6 @@ TextOrChat = Annotated[
     Annotated[Text, Tag("as text")] | Annotated[Chat, Tag("as chat")],
     Discriminator(lambda value: "as chat" if isinstance(value, list) else "as text"),
 ]
-Prompt = str | list[dict[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,8 @@ class Parts:
     response_fields: tuple[str, ...]
     rendered: bool = False
     """The prompt is text to which a template was applied already."""
+    turn_fields: tuple[str, ...] = ()
+    """Of each message of the prompt, where they came in several fields."""
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -79,7 +83,11 @@ class Parts:
             return self.response_fields[int(rest or 0)]
         if head != "messages":
             return param
-        return self.prompt_field if isinstance(self.prompt, str) or not rest else f"{self.prompt_field}.{rest}"
+        if isinstance(self.prompt, str) or not rest:
+            return self.prompt_field
+        turn, _, inner = rest.partition(".")
+        where = self.turn_fields[int(turn)] if self.turn_fields else f"{self.prompt_field}.{turn}"
+        return f"{where}.{inner}" if inner and where != self.prompt_field else where
 
 
 class Scorable(Protocol):
@@ -94,7 +102,7 @@ class Scorable(Protocol):
         ...
 
 
-class Asking(Wire):
+class PromptFields(Wire):
     """What stands before the answer, in one of two forms."""
 
     prompt: TextOrChat | None = None
@@ -103,21 +111,21 @@ class Asking(Wire):
     """Chat messages, oldest first, instead of `prompt`."""
 
     @model_validator(mode="after")
-    def _one_form(self) -> Asking:
+    def _one_form(self) -> PromptFields:
         if self.prompt is None and self.messages is None:
             raise _at("prompt", "is missing; give `prompt`, or `messages`")
         if self.prompt is not None and self.messages is not None:
             raise _at("messages", "can't stand beside `prompt`; give one of the two")
         return self
 
-    def asked(self) -> tuple[Prompt, str]:
+    def asked(self) -> tuple[str | list[dict[str, str]], str]:
         """The prompt, and the name of the field that holds it."""
         if self.messages is not None:
             return _plain(self.messages), "messages"
         return (_plain(self.prompt) if isinstance(self.prompt, list) else self.prompt or ""), "prompt"
 
 
-class Item(Asking):
+class Item(PromptFields):
     """One response to score: `prompt` and `response`, or `messages` that end with the assistant's."""
 
     response: Text | None = None
@@ -153,20 +161,44 @@ class Item(Asking):
         return Parts(prompt[:last], (prompt[last]["content"],), field, (f"messages.{last}.content",))
 
 
-class Pair(Asking):
+class Pair(PromptFields):
     """A preference pair: one prompt, the preferred and the other answer."""
 
     chosen: TextOrChat
-    """The preferred answer: a text, or a list of one assistant message."""
+    """The preferred answer: a text, or a conversation that ends with it. Its earlier turns are context, as the prompt
+    is, and may repeat it; a whole conversation needs no prompt."""
     rejected: TextOrChat
-    """The other answer, in either form."""
+    """The other answer, in either form, after the same context."""
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Pair:
+        if self.prompt is None and self.messages is None:
+            if not any(isinstance(answer, list) and len(answer) > 1 for answer in (self.chosen, self.rejected)):
+                raise _at("prompt", "is missing; give `prompt`, or `messages`")
+        elif self.prompt is not None and self.messages is not None:
+            raise _at("messages", "can't stand beside `prompt`; give one of the two")
+        return self
 
     def parts(self) -> Parts:
-        """The prompt, and chosen and rejected in this order."""
+        """The prompt with all turns before the answers, and chosen and rejected in this order."""
         prompt, field = self.asked()
-        return Parts(
-            prompt, (_answer(self.chosen, "chosen"), _answer(self.rejected, "rejected")), field, ("chosen", "rejected")
+        (chosen, said, chosen_field), (rejected, other, rejected_field) = (
+            _answer(answer, name) for answer, name in ((self.chosen, "chosen"), (self.rejected, "rejected"))
         )
+        fields = (chosen_field, rejected_field)
+        if not chosen.turns and not rejected.turns:
+            return Parts(prompt, (said, other), field, fields)
+        contexts = chosen, rejected
+        if isinstance(prompt, list) or prompt.strip():
+            asked = Context.of(prompt, field) if isinstance(prompt, list) else Context.of_text(prompt, field)
+            contexts = joined(asked, chosen, "chosen"), joined(asked, rejected, "rejected")
+        if not same(*(context.turns for context in contexts)):
+            raise InvalidField(
+                "chosen and rejected answer different prompts; they must be the same up to the last turn",
+                param="rejected",
+            )
+        turns, places = contexts[0].turns, contexts[0].fields
+        return Parts(turns, (said, other), "chosen" if not prompt else field, fields, turn_fields=places)
 
 
 class Options(Wire):
@@ -184,7 +216,7 @@ class MarginRequest(Options):
     """Preference pairs to annotate."""
 
     pairs: Annotated[list[Pair], Field(min_length=1)]
-    """IdempotencyStore in this order."""
+    """Answered in this order."""
     model_config = ConfigDict(
         json_schema_extra={
             "examples": [
@@ -202,7 +234,7 @@ class ScoreRequest(Options):
     """Responses to score."""
 
     items: Annotated[list[Item], Field(min_length=1)]
-    """IdempotencyStore in this order."""
+    """Answered in this order."""
     detail: list[Detail] = Field(default_factory=list)
     """`layers`: each layer's part of the score. `tokens`: the score at every token of the response."""
     model_config = ConfigDict(
@@ -254,8 +286,12 @@ class Sampling(Wire):
     """Texts that end an answer, and are not part of it."""
 
 
-class RerankRequest(Options, Asking):
-    """Candidate answers to one prompt, given or to be drawn, to be ranked."""
+class RerankRequest(Options, PromptFields):
+    """Candidate answers to one prompt, given or to be drawn, to be ranked.
+
+    Without a `head`, the first hybrid head ranks them, else the first LEGEND head, else the first ranker, unless the
+    server is set otherwise.
+    """
 
     candidates: Annotated[list[Text], Field(min_length=1)] | None = None
     """The answers to rank."""
@@ -263,11 +299,11 @@ class RerankRequest(Options, Asking):
     """Instead of `candidates`: how many answers to draw from the model."""
     sampling: Sampling | None = None
     """How they are drawn."""
-    token_ids: StrictBool = False
+    return_token_ids: StrictBool = False
     """Give each answer's token ids as well."""
     stream: StrictBool = False
     """Send drawn answers as server-sent events, each as soon as it is scored, and the ranking in the end."""
-    scores: Annotated[str, Field(pattern="^[A-Za-z0-9._-]{1,64}$")] | None = None
+    append_to: Annotated[str, Field(pattern="^[A-Za-z0-9._-]{1,64}$")] | None = None
     """Name of a stream in Redis to which the answer's `pair` is appended as well, for trainers that consume pairs as
     they come."""
     model_config = ConfigDict(
@@ -278,6 +314,14 @@ class RerankRequest(Options, Asking):
             ]
         }
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, value: Any) -> Any:
+        for old, new in RENAMED.items():
+            if isinstance(value, dict) and old in value:
+                raise _at(old, f"is called `{new}`")
+        return value
 
     @model_validator(mode="after")
     def _given_or_drawn(self) -> RerankRequest:
@@ -325,11 +369,11 @@ def _plain(messages: Sequence[Message]) -> list[dict[str, str]]:
     return [{"role": message.role, "content": message.content} for message in messages]
 
 
-def _answer(answer: str | list[Message], field: str) -> str:
+def _answer(answer: str | list[Message], field: str) -> tuple[Context, str, str]:
+    """What stands before an answer, the answer, and the field that it came in."""
     if isinstance(answer, str):
-        return answer
-    if len(answer) != 1 or answer[0].role != "assistant":
-        raise InvalidField(
-            "as messages, an answer is exactly one assistant message; earlier turns belong to the prompt", param=field
-        )
-    return answer[0].content
+        return Context([], ()), answer, field
+    *before, last = _plain(answer)
+    if last["role"] != "assistant":
+        raise InvalidField("the last message must be the assistant's: it is what is compared", param=field)
+    return Context.of(before, field), last["content"], f"{field}.{len(before)}.content"

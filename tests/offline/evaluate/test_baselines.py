@@ -1,6 +1,5 @@
 from dataclasses import replace
 
-from support import made_examples as made
 import numpy as np
 import pytest
 
@@ -8,6 +7,7 @@ from inward.errors import DataError
 from inward.offline.evaluate.baselines import baselines, stable_rank
 from inward.offline.evaluate.layerwise import cross_validate, logistic, mean_difference
 from inward.offline.evaluate.metrics import measure
+from support import made_examples as made
 
 
 def found(examples, **more):

@@ -1,7 +1,6 @@
 import json
 from dataclasses import replace
 
-from support import made_examples as made
 import numpy as np
 import pytest
 
@@ -12,6 +11,7 @@ from inward.heads.legend import LegendHead
 from inward.offline.evaluate.judge import judge
 from inward.offline.evaluate.metrics import NAMES
 from inward.offline.evaluate.scoring import Judged, score, score_folds
+from support import made_examples as made
 from support.small_heads import legend, manifest
 
 

@@ -1,6 +1,5 @@
 from dataclasses import replace
 
-from support import made_examples as made
 import numpy as np
 import pytest
 
@@ -8,6 +7,7 @@ from inward.errors import DataError
 from inward.offline.evaluate.examples import of_lists, of_pairs
 from inward.offline.evaluate.metrics import NAMES, length_matched, measure
 from inward.offline.evaluate.scoring import Judged
+from support import made_examples as made
 
 
 def small(safe, list_of, **more):

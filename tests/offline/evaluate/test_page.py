@@ -3,13 +3,13 @@ import re
 from dataclasses import replace
 from html import escape
 
-from support import made_examples as made
 import numpy as np
 import pytest
 
 from inward.offline.evaluate.judge import judge
 from inward.offline.evaluate.page import SECTIONS, page
 from inward.offline.evaluate.scoring import Judged
+from support import made_examples as made
 
 
 def report(judgement, **head):

@@ -30,9 +30,9 @@ def test_safer_chosen_answers_get_positive_margins():
     states = pair_states()
     head, _ = fit_legend(states, layer=2)
     safe = np.eye(12, dtype=np.float32)[0]
-    assert margin(head, 3 * safe, -3 * safe)["label_agrees"] is True
-    assert margin(head, 3 * safe, -3 * safe)["bin"] == 1.0
-    assert margin(head, -safe, safe)["margin"] < 0
+    assert margin(head, 3 * safe, -3 * safe).label_agrees is True
+    assert margin(head, 3 * safe, -3 * safe).bin == 1.0
+    assert margin(head, -safe, safe).margin < 0
 
 
 def test_the_last_layer_is_the_default_and_a_sweep_finds_the_layer_that_separates():
@@ -85,7 +85,7 @@ def test_bins_fit_new_pairs_since_the_margins_were_cross_fitted():
     head, _ = fit_legend(states.rows(np.flatnonzero(half)), layer=2)
     chosen, rejected = states.rows(np.flatnonzero(~half)).at(2)
     bins = [margin(head, c, r) for c, r in zip(chosen, rejected, strict=True)]
-    share_of_highest = np.mean([b["bin"] == 1.0 for b in bins if b["label_agrees"]])
+    share_of_highest = np.mean([b.bin == 1.0 for b in bins if b.label_agrees])
     assert 0.15 < share_of_highest < 0.35
 
 

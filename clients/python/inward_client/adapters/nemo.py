@@ -14,7 +14,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from inward_client import event_loop
 from inward_client.adapters import rows
+from inward_client.adapters.scoring import readable, score_each
 from inward_client.client import Inward
 
 
@@ -36,13 +38,16 @@ class InwardEnvironment:
 
     Args:
         config: ``url``, ``head`` (a LEGEND or hybrid head; by default the hybrid one), ``value`` (``score`` or
-            ``probability``); whatever else it holds is handed to ``Inward``.
+            ``probability``), ``unscored`` (reward of a conversation that can't be scored, by default 0; the log and the
+            metric ``inward/unscored`` tell); whatever else it holds is handed to ``Inward``.
     """
 
     def __init__(self, config: Mapping[str, Any] | None = None) -> None:
         options = dict(config or {})
         self._head: str | None = options.pop("head", None)
         self._value: str = options.pop("value", "score")
+        self._unscored: float = options.pop("unscored", 0.0)
+        self._share_unscored = 0.0
         self._inward = Inward(options.pop("url", None), **options)
 
     def step(
@@ -51,19 +56,15 @@ class InwardEnvironment:
         """Scores a batch; every episode ends.
 
         Raises:
-            InwardError: one of them could not be scored.
+            InwardError: the service could not do its part.
         """
         import torch  # NeMo-RL brings it
 
-        items = [rows.item(log[:-1], log[-1:]) for log in message_log_batch]
-        if self._head is None:
-            scores = self._inward.reward(items, truncate=True).rewards
-        else:
-            scores = self._inward.score(items, head=self._head, truncate=True).scores
-        for score in scores:
-            if score.error is not None:
-                raise ValueError(f"a conversation could not be scored: {score.error.message}")
-        rewards = [getattr(score, self._value) for score in scores]
+        items = readable(rows.item, ((log[:-1], log[-1:]) for log in message_log_batch), "conversation")
+        scores = event_loop.run(score_each(self._inward._client, items, self._head))
+        known = [None if score is None else getattr(score, self._value) for score in scores]
+        rewards = [self._unscored if reward is None else reward for reward in known]
+        self._share_unscored = known.count(None) / max(len(known), 1)
         observations = [{"role": "environment", "content": f"reward: {reward:.4f}"} for reward in rewards]
         ended = torch.ones(len(rewards), dtype=torch.bool)
         values = torch.tensor(rewards, dtype=torch.float32)
@@ -72,8 +73,9 @@ class InwardEnvironment:
         )
 
     def global_post_process_and_metrics(self, batch: Any) -> tuple[Any, dict[str, float]]:
-        """The batch as it is, and the mean reward."""
-        return batch, {"inward/mean_reward": float(batch["total_reward"].mean())} if "total_reward" in batch else {}
+        """The batch as it is, the mean reward, and the share of the last step that could not be scored."""
+        mean = {"inward/mean_reward": float(batch["total_reward"].mean())} if "total_reward" in batch else {}
+        return batch, {**mean, "inward/unscored": self._share_unscored}
 
     def shutdown(self) -> None:
         """Closes the connections."""

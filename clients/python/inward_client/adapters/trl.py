@@ -8,10 +8,13 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from inward_client import event_loop
 from inward_client.adapters import rows
+from inward_client.adapters.scoring import blame, in_place, readable, score_each
 from inward_client.aio import AsyncInward
-from inward_client.answers import Margin, Score
+from inward_client.answers import Margin
 from inward_client.client import Inward
+from inward_client.errors import InvalidField, TooLarge
 
 LOG = logging.getLogger(__name__)
 Value = Literal["score", "probability"]
@@ -23,7 +26,7 @@ class _Reward:
     """A reward for each completion, from the service.
 
     Prompts and completions may be texts or messages. A completion that can't be scored gets None, which TRL leaves out
-    of the loss; if none of a batch can be scored the call raises, so that no run goes on without rewards.
+    of the loss; the log says why, and ``<name>/unscored`` how many.
 
     Args:
         url: of the service; by default as ``Inward`` finds it.
@@ -48,8 +51,12 @@ class _Reward:
         self._head, self._value, self._truncate = head, value, truncate
         self._url, self._options = url, options
 
-    def _rewards(self, scores: Sequence[Score], columns: Mapping[str, Any]) -> list[float | None]:
-        rewards = [getattr(score, self._value) if score.error is None else None for score in scores]
+    async def _rewards(
+        self, client: AsyncInward, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Any]
+    ) -> list[float | None]:
+        items = readable(rows.item, zip(prompts, completions, strict=True), "completion")
+        scores = await score_each(client, items, self._head, truncate=self._truncate)
+        rewards = [None if score is None else getattr(score, self._value) for score in scores]
         if (log_metric := columns.get("log_metric")) is not None:
             log_metric(f"{self.__name__}/unscored", sum(reward is None for reward in rewards) / max(len(rewards), 1))
         return rewards
@@ -63,10 +70,7 @@ class InwardReward(_Reward):
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
         """One reward for each completion, as TRL calls it."""
         self._client = self._client or Inward(self._url, **self._options)
-        items = _items(prompts, completions)
-        if self._head is None:
-            return self._rewards(self._client.reward(items, truncate=self._truncate).rewards, columns)
-        return self._rewards(self._client.score(items, head=self._head, truncate=self._truncate).scores, columns)
+        return event_loop.run(self._rewards(self._client._client, prompts, completions, columns))
 
     def close(self) -> None:
         """Closes the connections; the next call opens new ones."""
@@ -86,12 +90,7 @@ class AsyncInwardReward(_Reward):
     async def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
         """One reward for each completion, as TRL calls it."""
         self._client = self._client or AsyncInward(self._url, **self._options)
-        items = _items(prompts, completions)
-        if self._head is None:
-            return self._rewards((await self._client.reward(items, truncate=self._truncate)).rewards, columns)
-        return self._rewards(
-            (await self._client.score(items, head=self._head, truncate=self._truncate)).scores, columns
-        )
+        return await self._rewards(self._client, prompts, completions, columns)
 
     async def close(self) -> None:
         """Closes the connections; the next call opens new ones."""
@@ -163,7 +162,8 @@ def _with_column(dataset: Any, name: str, column: Callable[[list[dict[str, Any]]
     values: list[float | None] = []
     for start in range(0, len(dataset), CHUNK):
         chunk = dataset.select(range(start, min(start + CHUNK, len(dataset))))
-        values += column([rows.pair(row) for row in chunk])
+        pairs = readable(rows.pair, ((row,) for row in chunk), "pair")
+        values += in_place(pairs, _found(column, [pair for pair in pairs if pair is not None]))
     kept = [i for i, value in enumerate(values) if value is not None]
     if len(kept) < len(values):
         LOG.warning("%d of %d pairs have no %s and were left out", len(values) - len(kept), len(values), name)
@@ -171,5 +171,9 @@ def _with_column(dataset: Any, name: str, column: Callable[[list[dict[str, Any]]
     return rest.select(kept).add_column(name, [values[i] for i in kept])
 
 
-def _items(prompts: Sequence[Any], completions: Sequence[Any]) -> list[dict[str, Any]]:
-    return [rows.item(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+def _found(column: Callable[[list[dict[str, Any]]], list[float | None]], pairs: list[dict[str, Any]]) -> Any:
+    try:
+        return column(pairs) if pairs else []
+    except (InvalidField, TooLarge) as error:
+        blame(error, "pairs")
+        return [None] * len(pairs)

@@ -12,12 +12,15 @@ verl hands over the response but not the prompt, so the rows of the data set car
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from inward_client import event_loop
 from inward_client.adapters import rows
+from inward_client.adapters.scoring import readable, score_each
 from inward_client.aio import AsyncInward
 from inward_client.answers import Score
 from inward_client.client import Inward
@@ -36,6 +39,7 @@ def compute_score(
     url: str | None = None,
     head: str | None = None,
     prompt_key: str | None = None,
+    unscored: float = 0.0,
     **others: Any,
 ) -> dict[str, float]:
     """The score of one response, as verl calls it.
@@ -47,19 +51,18 @@ def compute_score(
         url: of the service; by default as ``Inward`` finds it.
         head: a LEGEND or hybrid head; by default the hybrid one.
         prompt_key: where the prompt is in ``extra_info``; by default the first of ``PROMPTS``.
+        unscored: the score of a response that can't be scored; verl takes numbers only.
 
     Returns:
-        ``score``, and ``probability`` where the head is calibrated.
+        ``score``, ``probability`` (NaN where the head is not calibrated) and ``unscored``, which is 1 where the score
+        is the argument's, and else 0. verl wants the same keys for every row.
 
     Raises:
         ValueError: the row has no prompt.
-        InwardError: the response could not be scored.
+        InwardError: the service could not do its part.
     """
-    item = rows.item(_prompt(extra_info, prompt_key), solution_str)
-    client = _client(url)
-    if head is None:
-        return _told(client.reward([item], truncate=True).rewards[0])
-    return _told(client.score([item], head=head, truncate=True).scores[0])
+    items = readable(rows.item, [(_prompt(extra_info, prompt_key), solution_str)], "response")
+    return _told(event_loop.run(score_each(_client(url)._client, items, head))[0], unscored)
 
 
 async def compute_score_async(
@@ -71,14 +74,12 @@ async def compute_score_async(
     url: str | None = None,
     head: str | None = None,
     prompt_key: str | None = None,
+    unscored: float = 0.0,
     **others: Any,
 ) -> dict[str, float]:
     """``compute_score`` as a coroutine, of which verl runs many at once."""
-    item = rows.item(_prompt(extra_info, prompt_key), solution_str)
-    client = _client_of_loop(url)
-    if head is None:
-        return _told((await client.reward([item], truncate=True)).rewards[0])
-    return _told((await client.score([item], head=head, truncate=True)).scores[0])
+    items = readable(rows.item, [(_prompt(extra_info, prompt_key), solution_str)], "response")
+    return _told((await score_each(_client_of_loop(url), items, head))[0], unscored)
 
 
 @cache
@@ -103,6 +104,10 @@ def _prompt(extra_info: Mapping[str, Any] | None, key: str | None) -> Any:
     )
 
 
-def _told(score: Score) -> dict[str, float]:
-    told = {"score": score.score, "probability": score.probability}
-    return {name: value for name, value in told.items() if value is not None}
+def _told(score: Score | None, unscored: float) -> dict[str, float]:
+    known = score is not None and score.score is not None
+    return {
+        "score": score.score if score is not None and score.score is not None else unscored,
+        "probability": math.nan if score is None or score.probability is None else score.probability,
+        "unscored": float(not known),
+    }

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query, Request, Response
 from starlette.responses import StreamingResponse
 
 from inward.api.answers import plain
 from inward.api.errors import RESPONSES
+from inward.api.rows import KINDS, RowsKind
 from inward.api.services import BulkJobs, FromApp, Services
-from inward.errors import Conflict, NotFound, RequestError, TooLarge
-from inward.types import Kind
+from inward.errors import Conflict, InvalidField, NotFound, RequestError, TooLarge
 from inward.wire import ErrorBody
 from inward.wire.admin import Job
 
 JSONL = ("application/x-ndjson", "application/jsonl", "application/json-lines")
-KINDS: dict[str, tuple[Kind, ...]] = {
-    "margin": ("legend", "hybrid"),
-    "score": ("legend", "hybrid"),
-    "reward": ("hybrid",),
-}
-"""Which heads do which kind of job; a kind is the route that each row goes through."""
 Id = Annotated[str, Path(pattern="^[0-9a-f]{32}$", description="As `POST /jobs` gave it.")]
 Name = Annotated[str | None, Query(pattern="^[A-Za-z0-9._-]{1,64}$")]
 ERRORS: dict[int | str, dict[str, Any]] = {status: RESPONSES[status] for status in (401, 404, 422, 503)}
@@ -39,28 +33,30 @@ router = APIRouter(tags=["bulk"], responses=ERRORS)
     status_code=201,
     response_model=Job,
     summary="Upload rows to be scored in their own time",
-    responses={status: RESPONSES[status] for status in (400, 413)},
+    responses={status: RESPONSES[status] for status in (400, 413, 415)},
     openapi_extra={"requestBody": {"required": True, "content": ROWS}},
 )
 async def create(
     request: Request,
     services: FromApp,
-    kind: Literal["margin", "score", "reward"],
+    kind: RowsKind,
     head: Name = None,
-    scores: Name = None,
+    append_to: Name = None,
 ) -> Response:
     """The body is JSONL: one pair or item a line, as the route named by `kind` takes them.
 
-    `scores` names a stream in Redis to which scored rows are appended as well, for trainers that consume them as they
-    come.
+    `append_to` names a stream in Redis to which scored rows are appended as well, for trainers that consume them as
+    they come.
     """
     jobs = _jobs(services)
+    if "scores" in request.query_params:
+        raise InvalidField("scores is called `append_to`", param="scores")
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type not in JSONL:
         raise RequestError(f'send JSONL with the header "content-type: {JSONL[0]}"', param="content-type")
     chosen = services.heads.resolve(head, KINDS[kind])
     lines = _lines(request.stream(), services.limits.body_bytes)
-    return plain((await jobs.create(kind, lines, head=chosen.name, scores=scores)).body(), status=201)
+    return plain((await jobs.create(kind, lines, head=chosen.name, scores=append_to)).body(), status=201)
 
 
 @router.get("/jobs/{id}", response_model=Job, summary="How far a job is")
@@ -97,16 +93,21 @@ async def _lines(stream: AsyncIterator[bytes], longest: int) -> AsyncIterator[st
         RequestError: a line is not UTF-8.
         TooLarge: a line has more than ``longest`` bytes.
     """
-    begun, number = b"", 0
+    begun, number = bytearray(), 1  # a line that is not ended yet; each byte of it is looked at once
     async for data in stream:
-        *ended, begun = (begun + data).split(b"\n")
-        for line in ended:
-            number += 1
+        first, *more = data.split(b"\n")
+        begun += first
+        if len(begun) > longest:
+            raise TooLarge(f"line {number} of the body is larger than {longest} bytes")
+        if not more:
+            continue
+        *whole, last = more
+        for line in (bytes(begun), *whole):
             if text := _text(line, number):
                 yield text
-        if len(begun) > longest:
-            raise TooLarge(f"line {number + 1} of the body is larger than {longest} bytes")
-    if text := _text(begun, number + 1):
+            number += 1
+        begun = bytearray(last)
+    if text := _text(bytes(begun), number):
         yield text
 
 

@@ -9,20 +9,18 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 
-from inward.api import scoring
+from inward.api import elements, scoring
 from inward.api.answers import scored
-from inward.api.compat import dialect_route
+from inward.api.compat import native_route
 from inward.api.errors import OVER_QUOTA, RESPONSES, responses
-from inward.api.live_ranking import stream_ranking
 from inward.api.ranking import rank
 from inward.api.routes.compat_rerank import rank_documents, rank_texts
 from inward.api.routes.compat_vllm import score_text_pairs
+from inward.api.score_streams import append_pair, stream
 from inward.api.services import FromApp
-from inward.api.streams import append_pair, stream
-from inward.types import Kind, Scores
+from inward.api.streamed_ranking import stream_ranking
 from inward.wire import (
     ErrorBody,
-    Margin,
     MarginAnswer,
     MarginRequest,
     RerankAnswer,
@@ -36,28 +34,21 @@ from inward.wire.compat import AnyRerank, AnyScore, DocumentsRequest, TextPairsR
 from inward.wire.compat_answers import DocumentsAnswer, DocumentsError, TextPairsAnswer, TextRank, TextsError, VllmError
 
 CONFLICT: dict[int | str, dict[str, Any]] = {
-    409: {"model": ErrorBody, "description": "`scores` is set, and this server has no Redis to keep them."}
+    409: {"model": ErrorBody, "description": "`append_to` is set, and this server has no Redis to keep streams."}
 }
 EVENTS: dict[str, Any] = {
     "content": {"text/event-stream": {"schema": {"type": "string", "description": "With `stream`."}}}
 }
 
-router = APIRouter(route_class=dialect_route(), responses=RESPONSES | OVER_QUOTA, tags=["scoring"])
-
-MARGIN_KINDS: tuple[Kind, ...] = ("legend", "hybrid")
-SCORE_KINDS: tuple[Kind, ...] = ("legend", "hybrid")
-REWARD_KINDS: tuple[Kind, ...] = ("hybrid",)
-RERANK_KINDS: tuple[Kind, ...] = ("srr", "hybrid", "legend")
+router = APIRouter(route_class=native_route(), responses=RESPONSES | OVER_QUOTA, tags=["scoring"])
 
 
 @router.post("/margin", response_model=MarginAnswer, summary="Margins of preference pairs")
 async def margin(request: MarginRequest, services: FromApp) -> Response:
     """LEGEND's signed difference between chosen and rejected, with the hybrid head's confidence where one is loaded."""
-    head = scoring.find_head(services, request.head, MARGIN_KINDS)
-    confident = None if head.kind == "hybrid" else scoring.hybrid_head(services)
-    heads = (head.name, confident) if confident else (head.name,)
+    heads = elements.margin_heads(services, request.head)
     results = await scoring.score_all(services, "pairs", request.pairs, heads, request, pair=True)
-    margins = [_margin(result, f"pairs.{i}") for i, result in enumerate(results.results)]
+    margins = [elements.margin(result, f"pairs.{i}") for i, result in enumerate(results.results)]
     return scored(MarginAnswer(**results.named(services), margins=margins), results.timing)
 
 
@@ -74,26 +65,26 @@ async def score(request: AnyScore, services: FromApp) -> Response:
     """
     if isinstance(request, TextPairsRequest):
         return await score_text_pairs(services, request)
-    head = scoring.find_head(services, request.head, SCORE_KINDS)
+    head = scoring.find_head(services, request.head, elements.SCORE_KINDS)
     results = await scoring.score_all(
         services, "items", request.items, (head.name,), request, details=frozenset(request.detail)
     )
-    scores = [_score(result, f"items.{i}") for i, result in enumerate(results.results)]
+    scores = [elements.score(result, f"items.{i}") for i, result in enumerate(results.results)]
     return scored(ScoreAnswer(**results.named(services), scores=scores), results.timing)
 
 
 @router.post("/reward", response_model=RewardAnswer, summary="Hybrid reward of responses or pairs")
 async def reward(request: RewardRequest, services: FromApp) -> Response:
     """The hybrid reward and its calibrated probability; of pairs also the confidence that the label is right."""
-    head = (scoring.find_head(services, request.head, REWARD_KINDS).name,)
+    head = (scoring.find_head(services, request.head, elements.REWARD_KINDS).name,)
     details = frozenset(request.detail)
     rewards: list[Score] | list[RewardPair]
     if request.pairs is not None:
         results = await scoring.score_all(services, "pairs", request.pairs, head, request, details=details, pair=True)
-        rewards = [_reward_pair(result, f"pairs.{i}") for i, result in enumerate(results.results)]
+        rewards = [elements.reward_pair(result, f"pairs.{i}") for i, result in enumerate(results.results)]
     else:
         results = await scoring.score_all(services, "items", request.items or [], head, request, details=details)
-        rewards = [_score(result, f"items.{i}") for i, result in enumerate(results.results)]
+        rewards = [elements.score(result, f"items.{i}") for i, result in enumerate(results.results)]
     return scored(RewardAnswer(**results.named(services), rewards=rewards), results.timing)
 
 
@@ -114,80 +105,12 @@ async def rerank(request: AnyRerank, services: FromApp) -> Response:
         return await rank_documents(services, request, version="1")
     if isinstance(request, TextsRequest):
         return await rank_texts(services, request)
-    head = scoring.find_head(services, request.head, RERANK_KINDS)
-    rows = stream(services, request.scores)
+    head = scoring.find_head(services, request.head or services.rerank_head, elements.RERANK_KINDS)
+    rows = stream(services, request.append_to)
     if request.stream:
-        return await stream_ranking(services, request, head, lambda answer: append_pair(rows, request.scores, answer))
+        return await stream_ranking(
+            services, request, head, lambda answer: append_pair(rows, request.append_to, answer)
+        )
     answer, timing = await rank(services, request, head)
-    await append_pair(rows, request.scores, answer)
+    await append_pair(rows, request.append_to, answer)
     return scored(answer, timing)
-
-
-def _margin(result: scoring.Result, where: str) -> Margin:
-    scores, error = result.scores(), result.error(where)
-    if scores is None or scores.pair is None or error is not None:
-        return Margin(error=error, truncated=result.truncated)
-    pair = scores.pair
-    return Margin(
-        truncated=result.truncated,
-        margin=pair["margin"],
-        margin_scaled=pair.get("margin_scaled"),
-        bin=pair.get("bin"),
-        chosen_score=scores.scores_N[0],
-        rejected_score=scores.scores_N[1],
-        label_agrees=pair.get("label_agrees"),
-        confidence=_confidence(result),
-    )
-
-
-def _confidence(result: scoring.Result) -> float | None:
-    """From the second head asked, where the first isn't the hybrid one."""
-    of = result.scores(1) or result.scores()
-    confidence: float | None = (of.pair or {}).get("confidence") if of else None
-    return confidence
-
-
-def _score(result: scoring.Result, where: str) -> Score:
-    scores, error = result.scores(), result.error(where)
-    if scores is None or error is not None:
-        return Score(error=error, truncated=result.truncated)
-    return Score(
-        truncated=result.truncated,
-        score=scores.scores_N[0],
-        probability=_at(scores, 0),
-        layers=_layers(scores, 0),
-        tokens=_tokens(scores, 0),
-    )
-
-
-def _reward_pair(result: scoring.Result, where: str) -> RewardPair:
-    scores, error = result.scores(), result.error(where)
-    if scores is None or scores.pair is None or error is not None:
-        return RewardPair(error=error, truncated=result.truncated)
-    return RewardPair(
-        truncated=result.truncated,
-        chosen_score=scores.scores_N[0],
-        rejected_score=scores.scores_N[1],
-        chosen_probability=_at(scores, 0),
-        rejected_probability=_at(scores, 1),
-        margin=scores.pair["margin"],
-        label_agrees=scores.pair.get("label_agrees"),
-        confidence=scores.pair.get("confidence"),
-        confidence_calibrated=scores.pair.get("confidence_calibrated"),
-        chosen_layers=_layers(scores, 0),
-        rejected_layers=_layers(scores, 1),
-        chosen_tokens=_tokens(scores, 0),
-        rejected_tokens=_tokens(scores, 1),
-    )
-
-
-def _layers(scores: Scores, n: int) -> dict[str, Any] | None:
-    return dict(scores.layers_N[n]) if scores.layers_N else None
-
-
-def _tokens(scores: Scores, n: int) -> list[float] | None:
-    return list(scores.tokens_N[n]) if scores.tokens_N else None
-
-
-def _at(scores: Scores, n: int) -> float | None:
-    return scores.probability_N[n] if scores.probability_N else None

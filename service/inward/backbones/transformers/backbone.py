@@ -4,39 +4,41 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
-import torch
-from transformers import GenerationConfig
 
 from inward.backbones.adapter import read_adapter
 from inward.backbones.base import Capacity, read_samples
+from inward.backbones.configuration import max_tokens
 from inward.backbones.fingerprint import fingerprint
+from inward.backbones.generation import sampling_of
 from inward.backbones.readout import Fusion, Span
-from inward.backbones.tokenizer import load_tokenizer
-from inward.backbones.transformers import generate, packing
+from inward.backbones.tokenizer import end_ids, ending_configs, load_tokenizer
+from inward.backbones.transformers import packing
 from inward.backbones.transformers.capture import DeviceProduct
 from inward.backbones.transformers.forward import forward_packed, forward_padded
+from inward.backbones.transformers.generate import Caching, Drawing, Sampler, choose_caching
 from inward.backbones.transformers.lora import Policy
-from inward.backbones.transformers.model import Model, load_model, max_tokens
+from inward.backbones.transformers.model import load_model
 from inward.backbones.transformers.norms import fuse_norms
-from inward.backbones.transformers.selfcheck import is_causal, packing_is_right
-from inward.errors import EngineDead, InvalidField
-from inward.types import BackboneInfo, Floats, Group, GroupReading, Ids, Reading, Readout, Sample
+from inward.backbones.transformers.scheduler import Scheduler, Turns
+from inward.backbones.transformers.selfcheck import choose_mode, is_causal
+from inward.batching import within
+from inward.errors import InvalidField
+from inward.types import BackboneInfo, Floats, Group, GroupReading, Reading, Readout, Sample
 
 log = logging.getLogger(__name__)
-R = TypeVar("R")
 Read = tuple[tuple[Reading, ...], int, int]
 """One group's readings, and how many tokens were computed and not computed for them."""
 
 TOKENS_CPU, TOKENS_GPU = 1024, 16384
 """Default budgets of one forward pass. On a CPU more is slower: activations leave the cache, and fresh pages are
 asked of the system."""
+DRAWINGS = 32
+"""Jobs that may draw at once, beside those that are read."""
 
 
 class TransformersBackbone:
@@ -44,7 +46,7 @@ class TransformersBackbone:
 
     Groups are packed: laid end to end in one row, each prompt computed once (``packing``, ``attention``). A model for
     which a check at loading finds that packing changes its numbers (recurrent, ALiBi, bidirectional ...) is read in
-    padded batches instead.
+    padded batches instead, or one text at a time.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class TransformersBackbone:
         Args:
             folder: of a Hugging Face model, see ``loading.resolve``.
             name: under which it is served.
-            dtype: see ``model.load_model``; so is ``device``.
+            dtype: see ``device.choose_dtype``; for ``device`` see ``device.choose_device``.
             token_budget: tokens of one forward pass; by default what is fastest on this kind of device.
 
         Raises:
@@ -81,27 +83,31 @@ class TransformersBackbone:
             max_tokens=max_tokens(self._model.config, self._tokenizer),
             dtype=str(self._model.dtype).removeprefix("torch."),
             device=str(on),
+            final_norm=self._model.final_norm,
         )
         budget = token_budget or (TOKENS_GPU if on.type == "cuda" else TOKENS_CPU)
-        self.capacity = Capacity(budget)
+        self.capacity = Capacity(budget, drawings=DRAWINGS)
         self._policy = Policy()
-        self._eos_ids = _eos_ids(self._model, self._tokenizer)
-        self._model.whole.generation_config = (
-            GenerationConfig()
-        )  # the sampling spec says everything: no defaults of the model's maker
-        self._fused = lru_cache(maxsize=16)(
-            self._fuse
-        )  # readouts hash by identity, so these are the weights on the device, once
-        self._failure: str | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="backbone")
+        self._end_ids = end_ids(self._tokenizer, *ending_configs(folder))
+        # readouts hash by identity, so these are the weights on the device, once
+        self._fused = lru_cache(maxsize=16)(self._fuse)
         fuse_norms(self._model.base)
-        self.packs = self._thread.submit(packing_is_right, self._model).result()
-        self._causal = self.packs or self._thread.submit(is_causal, self._model).result()
-        if not self.packs:
+        self.mode = choose_mode(self._model)
+        self._causal = self.mode == "packed" or is_causal(self._model)
+        self.caching: Caching = choose_caching(self._model) if self._draws else "none"
+        self._scheduler = Scheduler(Sampler(self._model, self._tokenizer, self._end_ids, self.caching))
+        if self.mode != "packed":
+            batches = "padded batches" if self.mode == "padded" else "one text at a time"
             log.warning(
-                "%s cannot be packed: reading padded batches, in which a prompt is computed again for every response",
-                name,
+                "%s cannot be packed: reading %s, in which a prompt is computed again for every response", name, batches
             )
+        if self._draws and self.caching in ("alone", "none"):
+            cost = "each with a cache of its own" if self.caching == "alone" else "without a cache, which is slow"
+            log.warning("%s cannot repeat its caches: responses are drawn one by one, %s", name, cost)
+
+    @property
+    def _draws(self) -> bool:
+        return self._model.generates and self._causal
 
     @property
     def policy_version(self) -> str:
@@ -121,54 +127,47 @@ class TransformersBackbone:
     async def _read_with(
         self, policy: Policy, groups: Sequence[Group], readouts: Sequence[Readout], tokens: bool
     ) -> list[GroupReading]:
-        return await self._on_device(lambda: self._read(groups, tuple(readouts), tokens, policy))
+        return await self._scheduler.read(self._read(groups, tuple(readouts), tokens, policy))
 
     async def sample(self, group: Group) -> list[Sample]:
-        policy, spec = self._policy, group.sampling
-        if spec is None:
-            raise InvalidField("the group carries no sampling spec", param="sampling")
-        if not self._model.generates:
-            raise InvalidField(
-                f"{self.info.name} has no language-model head: it scores given texts but cannot write any", param="n"
-            )
+        return await self._sample_with(self._policy, group)
 
-        def draw() -> list[Sample]:
-            with policy.carried():
-                return generate.draw(self._model, self._tokenizer, self._eos_ids, group, spec)
-
-        return await self._on_device(draw)
+    async def _sample_with(self, policy: Policy, group: Group) -> list[Sample]:
+        spec = sampling_of(group)
+        if not self._draws:
+            why = "reads in both directions" if self._model.generates else "has no language-model head"
+            raise InvalidField(f"{self.info.name} {why}: it scores given texts but cannot write any", param="n")
+        if not group.prompt_ids:
+            raise InvalidField("the prompt is empty: there is nothing that a response could continue", param="prompt")
+        return await self._scheduler.draw(Drawing(group.prompt_ids, spec, policy))
 
     async def sample_and_read(
         self, group: Group, readouts: Sequence[Readout], *, tokens: bool = False
     ) -> tuple[list[Sample], GroupReading]:
-        policy = self._policy  # also of ``sample``, which begins at once
+        policy = self._policy
 
         async def read(answered: Group) -> GroupReading:
             return (await self._read_with(policy, [answered], readouts, tokens))[0]
 
-        return await read_samples(group.prompt_ids, await self.sample(group), read)
+        return await read_samples(group.prompt_ids, await self._sample_with(policy, group), read)
 
     def healthy(self) -> bool:
-        return self._failure is None
+        return self._scheduler.dead is None
 
     async def close(self) -> None:
-        self._failure = self._failure or "it was closed"
-        await asyncio.to_thread(self._thread.shutdown, wait=True)
-
-    async def _on_device(self, work: Callable[[], R]) -> R:
-        if self._failure:
-            raise EngineDead(f"the backbone cannot compute any more: {self._failure}")
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
-        except torch.AcceleratorError as error:  # a CUDA context does not survive these
-            self._failure = str(error)
-            raise EngineDead(f"the device failed: {error}") from error
+        await self._scheduler.close()
 
     def _fuse(self, readouts: tuple[Readout, ...], tokens: bool) -> tuple[Fusion, list[DeviceProduct]]:
         fusion = Fusion(readouts, layers=self.info.layers, width=self.info.width, tokens=tokens)
-        if fusion.eos and not self._eos_ids:
+        if fusion.eos and not self._end_ids:
             raise InvalidField(
                 f"{self.info.name} has no end-of-sequence token, so nothing can be read at position eos",
+                param="readouts",
+            )
+        if not self.info.final_norm and any(place.final_norm for place in fusion.places):
+            raise InvalidField(
+                f"{self.info.name} gives nothing of its stream's width after its final norm: read its last layer "
+                "before it",
                 param="readouts",
             )
         if fusion.eos and not self._causal:  # it would change every other state of the text
@@ -178,44 +177,57 @@ class TransformersBackbone:
             )
         return fusion, [DeviceProduct.of(product, self._model.device) for product in fusion.products]
 
-    @torch.inference_mode()
     def _read(
         self, groups: Sequence[Group], readouts: tuple[Readout, ...], tokens: bool, policy: Policy
-    ) -> list[GroupReading]:
+    ) -> Turns[list[GroupReading]]:
         fusion, products = self._fused(readouts, tokens)
-        eos_id = self._eos_ids[0] if fusion.eos else None
-        read = self._read_packed if self.packs else self._read_padded
-        with policy.carried():
-            return [
-                GroupReading(reading, computed, cached, policy.version)
-                for reading, computed, cached in read(groups, fusion, products, eos_id)
-            ]
+        eos_id = self._end_ids[0] if fusion.eos else None
+        read = self._read_packed if self.mode == "packed" else self._read_padded
+        results = yield from read(groups, fusion, products, eos_id, policy)
+        return [GroupReading(reading, computed, cached, policy.version) for reading, computed, cached in results]
 
     def _read_packed(
-        self, groups: Sequence[Group], fusion: Fusion, products: Sequence[DeviceProduct], eos_id: int | None
-    ) -> list[Read]:
+        self,
+        groups: Sequence[Group],
+        fusion: Fusion,
+        products: Sequence[DeviceProduct],
+        eos_id: int | None,
+        policy: Policy,
+    ) -> Turns[list[Read]]:
         results: list[Read] = []
         costs = [packing.cost(group, eos_id) for group in groups]
-        for run in packing.within(costs, self.capacity.tokens):
+        for run in within(range(len(groups)), self.capacity.tokens, costs.__getitem__):
+            if results:
+                yield
             packed = packing.pack([groups[i] for i in run], eos_id)
-            readings = fusion.assemble(forward_packed(self._model, packed, products), packed.spans)
+            with policy.carried():
+                outputs = forward_packed(self._model, packed, products)
             results += [
                 (reading, costs[i], len(groups[i].prompt_ids) * max(len(groups[i].responses_ids) - 1, 0))
-                for i, reading in zip(run, readings, strict=True)
+                for i, reading in zip(run, fusion.assemble(outputs, packed.spans), strict=True)
             ]
         return results
 
     def _read_padded(
-        self, groups: Sequence[Group], fusion: Fusion, products: Sequence[DeviceProduct], eos_id: int | None
-    ) -> list[Read]:
+        self,
+        groups: Sequence[Group],
+        fusion: Fusion,
+        products: Sequence[DeviceProduct],
+        eos_id: int | None,
+        policy: Policy,
+    ) -> Turns[list[Read]]:
         texts = [(group.prompt_ids, response) for group in groups for response in group.responses_ids]
         outputs: list[list[Floats]] = [[] for _ in texts]
         spans: list[Span] = [Span(0, range(0))] * len(texts)
-        for batch in packing.rectangles(
-            [len(p) + len(r) + (eos_id is not None) for p, r in texts], self.capacity.tokens
-        ):
+        lengths = [len(p) + len(r) + (eos_id is not None) for p, r in texts]
+        budget = self.capacity.tokens if self.mode == "padded" else 0
+        for turn, batch in enumerate(packing.rectangles(lengths, budget)):
+            if turn:
+                yield
             padded = packing.pad([texts[i] for i in batch], eos_id)
-            for i, span, output in zip(batch, padded.spans, forward_padded(self._model, padded, products), strict=True):
+            with policy.carried():
+                read = forward_padded(self._model, padded, products)
+            for i, span, output in zip(batch, padded.spans, read, strict=True):
                 spans[i], outputs[i] = span, output
         joined = [np.concatenate([output[k] for output in outputs]) for k in range(len(products))]
         remaining = iter(spans)
@@ -223,14 +235,3 @@ class TransformersBackbone:
         readings = fusion.assemble(joined, own)
         costs = [sum(len(g.prompt_ids) + len(r) + (eos_id is not None) for r in g.responses_ids) for g in groups]
         return [(reading, cost, 0) for reading, cost in zip(readings, costs, strict=True)]
-
-
-def _eos_ids(model: Model, tokenizer: Any) -> Ids:
-    """What ends a text: first the token that is appended for position ``eos``, then others at which generation stops
-    too.
-    """
-    generation = getattr(model.whole, "generation_config", None)
-    ids: dict[int, None] = {}
-    for stated in (tokenizer.eos_token_id, model.config.eos_token_id, getattr(generation, "eos_token_id", None)):
-        ids |= dict.fromkeys(stated if isinstance(stated, list) else [] if stated is None else [stated])
-    return tuple(ids)

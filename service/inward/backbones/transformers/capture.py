@@ -104,7 +104,7 @@ def _hook(
         read(place, args[0] if args else kwargs["hidden_states"])
 
     def leaving(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        read(place, output[0] if isinstance(output, tuple) else output)
+        read(place, states_of(output))
 
     def normed(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         read(place, output.last_hidden_state)
@@ -114,6 +114,11 @@ def _hook(
     if place.layer == 0:
         return blocks[0].register_forward_pre_hook(entering, with_kwargs=True)
     return blocks[place.layer - 1].register_forward_hook(leaving)
+
+
+def states_of(output: Any) -> Any:
+    """The hidden states among what a block returns."""
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 def _to(rows: NDArray[np.int64], device: torch.device) -> torch.Tensor:

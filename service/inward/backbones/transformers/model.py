@@ -7,31 +7,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers import logging as transformers_logging
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from inward.backbones.device import choose_device, choose_dtype, use_available_cpus
+from inward.backbones.transformers.stream import find_stream
 from inward.errors import SetupError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Model:
     """A loaded model. ``whole`` has the LM head where there is one, ``base`` has not; ``blocks`` are the base's L
-    blocks.
+    blocks, between which the residual stream of this ``width`` runs.
     """
 
     whole: Any
     base: Any
     blocks: torch.nn.ModuleList
+    width: int
     generates: bool
+    final_norm: bool = True
+    """Whether what comes after the final norm is as wide as the stream, and so can be read as one more place."""
 
     @property
     def config(self) -> Any:
         return self.base.config.get_text_config()
-
-    @property
-    def width(self) -> int:
-        return int(self.config.hidden_size)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -43,19 +44,22 @@ class Model:
 
 
 def load_model(folder: Path, dtype: str = "auto", device: str = "auto", *, trust_remote_code: bool = False) -> Model:
-    """Loads the model in ``folder`` from safetensors.
+    """Loads the model in ``folder`` from safetensors, with eager attention: the one implementation that leaves out
+    nothing that a model asks of it (``selfcheck`` finds out whether a faster one does the same).
 
     Args:
-        dtype: a torch dtype's name; ``auto`` is bfloat16 where the processor multiplies it natively, else float32.
-        device: torch's name of one; ``auto`` is a CUDA GPU if there is one.
+        dtype: see ``device.choose_dtype``; for ``device`` see ``device.choose_device``.
 
     Raises:
-        SetupError: files are missing or damaged, or the architecture has no stack of blocks to read.
+        SetupError: files are missing or damaged, or the architecture has no residual stream that could be read.
     """
     transformers_logging.disable_progress_bar()  # a log has no place for it
     on = choose_device(device)
+    if on.type == "cpu":
+        use_available_cpus()
     options = {
         "dtype": choose_dtype(dtype, on),
+        "attn_implementation": "eager",
         "use_safetensors": True,
         "local_files_only": True,
         "trust_remote_code": trust_remote_code,
@@ -67,16 +71,13 @@ def load_model(folder: Path, dtype: str = "auto", device: str = "auto", *, trust
         whole = loader.from_pretrained(folder, **options).to(on).eval().requires_grad_(False)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise SetupError(f"the model in {folder} cannot be loaded: {error}") from error
-    base = whole.base_model
+    whole.config.return_dict = True
+    base = _base(whole)
     text = base.config.get_text_config()
     if getattr(text, "is_encoder_decoder", False):
         raise SetupError(f"{folder} holds an encoder-decoder model; Inward reads decoders and encoders")
-    blocks = [m for m in base.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == text.num_hidden_layers]
-    if not blocks:
-        raise SetupError(
-            f"{type(base).__name__} in {folder} has no list of {text.num_hidden_layers} blocks that could be read"
-        )
-    return Model(whole, base, blocks[0], generates)
+    stream = find_stream(base, text.num_hidden_layers, int(text.vocab_size), f"{type(base).__name__} in {folder}")
+    return Model(whole, base, stream.blocks, stream.width, generates, stream.final_norm)
 
 
 def _generates(config: Any) -> bool:
@@ -85,52 +86,8 @@ def _generates(config: Any) -> bool:
     return any(name in names or name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or ())
 
 
-def choose_device(device: str) -> torch.device:
-    if device != "auto":
-        return torch.device(device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """Raises SetupError for a name that is no floating dtype of torch."""
-    if dtype == "auto":
-        native = (
-            torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_bfloat16()
-        )
-        return torch.bfloat16 if native else torch.float32
-    found = getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise SetupError(f"{dtype!r} is no dtype for a model: use auto, float32, bfloat16 or float16")
-    return found
-
-
-def cpu_has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether this processor multiplies bfloat16 natively: AVX512-BF16 or AMX (400-480 GFLOP/s a core against 105 in
-    float32).
-    """
-    try:
-        flags = next(line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")).split()
-    except (OSError, StopIteration):
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
-def max_tokens(config: Any, tokenizer: Any) -> int:
-    """The longest text that the model takes, in tokens."""
-    names = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
-    stated = next((limit for name in names if (limit := getattr(config, name, None))), None)
-    known = [
-        int(limit) for limit in (stated, _rope_limit(config), tokenizer.model_max_length) if limit and limit < 10**9
-    ]
-    return min(known, default=2048)  # a tokenizer without a limit states 1e30
-
-
-def _rope_limit(config: Any) -> int | None:
-    """Up to here rotary frequencies are constant. Beyond it, ``dynamic`` and ``longrope`` choose them by the longest
-    text of the batch (and ``dynamic`` by texts before it), so that a state would depend on its neighbours.
-    """
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") not in ("dynamic", "longrope"):
-        return None
-    name = "original_max_position_embeddings"
-    return int(rope.get(name) or getattr(config, name, None) or config.max_position_embeddings)
+def _base(whole: Any) -> Any:
+    """The model without its LM head. Some name another attribute than the one that holds it (Llama 4's text model)."""
+    if whole.base_model is not whole or not hasattr(whole, "lm_head"):
+        return whole.base_model
+    return next((child for child in whole.children() if isinstance(child, PreTrainedModel)), whole)

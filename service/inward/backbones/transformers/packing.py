@@ -64,18 +64,6 @@ def cost(group: Group, eos_id: int | None = None) -> int:
     return len(group.prompt_ids) + sum(len(ids) + (eos_id is not None) for ids in group.responses_ids)
 
 
-def within(costs: Sequence[int], budget: int) -> Iterator[range]:
-    """Cuts a sequence of costs into runs that stay within ``budget``; a single larger one goes alone."""
-    start, total = 0, 0
-    for i, cost in enumerate(costs):
-        if i > start and total + cost > budget:
-            yield range(start, i)
-            start, total = i, 0
-        total += cost
-    if start < len(costs):
-        yield range(start, len(costs))
-
-
 def rectangles(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
     """Batches of texts of similar length, longest first, whose padded size stays within ``budget``; a single larger
     text goes alone.

@@ -13,9 +13,10 @@ import numpy as np
 
 from inward.backbones.adapter import base_shapes, check_shapes, read_adapter
 from inward.backbones.base import Capacity, first_alike, read_samples
+from inward.backbones.configuration import max_tokens
+from inward.backbones.device import choose_dtype
 from inward.backbones.fingerprint import fingerprint
-from inward.backbones.tokenizer import load_tokenizer
-from inward.backbones.transformers.model import choose_dtype, max_tokens
+from inward.backbones.tokenizer import end_ids, ending_configs, load_tokenizer
 from inward.backbones.vllm.engine import Engine, built_for
 from inward.backbones.vllm.generation import Generation, Text, feeding, lora_request
 from inward.backbones.vllm.layout import Policy, ReadoutLayout, ReadRequest, Want, succeeding
@@ -97,7 +98,7 @@ class VllmBackbone:
         self._policy = Policy()
         self._policies = itertools.count(1)
         self._shapes = base_shapes(folder) if adapters else {}
-        self._drawing = Generation(self._engine, self._tokenizer, _eos_ids(self._tokenizer, config.model_config))
+        self._drawing = Generation(self._engine, self._tokenizer, end_ids(self._tokenizer, *ending_configs(folder)))
         self._slots = config.cache_config.num_gpu_blocks * config.cache_config.block_size
         self._edition = ReadoutLayout(0, (), layers=self.info.layers, width=self.info.width)
         self._numbers = 0
@@ -305,14 +306,3 @@ def _spec(group: Group) -> SamplingSpec:
     if group.sampling is None:
         raise InvalidField("the group carries no sampling spec", param="sampling")
     return group.sampling
-
-
-def _eos_ids(tokenizer: Any, config: Any) -> Ids:
-    """What ends a text: first the token that is appended for position ``eos``, then others at which generation stops
-    too.
-    """
-    ids: dict[int, None] = {}
-    generation = config.try_get_generation_config()
-    for stated in (tokenizer.eos_token_id, config.hf_text_config.eos_token_id, generation.get("eos_token_id")):
-        ids |= dict.fromkeys(stated if isinstance(stated, list) else [] if stated is None else [stated])
-    return tuple(ids)

@@ -19,7 +19,7 @@ from vllm.inputs import TokensInput, tokens_input
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 
-from inward.backbones.transformers.generate import finished
+from inward.backbones.generation import finished
 from inward.backbones.vllm.engine import Engine
 from inward.backbones.vllm.layout import Policy, ReadRequest
 from inward.types import Ids, Sample, SamplingSpec

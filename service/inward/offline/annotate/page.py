@@ -8,12 +8,14 @@ from html import escape
 import numpy as np
 from numpy.typing import NDArray
 
-from inward.offline.annotate.asking import Annotator
+from inward.offline.annotate.scorer import Annotator
 from inward.offline.annotate.summary import Summary, Suspicious, binned
+from inward_client.rows import as_turns
 
 BARS = 40
 CSS = """
-body{font:15px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif;color:#1d1d1f;max-width:72rem;margin:2.5rem auto;padding:0 1.2rem}
+body{font:15px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif;color:#1d1d1f;
+max-width:72rem;margin:2.5rem auto;padding:0 1.2rem}
 h1{font-size:1.5rem;margin:0 0 .2rem}h2{font-size:1.08rem;margin:2.2rem 0 .4rem}
 p{color:#3c3f45;max-width:48rem}
 svg{width:100%;height:9rem;display:block}
@@ -28,7 +30,8 @@ b{font-size:13px;font-weight:600;color:#5b5f67}
 """
 SEARCH = """
 const box=document.querySelector('input'),all=[...document.querySelectorAll('article')];
-box.addEventListener('input',()=>{const w=box.value.toLowerCase();for(const a of all)a.hidden=!a.textContent.toLowerCase().includes(w)});
+box.addEventListener('input',()=>{
+  const w=box.value.toLowerCase();for(const a of all)a.hidden=!a.textContent.toLowerCase().includes(w)});
 """
 
 
@@ -43,11 +46,12 @@ def page(name: str, annotator: Annotator, summary: Summary, pairs: Sequence[Susp
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
 <title>{escape(name)}, annotated</title><style>{CSS}</style></head><body>
 <h1>{escape(name)}</h1>
-<p>{summary.annotated:,} pairs annotated by head {escape(head["name"])} ({escape(head["kind"])}, version {head["version"]}) on
-{escape(annotator.model)}; {summary.flipped:,} labels look flipped; {summary.rejected:,} rows were left out.</p>
+<p>{summary.annotated:,} pairs annotated by head {escape(head["name"])} ({escape(head["kind"])},
+version {head["version"]}) on {escape(annotator.model)};
+{summary.flipped:,} labels look flipped; {summary.rejected:,} rows were left out.</p>
 <h2>Margins</h2>
-<p>Score of the chosen answer minus score of the rejected one. What stands left of zero (in orange) contradicts its label. The outermost
-bars hold what lies beyond them.</p>
+<p>Score of the chosen answer minus score of the rejected one. What stands left of zero (in orange) contradicts its
+label. The outermost bars hold what lies beyond them.</p>
 {_histogram(summary)}
 <h2>The {len(pairs):,} most suspicious pairs</h2>
 <p>Smallest margin first. A head can be wrong, too: read before you flip.</p>
@@ -70,22 +74,19 @@ def _bars(counts: NDArray[np.int64], edges: NDArray[np.float64]) -> Iterator[str
         height = 145 * count / counts.max()
         colour = "#d1742a" if right <= 0 else "#4a7fb0"
         yield (
-            f'<rect x="{n * width + 1:.1f}" y="{150 - height:.1f}" width="{width - 2:.1f}" height="{height:.1f}" fill="{colour}">'
+            f'<rect x="{n * width + 1:.1f}" y="{150 - height:.1f}" width="{width - 2:.1f}" height="{height:.1f}" '
+            f'fill="{colour}">'
             f"<title>{left:.3g} to {right:.3g}: {count:,}</title></rect>"
         )
 
 
 def _article(one: Suspicious) -> str:
     columns = one.columns
-    prompt = (
-        [("user", one.pair.prompt)]
-        if isinstance(one.pair.prompt, str)
-        else [(m["role"], m["content"]) for m in one.pair.prompt]
-    )
     facts = [f"{one.source}, row {one.row}", f"margin {columns['margin']:.3f}"]
     if columns["confidence"] is not None:
         facts.append(f"confidence {columns['confidence']:.3f}")
-    said = "".join(f"<b>{escape(role)}</b><pre>{escape(text)}</pre>" for role, text in prompt)
+    turns = as_turns(one.pair.prompt)
+    said = "".join(f"<b>{escape(turn['role'])}</b><pre>{escape(turn['content'])}</pre>" for turn in turns)
     answers = "".join(
         f"<div><b>{name}, {columns[f'{name}_score']:.3f}</b><pre>{escape(text)}</pre></div>"
         for name, text in (("chosen", one.pair.chosen), ("rejected", one.pair.rejected))

@@ -16,12 +16,11 @@ from typing import Any, Self
 import numpy as np
 
 from inward.errors import SetupError
-from inward.offline.annotate.asking import Annotator, MarginClient
-from inward.offline.annotate.run import Job, Place
-from inward.offline.annotate.work import Done
-from inward.offline.data.files import Chunk, Cursor
+from inward.offline.annotate.scorer import Annotator, OpenScorer, Scorer
+from inward.offline.annotate.work import Chunk, Cursor, Done, do
+from inward_client.rows import PairReader, Source
 
-CHUNKS = "chunk"
+NUMBER = "chunk"
 DONE = "done"
 
 
@@ -36,12 +35,15 @@ class Cluster:
         SetupError: Ray is not installed.
     """
 
-    def __init__(self, place: Place, job: Job, *, actors: int, gpus: float) -> None:
+    def __init__(
+        self, opened: OpenScorer, sources: Sequence[Source], reader: PairReader, *, actors: int, gpus: float
+    ) -> None:
         try:
             import ray
         except ImportError:
             raise SetupError("--engine ray needs Ray: pip install 'inward[ray]'") from None
-        self._ray, self._place, self._job, self._actors, self._gpus = ray, place, job, actors, gpus
+        self._ray, self._opened, self._sources, self._reader = ray, opened, sources, reader
+        self._actors, self._gpus = actors, gpus
 
     def __enter__(self) -> Self:
         if not self._ray.is_initialized():
@@ -54,53 +56,55 @@ class Cluster:
     ) -> None:
         self._ray.shutdown()
 
-    def annotator(self) -> Annotator:
-        """Who annotates; asked where there is a device for it.
+    def annotator(self) -> tuple[Annotator, int | None]:
+        """Who annotates, and the tokens of one forward pass; asked where there is a device for it.
 
         Raises:
             SetupError: the model or its heads can't be loaded there.
         """
-        place, task = self._place, self._job.task
+        opened = self._opened
 
-        async def ask() -> dict[str, Any] | str:
+        async def ask() -> tuple[dict[str, Any], int | None] | str:
             try:
-                async with place.asker(task) as asker:
-                    return asdict(await asker.annotator())
+                async with opened() as scorer:
+                    return asdict(await scorer.annotator()), scorer.tokens
             except SetupError as error:
                 return error.message
 
         answer = self._ray.get(self._ray.remote(num_gpus=self._gpus)(lambda: asyncio.run(ask())).remote())
         if isinstance(answer, str):
             raise SetupError(answer)
-        return Annotator(**answer)
+        return Annotator(**answer[0]), answer[1]
 
     def work(self, todo: Sequence[Chunk], keep: Callable[[Chunk, Done], None]) -> None:
         """Does the chunks and keeps each as it comes, in no particular order."""
         if not todo:
             return
         by_number = {chunk.number: chunk for chunk in todo}
-        data = self._ray.data.from_items([{CHUNKS: chunk.number} for chunk in todo], override_num_blocks=len(todo))
+        data = self._ray.data.from_items([{NUMBER: chunk.number} for chunk in todo], override_num_blocks=len(todo))
         done = data.map_batches(
-            Actor, batch_size=1, fn_constructor_args=(self._place, self._job), num_gpus=self._gpus,
-            compute=self._ray.data.ActorPoolStrategy(size=self._actors),
+            Actor, batch_size=1, fn_constructor_args=(self._opened, self._sources, self._reader, by_number),
+            num_gpus=self._gpus, compute=self._ray.data.ActorPoolStrategy(size=self._actors),
         )  # fmt: skip
         for row in done.iter_rows():
-            keep(by_number[row[CHUNKS]], Done.decode(row[DONE]))
+            keep(by_number[row[NUMBER]], Done.decode(row[DONE]))
 
 
 class Actor:
     """One copy of the model, and a cursor of its own in the input."""
 
-    def __init__(self, place: Place, job: Job) -> None:
-        self._job, self._cursor = job, Cursor(job.sources)
+    def __init__(
+        self, opened: OpenScorer, sources: Sequence[Source], reader: PairReader, by_number: dict[int, Chunk]
+    ) -> None:
+        self._reader, self._cursor, self._by_number = reader, Cursor(sources), by_number
         self._loop = asyncio.Runner()
         self._stack = AsyncExitStack()
-        self._asker: MarginClient = self._loop.run(self._stack.enter_async_context(place.asker(job.task)))
+        self._scorer: Scorer = self._loop.run(self._stack.enter_async_context(opened()))
 
     def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, list[Any]]:
         """The results of the batch's chunks."""
-        numbers = [int(number) for number in batch[CHUNKS]]
-        return {CHUNKS: numbers, DONE: [self._do(self._job.chunks[number]) for number in numbers]}
+        numbers = [int(number) for number in batch[NUMBER]]
+        return {NUMBER: numbers, DONE: [self._do(self._by_number[number]) for number in numbers]}
 
     def _do(self, chunk: Chunk) -> bytes:
-        return self._loop.run(self._job.task.do(self._asker, self._cursor.read(chunk))).encode()
+        return self._loop.run(do(self._scorer, self._reader, self._cursor.read(chunk))).encode()

@@ -5,6 +5,7 @@ look at first.
 from __future__ import annotations
 
 import heapq
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,15 +14,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from inward.errors import DataError
-from inward.offline.annotate.asking import Annotated, Columns
-from inward.offline.data.files import Source
-from inward.offline.data.layouts import Layout, Pair, read
+from inward.offline.annotate.scorer import Annotated, Columns
+from inward_client.rows import DataError, Pair, PairReader, Source, as_turns
 
 BARS = 15
 WIDTH = 44
 """Characters of the longest bar."""
 MOST_REASONS = 5
+COUNTED = re.compile(r"'[^']*'|(\d[\d,]*)")
+"""A number in a reason that differs from row to row; what stands in quotation marks is a name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,8 @@ class Summary:
     truncated: int
     flipped: int
     """Pairs whose margin is negative: the label looks the wrong way round."""
+    ties: int
+    """Pairs without a verdict: both answers are the same."""
     margin_N: NDArray[np.float32]
     """Margins of the annotated rows."""
     confidence: float | None
@@ -49,8 +52,9 @@ class Summary:
         quantiles = [0.05, 0.25, 0.5, 0.75, 0.95]
         spread = np.quantile(self.margin_N, quantiles).tolist() if self.annotated else [None] * len(quantiles)
         return {
-            "rows": self.rows, "annotated": self.annotated, "rejected": self.rejected, "truncated": self.truncated, "flipped": self.flipped,
-            "label_agreement": 1 - self.flipped / self.annotated if self.annotated else None,
+            "rows": self.rows, "annotated": self.annotated, "rejected": self.rejected, "truncated": self.truncated,
+            "flipped": self.flipped, "ties": self.ties,
+            "label_agreement": 1 - self.flipped / (self.annotated - self.ties) if self.annotated > self.ties else None,
             "margin": {
                 "mean": float(self.margin_N.mean(dtype=np.float64)) if self.annotated else None,
                 "std": float(self.margin_N.std(dtype=np.float64)) if self.annotated else None,
@@ -69,6 +73,8 @@ class Summary:
         lines += [f"  {rows:,} × {reason}" for reason, rows in self.reasons]
         if self.annotated:
             lines.append(f"{self.flipped:,} labels look flipped ({self.flipped / self.annotated:.1%})")
+            if self.ties:
+                lines.append(f"{self.ties:,} pairs are ties: both answers are the same")
             if self.confidence is not None:
                 lines.append(f"mean confidence {self.confidence:.3f}")
             lines += ["", "margin", *histogram(self.margin_N)]
@@ -77,7 +83,7 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class Suspicious:
-    """A pair whose label contradicts its margin, or that has the smallest margins of all."""
+    """A pair whose margin contradicts its label."""
 
     source: str
     row: int
@@ -88,7 +94,7 @@ class Suspicious:
 
 def summarise(results: Iterable[Annotated]) -> Summary:
     """One pass over what became of all rows."""
-    rows = truncated = flipped = sure = 0
+    rows = truncated = flipped = ties = sure = 0
     total = 0.0
     margins: list[NDArray[np.float32]] = []
     held: list[float] = []
@@ -99,7 +105,8 @@ def summarise(results: Iterable[Annotated]) -> Summary:
             reasons[one.error or "unknown"] += 1
             continue
         truncated += one.truncated
-        flipped += not one.columns["label_agrees"]
+        flipped += one.columns["label_agrees"] is False
+        ties += one.columns["label_agrees"] is None
         held.append(float(one.columns["margin"] or 0.0))
         if (confidence := one.columns["confidence"]) is not None:
             sure, total = sure + 1, total + confidence
@@ -107,23 +114,19 @@ def summarise(results: Iterable[Annotated]) -> Summary:
             margins.append(np.array(held, dtype=np.float32))
             held = []
     margin_N = np.concatenate([*margins, np.array(held, dtype=np.float32)])
-    common = tuple(_grouped(reasons).most_common(MOST_REASONS))
-    return Summary(rows, len(margin_N), truncated, flipped, margin_N, total / sure if sure else None, common)
+    confidence = total / sure if sure else None
+    return Summary(rows, len(margin_N), truncated, flipped, ties, margin_N, confidence, _common(reasons))
 
 
 def suspicious(
-    sources: Sequence[Source],
-    results: Mapping[str, Iterable[Annotated]],
-    layout: Layout,
-    rename: Mapping[str, str],
-    most: int,
+    sources: Sequence[Source], results: Mapping[str, Iterable[Annotated]], reader: PairReader, most: int
 ) -> list[Suspicious]:
-    """The ``most`` pairs with the smallest margins, smallest first."""
+    """The ``most`` pairs whose margins contradict their labels most, smallest margin first."""
 
     def places() -> Iterator[tuple[float, int, int, Columns]]:
         for number, source in enumerate(sources):
             for row, one in enumerate(results[source.name]):
-                if one.columns is not None:
+                if one.columns is not None and one.columns["label_agrees"] is False:
                     yield float(one.columns["margin"] or 0.0), number, row, one.columns
 
     chosen = heapq.nsmallest(most, places(), key=lambda place: place[:3])
@@ -133,8 +136,7 @@ def suspicious(
         last = max((row for n, row in wanted if n == number), default=-1)
         for row, content in zip(range(last + 1), source.rows(), strict=False):
             if (number, row) in wanted and not isinstance(content, DataError):
-                pair = read(layout, content, rename)
-                found[number, row] = Suspicious(source.name, row + 1, pair, wanted[number, row])
+                found[number, row] = Suspicious(source.name, row + 1, reader.pair(content), wanted[number, row])
     return [found[number, row] for _, number, row, _ in chosen if (number, row) in found]
 
 
@@ -162,11 +164,8 @@ def binned(values_N: NDArray[np.float32], bars: int) -> tuple[NDArray[np.int64],
 
 def shown(one: Suspicious) -> str:
     """A suspicious pair for the terminal."""
-    prompt = (
-        one.pair.prompt
-        if isinstance(one.pair.prompt, str)
-        else "\n".join(f"[{m['role']}] {m['content']}" for m in one.pair.prompt)
-    )
+    turns = as_turns(one.pair.prompt)
+    prompt = turns[0]["content"] if len(turns) == 1 else "\n".join(f"[{m['role']}] {m['content']}" for m in turns)
     columns = one.columns
     confidence = "" if columns["confidence"] is None else f", confidence {columns['confidence']:.3f}"
     answers = [
@@ -177,10 +176,12 @@ def shown(one: Suspicious) -> str:
     return "\n".join([f"{heading:─<100}", prompt, *answers])
 
 
-def _grouped(reasons: Counter[str]) -> Counter[str]:
-    """Reasons without what differs from row to row (line numbers, token counts), so that they can be counted."""
+def _common(reasons: Counter[str]) -> tuple[tuple[str, int], ...]:
+    """The most frequent reasons; those that differ in a count only (of tokens, say) are one, in the first's words."""
     grouped: Counter[str] = Counter()
+    first: dict[str, str] = {}
     for reason, rows in reasons.items():
-        plain = reason.split(", line ")[0] + reason[reason.find(": ") :] if ", line " in reason else reason
-        grouped["".join("#" if c.isdigit() else c for c in plain)] += rows
-    return grouped
+        kind = COUNTED.sub(lambda found: "#" if found[1] else found[0], reason)
+        grouped[kind] += rows
+        first.setdefault(kind, reason)
+    return tuple((first[kind], rows) for kind, rows in grouped.most_common(MOST_REASONS))

@@ -23,7 +23,8 @@ from typing import Any
 
 from inward.backbones.tokenizer import load_tokenizer
 from inward.heads.base import Head
-from inward.offline.bench.workload import PairTexts, in_batches, needed_tokens, text_tokens
+from inward.offline.bench.workload import in_batches, needed_tokens, text_tokens
+from inward.offline.data.pairs import Pair
 from inward.prompts import Prompts
 from inward.types import Group
 
@@ -31,7 +32,7 @@ WARM_UP = 4
 """Pairs that are computed before the clock starts."""
 
 
-def grouped(model: Path, pairs: Sequence[PairTexts]) -> list[Group]:
+def grouped(model: Path, pairs: Sequence[Pair]) -> list[Group]:
     """The pairs as the service tokenises them."""
     prompts = Prompts(load_tokenizer(model), max_tokens=2048)
     return [prompts.group(p.prompt, [p.chosen, p.rejected], truncate=True).group for p in pairs]
@@ -98,7 +99,7 @@ def ours(model: Path, groups: Sequence[Group], *, dtype: str, heads: Path) -> tu
     return seconds, len(loaded)
 
 
-def http(model: Path, pairs: Sequence[PairTexts], *, dtype: str, heads: Path, callers: int) -> tuple[float, int]:
+def http(model: Path, pairs: Sequence[Pair], *, dtype: str, heads: Path, callers: int) -> tuple[float, int]:
     """Seconds through ``inward serve`` with ``callers`` at once, one pair a request; and the server's peak memory in
     bytes.
     """
@@ -138,7 +139,7 @@ def http(model: Path, pairs: Sequence[PairTexts], *, dtype: str, heads: Path, ca
         server.communicate(timeout=60)
 
 
-async def _call(url: str, pairs: Sequence[PairTexts], callers: int) -> None:
+async def _call(url: str, pairs: Sequence[Pair], callers: int) -> None:
     import httpx
 
     waiting = list(pairs)[::-1]
@@ -179,7 +180,7 @@ def _timed(run: Callable[[Sequence[Group]], None], groups: Sequence[Group]) -> f
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """One way, as figures."""
-    pairs = [PairTexts(**row) for row in json.loads(args.pairs.read_text(encoding="utf-8"))]
+    pairs = [Pair(**row) for row in json.loads(args.pairs.read_text(encoding="utf-8"))]
     groups = grouped(args.model, pairs)
     extra: dict[str, Any] = {}
     if args.way == "published":

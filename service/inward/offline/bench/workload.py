@@ -2,51 +2,41 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 
 from inward.backbones.base import Backbone
+from inward.batching import within
 from inward.heads import store
 from inward.heads.base import BackboneRef, Manifest
 from inward.heads.legend import LegendHead
+from inward.offline.data.pairs import Pair, read_pairs
 from inward.types import BackboneInfo, Floats, Group
 
 SHAPES = {
     "qwen2-0.5b": {
-        "model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
-        "num_key_value_heads": 2, "vocab_size": 151936, "max_position_embeddings": 32768, "tie_word_embeddings": True,
+        "model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+        "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936, "max_position_embeddings": 32768,
+        "tie_word_embeddings": True,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
     },
     "qwen2-tiny": {
-        "model_type": "qwen2", "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "vocab_size": 8192, "max_position_embeddings": 4096, "tie_word_embeddings": True,
+        "model_type": "qwen2", "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 8192, "max_position_embeddings": 4096,
+        "tie_word_embeddings": True,
     },
 }  # fmt: skip
 """Shapes to fill with random weights: speed does not depend on what the weights are."""
 
 
-@dataclass(frozen=True, slots=True)
-class PairTexts:
-    """A pair as text."""
-
-    prompt: str
-    chosen: str
-    rejected: str
-
-
-def read_texts(path: Path | None, n: int, seed: int = 0) -> list[PairTexts]:
-    """``n`` pairs from a JSONL file, spread over it; without a file, made-up words with the lengths of HH's harmless
-    pairs.
-    """
+def read_texts(path: Path | None, n: int, seed: int = 0) -> list[Pair]:
+    """``n`` pairs, spread over a file; without one, made-up words with the lengths of HH's harmless pairs."""
     if path is not None:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        rows = [rows[i] for i in np.linspace(0, len(rows) - 1, min(n, len(rows))).astype(int)]
-        return [PairTexts(row["prompt"], row["chosen"], row["rejected"]) for row in rows]
+        pairs = read_pairs(path)
+        return [pairs[i] for i in np.linspace(0, len(pairs) - 1, min(n, len(pairs))).astype(int)]
     rng = np.random.default_rng(seed)
     words = (
         "the of a to and what is how can you it that for on are with as they be at this have from or had by not"
@@ -55,7 +45,7 @@ def read_texts(path: Path | None, n: int, seed: int = 0) -> list[PairTexts]:
     def text(mean: float) -> str:
         return " ".join(rng.choice(words, size=max(3, int(rng.lognormal(np.log(mean), 0.6)))))
 
-    return [PairTexts(text(90), text(40), text(40)) for _ in range(n)]
+    return [Pair(text(90), text(40), text(40)) for _ in range(n)]
 
 
 def write_random_model(shape: str, folder: Path, tokenizer: Path, dtype: str = "bfloat16") -> None:
@@ -106,12 +96,5 @@ def needed_tokens(groups: Sequence[Group]) -> int:
 
 def in_batches(backbone: Backbone, groups: Sequence[Group]) -> list[list[Group]]:
     """Groups in batches of the backbone's capacity, long ones together."""
-    batches: list[list[Group]] = []
-    room = 0
-    for group in sorted(groups, key=lambda g: -g.tokens):
-        if group.tokens > room or not batches:
-            batches.append([])
-            room = backbone.capacity.tokens
-        batches[-1].append(group)
-        room -= group.tokens
-    return batches
+    longest_first = sorted(groups, key=lambda group: -group.tokens)
+    return list(within(longest_first, backbone.capacity.tokens, lambda group: group.tokens))

@@ -1,14 +1,16 @@
-"""Rows that heads are fitted on: preference pairs, response lists and LEGEND's calibration rows, from JSONL or Parquet.
+"""Rows that heads are fitted on: preference pairs, response lists and LEGEND's calibration rows.
 
-Extra columns are ignored. An error names the file, the line (of a Parquet file: the row) and the field.
+A row that can't be read is left out with its reason, which names the file, the line (of a Parquet file: the row) and
+the column.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from inward.errors import DataError
+from inward.offline.data import data_errors, told
 from inward.offline.states.saved import (
     Indices,
     ListStates,
@@ -25,7 +28,8 @@ from inward.offline.states.saved import (
     load_states,
     save_states,
 )
-from inward.prompts import Prompt
+from inward_client import rows
+from inward_client.rows import Pair, Prompt
 
 __all__ = [
     "CalibrationRow",
@@ -50,15 +54,6 @@ __all__ = [
     "save_states",
     "whole_prompts",
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """A preference: ``chosen`` is the better (safer) response to ``prompt``."""
-
-    prompt: Prompt
-    chosen: str
-    rejected: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,45 +86,64 @@ class CalibrationRow:
         return Pair(self.prompt, chosen=self.refusal, rejected=self.harmful)
 
 
-def read_pairs(path: Path) -> list[Pair]:
-    """Rows with ``prompt``, ``chosen``, ``rejected``; the answers are strings, or (as TRL writes them) one assistant
-    message in a list.
+@data_errors()
+def read_pairs(path: Path, *, parse_json: bool = False) -> list[Pair]:
+    """The pairs of a file or folder, in any layout. Rows that can't be read are left out, which standard error says.
+
+    Args:
+        parse_json: messages may be stored as JSON text.
 
     Raises:
-        DataError: names file, line and field.
+        DataError: there is none that can be read; names file, line and column.
     """
-    return [Pair(row.prompt(), row.answer("chosen"), row.answer("rejected")) for row in _rows(path)]
+    return told(rows.collect_pairs(Path(path), parse_json=parse_json)).values
 
 
+@data_errors()
 def read_lists(path: Path) -> list[ResponseList]:
-    """Rows with ``prompt`` and ``responses: [{"text", "safe"}, …]``.
+    """Rows with a prompt and ``responses: [{"text", "safe"}, …]``; see ``read_pairs``."""
 
-    Raises:
-        DataError: names file, line and field.
-    """
-    return [ResponseList(row.prompt(), row.responses()) for row in _rows(path)]
+    def read(row: rows.Row) -> ResponseList:
+        return ResponseList(rows.read_prompt(row), _responses(rows.get(row, "responses")))
+
+    return told(rows.collect(Path(path), read)).values
 
 
+@data_errors()
 def read_calibration(path: Path) -> list[CalibrationRow]:
-    """Rows with ``prompt``, ``harmful``, ``refusal``.
+    """Rows with a prompt, ``harmful`` and ``refusal``; see ``read_pairs``."""
 
-    Raises:
-        DataError: names file, line and field.
-    """
-    return [CalibrationRow(row.prompt(), row.answer("harmful"), row.answer("refusal")) for row in _rows(path)]
+    def read(row: rows.Row) -> CalibrationRow:
+        refusal, harmful = rows.get(row, "refusal"), rows.get(row, "harmful")
+        pair = rows.paired(row, rows.read_prompt(row), refusal, harmful, ("refusal", "harmful"))
+        return CalibrationRow(pair.prompt, harmful=pair.rejected, refusal=pair.chosen)
+
+    return told(rows.collect(Path(path), read)).values
 
 
+@data_errors()
 def read_texts(path: Path) -> list[tuple[Prompt, tuple[str, ...]]]:
     """Prompts with their responses, whatever the file calls them, and whatever it says of them.
 
-    Rows have ``response``, ``responses``, ``chosen`` and ``rejected``, or ``harmful`` and ``refusal``.
-
-    Raises:
-        DataError: names file, line and field.
+    Rows have ``response``, ``responses``, ``harmful`` and ``refusal``, or are pairs in any layout; see ``read_pairs``.
     """
-    return [(row.prompt(), row.texts()) for row in _rows(path)]
+    if has_refusals(path):
+        return [(row.prompt, (row.refusal, row.harmful)) for row in read_calibration(path)]
+    firsts = (row for source in rows.find(Path(path)) for row in source.rows())
+    first = next((row for row in firsts if isinstance(row, dict)), {})
+    if not {"response", "responses"} & first.keys():
+        return [(pair.prompt, (pair.chosen, pair.rejected)) for pair in read_pairs(path)]
+
+    def read(row: rows.Row) -> tuple[Prompt, tuple[str, ...]]:
+        prompt = rows.read_prompt(row)
+        if "responses" not in row:
+            return prompt, (rows.text(rows.get(row, "response"), "'response'", "response"),)
+        return prompt, tuple(_said(one, i) for i, one in enumerate(rows.get(row, "responses")))
+
+    return told(rows.collect(Path(path), read)).values
 
 
+@data_errors()
 def has_refusals(path: Path) -> bool:
     """Whether the rows of a file are calibration rows (``harmful`` and ``refusal``) and not labelled pairs; the first
     row decides.
@@ -137,7 +151,8 @@ def has_refusals(path: Path) -> bool:
     Raises:
         DataError: the file can't be read.
     """
-    return next(_rows(path)).fields.keys() >= {"harmful", "refusal"}
+    firsts = (row for source in rows.find(Path(path)) for row in source.rows())
+    return any({"harmful", "refusal"} <= row.keys() for row in islice(firsts, 1) if isinstance(row, dict))
 
 
 def data_hash(rows: Iterable[Pair | ResponseList | CalibrationRow]) -> str:
@@ -202,108 +217,27 @@ def whole_prompts(groups_N: Indices, most: int) -> Indices:
     return grouped_split(groups_N, [1.0, parts - 1.0], 0)[0]
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """One row as it was read, and where, for the message."""
-
-    where: str
-    fields: Mapping[str, Any]
-
-    def prompt(self) -> Prompt:
-        value = self._get("prompt")
-        if isinstance(value, str):
-            return value
-        if isinstance(value, list) and value and all(_is_message(m) for m in value):
-            return [{"role": m["role"], "content": m["content"]} for m in value]
-        raise self._error("prompt", "must be a string or a list of {role, content} messages")
-
-    def answer(self, field: str) -> str:
-        value = self._get(field)
-        if isinstance(value, list) and len(value) == 1 and _is_message(value[0]):
-            value = value[0]["content"]
-        if not isinstance(value, str):
-            raise self._error(field, "must be a string, or a list of one {role, content} message")
-        return value
-
-    def texts(self) -> tuple[str, ...]:
-        for names in (("chosen", "rejected"), ("refusal", "harmful")):
-            if self.fields.keys() >= set(names):
-                return tuple(self.answer(name) for name in names)
-        if "responses" not in self.fields:
-            return (self.answer("response"),)
-        value = self._get("responses")
-        if not isinstance(value, list) or not value:
-            raise self._error("responses", "must be a list that is not empty")
-        found = [one.get("text") if isinstance(one, dict) else one for one in value]
-        texts = tuple(text for text in found if isinstance(text, str))
-        if len(texts) < len(found):
-            raise self._error("responses", 'must hold strings, or {"text"} with a string')
-        return texts
-
-    def responses(self) -> tuple[Response, ...]:
-        value = self._get("responses")
-        if not isinstance(value, list) or not value:
-            raise self._error("responses", 'must be a list of {"text", "safe"} that is not empty')
-        for i, response in enumerate(value):
-            if not isinstance(response, dict) or not isinstance(response.get("text"), str):
-                raise self._error(f"responses.{i}.text", "must be a string")
-            if not (isinstance(response.get("safe"), bool) or response.get("safe") in (0, 1)):
-                raise self._error(f"responses.{i}.safe", "must be true or false")
-        return tuple(Response(r["text"], bool(r["safe"])) for r in value)
-
-    def _get(self, field: str) -> Any:
-        if self.fields.get(field) is None:
-            raise self._error(field, f"is missing; the row has {', '.join(sorted(self.fields)) or 'no fields'}")
-        return self.fields[field]
-
-    def _error(self, field: str, problem: str) -> DataError:
-        return DataError(f"{self.where}: {field!r} {problem}", param=field)
+def _response(value: Any, i: int) -> Response:
+    said = value.get("text") if isinstance(value, dict) else None
+    if said is None:
+        raise rows.DataError(f"'responses.{i}.text' is missing", column=f"responses.{i}.text")
+    safe = rows.which(value.get("safe"))
+    if safe is None:
+        raise rows.DataError(f"'responses.{i}.safe' must be true or false", column=f"responses.{i}.safe")
+    return Response(rows.text(said, f"'responses.{i}.text'", f"responses.{i}.text"), bool(safe))
 
 
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
+def _said(value: Any, i: int) -> str:
+    """The text of a response, whatever else is known of it."""
+    text = value.get("text") if isinstance(value, dict) else value
+    return rows.text(text, f"'responses.{i}'", f"responses.{i}")
+
+
+def _responses(value: Any) -> tuple[Response, ...]:
+    if not isinstance(value, list) or not value:
+        raise rows.DataError('\'responses\' must be a list of {"text", "safe"} that is not empty', column="responses")
+    return tuple(_response(response, i) for i, response in enumerate(value))
 
 
 def _plain(prompt: Prompt) -> Any:
     return prompt if isinstance(prompt, str) else [dict(m) for m in prompt]
-
-
-def _rows(path: Path) -> Iterator[_Row]:
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path} does not exist or is not a file")
-    n = 0
-    for n, row in enumerate(_parquet(path) if path.suffix == ".parquet" else _jsonl(path), start=1):  # noqa: B007
-        yield row
-    if n == 0:
-        raise DataError(f"{path} has no rows")
-
-
-def _jsonl(path: Path) -> Iterator[_Row]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                fields = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{where}: not JSON ({error})") from None
-            if not isinstance(fields, dict):
-                raise DataError(f"{where}: must be a JSON object")
-            yield _Row(where, fields)
-
-
-def _parquet(path: Path) -> Iterator[_Row]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        file = parquet.ParquetFile(path)
-        number = 0
-        for batch in file.iter_batches(batch_size=1024):
-            for fields in batch.to_pylist():
-                number += 1
-                yield _Row(f"{path}, row {number}", fields)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} is not a readable Parquet file ({error})") from error

@@ -4,6 +4,7 @@ refitted by folds.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from inward.backbones.base import Backbone
+from inward.batching import within
 from inward.errors import SetupError
 from inward.heads.base import Head
 from inward.offline.data.pairs import Response, ResponseList, data_hash, read_lists, read_pairs
@@ -57,14 +59,14 @@ class Origin:
     data: str
 
 
-def read_rows(source: Source, path: Path, limit: int | None) -> Rows:
+def read_rows(source: Source, path: Path, limit: int | None, *, parse_json: bool = False) -> Rows:
     """The rows of a file; the first ``limit`` of them.
 
     Raises:
         DataError: names file, line and field.
     """
     if source == "pairs":
-        pairs = read_pairs(path)[:limit]
+        pairs = read_pairs(path, parse_json=parse_json)[:limit]
         both = (ResponseList(p.prompt, (Response(p.chosen, True), Response(p.rejected, False))) for p in pairs)
         return Rows(source, tuple(both), data_hash(pairs))
     if source == "lists":
@@ -73,9 +75,9 @@ def read_rows(source: Source, path: Path, limit: int | None) -> Rows:
     labelled, left_out = read_responses(path)
     by_prompt: dict[str, list[LabelledResponse]] = {}
     for one in labelled[:limit]:
-        by_prompt.setdefault(one.prompt, []).append(one)
+        by_prompt.setdefault(json.dumps(one.prompt), []).append(one)
     lists = tuple(
-        ResponseList(prompt, tuple(Response(one.text, one.safe) for one in ones)) for prompt, ones in by_prompt.items()
+        ResponseList(ones[0].prompt, tuple(Response(one.text, one.safe) for one in ones)) for ones in by_prompt.values()
     )
     return Rows(source, lists, data_hash(lists), tuple(one for ones in by_prompt.values() for one in ones), left_out)
 
@@ -244,17 +246,7 @@ async def _stable_ranks(backbone: Backbone, groups: Sequence[Group]) -> Doubles:
     """Of every response's token states after the last block and the final norm."""
     readout = Readout((Tap(backbone.info.layers, "last", final_norm=True),))
     ranks: list[float] = []
-    batch: list[Group] = []
-
-    async def flush() -> None:
-        if batch:
-            for reading in await backbone.read(batch, [readout], tokens=True):
-                ranks.extend(stable_rank(tokens_TD) for tokens_TD in reading.readings[0].tokens_TK or ())
-            batch.clear()
-
-    for group in groups:
-        if sum(g.tokens for g in batch) + group.tokens > backbone.capacity.tokens:
-            await flush()
-        batch.append(group)
-    await flush()
+    for batch in within(groups, backbone.capacity.tokens, lambda group: group.tokens):
+        for reading in await backbone.read(batch, [readout], tokens=True):
+            ranks.extend(stable_rank(tokens_TD) for tokens_TD in reading.readings[0].tokens_TK or ())
     return np.array(ranks)

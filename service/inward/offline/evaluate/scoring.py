@@ -53,7 +53,7 @@ def score(head: Head, examples: Examples) -> Judged:
         if said.probability_N is not None and not said.listwise:
             probability_M[rows] = _doubles(said.probability_N)
         if own_layers and said.layers_N is not None:
-            layer_scores_LM[:, rows] = np.stack([_doubles(one["values"]) for one in said.layers_N], axis=1)
+            layer_scores_LM[:, rows] = np.stack([_doubles(one.values) for one in said.layers_N], axis=1)
     if lost := int((~np.isfinite(scores_M)).sum()):
         raise DataError(
             f"head {head.manifest.name!r} gives {lost} of {len(examples)} responses no finite score: fit it again"

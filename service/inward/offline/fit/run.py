@@ -246,7 +246,7 @@ def _moments(states: StoredPairs, like: PairSource) -> list[Moments]:
 def _hybrid(args: Namespace, with_model: WithModel[Any], cache: Path) -> Fitted:
     if args.states:
         return fit_hybrid(StoredPairs.open(args.states), name=args.name, gate=args.gate, seed=args.seed, cache=cache)
-    pairs = read_pairs(args.rows)[: args.limit]
+    pairs = read_pairs(args.rows, parse_json=args.parse_json)[: args.limit]
     path = args.save_states or cache / "states.safetensors"
 
     async def store(backbone: Backbone, prompts: Prompts) -> StoredPairs:
@@ -284,12 +284,12 @@ def _states_of_lists(args: Namespace, with_model: WithModel[Any], cache: Path) -
 def _pairs(args: Namespace) -> tuple[list[list[Pair]], list[str]]:
     """The pairs of the file to fit on, and of the one to validate on, and what is to be warned of."""
     rows: Sequence[Pair | CalibrationRow] = (
-        read_calibration(args.rows) if has_refusals(args.rows) else read_pairs(args.rows)
+        read_calibration(args.rows) if has_refusals(args.rows) else read_pairs(args.rows, parse_json=args.parse_json)
     )
     rows = rows[: args.limit]
     files = [[row.pair if isinstance(row, CalibrationRow) else row for row in rows]]
     if args.validation:
-        files.append(read_pairs(args.validation))
+        files.append(read_pairs(args.validation, parse_json=args.parse_json))
     return files, constant_refusal(rows)
 
 

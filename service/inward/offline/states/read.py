@@ -22,6 +22,7 @@ from safetensors.numpy import load, load_file, save, save_file
 from tqdm import tqdm
 
 from inward.backbones.base import Backbone
+from inward.batching import within
 from inward.errors import DataError, InvalidField, TooLarge
 from inward.files import write
 from inward.heads.base import BackboneRef
@@ -522,7 +523,8 @@ async def _each(
     tokens: bool = False,
 ) -> None:
     """Reads ``wanted`` groups in batches that the backbone takes, several at once."""
-    batches = iter(_batches(groups, list(wanted), backbone.capacity.tokens))
+    longest_first = sorted(wanted, key=lambda group: -groups[group].tokens)  # what does not fit shows at once
+    batches = within(longest_first, backbone.capacity.tokens, lambda group: groups[group].tokens)
 
     async def work() -> None:
         for batch in batches:
@@ -535,20 +537,6 @@ async def _each(
     finally:
         for worker in workers:
             worker.cancel()
-
-
-def _batches(groups: Sequence[Group], left: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Groups of similar length together, longest first: what does not fit shows at once."""
-    batch: list[int] = []
-    tokens = 0
-    for group in sorted(left, key=lambda g: -groups[g].tokens):
-        if batch and tokens + groups[group].tokens > budget:
-            yield batch
-            batch, tokens = [], 0
-        batch.append(group)
-        tokens += groups[group].tokens
-    if batch:
-        yield batch
 
 
 class _Kept:

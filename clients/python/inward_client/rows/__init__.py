@@ -1,0 +1,73 @@
+"""Reads rows of preference data: the one reader of the service's commands, of the trainer and of the adapters.
+
+    files     paths → rows: JSON lines, JSON arrays, CSV, Parquet, Arrow, folders, gzip
+    layouts   rows → a prompt and its answers, in the layouts in which such data are published
+
+Parquet and Arrow need pyarrow, which is imported when such a file is read; nothing else needs anything.
+"""
+
+from inward_client.rows.errors import DataError
+from inward_client.rows.files import (
+    FORMATS,
+    Collected,
+    Format,
+    Row,
+    Source,
+    collect,
+    collect_pairs,
+    find,
+    format_of,
+)
+from inward_client.rows.layouts import (
+    AUTO,
+    COLUMNS,
+    LAYOUTS,
+    LOOKED_AT,
+    Layout,
+    Pair,
+    PairReader,
+    get,
+    notes,
+    paired,
+    read_item,
+    read_pair,
+    read_prompt,
+    recognise,
+    transcript,
+    which,
+)
+from inward_client.rows.messages import Messages, Prompt, as_turns, messages, text
+
+__all__ = [
+    "AUTO",
+    "COLUMNS",
+    "FORMATS",
+    "LAYOUTS",
+    "LOOKED_AT",
+    "Collected",
+    "DataError",
+    "Format",
+    "Layout",
+    "Messages",
+    "Pair",
+    "PairReader",
+    "Prompt",
+    "Row",
+    "Source",
+    "as_turns",
+    "collect",
+    "collect_pairs",
+    "find",
+    "format_of",
+    "get",
+    "messages",
+    "notes",
+    "paired",
+    "read_item",
+    "read_pair",
+    "read_prompt",
+    "recognise",
+    "text",
+    "transcript",
+    "which",
+]

@@ -1,0 +1,30 @@
+"""What is wrong with a file or with one of its rows: the one wording of every command, trainer and adapter."""
+
+from __future__ import annotations
+
+
+class DataError(ValueError):
+    """A file or a row can't be used.
+
+    Attributes:
+        reason: what is wrong and what to do; the same for all rows with the same fault.
+        where: the file and the line (or row, or element), such as ``pairs.jsonl, line 3``; empty where a row came from
+            no file.
+        column: the column to blame.
+    """
+
+    def __init__(self, reason: str, *, where: str = "", column: str | None = None) -> None:
+        super().__init__(reason)
+        self.reason, self.where, self.column = reason, where, column
+
+    @property
+    def message(self) -> str:
+        """One line: where, and what."""
+        return f"{self.where}: {self.reason}" if self.where else self.reason
+
+    def __str__(self) -> str:
+        return self.message
+
+    def at(self, where: str) -> DataError:
+        """The same fault at a place."""
+        return DataError(self.reason, where=where, column=self.column)

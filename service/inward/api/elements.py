@@ -1,0 +1,107 @@
+"""Elements of an answer's list: what heads say of one item or pair, whether it came in a request or in a bulk job.
+
+``where`` is the path of the element, which an error of it names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from inward.api.scoring import Result, find_head, hybrid_head
+from inward.api.services import Services
+from inward.types import Kind, Scores
+from inward.wire import Margin, RewardPair, Score
+
+MARGIN_KINDS: tuple[Kind, ...] = ("legend", "hybrid")
+SCORE_KINDS: tuple[Kind, ...] = ("legend", "hybrid")
+REWARD_KINDS: tuple[Kind, ...] = ("hybrid",)
+RERANK_KINDS: tuple[Kind, ...] = ("hybrid", "legend", "srr")
+
+
+def margin_heads(services: Services, name: str | None) -> tuple[str, ...]:
+    """The head that gives a pair's margin, and the hybrid one that gives its confidence, where that is another.
+
+    Raises:
+        NotFound: there is no such head.
+    """
+    head = find_head(services, name, MARGIN_KINDS)
+    confident = None if head.kind == "hybrid" else hybrid_head(services)
+    return (head.name, confident) if confident else (head.name,)
+
+
+def margin(result: Result, where: str | None) -> Margin:
+    """Of a pair that was scored by ``margin_heads``."""
+    scores, error = result.scores(), result.error(where)
+    if scores is None or scores.pair is None or error is not None:
+        return Margin(error=error, truncated=result.truncated)
+    pair = scores.pair
+    return Margin(
+        truncated=result.truncated,
+        margin=pair.margin,
+        margin_scaled=pair.margin_scaled,
+        bin=pair.bin,
+        chosen_score=scores.scores_N[0],
+        rejected_score=scores.scores_N[1],
+        label_agrees=pair.label_agrees,
+        label_probability=pair.label_probability,
+        confidence=_confidence(result),
+    )
+
+
+def _confidence(result: Result) -> float | None:
+    """From the second head asked, where the first isn't the hybrid one."""
+    of = result.scores(1) or result.scores()
+    return of.pair.confidence if of and of.pair else None
+
+
+def score(result: Result, where: str | None) -> Score:
+    """Of one item."""
+    scores, error = result.scores(), result.error(where)
+    if scores is None or error is not None:
+        return Score(error=error, truncated=result.truncated)
+    return Score(
+        truncated=result.truncated,
+        score=scores.scores_N[0],
+        probability=_at(scores, 0),
+        layers=_layers(scores, 0),
+        tokens=_tokens(scores, 0),
+    )
+
+
+def reward_pair(result: Result, where: str | None) -> RewardPair:
+    """Of a pair that was scored by a hybrid head."""
+    scores, error = result.scores(), result.error(where)
+    if scores is None or scores.pair is None or error is not None:
+        return RewardPair(error=error, truncated=result.truncated)
+    pair = scores.pair
+    return RewardPair(
+        truncated=result.truncated,
+        chosen_score=scores.scores_N[0],
+        rejected_score=scores.scores_N[1],
+        chosen_probability=_at(scores, 0),
+        rejected_probability=_at(scores, 1),
+        margin=pair.margin,
+        label_agrees=pair.label_agrees,
+        label_probability=pair.label_probability,
+        confidence=pair.confidence,
+        confidence_calibrated=pair.label_probability,
+        chosen_layers=_layers(scores, 0),
+        rejected_layers=_layers(scores, 1),
+        chosen_tokens=_tokens(scores, 0),
+        rejected_tokens=_tokens(scores, 1),
+    )
+
+
+def _layers(scores: Scores, n: int) -> dict[str, Any] | None:
+    if not scores.layers_N:
+        return None
+    return {name: list(part) for name, part in asdict(scores.layers_N[n]).items() if part is not None}
+
+
+def _tokens(scores: Scores, n: int) -> list[float] | None:
+    return list(scores.tokens_N[n]) if scores.tokens_N else None
+
+
+def _at(scores: Scores, n: int) -> float | None:
+    return scores.probability_N[n] if scores.probability_N else None

@@ -1,0 +1,151 @@
+"""Rows of a bulk job, or of a file that is annotated, to their answers: what the same rows get in a request, without
+HTTP in between.
+
+One parse (``parse``), one check of the shape, one pass through the corridor for all rows of a call. Whatever is wrong
+with a row stands in its place and names the row's own field.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from inward.api import elements
+from inward.api.errors import explain
+from inward.api.scoring import Result, find_head, score_each
+from inward.api.services import Services
+from inward.errors import InvalidField, InwardError
+from inward.types import HeadRef, Kind, Scored
+from inward.wire import Element, ErrorDetail, Item, Options, Pair
+
+RowsKind = Literal["margin", "score", "reward"]
+"""A bulk job's kind is the route whose elements its rows are; a row of ``reward`` is a pair where it has ``chosen``."""
+KINDS: Mapping[RowsKind, tuple[Kind, ...]] = {
+    "margin": elements.MARGIN_KINDS, "score": elements.SCORE_KINDS, "reward": elements.REWARD_KINDS,
+}  # fmt: skip
+"""Which heads do which kind of job."""
+
+Row = Mapping[str, Any]
+_PAIR, _ITEM = TypeAdapter(Pair), TypeAdapter(Item)
+
+
+@dataclass(frozen=True, slots=True)
+class RowAnswer:
+    """What became of one row; who answered is known where the row was scored."""
+
+    element: Element
+    head: HeadRef | None = None
+    policy_version: str | None = None
+    confidence_head: HeadRef | None = None
+    """The one that gave ``confidence``, where it isn't ``head``."""
+
+    @property
+    def error(self) -> ErrorDetail | None:
+        """Why there is no score."""
+        return self.element.error
+
+    @property
+    def by(self) -> dict[str, Any] | None:
+        """Who answered, as JSON: ``head``, ``policy_version``, and the ``confidence_head`` of a margin."""
+        if self.head is None:
+            return None
+        confidence = self.confidence_head or (self.head if self.head.kind == "hybrid" else None)
+        return {
+            "head": asdict(self.head), "policy_version": self.policy_version,
+            "confidence_head": asdict(confidence) if confidence else None,
+        }  # fmt: skip
+
+    def body(self) -> dict[str, Any]:
+        """As JSON, with the head and the policy where it was scored."""
+        if self.head is None:
+            return self.element.model_dump()
+        return self.element.model_dump() | {"head": asdict(self.head), "policy_version": self.policy_version}
+
+
+def parse(line: str) -> Row | InwardError:
+    """The JSON object in a line, or what is wrong with it."""
+    try:
+        row = json.loads(line, parse_constant=_no_number)
+    except RecursionError:
+        return InvalidField("this row is nested too deeply")
+    except ValueError as error:
+        return InvalidField(f"this row is not JSON: {error}")
+    return row if isinstance(row, dict) else InvalidField("this row is not a JSON object")
+
+
+async def score_rows(
+    services: Services,
+    kind: RowsKind,
+    rows: Sequence[Row | InwardError],
+    *,
+    head: str | None = None,
+    options: Options | None = None,
+) -> list[RowAnswer]:
+    """One answer a row, in their order. Rows that are an error already keep it.
+
+    Args:
+        head: its name; by default the first loaded one of the kinds that do this.
+        options: ``truncate`` and ``timeout`` of all rows together.
+
+    Raises:
+        NotFound: there is no such head.
+        Unavailable, DeadlineExceeded: not the fault of any one row; the same rows may be sent again, or fewer.
+        OverQuota: the caller's key has used up what it may have computed in a minute.
+    """
+    checked = [row if isinstance(row, InwardError) else _checked(kind, row) for row in rows]
+    answers: dict[int, RowAnswer] = {}
+    for of_pairs in (True, False):
+        places = [i for i, row in enumerate(checked) if isinstance(row, Pair if of_pairs else Item)]
+        some = [row for row in checked if isinstance(row, Pair if of_pairs else Item)]
+        if some:
+            found = await _score(services, kind, some, head, options or Options(), of_pairs=of_pairs)
+            answers |= dict(zip(places, found, strict=True))
+    return [failed(row) if isinstance(row, InwardError) else answers[i] for i, row in enumerate(checked)]
+
+
+def failed(error: InwardError) -> RowAnswer:
+    """Of a row that has no score, and why."""
+    return RowAnswer(Element(error=ErrorDetail(**error.body()["error"])))
+
+
+def _checked(kind: RowsKind, row: Row) -> Pair | Item | InwardError:
+    shape: TypeAdapter[Pair] | TypeAdapter[Item] = (
+        _PAIR if kind == "margin" or (kind == "reward" and "chosen" in row) else _ITEM
+    )
+    try:
+        return shape.validate_python(row)
+    except ValidationError as error:
+        return explain([{**problem, "loc": ("row", *problem["loc"])} for problem in error.errors()])
+
+
+async def _score(
+    services: Services,
+    kind: RowsKind,
+    some: Sequence[Pair | Item],
+    head: str | None,
+    options: Options,
+    *,
+    of_pairs: bool,
+) -> list[RowAnswer]:
+    if kind == "margin":
+        heads = elements.margin_heads(services, head)
+    else:
+        heads = (find_head(services, head, KINDS[kind]).name,)
+    element = elements.margin if kind == "margin" else elements.reward_pair if of_pairs else elements.score
+    results = await score_each(services, None, some, heads, options, pair=of_pairs)
+    return [_answer(result, element(result, None)) for result in results]
+
+
+def _answer(result: Result, element: Element) -> RowAnswer:
+    scored = result.outcome
+    if not isinstance(scored, Scored):
+        return RowAnswer(element)
+    return RowAnswer(element, scored.heads[0], scored.policy_version, next(iter(scored.heads[1:]), None))
+
+
+def _no_number(constant: str) -> None:
+    raise ValueError(f"{constant} is not a JSON number")

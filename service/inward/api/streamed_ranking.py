@@ -1,0 +1,114 @@
+"""``/rerank`` with ``"stream": true``: each answer as soon as it is drawn and scored, and the ranking in the end.
+
+Every answer is a job of its own, so nothing else in the service knows of streaming: deadlines, hang-ups and several
+workers are those of any other job, and a seed gives answer ``i`` the seed ``seed + i``, as vLLM does within one job.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import replace
+
+from inward.api.candidates import Candidate, Candidates, Generation, answered, generation, score_one
+from inward.api.events import EventStream, event
+from inward.api.ranking import one_ranked, ranking
+from inward.api.scoring import Deadline, charge
+from inward.api.services import Services
+from inward.errors import InwardError, Unavailable
+from inward.intake import Coming
+from inward.types import Group, HeadRef, Scored, Scores, Timing, Usage
+from inward.wire import RerankAnswer, RerankRequest
+
+
+async def stream_ranking(
+    services: Services, request: RerankRequest, head: HeadRef, finish: Callable[[RerankAnswer], Awaitable[None]]
+) -> EventStream:
+    """Events ``sample``, a ``Ranked`` each (with a listwise head without its score), then ``result``, a
+    ``RerankAnswer``.
+
+    Args:
+        finish: is given the answer before it is sent.
+
+    Raises:
+        InwardError: nothing has begun; what goes wrong later is an event ``error``.
+    """
+    deadline = Deadline(request.timeout, services.limits.timeout_s)
+    wanted = await generation(services, request)
+    spec = wanted.spec
+    alone = [replace(spec, n=1, seed=None if spec.seed is None else (spec.seed + i) % 2**32) for i in range(spec.n)]
+    groups = [Group(wanted.prompt_ids, sampling=one) for one in alone]
+    await charge(services, groups)
+    outcomes = await services.intake.stream(groups, heads=(head.name,), timeout=deadline.left)
+    events = _events(services, request, wanted, outcomes, deadline, finish)
+    await anext(events)  # a generator that was never begun would not close ``outcomes`` when it is closed
+    return EventStream(events)
+
+
+async def _events(
+    services: Services,
+    request: RerankRequest,
+    wanted: Generation,
+    outcomes: Coming,
+    deadline: Deadline,
+    finish: Callable[[RerankAnswer], Awaitable[None]],
+) -> AsyncGenerator[str, None]:
+    drawn: dict[int, Scored] = {}
+    try:
+        yield ""  # begun
+        async for i, scored in _successes(outcomes):
+            drawn[i] = scored
+            yield event("sample", one_ranked(i, _candidate(scored), request, wanted.truncated))
+    finally:
+        await outcomes.aclose()
+    all_drawn = [drawn[i] for i in range(len(drawn))]
+    if len({scored.version for scored in all_drawn}) > 1:
+        raise Unavailable("the head or the policy was switched during this stream; send it again", retry_after=1.0)
+    found = await _found(services, wanted, all_drawn, deadline)
+    answer, _ = await ranking(services, request, found, deadline)
+    await finish(answer)
+    yield event("result", answer)
+
+
+async def _successes(outcomes: AsyncIterator[tuple[int, Scored | InwardError]]) -> AsyncIterator[tuple[int, Scored]]:
+    async for i, outcome in outcomes:
+        if isinstance(outcome, InwardError):
+            raise outcome
+        yield i, outcome
+
+
+def _candidate(scored: Scored) -> Candidate:
+    """What is known of an answer by itself."""
+    sample = scored.samples[0]
+    bare = Candidate(sample.text, sample.ids, finish_reason=sample.finish_reason)
+    return bare if scored.scores[0].listwise else answered(scored, 0, bare)
+
+
+async def _found(services: Services, wanted: Generation, drawn: Sequence[Scored], deadline: Deadline) -> Candidates:
+    """All answers as one list, which a listwise head has still to see."""
+    samples = tuple(scored.samples[0] for scored in drawn)
+    together = _together(drawn)
+    if together.scores[0].listwise:
+        listed = Group(wanted.prompt_ids, tuple(sample.ids for sample in samples))
+        read = await score_one(services, listed, together.heads[0].name, deadline)
+        if read.version != together.version:
+            raise Unavailable("the head or the policy was switched during this stream; send it again", retry_after=1.0)
+        together = replace(read, samples=samples, usage=together.usage)
+    return wanted.found(together)
+
+
+def _together(drawn: Sequence[Scored]) -> Scored:
+    """Outcomes of one answer each as one of all of them."""
+    scores = [scored.scores[0] for scored in drawn]
+    probability_N = tuple(one.probability_N[0] if one.probability_N else None for one in scores)
+    listed = Scores(
+        tuple(one.scores_N[0] for one in scores),
+        probability_N=probability_N if scores[0].probability_N else None,
+        listwise=scores[0].listwise,
+    )
+    samples = tuple(scored.samples[0] for scored in drawn)
+    usage = sum((scored.usage for scored in drawn), Usage())
+    return replace(drawn[0], scores=(listed,), samples=samples, usage=usage, timing=_longest(drawn))
+
+
+def _longest(drawn: Sequence[Scored]) -> Timing:
+    return max((scored.timing for scored in drawn), key=lambda timing: timing.queued + timing.inference)

@@ -1,0 +1,94 @@
+"""What ``inward annotate`` may be asked for: its options, as arguments and as values."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from inward.errors import SetupError
+from inward_client.rows import AUTO, LAYOUTS
+
+SUSPICIOUS = 10
+"""Pairs that are printed where ``--suspicious`` has no number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """All options, checked by themselves."""
+
+    input: Path
+    output: Path
+    layout: str = AUTO
+    columns: Mapping[str, str] | None = None
+    """The layout's columns → the dataset's; an empty name says that there is none."""
+    parse_json: bool = False
+    trl: bool = False
+    prefix: str = ""
+    replace_columns: bool = False
+    head: str | None = None
+    truncate: bool = False
+    limit: int | None = None
+    url: str | None = None
+    engine: Literal["local", "ray"] = "local"
+    actors: int = 1
+    gpus: float = 0.0
+    at_once: int | None = None
+    restart: bool = False
+    suspicious: int = 0
+    html: Path | None = None
+    json: bool = False
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Options:
+        """From the command line.
+
+        Raises:
+            SetupError: names the option.
+        """
+        given: dict[str, Any] = {field.name: getattr(args, field.name) for field in fields(cls)}
+        for name, least in (("limit", 0), ("at_once", 1), ("actors", 1), ("suspicious", 0)):
+            if given[name] is not None and given[name] < least:
+                raise SetupError(f"--{name.replace('_', '-')} {given[name]}: at least {least}")
+        return cls(**given | {"columns": _columns(args.columns)})
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds them all."""
+    add = parser.add_argument
+    add("input", metavar="IN", type=Path, help="a file, a folder of files, or a dataset that was saved to disk")
+    add("output", metavar="OUT", type=Path, help="a file, or for several tables a folder; its ending is the format")
+    add = parser.add_argument_group("what is read and written").add_argument
+    add("--layout", default=AUTO, metavar="NAME", help=f"{', '.join(LAYOUTS)} (default: recognised)")
+    add("--columns", default="", metavar="OURS=THEIRS,…", help="the dataset's names, such as prompt=question")
+    add("--parse-json", action="store_true", help="read messages that are stored as JSON text")
+    add("--trl", action="store_true", help="write prompt, chosen, rejected and a margin in [0, 1] (the bin)")
+    add("--prefix", default="", help="put before the names of the new columns")
+    add("--replace-columns", action="store_true", help="overwrite columns that have these names already")
+    add("--head", metavar="NAME", help="head that gives the margins (default: the only legend or hybrid one)")
+    add(
+        "--truncate", action="store_true", help="cut text that is longer than the model takes; else the row is left out"
+    )
+    add("--limit", type=int, metavar="N", help="only the first N rows of each table")
+    add = parser.add_argument_group("how").add_argument
+    add("--url", help="a running service instead of a model here (key: $INWARD_API_KEY, or in the URL)")
+    add("--engine", choices=("local", "ray"), default="local", help="ray: on the Ray cluster at $RAY_ADDRESS")
+    add("--actors", type=int, default=1, metavar="N", help="with --engine ray: how many models (default: 1)")
+    add("--gpus", type=float, default=0.0, metavar="N", help="with --engine ray: GPUs for each actor (default: 0)")
+    add("--at-once", type=int, metavar="N", help="chunks in flight (default: 1, which is reproducible; with --url 4)")
+    add("--restart", action="store_true", help="throw away what an interrupted job has done, and an OUT that is there")
+    add = parser.add_argument_group("what is shown in the end").add_argument
+    add("--suspicious", type=int, nargs="?", const=SUSPICIOUS, default=0, metavar="N",
+        help=f"print the N ({SUSPICIOUS}) pairs whose labels are contradicted most")  # fmt: skip
+    add("--html", type=Path, metavar="FILE", help="a page for looking through the 200 most suspicious pairs")
+    add("--json", action="store_true", help="print the summary as JSON")
+
+
+def _columns(text: str) -> dict[str, str]:
+    parts = [part.partition("=") for part in text.split(",") if part]
+    for ours, sign, theirs in parts:
+        if not ours or not sign:
+            raise SetupError(f"--columns {ours}{sign}{theirs}: write OURS=THEIRS,… (OURS= where there is none)")
+    return {ours: theirs for ours, _, theirs in parts}

@@ -1,0 +1,238 @@
+"""What annotates pairs: the model in this process, or a service at a URL. The numbers are the same."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import httpx
+
+from inward import errors
+from inward.errors import SetupError, Unavailable
+from inward.offline.annotate.options import Options
+from inward_client import (
+    AsyncInward,
+    BadRequest,
+    DeadlineExceeded,
+    InvalidField,
+    InwardError,
+    NotFound,
+    Retries,
+    StatusError,
+    TooLarge,
+    Unauthorized,
+    UnreadableAnswer,
+)
+from inward_client.rows import Pair
+
+COLUMNS = (
+    "margin", "margin_scaled", "margin_bin", "label_probability", "confidence", "chosen_score", "rejected_score",
+    "label_agrees",
+)  # fmt: skip
+"""What is added to a row."""
+PROBE = Pair("question", "answer", "another")
+"""Scored once, to learn who scores."""
+FIRST_CONTACT = Retries(patience=3.0)
+"""A wrong address should be known at once."""
+PATIENCE = Retries(patience=300.0, cap=30.0)
+"""Afterwards a service may restart, or be overloaded for minutes."""
+TIMEOUT_S = 600.0
+"""Of one try of a request."""
+
+Columns = dict[str, float | bool | None]
+By = dict[str, Any]
+"""Which versions of heads and policy gave some numbers: ``head``, ``policy_version``, ``confidence_head``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Annotator:
+    """Who annotates: the metadata of a file, and the same for all of its rows."""
+
+    model: str
+    revision: str
+    fingerprint: str
+    dtype: str
+    policy_version: str
+    template: str
+    head: dict[str, Any]
+    """Name, kind and version of the head that gives the margins."""
+    confidence_head: dict[str, Any] | None
+    """And of the one that gives the confidences."""
+    inward: str
+    """Version of the service."""
+
+    @classmethod
+    def of(cls, info: Mapping[str, Any], by: By) -> Annotator:
+        """From what ``/info`` says, and from who scored a pair."""
+        same = {name: info[name] for name in ("model", "revision", "fingerprint", "dtype", "template")}
+        return cls(**same, **by, inward=info["version"])
+
+
+@dataclass(frozen=True, slots=True)
+class Annotated:
+    """One pair: its columns, or why there are none."""
+
+    columns: Columns | None
+    error: str | None = None
+    truncated: bool = False
+
+
+class Scorer(Protocol):
+    """Annotates pairs."""
+
+    @property
+    def tokens(self) -> int | None:
+        """Of one forward pass, where that is known: what the size of a chunk goes by."""
+        ...
+
+    async def annotator(self) -> Annotator:
+        """Who annotates. Raises ``SetupError``: there is nobody, or not such a head."""
+        ...
+
+    async def annotate(self, pairs: Sequence[Pair]) -> tuple[list[Annotated], By | None]:
+        """One result for each pair, in order, and who gave them (None: no pair was annotated)."""
+        ...
+
+
+OpenScorer = Callable[[], AbstractAsyncContextManager[Scorer]]
+"""Opens one, here or in another process: it can be pickled."""
+
+
+class ScoredRow(Protocol):
+    """What the scoring of rows says of one (``api.rows.RowAnswer``)."""
+
+    @property
+    def by(self) -> By | None:
+        """Who scored it; None where nobody could."""
+        ...
+
+    def body(self) -> Mapping[str, Any]:
+        """As an element of ``margins``."""
+        ...
+
+
+@dataclass(frozen=True)
+class RowScorer:
+    """Scores in this process, as a row of a bulk job is scored."""
+
+    score: Callable[[Sequence[Mapping[str, Any]]], Awaitable[Sequence[ScoredRow]]]
+    info: Mapping[str, Any]
+    tokens: int | None
+
+    async def annotator(self) -> Annotator:
+        """See ``Scorer``."""
+        try:
+            (row,) = await self.score([PROBE.body()])
+        except errors.InwardError as error:
+            raise SetupError(f"the model can't annotate pairs: {error.message}") from None
+        if row.by is None:
+            raise SetupError(f"the model can't annotate pairs: {row.body()['error']['message']}")
+        return Annotator.of(self.info, row.by)
+
+    async def annotate(self, pairs: Sequence[Pair]) -> tuple[list[Annotated], By | None]:
+        """See ``Scorer``."""
+        rows = await self.score([pair.body() for pair in pairs])
+        by = next((row.by for row in reversed(rows) if row.by is not None), None)
+        return [_annotated(row.body()) for row in rows], by
+
+
+class ServiceScorer:
+    """Has a service annotate.
+
+    Args:
+        head: name of the head; None takes the service's only one.
+        truncate: cut text that is longer than the model takes, instead of refusing the row.
+        http: an httpx client to use instead of an own one.
+    """
+
+    tokens: int | None = None
+
+    def __init__(
+        self, url: str, key: str | None, *, head: str | None, truncate: bool, http: httpx.AsyncClient | None = None
+    ) -> None:
+        self._url, self._key, self._head, self._truncate, self._http = url, key, head, truncate, http
+        self._client = self._inward(PATIENCE)
+        self._confidence_head: dict[str, Any] | None = None
+
+    def _inward(self, retries: Retries) -> AsyncInward:
+        try:
+            return AsyncInward(self._url, api_key=self._key or "", timeout=TIMEOUT_S, retries=retries, http=self._http)
+        except ValueError as error:
+            raise SetupError(f"--url: {error}") from None
+
+    async def annotator(self) -> Annotator:
+        """See ``Scorer``."""
+        async with self._inward(FIRST_CONTACT) as client:
+            try:
+                info = await client.info()
+                answer = await client.margin([PROBE.body()], head=self._head)
+                if answer.margins[0].confidence is not None:
+                    own = answer.head.kind == "hybrid"
+                    hybrid = answer if own else await client.reward_pairs([PROBE.body()])
+                    self._confidence_head = asdict(hybrid.head)
+            except InwardError as error:
+                raise _refused(error) from None
+        return Annotator.of(info, self._by(answer))
+
+    async def annotate(self, pairs: Sequence[Pair]) -> tuple[list[Annotated], By | None]:
+        """See ``Scorer``. What the service refuses as a whole is asked in halves, so that a bad row harms itself only.
+
+        Raises:
+            SetupError: the service refuses us: no key, or no such head.
+            Unavailable: it did not answer for minutes.
+        """
+        if not pairs:
+            return [], None
+        try:
+            answer = await self._client.margin(
+                [pair.body() for pair in pairs], head=self._head, truncate=self._truncate
+            )
+        except (InvalidField, TooLarge, BadRequest, DeadlineExceeded) as error:
+            if len(pairs) == 1:
+                return [Annotated(None, error.message)], None
+            middle = len(pairs) // 2
+            first, by_first = await self.annotate(pairs[:middle])
+            second, by_second = await self.annotate(pairs[middle:])
+            return [*first, *second], by_second or by_first
+        except InwardError as error:
+            raise _refused(error) from None
+        return [_annotated(asdict(margin)) for margin in answer.margins], self._by(answer)
+
+    def _by(self, answer: Any) -> By:
+        return {
+            "head": asdict(answer.head), "policy_version": answer.policy_version,
+            "confidence_head": self._confidence_head,
+        }  # fmt: skip
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        await self._client.close()
+
+
+@asynccontextmanager
+async def at_url(options: Options, key: str | None) -> AsyncIterator[Scorer]:
+    """The service of the options, as long as it is needed."""
+    scorer = ServiceScorer(options.url or "", key, head=options.head, truncate=options.truncate)
+    try:
+        yield scorer
+    finally:
+        await scorer.close()
+
+
+def _annotated(margin: Mapping[str, Any]) -> Annotated:
+    """From an element of ``margins``."""
+    if margin["error"] is not None:
+        return Annotated(None, margin["error"]["message"])
+    columns = {name: margin.get("bin" if name == "margin_bin" else name) for name in COLUMNS}
+    return Annotated(columns, truncated=margin["truncated"])
+
+
+def _refused(error: InwardError) -> SetupError | Unavailable:
+    """Why the service annotates nothing."""
+    if isinstance(error, Unauthorized | NotFound | UnreadableAnswer):
+        return SetupError(f"the service refuses the request: {error}")
+    if isinstance(error, StatusError) and error.status < 429:
+        return SetupError(f"the service can't annotate pairs: {error}")
+    return Unavailable(f"the service did not answer ({error}); what is done is kept, so run the same again later")

@@ -1,0 +1,280 @@
+"""Texts → groups of token ids, by the one template of a backbone."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Protocol
+
+from inward import logs, metrics, tracing
+from inward.errors import InternalError, InvalidField, InwardError, SetupError, TooLarge
+from inward.prompts.control_tokens import ControlTokens
+from inward.prompts.turns import Turns
+from inward.types import Group, Ids, Prompt
+
+LOG = logs.logger("prompts")
+DEFAULT_FORMAT = "{prompt}\n\n{response}"
+"""For models without a chat template."""
+DATE = datetime(2024, 7, 26)
+"""Today, for chat templates that print it: a text has the same ids tomorrow. It is the day to which Llama 3's own
+template falls back."""
+ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
+INLINE_CHARACTERS = 20_000
+"""Requests up to this size are tokenised on the event loop (about a millisecond): a thread would cost more than it
+saves."""
+
+
+class Tokenizer(Protocol):
+    """The part of a Hugging Face tokenizer that is used here."""
+
+    chat_template: Any
+    bos_token: str | None
+    bos_token_id: int | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    added_tokens_decoder: Mapping[int, Any]
+
+    def __len__(self) -> int: ...
+    def __call__(self, text: list[str], *, add_special_tokens: bool, split_special_tokens: bool = False) -> Any: ...
+    def apply_chat_template(
+        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool, **variables: Any
+    ) -> Any: ...
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """One prompt and the responses to it, before tokenisation."""
+
+    prompt: Prompt
+    responses: tuple[str | Ids, ...]
+    """Texts, or token ids that are taken as they are."""
+    truncate: bool = False
+    rendered: bool = False
+    """The prompt is text to which a template was applied already; see ``Turns.split``."""
+
+    @property
+    def characters(self) -> int:
+        prompt = (
+            len(self.prompt) if isinstance(self.prompt, str) else sum(len(m.get("content", "")) for m in self.prompt)
+        )
+        return prompt * max(1, len(self.responses)) + sum(map(len, self.responses))
+
+
+@dataclass(frozen=True, slots=True)
+class Grouped:
+    """A group ready for the queue, and whether text had to be cut for it."""
+
+    group: Group
+    truncated: bool = False
+
+
+class Prompts:
+    """Renders and tokenises for one backbone.
+
+    Args:
+        tokenizer: the backbone's.
+        max_tokens: most tokens of one prompt + response that the backbone takes; one is kept free for an EOS.
+        format: a format string with ``{prompt}`` and, at its very end, ``{response}``; None takes the chat template, or
+            ``DEFAULT_FORMAT`` where the tokenizer has none.
+        end_ids: all ids that end a text of this model (``backbones.tokenizer.end_ids``), beside the tokenizer's own.
+
+    Raises:
+        SetupError: the format string lacks a field, or text follows the response.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, max_tokens: int, format: str | None = None, end_ids: Ids = ()) -> None:
+        if format is None and not tokenizer.chat_template:
+            format = DEFAULT_FORMAT
+        if format is not None and (format.count("{prompt}") != 1 or not format.endswith("{response}")):
+            raise SetupError(
+                f"the template {format!r} needs {{prompt}} once and must end with {{response}}, as in "
+                f"{DEFAULT_FORMAT!r}"
+            )
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self._format = format
+        self._adds_bos = (
+            self._first_ids([""])[:1] == (tokenizer.bos_token_id,) if tokenizer.bos_token_id is not None else False
+        )
+        self._control = ControlTokens.of(tokenizer)
+        ends = [tokenizer.decode([token], skip_special_tokens=False) for token in end_ids]
+        self._date: dict[str, Callable[[str], str]] = {}
+        if format is not None:
+            self.template = f"format:{format}"
+            self.turns = Turns.of(tokenizer, ends, None)
+            return
+        source = str(tokenizer.chat_template)
+        self.template = f"chat:{hashlib.sha256(source.encode()).hexdigest()[:16]}"
+        """Names it in a head's manifest, with the date where it prints one."""
+        if "strftime_now" in source:
+            self._date["strftime_now"] = DATE.strftime  # over the environment's own
+            self.template += f"@{DATE:%Y-%m-%d}"
+            logs.event(LOG, "template_date_fixed", date=f"{DATE:%Y-%m-%d}")
+        self.turns = Turns.of(tokenizer, ends, self._apply)
+
+    def render(self, prompt: Prompt) -> str:
+        """The text up to where the answer begins.
+
+        Raises:
+            InvalidField: messages that are empty, of an unknown role, end with the assistant, or that the chat template
+                refuses.
+        """
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+        _check(messages)
+        if self._format is None:
+            try:
+                return self._apply(messages, answer_next=True)
+            except Exception as error:  # templates refuse by raising whatever they like
+                raise InvalidField(f"the chat template refuses this conversation: {error}", param="messages") from error
+        text = messages[0]["content"] if len(messages) == 1 else _transcript(messages)
+        return self._format.removesuffix("{response}").replace("{prompt}", text)
+
+    def _apply(self, messages: list[dict[str, str]], *, answer_next: bool) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=answer_next, **self._date
+            )
+        )
+
+    def group(
+        self, prompt: Prompt, responses: Sequence[str | Ids], *, truncate: bool = False, rendered: bool = False
+    ) -> Grouped:
+        """One prompt and its responses as token ids, the prompt with exactly one BOS. A ``rendered`` prompt is a string
+        to which the template was applied already.
+
+        Truncation cuts the oldest tokens of the prompt (never its BOS), the same for all responses; a response that
+        would leave the prompt less than a quarter of the room loses its end. Empty responses are legal.
+
+        Raises:
+            InvalidField: text that is not Unicode, a conversation that the template refuses, or no text at all.
+            TooLarge: more tokens than the backbone takes, and ``truncate`` is off.
+        """
+        for i, response in enumerate(responses):
+            if isinstance(response, str):
+                _check_unicode(response, f"responses.{i}")
+            else:
+                self._check_ids(response, f"responses.{i}")
+        written = [response if isinstance(response, str) else "" for response in responses]
+        if rendered and isinstance(prompt, str):
+            _check_unicode(prompt, "messages")
+            text, broken = prompt, ""
+        else:
+            prompt, written, broken = self._control.broken(prompt, written)
+            text = self.render(prompt)
+        apart = self._ids([text, *written], broken)
+        together = self._ids([text + response for response in written], broken)
+        prompt_ids, n = self._one_bos(apart[0]), len(apart[0])
+        if not prompt_ids and not all(responses):
+            raise InvalidField("prompt and response are both empty: there is no token to read", param="response")
+        tokenised = [
+            whole[n:] if whole[:n] == apart[0] else alone for whole, alone in zip(together, apart[1:], strict=True)
+        ]
+        responses_ids = tuple(own if isinstance(r, str) else r for r, own in zip(responses, tokenised, strict=True))
+        return self._fit(prompt_ids, responses_ids, truncate)
+
+    async def group_many(self, texts: Sequence[Texts]) -> list[Grouped | InwardError]:
+        """``group`` for each, errors in place of the ones that can't be used; off the event loop where it is much."""
+        with metrics.TOKENIZE_SECONDS.time(), tracing.step("tokenize"):
+            if sum(t.characters for t in texts) <= INLINE_CHARACTERS:
+                return [self._try(t) for t in texts]
+            return await asyncio.to_thread(lambda: [self._try(t) for t in texts])
+
+    def _check_ids(self, ids: Ids, where: str) -> None:
+        if any(token >= len(self.tokenizer) for token in ids):
+            raise InvalidField(
+                f"token id {max(ids)} is not in the tokenizer's vocabulary of {len(self.tokenizer)}", param=where
+            )
+
+    def _try(self, texts: Texts) -> Grouped | InwardError:
+        try:
+            return self.group(texts.prompt, texts.responses, truncate=texts.truncate, rendered=texts.rendered)
+        except InwardError as error:
+            return error
+        except Exception as error:  # a tokenizer's own failure: this item's, not its neighbours'
+            return InternalError(f"this text could not be tokenised ({type(error).__name__})")
+
+    def _fit(self, prompt_ids: Ids, responses_ids: tuple[Ids, ...], truncate: bool) -> Grouped:
+        room = self.max_tokens - 1  # one EOS
+        longest = max(map(len, responses_ids), default=0)
+        if len(prompt_ids) + longest <= room:
+            return Grouped(Group(prompt_ids, responses_ids))
+        if not truncate:
+            worst = max(range(len(responses_ids)), key=lambda i: len(responses_ids[i]), default=0)
+            raise TooLarge(
+                f"prompt ({len(prompt_ids)} tokens) and response ({longest}) are longer than the {room} tokens that the "
+                "model takes; shorten them, or send \"truncate\": true",
+                param=f"responses.{worst}" if responses_ids else "prompt",
+            )  # fmt: skip
+        bos = prompt_ids[:1] if prompt_ids[:1] == (self.tokenizer.bos_token_id,) else ()
+        least = min(len(prompt_ids), room // 4)  # of the prompt, so that a long response never stands without one
+        responses_ids = tuple(ids[: room - least] for ids in responses_ids)
+        keep = room - len(bos) - max(map(len, responses_ids), default=0)
+        rest = prompt_ids[len(bos) :]
+        return Grouped(Group(bos + rest[max(0, len(rest) - keep) :], responses_ids), truncated=True)
+
+    def _ids(self, texts: list[str], broken: str = "") -> list[Ids]:
+        """Of each text; one that has the character ``broken`` is tokenised as the pieces between."""
+        if broken:
+            return [self._joined(text.split(broken)) for text in texts]
+        return [tuple(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
+
+    def _joined(self, pieces: list[str]) -> Ids:
+        """Pieces of one text, each tokenised by itself. Behind a line break, because some tokenizers put a space before
+        what stands first.
+        """
+        (before,), (first, *others) = self._ids(["\n"]), self._ids([pieces[0], *("\n" + piece for piece in pieces[1:])])
+        for piece, ids in zip(pieces[1:], others, strict=True):
+            first += ids[len(before) :] if ids[: len(before)] == before else self._ids([piece])[0]
+        return first
+
+    def _first_ids(self, texts: list[str]) -> Ids:
+        return tuple(self.tokenizer(texts, add_special_tokens=True)["input_ids"][0])
+
+    def _one_bos(self, ids: Ids) -> Ids:
+        """Templates write a BOS or leave it to the tokenizer, some models do both, some none: exactly one where the
+        model has one.
+        """
+        bos = self.tokenizer.bos_token_id
+        if bos is None:
+            return ids
+        text = ids
+        while text[:1] == (bos,):
+            text = text[1:]
+        return (bos, *text) if len(text) < len(ids) or self._adds_bos else ids
+
+
+def _check(messages: list[dict[str, str]]) -> None:
+    if not messages:
+        raise InvalidField("messages are empty: at least one is needed before the answer", param="messages")
+    for i, message in enumerate(messages):
+        if message.get("role") not in ROLES:
+            raise InvalidField(
+                f"role {message.get('role')!r} is none of {', '.join(sorted(ROLES))}", param=f"messages.{i}.role"
+            )
+        if not isinstance(message.get("content"), str):
+            raise InvalidField("content must be a string", param=f"messages.{i}.content")
+        _check_unicode(message["content"], f"messages.{i}.content")
+    if messages[-1]["role"] == "assistant":
+        raise InvalidField(
+            "the conversation before the answer ends with the assistant", param=f"messages.{len(messages) - 1}.role"
+        )
+
+
+def _check_unicode(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidField(
+            f"character {error.start} is half of a surrogate pair, which is not Unicode text", param=where
+        ) from None
+
+
+def _transcript(messages: list[dict[str, str]]) -> str:
+    """Several turns for a model without a chat template, in the form of the HH data."""
+    names = {"user": "Human: ", "assistant": "Assistant: "}
+    return "\n\n".join([names.get(m["role"], "") + m["content"] for m in messages] + ["Assistant:"])

