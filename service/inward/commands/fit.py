@@ -70,7 +70,13 @@ def _add_common(parser: argparse.ArgumentParser, rows: str) -> None:
     parser.add_argument(
         "--position",
         choices=["last", "eos", "mean"],
-        help="where a response is read (default: eos for hybrid, else last)",
+        help="where a response is read (default: eos for hybrid, mean with --pool, else last)",
+    )
+    parser.add_argument(
+        "--pool",
+        metavar="NAME",
+        help="make a response's score of those of all its tokens: last, mean, max_ema, max_rolling, topk, or trained: "
+        "gated_mean, attention; with parameters as in max_rolling:window=20 (default: the score at --position)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of splits and training (default: %(default)s)")
     parser.add_argument("--limit", type=int, metavar="N", help="use the first N rows only")
@@ -94,7 +100,7 @@ def _add_legend(parser: argparse.ArgumentParser) -> None:
         "--covariance",
         type=Path,
         metavar="FILE",
-        help="of whitened: rows with prompt and response(s), labels or none, or saved states, whose covariance is taken "
+        help="of whitened: rows with prompt and response(s), labels or none, or saved states, to take S from "
         "(default: of the pairs)",
     )
     parser.add_argument(
@@ -119,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out.exists() and not args.replace:
         raise SetupError(f"{args.out} exists already: choose another folder, or say --replace")
     args.name = args.name or args.out.name
-    args.position = args.position or ("eos" if args.kind == "hybrid" else "last")
+    args.position = args.position or ("mean" if args.pool else "eos" if args.kind == "hybrid" else "last")
     cache = _cache_folder(args)
     head, report = fit(args, lambda use: asyncio.run(_with_model(args, use)), cache)
     path = store.save(head, args.out, replace=args.replace)
