@@ -93,8 +93,10 @@ def accuracy(way: str, seed: int) -> float:
     data = Dataset.from_list([{**row, "margin": margin(row)} for row in train])
     model = AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=1, dtype="float32")
     config = RewardConfig(
-        output_dir=str(folder / "trainer"), seed=seed, num_train_epochs=1, learning_rate=1e-4, max_length=512, gradient_checkpointing=False,
-        per_device_train_batch_size=8, per_device_eval_batch_size=1, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True,
+        output_dir=str(folder / "trainer"), seed=seed, num_train_epochs=1, learning_rate=1e-4, max_length=512,
+        gradient_checkpointing=False,
+        per_device_train_batch_size=8, per_device_eval_batch_size=1, bf16=False, report_to="none", save_strategy="no",
+        disable_tqdm=True,
     )  # fmt: skip
     judged = Dataset.from_list([{name: row[name] for name in columns[:3]} for row in test])
     trainer = RewardTrainer(

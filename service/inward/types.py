@@ -92,7 +92,7 @@ class Tap:
     before it."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Readout:
     """The linear part of a head: its taps, whose outputs stand side by side and make the K numbers of a response."""
 

@@ -24,7 +24,8 @@ from inward.backbones.vllm.backbone import VllmBackbone
 from inward.types import Group, SamplingSpec
 
 INT8 = {
-    "quant_method": "compressed-tensors", "format": "int-quantized", "quantization_status": "compressed", "ignore": ["lm_head"],
+    "quant_method": "compressed-tensors", "format": "int-quantized", "quantization_status": "compressed",
+    "ignore": ["lm_head"],
     "config_groups": {"group_0": {
         "targets": ["Linear"], "output_activations": None,
         "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False, "observer": "minmax"},

@@ -131,7 +131,8 @@ async def load(server: Served, args: argparse.Namespace) -> None:
         waits.sort()
         print(f"outcomes: {dict(outcomes)}")
         print(
-            f"seconds to answer: median {waits[len(waits) // 2]:.2f}, 99 % {waits[int(len(waits) * 0.99)]:.2f}, most {waits[-1]:.2f}"
+            f"seconds to answer: median {waits[len(waits) // 2]:.2f}, 99 % {waits[int(len(waits) * 0.99)]:.2f}, most "
+            f"{waits[-1]:.2f}"
         )
         print("memory in MiB after seconds: " + ", ".join(f"{at:.0f}: {size:.0f}" for at, size in sizes))
 

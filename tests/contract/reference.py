@@ -78,7 +78,8 @@ def metrics() -> str:
     header = ["series", "type", "labels", "what it is"]
     return _page(
         "Metrics",
-        "Each process has its own `/metrics`. Beside these there are Python's and the process's own series (`python_*`, "
+        "Each process has its own `/metrics`. Beside these there are Python's and the process's own series "
+        "(`python_*`, "
         "`process_*`).",
         "## The service\n\n" + _table(header, _series(service.REGISTRY)),
         "## The trainer\n\n`inward-train cdpo --metrics-port PORT` serves them.\n\n"

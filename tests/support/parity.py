@@ -24,7 +24,8 @@ EVERY_TAP = (
     Tap(LAYERS, "last", final_norm=True),
 )
 SIZES: dict[str, Any] = {
-    "vocab_size": 400, "hidden_size": WIDTH, "intermediate_size": 96, "num_hidden_layers": LAYERS, "num_attention_heads": 2,
+    "vocab_size": 400, "hidden_size": WIDTH, "intermediate_size": 96, "num_hidden_layers": LAYERS,
+    "num_attention_heads": 2,
     "num_key_value_heads": 1, "max_position_embeddings": 1024,
 }  # fmt: skip
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from pydantic import SecretStr
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from inward_trainer import cdpo, loop
 from inward_trainer.errors import DivergedError, OptionsError, ServiceError
@@ -177,6 +178,17 @@ def test_the_last_policy_is_published_whatever_the_steps_are(world):
     assert looks[-1]["held_out/answers"] == 3 and looks[-1]["held_out/reward_se"] > 0
     cdpo.run(run)
     assert [version.rpartition("-")[2] for version in fake.policies][3:] == ["000004", "000006"], "and it goes on"
+
+
+def test_trackers_are_told_of_steps_and_of_what_is_measured_between_them(world, monkeypatch):
+    """Any that Hugging Face's trainer knows; TensorBoard stands for them."""
+    _, run = world
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(run.out / "tracked"))
+    assert cdpo.run(run.model_copy(update={"steps": 2, "report_to": ["tensorboard"]})) == 0
+    found = EventAccumulator(str(run.out / "tracked")).Reload()
+    assert [event.step for event in found.Scalars("train/loss")] == [1, 2]
+    assert [event.step for event in found.Scalars("train/held_out/reward")] == [0, 2]
+    assert len(steps_of(run)) == 2
 
 
 def test_old_versions_and_checkpoints_are_removed(world):

@@ -8,7 +8,9 @@ from inward.stores.keys import Keys
 from inward_trainer.__main__ import main, mendable, parser
 from inward_trainer.cdpo import check, stream_key
 from inward_trainer.errors import OptionsError
-from inward_trainer.options import CdpoOptions, RewardOptions, add_options, read_options, recipes
+from inward_trainer.options import CdpoOptions, ExportOptions, RewardOptions, add_options, read_options, recipes
+
+COMMANDS = {"cdpo": CdpoOptions, "rm": RewardOptions, "export": ExportOptions}
 
 
 def read(words=(), environment=None, options=CdpoOptions):
@@ -66,17 +68,15 @@ def test_what_is_missing_is_told_before_anything_is_loaded(given, missing):
         check(CdpoOptions(**given))
 
 
-@pytest.mark.parametrize("command", ["cdpo", "rm"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_explains_every_option(command, capsys):
     with pytest.raises(SystemExit) as end:
         parser().parse_args([command, "--help"])
     said = capsys.readouterr().out
     assert end.value.code == 0
-    options = CdpoOptions if command == "cdpo" else RewardOptions
-    assert all(
-        f"--{name.replace('_', '-')}" in said and field.description for name, field in options.model_fields.items()
-    )
-    assert "inward-train" in said.partition("the run")[2]
+    for name, field in COMMANDS[command].model_fields.items():
+        assert f"--{name.replace('_', '-')}" in said and field.description
+    assert "inward-train" in said.rpartition("--")[0]
 
 
 def test_the_streams_key_is_the_services(tmp_path):

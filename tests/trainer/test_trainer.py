@@ -110,3 +110,34 @@ def test_logs_what_heads_say_of_the_pairs(tmp_path):
 def test_options_that_it_would_ignore_are_refused(tmp_path, option):
     with pytest.raises(ValueError, match="loss of its own"):
         trained(CdpoTrainer, tmp_path, ROWS, **option)
+
+
+def test_divergence_is_zero_at_first_and_what_the_tokens_distributions_say_on_average(tmp_path):
+    """Many draws of the trained policy: k3 averages to the exact sum of the tokens' divergences."""
+    trainer, _ = trained(CdpoTrainer, tmp_path / "first", ROWS, steps=1)
+    with torch.no_grad():
+        for name, weight in trainer.model.named_parameters():
+            if "lora_B" in name:
+                weight.zero_()
+    row = {"prompt_ids": [2, 3], "chosen_ids": [5, 6, 1], "rejected_ids": [5]}
+    assert trainer.divergence([row]) == [0.0]
+    trainer, _ = trained(CdpoTrainer, tmp_path / "second", ROWS, steps=4)
+    policy = trainer.model.eval()
+    prompt, drawn, exact = torch.tensor([[2, 3]]), [], []
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for _ in range(150):
+            ids, total = prompt, 0.0
+            for _ in range(3):
+                ours = policy(ids).logits[0, -1].log_softmax(-1)
+                with policy.disable_adapter():
+                    theirs = policy(ids).logits[0, -1].log_softmax(-1)
+                total += float((ours.exp() * (ours - theirs)).sum())
+                ids = torch.cat([ids, torch.multinomial(ours.exp(), 1)[None]], dim=1)
+            drawn.append({"prompt_ids": [2, 3], "chosen_ids": ids[0, 2:].tolist(), "rejected_ids": [5]})
+            exact.append(total)
+    found = trainer.divergence(drawn)
+    assert min(found) >= 0
+    error = torch.tensor(found).std() / len(found) ** 0.5
+    assert sum(found) / len(found) == pytest.approx(sum(exact) / len(exact), abs=float(4 * error))
+    assert sum(exact) / len(exact) > 10 * error

@@ -34,7 +34,7 @@ def lived(tmp_path_factory):
     """A service after a run, and the run's log."""
     folder = tmp_path_factory.mktemp("loop")
     (folder / "adapters").mkdir()
-    serving = ("--heads", str(write_heads(folder / "heads")), "--adapters", str(folder / "adapters"))
+    serving = ("--model", "toy", "--heads", str(write_heads(folder / "heads")), "--adapters", str(folder / "adapters"))
     with (
         started(*serving, env={"XDG_STATE_HOME": str(folder / "state")}) as service,
         httpx.Client(base_url=service.url, timeout=300) as ask,

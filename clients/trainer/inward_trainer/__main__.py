@@ -1,4 +1,4 @@
-"""``inward-train``: cdpo, rm. Also ``python -m inward_trainer``, for ``accelerate launch -m``."""
+"""``inward-train``: cdpo, rm, export. Also ``python -m inward_trainer``, for ``accelerate launch -m``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from inward_trainer import __version__
 from inward_trainer.errors import TrainerError
-from inward_trainer.options import CdpoOptions, RewardOptions, add_options, read_options
+from inward_trainer.options import CdpoOptions, ExportOptions, RewardOptions, add_options, read_options
 
 CDPO = """\
 Three ways to begin, each resumable by the same command:
@@ -40,16 +40,25 @@ Every option may also be given as INWARD_TRAIN_<NAME>, or in a recipe: --recipe 
 """
 
 
+EXPORT = """\
+  inward-train export --adapter runs/a/final --out policy                       one model, for any server
+  inward-train export --adapter runs/a/best --no-merge --out a --push-to org/a  the adapter, on the hub
+
+Every option may also be given as INWARD_TRAIN_<NAME>, or in a recipe: --recipe FILE.
+"""
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     top = argparse.ArgumentParser(
         prog="inward-train", description="Trains policies and reward models on what an Inward service says."
     )
     top.add_argument("--version", action="version", version=f"inward-train {__version__}")
-    commands = top.add_subparsers(dest="command", metavar="cdpo|rm", required=True)
+    commands = top.add_subparsers(dest="command", metavar="cdpo|rm|export", required=True)
     for name, about, epilog, options in (
         ("cdpo", "align a policy: DPO with a confidence per pair", CDPO, CdpoOptions),
         ("rm", "train a reward model with margins", RM, RewardOptions),
+        ("export", "merge an adapter into its model, and upload it", EXPORT, ExportOptions),
     ):
         form = argparse.RawDescriptionHelpFormatter
         add_options(
@@ -71,9 +80,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             from inward_trainer import cdpo
 
             return cdpo.run(read_options(CdpoOptions, args))
-        from inward_trainer import rm
+        if args.command == "rm":
+            from inward_trainer import rm
 
-        return rm.run(read_options(RewardOptions, args))
+            return rm.run(read_options(RewardOptions, args))
+        from inward_trainer import export
+
+        return export.run(read_options(ExportOptions, args))
     except KeyboardInterrupt:
         problem, status = "interrupted; the same command goes on from the last checkpoint", 128 + signal.SIGINT
     except Exception as error:

@@ -7,10 +7,11 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from datasets import Dataset
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
 from trl import DPOConfig
 
 from inward_trainer import metrics
@@ -146,6 +147,11 @@ def _run(options: CdpoOptions, config: DPOConfig, stopping: Stopping, stack: Exi
     )
     trainer = build_trainer(options, config, model.folder, model.tokeniser, feed)
     every = options.publish_every if options.adapters else options.checkpoint_every
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+
+    def divergence(pairs: Sequence[ScoredPair]) -> list[float]:
+        return trainer.divergence(rows_of(pairs, model.tokeniser, Confidence("plain")))
+
     loop = OnlineLoop(
         feed,
         parts.main if parts else None,
@@ -153,8 +159,13 @@ def _run(options: CdpoOptions, config: DPOConfig, stopping: Stopping, stack: Exi
         wait=trainer.accelerator.wait_for_everyone,
         every=every,
         evaluate=_evaluation(options, trainer, parts, model.tokeniser, confidence),
+        measure=None
+        if sharded
+        else lambda pairs: trainer.divergence(rows_of(pairs, model.tokeniser, Confidence("plain"))),
     )
     trainer.add_callback(loop)
+    if parts is not None and options.report_to:
+        parts.main.log.report = partial(Trainer.log, trainer)  # TRL's own would add what the next step has to say
     trainer.train(resume_from_checkpoint=resume)
     if (signal := agreed(stopping.signal, processes)) is not None:
         raise Stopped(signal)

@@ -67,7 +67,7 @@ class Evaluation:
         known = agreed(self._log is not None and self._line(step) is not None, self._processes)
         values = {} if known else self._values()
         if self._log is not None and not known:
-            self._log.write(step, values)
+            self._log.measured(step, values)
         verdict: Verdict = agreed(self._verdict(step), self._processes)
         if verdict.better:
             self._keep(step)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ class Log:
         self.lines = [line for line in read_log(self._path) if line["step"] <= done]
         write_text(self._path, "".join(json.dumps(line) + "\n" for line in self.lines))
         self.series = RunSeries(run, self.lines)
+        self.report: Callable[[dict[str, float]], Any] | None = None
+        """Told what ``measured`` is, where others keep records: the trainer reports its own steps."""
         self._board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -48,6 +50,12 @@ class Log:
                 if isinstance(value, int | float) and not isinstance(value, bool):
                     self._board.add_scalar(name, value, step)
             self._board.flush()
+
+    def measured(self, step: int, values: Mapping[str, Any]) -> None:
+        """A line of what was found out between two steps."""
+        self.write(step, values)
+        if self.report is not None:
+            self.report({name: value for name, value in values.items() if isinstance(value, int | float)})
 
     def histogram(self, step: int, name: str, values: Sequence[float]) -> None:
         """A distribution, for TensorBoard only."""

@@ -39,6 +39,7 @@ from inward_trainer.stopping import Stopping
 from inward_trainer.trainer import CdpoTrainer
 
 LOG = logging.getLogger(__name__)
+Measure = Callable[[Sequence[ScoredPair]], Sequence[float]]
 
 
 class FedTrainer(CdpoTrainer):
@@ -92,6 +93,8 @@ class OnlineLoop(TrainerCallback):  # type: ignore[misc]
         wait: lets all processes come to the same point; called by each of them.
         every: steps between two checkpoints.
         evaluate: judges every checkpoint, in all processes; says whether the run should end.
+        measure: estimates the policy's KL to its reference from answers that it drew; None where one process alone
+            can't compute.
     """
 
     def __init__(
@@ -103,9 +106,10 @@ class OnlineLoop(TrainerCallback):  # type: ignore[misc]
         wait: Callable[[], None],
         every: int,
         evaluate: Callable[[int], bool] | None = None,
+        measure: Measure | None = None,
     ) -> None:
         self._feed, self._main, self._stopping, self._wait, self._every = feed, main, stopping, wait, every
-        self._evaluate = evaluate or (lambda step: False)
+        self._evaluate, self._measure = evaluate or (lambda step: False), measure
         self._saved = 0
         self._began = 0.0
 
@@ -172,16 +176,19 @@ class OnlineLoop(TrainerCallback):  # type: ignore[misc]
             if done and (done % self._every == 0 or over):
                 publisher.publish(done, _checkpoint(args, state))
                 before = publisher.last_before(done)
-                look(self._main, done, [pair for step in steps if step.number > before for pair in step.pairs])
+                recent = [pair for step in steps if step.number > before for pair in step.pairs]
+                look(self._main, done, recent, self._measure)
             else:
                 publisher.enforce(done)
                 if not done:
-                    look(self._main, done, [])
+                    look(self._main, done, [], self._measure)
         journal.forget_before(done)
 
 
-def look(main: MainProcess, done: int, recent: Sequence[ScoredPair]) -> None:
-    """What heads say of a new version, once: of the pairs that made it, and of fresh samples of held-out prompts."""
+def look(main: MainProcess, done: int, recent: Sequence[ScoredPair], measure: Measure | None) -> None:
+    """What heads say of a new version, once: of the pairs that made it, and of fresh samples of held-out prompts; and
+    how far it is from its reference.
+    """
     if any(line["step"] == done and "policy_version" in line for line in main.log.lines):
         return
     assert main.publisher is not None
@@ -192,7 +199,8 @@ def look(main: MainProcess, done: int, recent: Sequence[ScoredPair]) -> None:
         values |= judged(main.judges, main.eval_pairs)
     if main.held_out is not None:
         values |= main.held_out()
-    main.log.write(done, values)
+        values |= main.held_out.divergence(measure) if measure is not None else {}
+    main.log.measured(done, values)
 
 
 def refuse_divergence(model: Any, step: int) -> None:

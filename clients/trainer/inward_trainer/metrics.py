@@ -86,6 +86,12 @@ LOG_RATIO = Gauge(
     ("run",),
     registry=REGISTRY,
 )
+KL = Gauge(
+    "inward_trainer_kl_nats",
+    "KL of the policy to its reference in nats an answer, estimated from its own draws for the held-out prompts.",
+    ("run",),
+    registry=REGISTRY,
+)
 REWARD = Gauge(
     "inward_trainer_reward",
     "Hybrid reward of the answers trained on: mean, p10, p50, p90.",
@@ -117,6 +123,7 @@ LOGGED: dict[str, tuple[Gauge, tuple[str, ...]]] = {
     "monitor/accuracy": (ACCURACY, ("monitor",)),
     "gamma": (CONFIDENCE, ()),
     "log_ratio": (LOG_RATIO, ()),
+    "held_out/kl": (KL, ()),
     **{f"hybrid/reward/{name}": (REWARD, (name,)) for name in ("mean", "p10", "p50", "p90")},
     "held_out/reward": (HELD_OUT, ("head",)),
     "held_out/monitor": (HELD_OUT, ("monitor",)),

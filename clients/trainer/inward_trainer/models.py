@@ -42,7 +42,7 @@ def load_model(kind: Any, folder: Path, options: ModelOptions, **more: Any) -> A
             folder, dtype=weights_dtype(options), **{name: v for name, v in given.items() if v is not None}, **more
         )
     except (ValueError, ImportError, OSError) as error:
-        raise OptionsError(f"--model: {folder} can't be loaded: {_first_line(error)}") from error
+        raise OptionsError(f"--model: {folder} can't be loaded: {first_line(error)}") from error
     if quantized is not None:
         from peft import prepare_model_for_kbit_training
 
@@ -53,7 +53,7 @@ def load_model(kind: Any, folder: Path, options: ModelOptions, **more: Any) -> A
     try:
         return PeftModel.from_pretrained(model, str(options.adapter), is_trainable=True)
     except (ValueError, RuntimeError, OSError, KeyError) as error:
-        raise OptionsError(f"--adapter: {options.adapter} is no adapter of this model: {_first_line(error)}") from error
+        raise OptionsError(f"--adapter: {options.adapter} is no adapter of this model: {first_line(error)}") from error
 
 
 def uses_bf16(options: ModelOptions) -> bool:
@@ -120,7 +120,7 @@ def configuration(kind: Callable[..., C], options: ModelOptions, **more: Any) ->
     try:
         return kind(**(arguments(options) | more | options.training))
     except (TypeError, ValueError, ImportError, RuntimeError) as error:
-        raise OptionsError(f"the trainer refuses its options: {_first_line(error)}") from error
+        raise OptionsError(f"the trainer refuses its options: {first_line(error)}") from error
 
 
 def arguments(options: ModelOptions) -> dict[str, Any]:
@@ -176,5 +176,6 @@ def _quantization(options: ModelOptions) -> Any:
     )
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Of what an error says; many libraries' errors are pages."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

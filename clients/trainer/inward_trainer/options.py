@@ -256,6 +256,27 @@ class RewardOptions(ModelOptions, MarginOptions, EvalOptions, ServiceOptions):
     """All options of ``inward-train rm``."""
 
 
+class ExportOptions(_Options):
+    """what is exported"""
+
+    adapter: Path | None = None
+    """Folder of the adapter, such as OUT/final or OUT/best of a run."""
+    model: str = ""
+    """Its base model; by default the one that the adapter names."""
+    revision: str | None = None
+    """Branch, tag or commit of a base model from the hub."""
+    out: Path | None = None
+    """Folder to write to."""
+    merge: bool = True
+    """Write the whole model, with the adapter merged into its weights; else the adapter alone."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Of the weights that are written."""
+    push_to: str | None = None
+    """Upload it to this repository of the hub as well; needs HF_TOKEN."""
+    private: bool = True
+    """Make that repository private, if it is new."""
+
+
 O = TypeVar("O", bound=BaseModel)
 
 

@@ -10,13 +10,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, TrainerCallback, set_seed
+from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, set_seed
 from trl import RewardConfig, RewardTrainer
 
 from inward_trainer.base_model import check_same, eos_ids, find_model, name_model
@@ -155,6 +156,8 @@ def _run(options: RewardOptions, path: Path, config: RewardConfig, stopping: Sto
     evaluate = _evaluation(options, trainer, log, tokeniser)
     steps = Steps(log, stopping, trainer.accelerator.wait_for_everyone, evaluate)
     trainer.add_callback(steps)
+    if log is not None and options.report_to:
+        log.report = partial(Trainer.log, trainer)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if steps.signal is not None:
         config.max_steps = trainer.state.max_steps

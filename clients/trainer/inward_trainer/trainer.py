@@ -6,13 +6,15 @@ loss is ours; model, reference, dataset, checkpoints and distribution stay TRL's
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.utils import use_adapter
 
 from inward_trainer.losses import cdpo_loss
 
@@ -94,6 +96,36 @@ class CdpoTrainer(DPOTrainer):  # type: ignore[misc]
         self.model.train(was_training)
         return found
 
+    @torch.no_grad()
+    def divergence(self, rows: Sequence[dict[str, Any]]) -> list[float]:
+        """An estimate of the policy's KL to its reference from each row's chosen answer, in nats an answer, if the
+        policy drew it and nothing bent its distribution: Schulman's k3, ``r - 1 - log r`` of reference to policy,
+        summed over the tokens. It is never negative, and on average the sum of the tokens' divergences.
+        """
+        model, size = self.accelerator.unwrap_model(self.model), self.args.per_device_eval_batch_size
+        was_training, found = model.training, []
+        model.eval()
+        for start in range(0, len(rows), size):
+            inputs = self._prepare_inputs(self.data_collator(list(rows[start : start + size])))
+            half = len(inputs["input_ids"]) // 2  # chosen ones come first
+            texts = {name: inputs[name][:half] for name in ("input_ids", "attention_mask", "completion_mask")}
+            with self.compute_loss_context_manager():
+                policy = self._token_log_probs(model, texts).log_probs
+                with self._reference(model) as reference:
+                    log_ratio = self._token_log_probs(reference, texts).log_probs.float() - policy.float()
+            found += (log_ratio.expm1() - log_ratio).sum(dim=1).tolist()
+        model.train(was_training)
+        return found
+
+    @contextmanager
+    def _reference(self, model: Any) -> Iterator[Any]:
+        """The model that the policy is pulled to: one of its own, or this one with the adapter that it began with."""
+        if self.ref_model is not None:
+            yield self.ref_model
+        else:
+            with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
+                yield model
+
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         confidence = inputs[COLUMN]
         scores = {name: inputs[name] for name in SCORES}
@@ -119,12 +151,16 @@ class CdpoTrainer(DPOTrainer):  # type: ignore[misc]
         """Log-probability of each answer, chosen ones first, ``[2B]``; and a mixture-of-experts model's
         load-balancing loss.
         """
-        kwargs = {name: value for name, value in texts.items() if name != "completion_mask"}
-        if self.aux_loss_enabled:
-            kwargs["output_router_logits"] = True
-        labels = texts["input_ids"].masked_fill(texts["completion_mask"] == 0, -100)
-        outputs = model(**kwargs, labels=labels, use_cache=False, fused_lm_head=True)
+        outputs = self._token_log_probs(
+            model, texts, **({"output_router_logits": True} if self.aux_loss_enabled else {})
+        )
         return outputs.log_probs.sum(dim=1), outputs.aux_loss if self.aux_loss_enabled else None
+
+    def _token_log_probs(self, model: Any, texts: dict[str, Any], **more: Any) -> Any:
+        """Outputs with the log-probability of each token of an answer given those before it, 0 for the others."""
+        kwargs = {name: value for name, value in texts.items() if name != "completion_mask"}
+        labels = texts["input_ids"].masked_fill(texts["completion_mask"] == 0, -100)
+        return model(**kwargs, **more, labels=labels, use_cache=False, fused_lm_head=True)
 
     def _note(self, chosen: Tensor, rejected: Tensor, confidence: Tensor, scores: dict[str, Tensor]) -> None:
         """Collects metrics over all processes; ``chosen`` and ``rejected`` are log-ratios ``[B]``."""

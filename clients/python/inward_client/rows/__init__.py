@@ -37,6 +37,7 @@ from inward_client.rows.layouts import (
     which,
 )
 from inward_client.rows.messages import Messages, Prompt, as_turns, messages, text
+from inward_client.rows.terminal import printable
 
 __all__ = [
     "AUTO",
@@ -63,6 +64,7 @@ __all__ = [
     "messages",
     "notes",
     "paired",
+    "printable",
     "read_item",
     "read_pair",
     "read_prompt",

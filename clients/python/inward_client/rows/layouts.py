@@ -134,7 +134,7 @@ def recognise(
     counts = {layout.name: sum(layout.fits(row) for row in plain) for layout in LAYOUTS.values()}
     best = max(counts, key=lambda one: counts[one])
     if not counts[best] or 2 * counts[best] < len(rows):
-        found = ", ".join(sorted({repr(column)[1:-1] for row in rows for column in row})) or "none"
+        found = ", ".join(sorted({str(column) for row in rows for column in row})) or "none"
         known = "\n".join(f"  {layout.name:9} {layout.says}" for layout in LAYOUTS.values())
         raise DataError(
             f"no layout of preference pairs recognised; the columns are: {found}. Known are\n{known}\n"
