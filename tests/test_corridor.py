@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from inward.errors import DeadlineExceeded, EngineDead, InternalError, InvalidField, NotFound, Overloaded
+from inward.errors import DeadlineExceeded, EngineDead, InternalError, InvalidField, NotFound, Overloaded, TooLarge
 from inward.types import Group, PairScores, SamplingSpec, Scored, Scores
 from support.corridor import Corridor, FakeHead, FakeRegistry, corridor, groups
 from support.waiting import PATIENCE, until
@@ -220,19 +220,6 @@ async def test_scores_are_computed_while_a_backbone_draws_beside_them():
         assert [len(scored.samples) for [scored] in await asyncio.gather(*drawings)] == [8] * 5
 
 
-async def test_a_device_that_makes_no_progress_ends_the_worker_and_answers_everybody(monkeypatch):
-    monkeypatch.setattr("inward.worker.POLL_INTERVAL_S", 0.01)
-    opened = Corridor()
-    running = asyncio.create_task(opened.worker.run())
-    async with opened.busy(groups(1)) as waiting:
-        opened.backbone.healthy = lambda: False
-        await asyncio.wait_for(running, PATIENCE)
-        [answer] = await waiting
-        assert isinstance(answer, EngineDead)
-        assert "no progress" in answer.message
-    assert opened.worker.dead is not None
-
-
 async def test_pairs_bring_pair_fields():
     async with corridor() as c:
         [scored] = await c.score(groups(1, responses=2), pair=True)
@@ -260,3 +247,62 @@ async def test_equal_responses_are_a_tie_by_their_tokens_whatever_rounding_says(
 
 
 TIE = PairScores(0.0, 0.0, 0.0, label_agrees=None, label_probability=0.5, confidence=0.5)
+
+
+@pytest.mark.parametrize(
+    "long",
+    [Group((1,) * 60, ((2,) * 4,)), Group((1,) * 64), Group((1, 2), sampling=SamplingSpec(n=2, max_tokens=62))],
+)
+async def test_what_is_longer_than_the_model_takes_is_refused_by_the_worker_too(long):
+    fits = [Group((1,) * 60, ((2,) * 3,)), Group((1, 2), sampling=SamplingSpec(n=1, max_tokens=61, seed=1))]
+    async with corridor(max_length=64) as c:
+        first, refused, last = await c.score([fits[0], long, fits[1]])
+    assert isinstance(first, Scored) and isinstance(last, Scored)
+    assert isinstance(refused, TooLarge) and "the model takes 64" in refused.message
+    assert long not in c.backbone.computed
+
+
+@pytest.mark.parametrize("when", ["while it computes", "while it waits"])
+async def test_a_device_that_makes_no_progress_ends_the_worker_and_its_jobs_are_given_back(when, monkeypatch):
+    monkeypatch.setattr("inward.worker.POLL_INTERVAL_S", 0.01)
+    c = Corridor()
+    running = asyncio.create_task(c.worker.run())
+    if when == "while it computes":
+        async with c.busy(groups(2)) as waiting:  # the call never comes back
+            c.backbone.healthy = lambda: False
+            answers = await waiting
+        assert all(isinstance(answer, EngineDead) for answer in answers)
+    else:
+        c.backbone.healthy = lambda: False
+    await asyncio.wait_for(running, PATIENCE)
+    assert "no progress" in c.worker.dead
+    with pytest.raises(EngineDead):
+        await c.score(groups(1))
+
+
+async def test_a_defect_that_ends_the_workers_loop_leaves_nobody_waiting():
+    c = Corridor()
+
+    async def broken(jobs):
+        raise KeyError("what somebody wrote")
+
+    c.queue.wanted = broken
+    running = asyncio.create_task(c.worker.run())
+    [answer] = await c.score(groups(1))
+    assert isinstance(answer, EngineDead) and "KeyError" in answer.message
+    await asyncio.wait_for(running, PATIENCE)
+
+
+async def test_an_outcome_that_cannot_be_sent_is_a_failure_and_not_silence():
+    async with corridor() as c:
+        settle, calls = c.queue.settle, []
+
+        async def unsendable(outcomes):
+            calls.append(outcomes)
+            if len(calls) == 1:
+                raise TypeError("this can't be sent")
+            await settle(outcomes)
+
+        c.queue.settle = unsendable
+        [answer] = await c.score(groups(1))
+    assert isinstance(answer, InternalError)

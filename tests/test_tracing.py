@@ -138,7 +138,9 @@ def test_nothing_of_opentelemetry_is_imported_where_no_endpoint_is_set():
         "import sys; from inward import tracing; import inward.api.app, inward.worker\n"
         "tracing.configure(None, 'api')\n"
         "with tracing.request({}) as span, tracing.step('tokenize'):\n"
-        "    assert (span, tracing.present(), tracing.answered(span, method='GET', route='/', code=200)) == (None, '', {})\n"
-        "print([name for name in sys.modules if name.startswith(('opentelemetry.sdk.trace', 'opentelemetry.exporter'))])\n"
+        "    assert (span, tracing.present(), tracing.answered(span, method='GET', route='/', code=200)) == (None, '', "
+        "{})\n"
+        "print([name for name in sys.modules if name.startswith(('opentelemetry.sdk.trace', "
+        "'opentelemetry.exporter'))])\n"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -58,6 +58,18 @@ def decode_map(data: bytes, *kinds: str) -> dict[str, Any]:
     return body
 
 
+def convert(value: Any, kind: type[T]) -> T:
+    """A part of a map as the dataclass that it was; fields that this process does not know are skipped.
+
+    Raises:
+        Unreadable: a field is missing or of another type.
+    """
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:  # says which field and type, not the value
+        raise Unreadable(f"not a {kind.__name__}: {error}") from error
+
+
 def decode_job(data: bytes) -> Job:
     """The job that ``encode`` was given.
 

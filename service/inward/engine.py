@@ -74,12 +74,13 @@ class Engine:
             failure = (
                 error if isinstance(error, InwardError) else InternalError(f"scoring failed ({type(error).__name__})")
             )
-            logs.event(LOG, "job_failed", job=jobs[0].id, code=failure.code, exception=type(error).__name__)
+            defect = None if isinstance(error, InwardError) else error
+            logs.event(LOG, "job_failed", job=jobs[0].id, code=failure.code, error=defect)
             return [Failed(jobs[0].id, failure.code, failure.message)]
 
     async def _together(self, jobs: Sequence[Job], snapshot: Snapshot) -> list[Outcome]:
         heads = {name: snapshot.resolve(name) for job in jobs for name in job.heads}
-        tokens = any("tokens" in job.details for job in jobs)
+        tokens = any("tokens" in job.details for job in jobs) or any(head.pools for head in heads.values())
         readouts = [head.readout for head in heads.values()]
         given = [job.group for job in jobs if job.group.sampling is None]
         read = iter(await self.backbone.read(given, readouts, tokens=tokens) if given else ())
@@ -116,7 +117,11 @@ class Engine:
         n = len(group.responses_ids)
         usage = Usage(n * len(group.prompt_ids), sum(map(len, group.responses_ids)), reading.cached_tokens)
         refs = tuple(heads[name].ref for name in job.heads)
-        return Scored(job.id, refs, tuple(scores), reading.policy_version, usage, samples)
+        info = self.backbone.info
+        return Scored(
+            job.id, refs, tuple(scores), reading.policy_version, usage, samples,
+            fingerprint=info.fingerprint, dtype=info.dtype,
+        )  # fmt: skip
 
 
 def _alike(scores: Scores, responses_ids: Sequence[Ids]) -> Scores:

@@ -1,11 +1,12 @@
-"""The door of the corridor: admits groups as jobs, waits for their outcomes, and no longer than the deadline."""
+"""The entrance of the corridor: admits groups as jobs, waits for their outcomes, and no longer than the deadline."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
 
 from inward import metrics, tracing
 from inward.errors import DeadlineExceeded, InwardError, from_code
@@ -55,37 +56,15 @@ class Intake:
             await self._queue.abandon([job.id for job in jobs])  # changes nothing for those that are settled
         return [_value(outcome) for outcome in outcomes]
 
-    async def stream(
-        self, groups: Sequence[Group], *, heads: tuple[str, ...], timeout: float = 60.0
-    ) -> AsyncGenerator[tuple[int, Scored | InwardError], None]:
-        """Admits all groups, and then gives what became of each, with its place, as soon as it is there.
-
-        Closing the generator (the caller hung up) abandons what is not computed yet.
+    async def stream(self, groups: Sequence[Group], *, heads: tuple[str, ...], timeout: float = 60.0) -> Coming:
+        """Admits all groups, and then gives what became of each as soon as it is there.
 
         Raises:
-            InwardError: as ``score``; what refuses admission at once, a deadline later, out of the generator.
+            InwardError: as ``score``; what refuses admission at once, a deadline later, out of what is given.
         """
         jobs = self._jobs(groups, heads, timeout)
-        return self._as_done(jobs, await self._queue.submit(jobs), timeout)
-
-    async def _as_done(
-        self, jobs: Sequence[Job], waits: Sequence[Awaitable[Outcome]], timeout: float
-    ) -> AsyncGenerator[tuple[int, Scored | InwardError], None]:
-        places = {asyncio.ensure_future(wait): i for i, wait in enumerate(waits)}
-        left = set(places)
-        try:
-            while left:
-                done, left = await asyncio.wait(
-                    left, timeout=jobs[0].deadline - self._clock(), return_when=asyncio.FIRST_COMPLETED
-                )
-                if not done:
-                    raise _late(timeout)
-                for future in sorted(done, key=places.__getitem__):
-                    yield places[future], _value(future.result())
-        finally:
-            for future in left:
-                future.cancel()
-            await self._queue.abandon([job.id for job in jobs])
+        waits = await self._queue.submit(jobs)
+        return Coming([job.id for job in jobs], waits, self._queue, jobs[0].deadline - self._clock(), timeout)
 
     def _jobs(
         self,
@@ -103,6 +82,43 @@ class Intake:
             )
             for group in groups
         ]  # fmt: skip
+
+
+class Coming:
+    """Outcomes of admitted jobs, each with its place, as soon as it is there. Closing (the caller hung up) abandons
+    what is not computed yet, also where nothing was asked for before.
+    """
+
+    def __init__(
+        self, job_ids: Sequence[str], waits: Sequence[Awaitable[Outcome]], queue: Producer, left: float, timeout: float
+    ) -> None:
+        self._job_ids, self._queue, self._timeout = job_ids, queue, timeout
+        self._end = asyncio.get_running_loop().time() + left
+        self._places: dict[asyncio.Future[Outcome], int] = {asyncio.ensure_future(w): i for i, w in enumerate(waits)}
+        self._left = set(self._places)
+        self._done: deque[asyncio.Future[Outcome]] = deque()
+
+    def __aiter__(self) -> Coming:
+        return self
+
+    async def __anext__(self) -> tuple[int, Scored | InwardError]:
+        if not self._done:
+            if not self._left:
+                await self.aclose()
+                raise StopAsyncIteration
+            left = self._end - asyncio.get_running_loop().time()
+            done, self._left = await asyncio.wait(self._left, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if not done:
+                raise _late(self._timeout)
+            self._done.extend(sorted(done, key=self._places.__getitem__))
+        future = self._done.popleft()
+        return self._places[future], _value(future.result())
+
+    async def aclose(self) -> None:
+        """Nobody waits any more."""
+        for future in self._left:
+            future.cancel()
+        await self._queue.abandon(self._job_ids)
 
 
 def _late(timeout: float) -> DeadlineExceeded:

@@ -11,10 +11,14 @@ import logging
 import sys
 import traceback
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import IO, Any
 
 QUIET = ("uvicorn.access", "httpx", "httpcore", "urllib3", "filelock")
 """Loggers whose chatter repeats what our own events say."""
+
+FRAMES = 8
+"""Of an exception that are logged."""
 
 
 def logger(name: str) -> logging.Logger:
@@ -22,10 +26,19 @@ def logger(name: str) -> logging.Logger:
     return logging.getLogger(f"inward.{name}")
 
 
-def event(logger: logging.Logger, name: str, *, severity: int = logging.INFO, **fields: Any) -> None:
-    """Logs one event. ``fields`` hold names, numbers and short codes; what isn't JSON is written as its ``str``."""
+def event(
+    logger: logging.Logger,
+    name: str,
+    *,
+    severity: int = logging.INFO,
+    error: BaseException | None = None,
+    **fields: Any,
+) -> None:
+    """Logs one event. ``fields`` hold names, numbers and short codes; what isn't JSON is written as its ``str``. Of
+    ``error``, a defect of ours, the type and the frames are told.
+    """
     if logger.isEnabledFor(severity):
-        logger.log(severity, name, extra={"fields": fields})
+        logger.log(severity, name, exc_info=error, extra={"fields": fields})
 
 
 def configure(level: str = "info", json: bool = True, stream: IO[str] | None = None) -> None:
@@ -73,7 +86,15 @@ class TextLines(logging.Formatter):
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:
     fields: dict[str, Any] = dict(getattr(record, "fields", {}))
-    if record.exc_info and record.exc_info[0]:
-        fields["exception"] = record.exc_info[0].__name__
-        fields["trace"] = [f"{frame.name}:{frame.lineno}" for frame in traceback.extract_tb(record.exc_info[2])][-8:]
+    if record.exc_info and record.exc_info[1]:
+        error = record.exc_info[1]
+        fields["exception"], fields["trace"] = type(error).__name__, _frames(error)
+        if (cause := error.__cause__) is not None:
+            fields["cause"], fields["cause_trace"] = type(cause).__name__, _frames(cause)
     return fields
+
+
+def _frames(error: BaseException) -> list[str]:
+    """The innermost ones, as ``file.function:line``: no line of source, no value."""
+    frames = traceback.extract_tb(error.__traceback__)[-FRAMES:]
+    return [f"{Path(frame.filename).stem}.{frame.name}:{frame.lineno}" for frame in frames]

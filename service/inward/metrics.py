@@ -39,6 +39,14 @@ KEPT_VERSIONS = 8
 """Versions of a head that have series of their own at a time: every online update makes a new one, and a Prometheus
 can't hold them all."""
 
+# processes.supervisor
+TASK_FAILURES_TOTAL = Counter(
+    "inward_task_failures",
+    "Failures of tasks that should run as long as the process does; each was begun again.",
+    ("task",),
+    registry=REGISTRY,
+)
+
 # api.middleware
 REQUESTS_TOTAL = Counter(
     "inward_requests",
@@ -137,7 +145,8 @@ LABEL_AGREEMENT_TOTAL = Counter(
 )
 DECILES_TOTAL = Counter(
     "inward_reward_decile",
-    "Scores by the tenth of the head's calibration set that they are like (1 the lowest): all ten alike as long as nothing drifts.",
+    "Scores by the tenth of the head's calibration set that they are like (1 the lowest): all ten alike as long as "
+    "nothing drifts.",
     ("head", "version", "decile"),
     registry=REGISTRY,
 )
@@ -150,7 +159,7 @@ MARGINS = Histogram(
 )
 CONFIDENCES = Histogram(
     "inward_confidence",
-    "Confidence in the labels of pairs, by head.",
+    "Confidence (gamma of cDPO) of pairs, by head.",
     ("head",),
     buckets=PROBABILITY,
     registry=REGISTRY,

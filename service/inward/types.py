@@ -1,4 +1,4 @@
-"""The values that walk through the house, all frozen.
+"""The values that pass from stage to stage, all frozen.
 
 Shapes are part of names: ``values_NK`` is ``[N, K]``.
 
@@ -69,6 +69,12 @@ class Group:
         """
         drawn = self.sampling.n * self.sampling.max_tokens if self.sampling else 0
         return len(self.prompt_ids) + sum(len(ids) + 1 for ids in self.responses_ids) + drawn
+
+    @property
+    def longest(self) -> int:
+        """Tokens of its longest sequence: the prompt, a response, and room for one EOS."""
+        drawn = self.sampling.max_tokens if self.sampling else 0
+        return len(self.prompt_ids) + max([drawn, *map(len, self.responses_ids)]) + 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -144,8 +150,17 @@ class BackboneInfo:
     max_tokens: int
     dtype: str
     device: str
+    folder: str = ""
+    """Of its files, on the machine that computes."""
+    concurrency: int = 1
+    """Calls that it computes at once."""
     final_norm: bool = True
     """Whether the last layer can also be read after the model's final norm."""
+
+    @property
+    def identity(self) -> str:
+        """What numbers depend on: backbones that differ in it never answer as one service."""
+        return f"{self.fingerprint}:{self.dtype}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +282,15 @@ class Scored:
     usage: Usage
     samples: tuple[Sample, ...] = ()
     timing: Timing = field(default_factory=Timing)
+    fingerprint: str = ""
+    """Of the backbone that computed it."""
+    dtype: str = ""
+    """In which."""
+
+    @property
+    def version(self) -> tuple[tuple[HeadRef, ...], str, str, str]:
+        """What all parts of one answer have in common: heads, policy, fingerprint and dtype."""
+        return self.heads, self.policy_version, self.fingerprint, self.dtype
 
 
 @dataclass(frozen=True, slots=True)

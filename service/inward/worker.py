@@ -3,6 +3,9 @@
 A batch is closed as late as possible: while the device works, the next one fills up; it is closed early only when it is
 full. So there is no timer, no waiting when idle, and the device finds its next batch ready. Jobs that draw go beside the
 batches where the backbone can do both in turns: they take long, and nobody's score waits for them.
+
+A queue is a trust boundary: what is longer than the model takes is refused here, too. And the device is watched: where
+it makes no progress, the jobs are for others, and this loop ends, as its process has to.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from collections.abc import Callable, Sequence
 from inward import logs, metrics, tracing
 from inward.batching import pack
 from inward.engine import Engine
-from inward.errors import DeadlineExceeded, EngineDead, InternalError
+from inward.errors import DeadlineExceeded, EngineDead, InternalError, TooLarge
 from inward.queues.base import Closed, Consumer
 from inward.types import Failed, Job, Outcome
 
@@ -25,12 +28,13 @@ POLL_INTERVAL_S = 1.0
 
 
 class Worker:
-    """Serves ``queue`` with ``engine`` until the queue is closed and empty."""
+    """Serves ``queue`` with ``engine`` until the queue is closed and empty. ``clock`` gives Unix seconds."""
 
     def __init__(self, queue: Consumer, engine: Engine, *, clock: Callable[[], float] = time.time) -> None:
         self._queue = queue
         self._engine = engine
         self._clock = clock
+        self._longest = engine.backbone.info.max_tokens
         self._capacity = engine.backbone.capacity
         self._waiting: list[Job] = []  # taken and not yet packed
         self._running: set[asyncio.Task[None]] = set()
@@ -38,6 +42,7 @@ class Worker:
         self._taking: asyncio.Task[list[Job]] | None = None
         self._closed = False
         self.dead: str | None = None
+        """Why nothing is computed any more."""
 
     async def run(self) -> None:
         """Returns once the queue is closed and everything taken is settled, or when the engine is dead (see
@@ -47,15 +52,17 @@ class Worker:
         try:
             while self.dead is None and (not self._closed or self._waiting or self._running):
                 await self._next_event()
+                self._look_at_device()
                 while self.dead is None and (batch := await self._next_batch()):
                     self._start(batch)
+        except Exception as error:  # a defect of ours; others shall have the jobs
+            self.dead = f"a defect ended its loop ({type(error).__name__})"
+            logs.event(LOG, "worker_failed", severity=logging.ERROR, error=error)
         finally:
             metrics.ENGINE_UP.set(0)
             if self._taking is not None:
                 self._taking.cancel()
             if self.dead is not None:
-                for task in self._running:
-                    task.cancel()  # where the device makes no progress they would wait for ever
                 await asyncio.gather(*self._running, return_exceptions=True)
                 await self._queue.release(self._waiting, self.dead)
 
@@ -84,12 +91,10 @@ class Worker:
         if not events:
             return
         await asyncio.wait(events, timeout=POLL_INTERVAL_S, return_when=asyncio.FIRST_COMPLETED)
-        if self._running and not self._engine.backbone.healthy():
-            self._die("the device makes no progress any more")
         if self._taking is not None and self._taking.done():
             taking, self._taking = self._taking, None
             try:
-                self._waiting += taking.result()
+                self._waiting += await self._short_enough(taking.result())
             except Closed:
                 self._closed = True
 
@@ -118,13 +123,23 @@ class Worker:
             self._waiting.remove(job)
         return job
 
+    def _look_at_device(self) -> None:
+        if not self._engine.backbone.healthy():
+            self._die("the device makes no progress, or the backbone has stopped")
+
     async def _watched(self, batch: Sequence[Job]) -> Sequence[Outcome]:
         """Outcomes of a batch. Where it takes long it is cut short once nobody waits for any of it, or all deadlines
         have passed.
+
+        Raises:
+            EngineDead: the device will not come back from it.
         """
         running = asyncio.create_task(self._engine.run(batch))
         try:
             while not (await asyncio.wait({running}, timeout=POLL_INTERVAL_S))[0]:
+                self._look_at_device()
+                if self.dead is not None:
+                    raise EngineDead(self.dead)
                 wanted = await self._queue.wanted(batch)
                 if all(job.deadline <= self._clock() for job in wanted):
                     await self._due(wanted)
@@ -132,6 +147,18 @@ class Worker:
             return running.result()
         finally:
             running.cancel()
+
+    async def _short_enough(self, jobs: Sequence[Job]) -> list[Job]:
+        """Without those that are longer than the model takes, which are settled as such."""
+        long = [job for job in jobs if job.group.longest > self._longest]
+        if long:
+            await self._settle(
+                [
+                    Failed(job.id, TooLarge.code, f"{job.group.longest} tokens, and the model takes {self._longest}")
+                    for job in long
+                ]
+            )
+        return [job for job in jobs if job.group.longest <= self._longest]
 
     async def _due(self, jobs: Sequence[Job]) -> list[Job]:
         """Without those whose deadline has passed, which are settled as such."""
@@ -144,24 +171,20 @@ class Worker:
     async def _serve(self, batch: Sequence[Job]) -> None:
         metrics.IN_FLIGHT.inc(len(batch))
         try:
-            outcomes: Sequence[Outcome] = await self._watched(batch)
+            outcomes = await self._watched(batch)
+            for outcome in outcomes:
+                metrics.QUEUE_SECONDS.observe(outcome.timing.queued)
+            await self._settle(outcomes)
+            tracing.computed(batch, outcomes)
         except EngineDead as error:
             self._die(error.message)
             await self._queue.release(batch, error.message)
-            return
-        except asyncio.CancelledError:
-            if self.dead is not None:
-                await self._queue.release(batch, self.dead)
-            raise
         except Exception as error:  # a defect of ours must not leave callers waiting
-            logs.event(LOG, "batch_failed", severity=logging.ERROR, exception=type(error).__name__)
-            outcomes = [Failed(job.id, InternalError.code, f"scoring failed ({type(error).__name__})") for job in batch]
+            logs.event(LOG, "batch_failed", severity=logging.ERROR, error=error)
+            failure = f"scoring failed ({type(error).__name__})"
+            await self._settle([Failed(job.id, InternalError.code, failure) for job in batch])
         finally:
             metrics.IN_FLIGHT.dec(len(batch))
-        for outcome in outcomes:
-            metrics.QUEUE_SECONDS.observe(outcome.timing.queued)
-        await self._settle(outcomes)
-        tracing.computed(batch, outcomes)
 
     def _die(self, reason: str) -> None:
         if self.dead is None:

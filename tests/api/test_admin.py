@@ -28,7 +28,7 @@ async def test_activating_a_version_answers_with_it_and_the_next_score_names_it(
 async def test_an_update_hands_the_desk_its_pairs_and_a_stale_one_is_409(house):
     answer = await house.post("/heads/helpful/update", {"sequence": 1, "pairs": [PAIR]})
     assert answer.json()["version"] == 2
-    ((name, sequence, texts, lr),) = house.desk.updates
+    ((name, sequence, texts, lr),) = house.head_control.updates
     assert (name, sequence, lr) == ("helpful", 1, 0.001)
     assert (texts[0].prompt, texts[0].responses) == ("p", ("aa", "b"))
     stale = await house.post("/heads/helpful/update", {"sequence": 7, "pairs": [PAIR]})
@@ -39,7 +39,7 @@ async def test_an_update_with_one_bad_pair_changes_nothing(house):
     bad = {"prompt": "p", "chosen": [{"role": "user", "content": "x"}], "rejected": "b"}
     answer = await house.post("/heads/helpful/update", {"sequence": 1, "pairs": [PAIR, bad]})
     assert (answer.status_code, error(answer)["param"]) == (422, "pairs.1.chosen")
-    assert house.desk.updates == []
+    assert house.head_control.updates == []
 
 
 @pytest.mark.parametrize("path", ["/readyz", "/health"])

@@ -8,13 +8,15 @@ from dataclasses import replace
 
 import pytest
 
+from inward import metrics
 from inward.api.app import create_app
-from inward.api.bulk import BulkRunner
-from inward.errors import NotFound, Overloaded
+from inward.api.bulk import TRIES, BulkRunner
+from inward.api.routes.jobs import _lines
+from inward.errors import DeadlineExceeded, NotFound, Overloaded, TooLarge
 from inward.stores.connection import Connection
 from inward.stores.jobs import ROWS, BulkStore
 from support.fake_services import FakeServices, error
-from support.queues import KEYS, age
+from support.queues import KEYS, age, endless
 from support.waiting import PATIENCE, until
 
 JSONL = {"content-type": "application/x-ndjson"}
@@ -45,8 +47,8 @@ async def opened(redis_server):
 
 
 @asynccontextmanager
-async def running(house):
-    task = asyncio.create_task(BulkRunner(house.store, house.app, idle=PATIENCE).run())
+async def running(house, **options):
+    task = asyncio.create_task(BulkRunner(house.store, house.services, **{"idle": PATIENCE, **options}).run())
     yield
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
@@ -81,12 +83,137 @@ async def test_every_row_gets_what_it_gets_in_a_request_in_its_place(redis_serve
 
 
 async def test_rows_that_are_wrong_have_an_error_and_harm_no_others(redis_server):
-    body = lines(pairs(2)) + b"\nnot json\n\n" + lines([{"prompt": "x", "chosen": "y", "unknown": 1}, *pairs(1)])
+    bad = {
+        b"not json": (None, "not JSON"),
+        b"[1]": (None, "not a JSON object"),
+        b'{"prompt": "x", "chosen": "y", "unknown": 1}': ("rejected", "missing"),
+        b'{"prompt": "x", "chosen": "\\ud800", "rejected": "y"}': ("chosen", "surrogate"),
+        b'{"prompt": "x", "chosen": "y", "rejected": NaN}': (None, "NaN is not a JSON number"),
+        b'{"prompt": ' + b"[" * 50_000 + b"]" * 50_000 + b"}": (None, "nested too deeply"),
+        b'{"prompt": "x", "chosen": "y", "rejected": 1e999}': ("rejected", "must be a string"),
+    }
+    body = b"\n".join([lines(pairs(2)), *bad, lines(pairs(1))])
     async with opened(redis_server) as house, running(house):
-        job = await finished(house, (await house.post("/jobs?kind=margin", body, headers=JSONL)).json()["id"])
-        got = await results(house, job["id"])
-    assert [bool(r.get("error")) for r in got] == [False, False, True, True, False]
-    assert "not a JSON object" in got[2]["error"]["message"]
+        created = await house.post("/jobs?kind=margin&append_to=trainer", body, headers=JSONL)
+        got = await results(house, (await finished(house, created.json()["id"]))["id"])
+        with redis_server.client() as client:
+            streamed = [json.loads(fields[b"row"])["index"] for _, fields in client.xrange(KEYS.scores("trainer"))]
+    assert [bool(r.get("error")) for r in got] == [False] * 2 + [True] * len(bad) + [False]
+    for row, (param, said) in zip(got[2:-1], bad.values(), strict=True):
+        assert (row["error"]["param"], said in row["error"]["message"]) == (param, True), row
+    assert streamed == [0, 1, len(got) - 1]
+
+
+def response_of(call):
+    """The longest response of each group of a call."""
+    return [max(map(len, group.responses_ids)) for group in call]
+
+
+async def test_whatever_scoring_raises_is_the_error_of_the_row_to_blame_alone(redis_server):
+    rows = [{"prompt": "a", "response": "b" * (i % 5 + 1)} for i in range(ROWS + 10)]
+    rows[3]["response"] = rows[ROWS + 2]["response"] = "c" * 50
+
+    async with opened(redis_server) as house, running(house):
+        score = house.intake.score
+
+        async def failing(groups, **options):
+            if 50 in response_of(groups):
+                raise KeyError("what somebody wrote")
+            return await score(groups, **options)
+
+        house.intake.score = failing
+        created = await house.post("/jobs?kind=score", lines(rows), headers=JSONL)
+        got = await results(house, (await finished(house, created.json()["id"]))["id"])
+    assert [i for i, r in enumerate(got) if r["error"]] == [3, ROWS + 2]
+    assert (got[3]["error"]["code"], got[3]["error"]["message"]) == (
+        "internal_error",
+        "this row could not be scored (KeyError)",
+    )
+    assert [r["score"] for r in got if not r["error"]] == [
+        float(len(r["response"])) for r in rows if "c" not in r["response"]
+    ]
+
+
+async def test_rows_that_take_too_long_together_are_done_in_parts_and_one_that_is_too_slow_ends(redis_server):
+    rows = [{"prompt": "a", "response": "b" * (i % 5 + 1)} for i in range(20)]
+    rows[7]["response"] = "c" * 50
+    calls = []
+
+    async with opened(redis_server) as house, running(house):
+        score = house.intake.score
+
+        async def slow(groups, **options):
+            calls.append(response_of(groups))
+            if len(groups) > 5 or 50 in calls[-1]:
+                raise DeadlineExceeded("not done in time")
+            return await score(groups, **options)
+
+        house.intake.score = slow
+        created = await house.post("/jobs?kind=score", lines(rows), headers=JSONL)
+        got = await results(house, (await finished(house, created.json()["id"]))["id"])
+    assert [i for i, r in enumerate(got) if r["error"]] == [7]
+    assert got[7]["error"]["code"] == "deadline_exceeded"
+    assert calls.count([50]) == TRIES
+    assert len(calls) < 20
+
+
+async def test_a_chunk_that_ends_replicas_is_given_up_and_the_job_ends(redis_server):
+    async with opened(redis_server) as house:
+        job = await house.store.create(
+            "margin", each(json.dumps(p) for p in pairs(ROWS + 3)), head="harmless", scores=None
+        )
+        for i in range(3):
+            chunk = await until(lambda i=i: house.store.take(f"dead {i}"))
+            assert (chunk.number, chunk.deliveries) == (0, i + 1)
+            age(redis_server, f"dead {i}", streams=[KEYS.chunks], group="replicas")
+        async with running(house, max_deliveries=3):
+            assert (await finished(house, job.id))["done"] == ROWS + 3
+        got = await results(house, job.id)
+    assert ["3 replicas ended" in (r["error"] or {}).get("message", "") for r in got] == [True] * ROWS + [False] * 3
+
+
+async def test_a_replica_that_stops_gives_its_chunk_back_as_if_it_had_never_had_it(redis_server):
+    async with opened(redis_server) as house:
+        house.intake.hold = asyncio.Event()
+        job = await house.store.create("margin", each(json.dumps(p) for p in pairs(3)), head="harmless", scores=None)
+        async with running(house):
+            await house.intake.started.wait()
+        chunk = await until(lambda: house.store.take("heir"))
+        assert (chunk.job.id, chunk.deliveries) == (job.id, 1)
+
+
+async def test_rows_that_cannot_be_read_any_more_are_errors_and_the_job_ends(redis_server):
+    async with opened(redis_server) as house:
+        job = await house.store.create("margin", each(json.dumps(p) for p in pairs(3)), head="harmless", scores=None)
+        with redis_server.client() as client:
+            client.hset(KEYS.bulk(job.id, "rows"), 0, b"damaged")
+            client.xadd(KEYS.chunks, {"of": "nobody"})
+        async with running(house):
+            await finished(house, job.id)
+        assert [bool(r["error"]) for r in await results(house, job.id)] == [True] * 3
+        with redis_server.client() as client:
+            await until(lambda: client.xlen(KEYS.chunks) == 0)
+
+
+async def test_bulk_rows_are_no_requests(redis_server):
+    def requests():
+        return metrics.REGISTRY.get_sample_value("inward_requests_total", {"route": "/margin", "code": "200"}) or 0
+
+    async with opened(redis_server) as house, running(house):
+        before = requests()
+        created = await house.post("/jobs?kind=margin", lines(pairs(3)), headers=JSONL)
+        await finished(house, created.json()["id"])
+        assert requests() == before
+
+
+async def test_everything_of_a_job_has_an_end(redis_server):
+    async with opened(redis_server) as house:
+        job = await house.store.create("margin", each(json.dumps(p) for p in pairs(3)), head="harmless", scores="t")
+        with redis_server.client() as client:
+            assert endless(client) == []
+            async with running(house):
+                await finished(house, job.id)
+            assert endless(client) == []
 
 
 async def test_a_chunk_of_a_replica_that_died_is_done_by_another_one_and_stored_once(redis_server):
@@ -194,6 +321,23 @@ async def test_rows_are_whole_wherever_the_upload_is_cut_into_pieces(redis_serve
         chunk = await until(lambda: house.store.take("me"))
     assert [json.loads(line) for line in chunk.rows] == rows
     assert answer.json()["rows"] == len(rows)
+
+
+async def test_a_line_that_comes_in_many_pieces_is_looked_at_once():
+    looked = 0
+
+    class Piece(bytes):
+        def split(self, sep):
+            nonlocal looked
+            looked += len(self)
+            return super().split(sep)
+
+    body = b"x" * 20_000 + b"\ny\n\n" + b"z" * 300
+    pieces = [Piece(body[i : i + 7]) for i in range(0, len(body), 7)]
+    assert [line async for line in _lines(each(pieces), 20_000)] == ["x" * 20_000, "y", "z" * 300]
+    assert looked == len(body)
+    with pytest.raises(TooLarge, match="line 1 "):
+        _ = [line async for line in _lines(each(pieces), 19_999)]
 
 
 @pytest.mark.parametrize("ending", ["disconnect", "not utf-8", "too large", "a row too large"])

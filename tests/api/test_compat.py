@@ -116,7 +116,9 @@ async def test_vllm_and_jina_rerank(house, path):
     answer = (await house.post(path, body)).json()
     assert [row["index"] for row in answer["results"]] == [1, 2]
     assert answer["results"][0]["document"] == {"text": GOOD}
-    assert answer["results"][0]["relevance_score"] == 1.0  # (1 + 5) / 2, no more than 1: a listwise head gives cosines
+    assert answer["results"][0]["relevance_score"] == 0.5  # the hybrid head's calibrated probability
+    ranked = (await house.post(path, body | {"head": "lists"})).json()
+    assert ranked["results"][0]["relevance_score"] == 1.0  # (1 + 5) / 2, no more than 1: a listwise head gives cosines
     assert answer["usage"]["total_tokens"] == 3 * len(PROMPT + "\n\n") + 10
     assert answer["model"] == "tiny"
     assert answer["id"]
@@ -176,6 +178,21 @@ async def test_the_field_the_model_and_the_setting_choose_the_head():
     assert await answering() == "harmless/3"
     assert await answering(head="helpful") == "helpful/1"
     assert (await house.post("/v2/rerank", {"query": "q", "documents": ["a"]})).headers["x-inward-head"] == "harmless/3"
+
+
+@pytest.mark.parametrize("body", [{"prompt": "q", "candidates": ["a", "b"]}, {"query": "q", "documents": ["a", "b"]}])
+@pytest.mark.parametrize(
+    ("loaded", "ranks"),
+    [((SRR, LEGEND, HYBRID), "helpful"), ((SRR, LEGEND), "harmless"), ((SRR,), "lists")],
+)
+async def test_a_hybrid_head_ranks_else_legend_else_a_ranker_unless_it_is_set_otherwise(body, loaded, ranks):
+    async def ranking(**settings):
+        house = FakeServices(*loaded, **settings)
+        assert (await house.post("/rerank", body)).status_code == 200
+        return house.intake.calls[0]["heads"][0]
+
+    assert await ranking() == ranks
+    assert await ranking(rerank_head="lists") == "lists"
 
 
 FAMILIES = [

@@ -27,7 +27,7 @@ async def serving() -> AsyncIterator[tuple[FakeServices, Corridor]]:
         house.services = replace(
             house.services,
             intake=c.intake,
-            limits=replace(house.services.limits, tokens=MAX_TOKENS, timeout_s=PATIENCE),
+            limits=replace(house.services.limits, timeout_s=PATIENCE),
         )
         house.app = create_app(house.services)
         yield house, c
@@ -140,3 +140,13 @@ async def test_what_can_not_be_drawn_is_refused_by_its_field(change, status, par
     assert response.status_code == status
     assert error(response)["param"] == param
     assert not c.backbone.computed
+
+
+async def test_how_much_may_be_drawn_follows_the_workers():
+    """What a model takes is known once a worker says it, long after the limits of the service were printed."""
+    async with serving() as (house, _):
+        house.services.prompts.max_tokens = 40
+        long = await house.post("/rerank", {**ASK, "sampling": {"max_tokens": 40}})
+        assert (long.status_code, error(long)["param"]) == (413, "sampling.max_tokens")
+        house.services.prompts.max_tokens = 100
+        assert (await house.post("/rerank", {**ASK, "sampling": {"max_tokens": 40}})).status_code == 200

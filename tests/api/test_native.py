@@ -102,7 +102,8 @@ async def test_one_bad_item_in_a_list_does_not_harm_the_others(house):
     margins = response.json()["margins"]
     assert [m["margin"] for m in margins] == [7.0, None, None, None, None, None, None, 7.0]
     assert [m["error"]["param"] for m in margins[1:-1]] == [
-        "pairs.1.chosen", "pairs.2.rejected", "pairs.3.messages.0.role", "pairs.4.messages.0.role", "pairs.5.chosen", "pairs.6.chosen",
+        "pairs.1.chosen", "pairs.2.rejected", "pairs.3.messages.0.role", "pairs.4.messages.0.role", "pairs.5.chosen",
+        "pairs.6.chosen",
     ]  # fmt: skip
     assert [m["error"]["code"] for m in margins[1:-1]] == ["too_large"] + 5 * ["invalid_field"]
 
@@ -197,9 +198,26 @@ async def test_the_former_name_of_a_field_is_refused_with_the_one_it_has(house, 
     assert (error(answer)["param"], error(answer)["message"]) == (old, f"{old} is called `{new}`")
 
 
+async def test_equal_candidates_make_no_pair_whatever_rounding_says(house):
+    house.intake.outcome = lambda i, s: replace(s, scores=(Scores((1.0, 1.0000001)),))
+    body = (await house.post("/rerank", {"prompt": "p", "candidates": ["same", "same"]})).json()
+    assert [result["score"] for result in body["results"]] == [1.0000001, 1.0]
+    assert body["pair"] is None
+
+
+async def test_an_answer_names_the_model_also_while_no_worker_is_heard_of(house):
+    def away():
+        raise EngineDead("no worker")
+
+    object.__setattr__(house.services, "info", away)
+    for path, body in (("/margin", {"pairs": [PAIR]}), ("/rerank", {"prompt": "p", "candidates": ["bb", "a"]})):
+        assert (await house.post(path, body)).json()["model"] == "tiny"
+    assert (await house.post("/llama-factory", {"messages": ["abc"]})).json()["model"] == "tiny"
+
+
 async def test_rerank_sends_all_candidates_as_one_group_and_says_when_scores_depend_on_the_list():
     house = FakeServices(SRR, LEGEND)
-    body = (await house.post("/rerank", {"prompt": "p", "candidates": ["bb", "a"]})).json()
+    body = (await house.post("/rerank", {"prompt": "p", "candidates": ["bb", "a"], "head": "lists"})).json()
     assert body["head"]["kind"] == "srr" and body["listwise"] is True
     assert body["pair"]["confidence"] is None
     (call,) = house.intake.calls

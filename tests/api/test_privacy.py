@@ -33,8 +33,10 @@ GOOD = {
     ],
 }
 BAD = [
-    {"pairs": MARKER}, {"items": [MARKER]}, {"items": [ITEM | {"prompt": 3}, {"prompt": [MARKER]}]}, {"messages": MARKER},
-    {"pairs": [PAIR | {"chosen": LONG}]}, {"items": [ITEM | {"response": LONG}]}, {"prompt": LONG, "candidates": [TEXT, TEXT]},
+    {"pairs": MARKER}, {"items": [MARKER]}, {"items": [ITEM | {"prompt": 3}, {"prompt": [MARKER]}]},
+    {"messages": MARKER},
+    {"pairs": [PAIR | {"chosen": LONG}]}, {"items": [ITEM | {"response": LONG}]},
+    {"prompt": LONG, "candidates": [TEXT, TEXT]},
     {"items": [{"messages": [{"role": MARKER, "content": TEXT}]}]}, {"items": [{"messages": CHAT[1:]}]},
     {"items": [ITEM], "detail": [MARKER]}, {"prompt": TEXT, "n": MARKER},
     {"prompt": TEXT, "candidates": {MARKER: TEXT}}, {"query": [MARKER]}, {"query": TEXT, "documents": LONG},

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 
 from api.test_drawn import ASK, serving
+from inward.api.streamed_ranking import stream_ranking
 from inward.errors import InternalError
 from inward.types import Scores
-from inward.wire import RerankAnswer
+from inward.wire import RerankAnswer, RerankRequest
 from support.corridor import FakeHead
 from support.fake_services import LEGEND, SRR, error
+from support.waiting import until
 
 STREAM = {**ASK, "stream": True}
 Event = tuple[str, Any]
@@ -152,8 +154,30 @@ async def test_who_hangs_up_is_not_drawn_for_any_more():
         assert c.backbone.calls < 10
 
 
+@pytest.mark.parametrize("ends", ["before its first event", "before anybody asks for it"])
+async def test_a_stream_that_ends_before_it_has_begun_leaves_no_drawings_running(ends):
+    async def blocked(message: dict[str, Any]) -> None:
+        await asyncio.Event().wait()
+
+    async def finish(answer: RerankAnswer) -> None:
+        raise AssertionError("there is no answer")
+
+    async with serving() as (house, c):
+        c.backbone.delay_per_token = 0.002
+        stream = await stream_ranking(house.services, RerankRequest.model_validate(STREAM), LEGEND, finish)
+        assert c.queue.tokens
+        if ends == "before its first event":
+            sending = asyncio.create_task(stream({"type": "http"}, lambda: asyncio.sleep(0), blocked))
+            await asyncio.sleep(0)
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
+        del stream
+        await until(lambda: not c.queue.tokens)
+        assert c.backbone.calls < 3
+
+
 async def test_silence_is_broken_by_comments(monkeypatch):
-    monkeypatch.setattr("inward.api.events.HEARTBEAT", 0.01)
+    monkeypatch.setattr("inward.api.events.HEARTBEAT_S", 0.01)
     async with serving() as (house, c):
         c.backbone.delay_per_token = 0.002
         text = (await house.post("/rerank", {**STREAM, "n": 2})).text

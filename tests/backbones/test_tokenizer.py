@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from inward.backbones.tokenizer import FolderTokenizer, load_tokenizer
 from inward.errors import SetupError
 from inward.processes.wiring import TOY
-from inward.prompts import Prompts
+from inward.prompts import DATE, Prompts
 from support import tiny_tokenizer
 
 CHATML = (
@@ -167,7 +167,7 @@ def toy(folder: Path) -> Path:
 
 def of_transformers(folder: Path) -> Path:
     """As ``save_pretrained`` writes one today."""
-    tiny_tokenizer.tokenizer().save_pretrained(folder)
+    tiny_tokenizer.of_transformers().save_pretrained(folder)
     return folder
 
 
@@ -210,16 +210,23 @@ def test_ids_have_transformers_texts(ours, theirs, skip):
 def test_names_and_sizes_are_transformers(ours, theirs):
     assert len(ours) == len(theirs)
     assert ours.special_tokens == theirs.special_tokens_map
-    for name in ("bos_token", "bos_token_id", "eos_token", "eos_token_id", "model_max_length", "chat_template"):
+    names = ("bos_token", "bos_token_id", "eos_token", "eos_token_id", "pad_token", "unk_token")
+    for name in (*names, "model_max_length", "chat_template"):
         assert getattr(ours, name) == getattr(theirs, name), name
+    added = {i: (token.content, token.special) for i, token in ours.added_tokens_decoder.items()}
+    assert added == {i: (token.content, token.special) for i, token in theirs.added_tokens_decoder.items()}
 
 
 @pytest.mark.parametrize("open_answer", [True, False])
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 def test_conversations_are_rendered_as_by_transformers_or_refused_alike(ours, theirs, conversation, open_answer):
+    date = DATE.strftime
+
     def render(tokenizer):
         try:
-            return tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=open_answer)
+            return tokenizer.apply_chat_template(
+                conversation, tokenize=False, add_generation_prompt=open_answer, strftime_now=date
+            )
         except Exception as error:
             return str(error)
 

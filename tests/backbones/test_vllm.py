@@ -22,7 +22,7 @@ import transformers
 from api.test_stream import events, hang_up_after
 from support import parity
 from support.corridor import FakeHead, FakeRegistry
-from support.fake_services import MAX_TOKENS, FakeServices
+from support.fake_services import FakeServices
 from support.parity import (
     EAGER,
     EVERY_MAPPED_TAP,
@@ -262,7 +262,7 @@ async def serving(backbone: VllmBackbone) -> AsyncIterator[tuple[FakeServices, F
     queue = MemoryQueue(max_tokens=100_000)
     working = asyncio.create_task(Worker(queue, Engine(backbone, FakeRegistry(head))).run())
     house = FakeServices(head.ref)
-    house.services = replace(house.services, intake=Intake(queue), limits=Limits(tokens=MAX_TOKENS, timeout_s=PATIENCE))
+    house.services = replace(house.services, intake=Intake(queue), limits=Limits(timeout_s=PATIENCE))
     house.app = create_app(house.services)
     try:
         yield house, head

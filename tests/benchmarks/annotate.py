@@ -90,7 +90,8 @@ def published(source: Path, sample: int) -> dict[str, float]:
     chosen = random.Random(0).sample(rows, min(sample, len(rows)))
     pairs = [PairTexts(row["prompt"], row["chosen"], row["rejected"]) for row in chosen]
     code = (
-        "import json,sys;from pathlib import Path;from inward.offline.bench import ways;from inward.offline.bench.workload import PairTexts;"
+        "import json,sys;from pathlib import Path;from inward.offline.bench import ways;from "
+        "inward.offline.bench.workload import PairTexts;"
         "pairs=[PairTexts(*p) for p in json.load(sys.stdin)];model=Path(sys.argv[1]);"
         "print(ways.published(model,ways.grouped(model,pairs)))"
     )

@@ -41,8 +41,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import httpx
 
 import inward
-from inward_trainer.pairs import Prompt, ScoredPair
-from inward_trainer.service import BASE, Service
+from inward_trainer.pairs import Prompt
+from inward_trainer.service import BASE, Draw, Service
 from inward_trainer.sources.samples import SAMPLING, best_against_worst
 from support.serving import started
 
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace, size: Size, heads: Path, way: str, seed: int) 
     shutil.copytree(heads, own)
     adapters = folder / "adapters"
     adapters.mkdir()
-    options = ("--heads", str(own), "--adapters", str(adapters))
+    options = ("--model", "toy", "--heads", str(own), "--adapters", str(adapters))
     with started(*options, env={"XDG_STATE_HOME": str(folder / "state")}) as served, Service(served.url) as service:
         if way not in ("base", "best-of-8"):
             _train(args, size, service, served.url, way, seed, folder)
@@ -110,14 +110,10 @@ def run(args: argparse.Namespace, size: Size, heads: Path, way: str, seed: int) 
         prompts = _prompts(args, "test", size.held_out)
         sampling = _sampling(size)
         n = SAMPLES if way == "best-of-8" else 1
-        drawn = service.many(
-            lambda numbered: service.draw(
-                numbered[1], n, sampling | {"seed": 7_000_000 + 1000 * seed + numbered[0]}, "reward"
-            ),
-            list(enumerate(prompts)),
-        )
+        draws = [Draw(i, prompt, 7_000_000 + 1000 * seed + i) for i, prompt in enumerate(prompts)]
+        drawn = service.draw(draws, n, sampling, "reward")
         service.load_policy(BASE)
-        answers = [(prompt, one.texts[0]) for prompt, one in zip(prompts, drawn, strict=True) if one is not None]
+        answers = [(prompt, one.samples[0].text) for prompt, one in zip(prompts, drawn, strict=True) if one is not None]
         return _judged(service, served.url, answers)
 
 
@@ -143,13 +139,15 @@ def _train(args: argparse.Namespace, size: Size, service: Service, url: str, way
     prompts = folder / "prompts.jsonl"
     _write(prompts, [{"prompt": prompt} for prompt in _prompts(args, "train", 10 * size.prompts)])
     options: dict[str, Any] = {
-        "model": DEMO / "backbone", "url": url, "head": "reward", "out": folder / "run", "seed": seed, "steps": size.steps,
-        "batch-size": size.batch, "learning-rate": args.learning_rate, "max-length": 512, "log-every": 1, "checkpoint-every": size.steps,
+        "model": DEMO / "backbone", "url": url, "head": "reward", "out": folder / "run", "seed": seed,
+        "steps": size.steps, "batch-size": size.batch, "learning-rate": args.learning_rate, "max-length": 512,
+        "log-every": 1, "checkpoint-every": size.steps,
     }  # fmt: skip
     if way == "online":
         options |= {
-            "source": "samples", "prompts": prompts, "sampling": json.dumps(_sampling(size)), "adapters": folder / "adapters",
-            "publish-every": size.publish_every, "update-head": True, "monitor": "reference",
+            "source": "samples", "prompts": prompts, "sampling": json.dumps(_sampling(size)),
+            "adapters": folder / "adapters", "publish-every": size.publish_every, "update-head": True,
+            "monitor": "reference",
         }  # fmt: skip
     elif way == "dpo-labels":
         options |= {"pairs": _write(folder / "pairs.jsonl", _labelled(args, size, seed)), "confidence": "plain"}
@@ -171,12 +169,11 @@ def _own_pairs(args: argparse.Namespace, size: Size, service: Service, seed: int
     if path.is_file():
         return path
 
-    def pair(numbered: tuple[int, Prompt]) -> ScoredPair | None:
-        i, prompt = numbered
-        drawn = service.draw(prompt, SAMPLES, _sampling(size) | {"seed": 1_000_000 * (seed + 1) + i}, "reward")
-        return best_against_worst(str(i), prompt, drawn) if drawn else None
-
-    pairs = service.many(pair, list(enumerate(_prompts(args, "train", size.prompts))))
+    prompts = _prompts(args, "train", size.prompts)
+    draws = [Draw(i, prompt, 1_000_000 * (seed + 1) + i) for i, prompt in enumerate(prompts)]
+    drawn = service.draw(draws, SAMPLES, _sampling(size), "reward")
+    both = zip(draws, drawn, strict=True)
+    pairs = [best_against_worst(str(draw.place), draw.prompt, one) for draw, one in both if one is not None]
     names = ("prompt", "chosen", "rejected", "confidence", "chosen_score", "rejected_score")
     return _write(path, [{name: getattr(pair, name) for name in names} for pair in pairs if pair is not None])
 
@@ -209,7 +206,19 @@ def _heads(args: argparse.Namespace, size: Size) -> Path:
         (folder / name / "head.json").write_text(json.dumps(manifest | {"name": name}), encoding="utf-8")
     rows = [row for row in _rows(args.judge_pairs) if len(row["prompt"] + row["chosen"] + row["rejected"]) < 3000]
     pairs = _write(args.out / "judge_pairs.jsonl", rows[: size.judge_pairs])
-    fit = [sys.executable, "-m", "inward", "fit", "hybrid", "--pairs", str(pairs), "--out", str(folder / "judge")]
+    fit = [
+        sys.executable,
+        "-m",
+        "inward",
+        "fit",
+        "hybrid",
+        "--model",
+        "toy",
+        "--pairs",
+        str(pairs),
+        "--out",
+        str(folder / "judge"),
+    ]
     with (args.out / "judge.log").open("w") as log:
         subprocess.run(
             fit, check=True, stdout=log, stderr=log, env=os.environ | {"XDG_CACHE_HOME": str(args.out / "cache")}

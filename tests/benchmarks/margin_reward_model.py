@@ -45,7 +45,8 @@ def main() -> None:
     test = [pair for pair in pairs if split_of(pair["prompt"]) == "test"][: args.test]
     margins, agreement = ask_margins(args.url, args.head, train)
     print(
-        f"{len(train)} pairs to train on, {len(test)} to judge; margins: mean {statistics.mean(margins):.3f}, label agrees {agreement:.3f}"
+        f"{len(train)} pairs to train on, {len(test)} to judge; margins: mean {statistics.mean(margins):.3f}, label "
+        f"agrees {agreement:.3f}"
     )
     runs: dict[str, list[float]] = {way: [] for way in WAYS}
     for seed in args.seeds:
@@ -105,9 +106,12 @@ def run(args: argparse.Namespace, tokenizer: Any, train: list[Pair], test: list[
     model.config.pad_token_id = tokenizer.pad_token_id
     with tempfile.TemporaryDirectory() as folder:
         config = RewardConfig(
-            output_dir=folder, seed=seed, data_seed=seed, learning_rate=args.learning_rate, num_train_epochs=args.epochs,
-            per_device_train_batch_size=args.batch_size, max_length=args.max_length, use_cpu=not torch.cuda.is_available(), bf16=args.bf16,
-            gradient_checkpointing=False, logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True,
+            output_dir=folder, seed=seed, data_seed=seed, learning_rate=args.learning_rate,
+            num_train_epochs=args.epochs,
+            per_device_train_batch_size=args.batch_size, max_length=args.max_length,
+            use_cpu=not torch.cuda.is_available(), bf16=args.bf16,
+            gradient_checkpointing=False, logging_strategy="no", save_strategy="no", report_to="none",
+            disable_tqdm=True,
         )  # fmt: skip
         rows = Dataset.from_list([_row(pair) for pair in train])
         RewardTrainer(model=model, args=config, train_dataset=rows, processing_class=tokenizer).train()

@@ -30,7 +30,8 @@ from inward.offline.bench.workload import write_random_heads
 from inward.prompts import Prompts
 from inward.types import BackboneInfo
 from support.serving import Served, serve
-from support.tiny_tokenizer import TEXTS, tokenizer
+from support.tiny_tokenizer import TEXTS
+from support.tiny_tokenizer import of_transformers as tokenizer
 
 LAYERS, WIDTH = 4, 64
 OPTIONS = ("--backbone", "vllm", "--dtype", "float32", "--max-candidates", "16")
@@ -130,7 +131,8 @@ async def load(server: Served, args: argparse.Namespace) -> None:
         waits.sort()
         print(f"outcomes: {dict(outcomes)}")
         print(
-            f"seconds to answer: median {waits[len(waits) // 2]:.2f}, 99 % {waits[int(len(waits) * 0.99)]:.2f}, most {waits[-1]:.2f}"
+            f"seconds to answer: median {waits[len(waits) // 2]:.2f}, 99 % {waits[int(len(waits) * 0.99)]:.2f}, most "
+            f"{waits[-1]:.2f}"
         )
         print("memory in MiB after seconds: " + ", ".join(f"{at:.0f}: {size:.0f}" for at, size in sizes))
 

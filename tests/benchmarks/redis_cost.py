@@ -15,6 +15,7 @@ import random
 import sys
 import tempfile
 import uuid
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import redis as redis_py
@@ -27,8 +28,8 @@ from inward.queues.single_flight import SingleFlight
 from inward.stores.connection import Connection
 from inward.stores.jobs import BulkStore
 from inward.stores.keys import Keys
-from inward.stores.leases import LeaseWatch, RedisLeases
 from inward.types import Group, HeadRef, Job, Scored, Scores, Timing, Usage
+from support.queues import living
 from support.redis_server import RedisServer
 
 KEYS = Keys("cost")
@@ -96,14 +97,12 @@ async def working(worker: RedisConsumer) -> None:
             await worker.settle([scored(job) for job in batch])
 
 
-async def interactive(server: RedisServer, pairs: int, per_request: int, shared: bool) -> dict[str, float]:
+async def interactive(server: RedisServer, pairs: int, per_request: int) -> dict[str, float]:
     connection = Connection(server.url)
-    worker, producer = RedisConsumer(connection, KEYS), RedisProducer(connection, KEYS, max_tokens=2**40)
-    await worker.open()
-    await producer.open()
-    elsewhere = RedisLeases(connection, KEYS, window=5.0, running=60.0, away=lambda: producer.away)
-    watch = LeaseWatch(elsewhere, current=lambda _: True) if shared else None
-    queue = SingleFlight(producer, window=5.0, current=lambda _: True, watch=watch)
+    sides = AsyncExitStack()
+    await sides.enter_async_context(living(worker := RedisConsumer(connection, KEYS)))
+    await sides.enter_async_context(living(producer := RedisProducer(connection, KEYS, max_tokens=2**40)))
+    queue = SingleFlight(producer, window=5.0, current=lambda _: True)
     task = asyncio.create_task(working(worker))
 
     callers = max(2, CALLERS // per_request)
@@ -119,8 +118,7 @@ async def interactive(server: RedisServer, pairs: int, per_request: int, shared:
         found = meter.each(requests * callers * per_request)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        await worker.leave()
-        await producer.leave()
+        await sides.aclose()
         await connection.close()
         client.flushall()
     return found
@@ -128,16 +126,15 @@ async def interactive(server: RedisServer, pairs: int, per_request: int, shared:
 
 async def waiting(server: RedisServer, pairs: int) -> dict[str, float]:
     connection = Connection(server.url)
-    worker, producer = RedisConsumer(connection, KEYS), RedisProducer(connection, KEYS, max_tokens=2**40)
-    await worker.open()
-    await producer.open()
+    sides = AsyncExitStack()
+    await sides.enter_async_context(living(RedisConsumer(connection, KEYS)))
+    await sides.enter_async_context(living(producer := RedisProducer(connection, KEYS, max_tokens=2**40)))
     with server.client() as client:
         meter = Meter(client)
         for _ in range(pairs // 64):
             await producer.submit([pair() for _ in range(64)])
         found = meter.each(pairs // 64 * 64)
-        await producer.leave()
-        await worker.leave()
+        await sides.aclose()
         await connection.close()
         client.flushall()
     return found
@@ -189,9 +186,8 @@ def main() -> None:
         server = RedisServer(Path(name), appendonly="yes", appendfsync="everysec").start()
         try:
             for per_request in (1, 4, 64):
-                for shared in (False, True):
-                    found = asyncio.run(interactive(server, pairs, per_request, shared))
-                    print(json.dumps({"pairs_per_request": per_request, "shared": shared, **found}), flush=True)
+                found = asyncio.run(interactive(server, pairs, per_request))
+                print(json.dumps({"pairs_per_request": per_request, **found}), flush=True)
             print(json.dumps({"what": "waiting", **asyncio.run(waiting(server, pairs))}), flush=True)
             print(json.dumps({"what": "bulk store", **asyncio.run(bulk(server, pairs))}), flush=True)
         finally:

@@ -117,10 +117,12 @@ async def _compared(
 
     ways = {
         "head alone, states given": alone, "head and forward": forward, "reward model, forward": forward_rm,
-        "generation without reward": generation_only, "generation and head": generation, "generation and reward model": generation_rm,
+        "generation without reward": generation_only, "generation and head": generation,
+        "generation and reward model": generation_rm,
     }  # fmt: skip
     return {
-        "model": backbone.info.name, "dtype": backbone.info.dtype, "device": backbone.info.device, "head": head.ref.name,
+        "model": backbone.info.name, "dtype": backbone.info.dtype, "device": backbone.info.device,
+        "head": head.ref.name,
         "answers": len(rows), "tokens": statistics.fmean(map(len, rows)),
         "milliseconds": await _timed(ways, args.repeats, len(rows)),
         "operations": {

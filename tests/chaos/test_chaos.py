@@ -11,13 +11,14 @@ import json
 import os
 import signal
 from collections.abc import Sequence
+from typing import Any
 
 import httpx
 import pytest
 
 from inward.stores.keys import Keys
 from support.fleet import Fleet, Process
-from support.queues import age
+from support.queues import age, endless
 from support.redis_server import RedisServer, Sentinel
 from support.serving import write_model
 from support.waiting import PATIENCE, until
@@ -29,6 +30,7 @@ IDLE = 20.0 if FULL else 1.0
 FREEZE = 60.0 if FULL else 0.0
 """Seconds beyond those after which others take over."""
 KEYS = Keys("chaos")
+JSONL = {"content-type": "application/x-ndjson"}
 SLOW = 1e-4
 
 
@@ -83,10 +85,15 @@ class Load:
 
     async def answered(self, client: httpx.AsyncClient, url: str, numbers: Sequence[int]) -> list[float]:
         """The margins; who is told to come again does so."""
+        margins = await self.posted(client, url, [pair(n) for n in numbers])
+        return [m["margin"] for m in margins]
+
+    async def posted(self, client: httpx.AsyncClient, url: str, pairs: list[dict[str, str]]) -> list[dict[str, Any]]:
+        """What becomes of these pairs; who is told to come again does so."""
         while True:
-            answer = await client.post(url + "/margin", json={"pairs": [pair(n) for n in numbers]})
+            answer = await client.post(url + "/margin", json={"pairs": pairs})
             if answer.status_code == 200:
-                return [m["margin"] for m in answer.json()["margins"]]
+                return list(answer.json()["margins"])
             assert answer.status_code == 503, answer.text
             self.refused.append(answer.json()["error"]["message"])
             await asyncio.sleep(min(float(answer.headers["retry-after"]), 0.5))
@@ -152,17 +159,24 @@ def pair(n: int) -> dict[str, str]:
 async def settled(redis) -> None:
     """Nothing waits, nothing is claimed, no tokens are counted, no dead letters."""
     with redis.client() as client:
+        keys = served(client)
 
         def left() -> dict[str, int]:
-            pending = sum(client.xpending(stream, "workers")["pending"] for stream in KEYS.streams)
-            return {key: client.xlen(key) for key in KEYS.streams} | {
-                "open": client.hlen(KEYS.key("open")),
+            pending = sum(client.xpending(stream, "workers")["pending"] for stream in keys.streams)
+            return {key: client.xlen(key) for key in keys.streams} | {
+                "open": client.hlen(keys.job_key("open")),
                 "pending": pending,
             }
 
         await until(lambda: not any(left().values()))
-        assert not client.exists(KEYS.key("tokens"))
-        assert client.xlen(KEYS.dead) == 0
+        assert not client.exists(keys.job_key("tokens"))
+        assert client.xlen(keys.dead) == 0
+        assert endless(client) == []
+
+
+def served(client) -> Keys:
+    """The keys of the backbone that the queue is served with."""
+    return KEYS.of(client.get(KEYS.served).decode())
 
 
 async def stop_in_mid_batch(worker: Process, redis) -> None:
@@ -172,7 +186,8 @@ async def stop_in_mid_batch(worker: Process, redis) -> None:
         worker.signal(signal.SIGSTOP)
         await asyncio.sleep(0.1)  # what it had sent already has arrived
         with redis.client() as client:
-            if client.xpending_range(KEYS.streams[0], "workers", "-", "+", 1, consumername=worker.ready["worker"]):
+            stream = served(client).streams[0]
+            if client.xpending_range(stream, "workers", "-", "+", 1, consumername=worker.ready["worker"]):
                 return True
         worker.signal(signal.SIGCONT)
         return False
@@ -262,12 +277,7 @@ async def test_a_frozen_worker_is_relieved_and_goes_on_serving_when_it_wakes_up(
 
 
 async def test_a_job_that_crashes_workers_is_given_up_and_its_neighbours_are_answered(folder, redis):
-    from transformers import PreTrainedTokenizerFast
-
-    tokens = PreTrainedTokenizerFast.from_pretrained(folder / "model")("boom boom boom", add_special_tokens=False)[
-        "input_ids"
-    ]
-    poison = ",".join(map(str, tokens))
+    poison = token_ids(folder, "boom boom boom")
     pairs = [pair(n) for n in range(10)]
     pairs[4] = {"prompt": "question", "chosen": "boom boom boom", "rejected": "fine"}
     with Fleet(
@@ -289,13 +299,22 @@ async def test_a_job_that_crashes_workers_is_given_up_and_its_neighbours_are_ans
         await settled(redis)
 
 
+def token_ids(folder, text: str) -> str:
+    """As ``Fleet.worker`` takes poison."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "model")
+    return ",".join(map(str, tokenizer(text, add_special_tokens=False)["input_ids"]))
+
+
 async def hasten(redis, workers: Sequence[Process], *, deaths: int) -> None:
     """What workers that die had claimed is taken over without waiting."""
     left = list(workers)
     for _ in range(deaths):
         dead = await until(lambda: next((worker for worker in left if worker.popen.poll() is not None), None))
         left.remove(dead)
-        age(redis, dead.ready["worker"], streams=KEYS.streams)
+        with redis.client() as client:
+            age(redis, dead.ready["worker"], streams=served(client).streams)
 
 
 async def test_a_full_and_a_frozen_redis_are_503_and_everything_recovers_without_a_restart(fleet, redis):
@@ -321,6 +340,108 @@ async def test_a_full_and_a_frozen_redis_are_503_and_everything_recovers_without
         await until(lambda: is_green(client))
         assert len(await load.answered(client, "", [2])) == 1
     await settled(redis)
+
+
+async def test_workers_of_two_weights_never_answer_as_one_service(folder, redis, tmp_path):
+    """As it was found: one request was answered 61 : 59 by two workers of the same name and other weights."""
+    write_model(tmp_path, seed=1)
+    pairs = [pair(n) for n in range(1200 if FULL else 120)]
+    with Fleet(folder, redis.url, queue="chaos") as fleet, Fleet(tmp_path, redis.url, queue="chaos") as others:
+        api, worker = fleet.api(), fleet.worker()
+        fleet.wait_until_ready(worker, api)
+        stranger = others.worker()
+        others.wait_until_serving(stranger)
+        async with httpx.AsyncClient(timeout=2 * PATIENCE) as client:
+
+            async def refused() -> str:
+                answer = await client.get(stranger.url + "/readyz")
+                message = str(answer.json().get("error", {}).get("message", ""))
+                return message if "other weights" in message else ""
+
+            assert (await until(refused)).count("sha256:") == 2
+            alone = await Load().posted(client, api.url, pairs)
+            assert await computed(client, stranger) == 0
+            assert (await client.get(api.url + "/readyz")).status_code == 200
+            worker.stop()  # the last one of its weights: now the other one serves
+            others.wait_until_ready(stranger, api)
+            other = await Load().posted(client, api.url, pairs)
+            assert await computed(client, stranger) > 0
+        assert [row["error"] for row in (*alone, *other)] == [None] * (2 * len(pairs))
+        await settled(redis)
+
+
+async def computed(client: httpx.AsyncClient, worker: Process) -> float:
+    """Tokens."""
+    lines = (await client.get(worker.url + "/metrics")).text.splitlines()
+    return float(next(line for line in lines if line.startswith("inward_computed_tokens_total")).split()[1])
+
+
+async def test_bad_bulk_rows_end_no_bulk_work_anywhere(fleet, redis):
+    """As it was found: one of these rows ended the bulk work of every replica, with ``/readyz`` green."""
+    bad = [
+        b'{"prompt": "q", "chosen": "\\ud800", "rejected": "no"}',
+        b'{"prompt": "q", "chosen": "yes", "rejected": NaN}',
+        b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"prompt": "q", "chosen": "yes", "rejected": "no", "score": 1e999}',
+    ]
+    apis, worker = [fleet.api(), fleet.api()], fleet.worker()
+    fleet.wait_until_ready(*apis, worker)
+    good = [json.dumps(pair(n)).encode() for n in range(BULK // 2)]
+    rows = [row for one in good for row in (one, *bad[:1])] + bad * 3
+    async with httpx.AsyncClient(base_url=apis[0].url, timeout=PATIENCE) as client:
+        for _ in range(3):
+            answer = await client.post("/jobs?kind=margin", content=b"\n".join(rows), headers=JSONL)
+            results = await finished(client, answer.json()["id"])
+            assert [bool(row["error"]) for row in results] == [row in bad for row in rows]
+    for api in apis:
+        async with httpx.AsyncClient(base_url=api.url, timeout=PATIENCE) as client:
+            assert await is_green(client)
+        assert not api.events("task_failed")
+    await (await Bulk(apis[1].url).begin()).check(redis)
+    await settled(redis)
+
+
+async def test_a_chunk_that_takes_longer_than_a_request_may_is_done_in_parts_and_ends(folder, redis):
+    """As it was found: such a chunk was computed again and again for ever."""
+    rows = [pair(n) for n in range(64 if FULL else 8)]
+    rows[3] = {"prompt": "question", "chosen": "far too long an answer " * 20, "rejected": "no"}
+    with Fleet(folder, redis.url, queue="chaos", timeout=3) as fleet:
+        api, worker = fleet.api(), fleet.worker(seconds_per_token=1e-2)
+        fleet.wait_until_ready(api, worker)
+        async with httpx.AsyncClient(base_url=api.url, timeout=PATIENCE) as client:
+            body = "\n".join(map(json.dumps, rows))
+            answer = await client.post("/jobs?kind=margin", content=body, headers=JSONL)
+            results = await finished(client, answer.json()["id"])
+        codes = [(row["error"] or {}).get("code") for row in results]
+        assert codes == [None] * 3 + ["deadline_exceeded"] + [None] * (len(rows) - 4)
+        await settled(redis)
+
+
+async def finished(client: httpx.AsyncClient, job: str) -> list[dict[str, object]]:
+    """The results of a bulk job, once it is done."""
+
+    async def done() -> bool:
+        return bool((await client.get(f"/jobs/{job}")).json()["state"] == "done")
+
+    await until(done)
+    return [json.loads(line) for line in (await client.get(f"/jobs/{job}/results")).text.splitlines()]
+
+
+async def test_a_worker_whose_device_hangs_ends_itself_and_others_have_its_jobs(folder, redis):
+    with Fleet(folder, redis.url, queue="chaos", presence=30, claim_idle=30) as fleet:
+        api, hung = fleet.api(), fleet.worker(poison=token_ids(folder, "boom boom boom"), hangs=True)
+        fleet.wait_until_ready(api, hung)
+        async with httpx.AsyncClient(timeout=2 * PATIENCE) as client:
+            pairs = [pair(1), {"prompt": "question", "chosen": "boom boom boom", "rejected": "fine"}]
+            asking = asyncio.create_task(Load().posted(client, api.url, pairs))
+            await until(lambda: hung.popen.poll() is not None)
+            heir = fleet.worker()
+            fleet.wait_until_ready(heir)
+            margins = await asking
+        assert (hung.popen.poll(), len(margins), [m["error"] for m in margins]) == (1, 2, [None, None])
+        assert "no progress" in str(hung.events("engine_dead")[0]["reason"])
+        assert hung.events("ended_at_once")
+        await settled(redis)
 
 
 @pytest.mark.skipif(not FULL, reason="a failover under load is left to make chaos (INWARD_CHAOS=full)")

@@ -19,13 +19,13 @@ import pytest
 from inward_trainer.logs import read_log
 from support.redis_server import free_port
 from support.serving import started
-from support.small_policy import DEMO, write_rows
+from support.small_policy import write_rows
 
 STEPS, BATCH, EVERY, DEATHS = 18, 2, 3, 8
 
 
 @pytest.mark.skipif(os.environ.get("INWARD_CHAOS") != "full", reason="takes minutes: make chaos")
-def test_a_circle_whose_halves_die_again_and_again_uses_each_pair_and_applies_each_update_once(tmp_path):
+def test_a_loop_whose_halves_die_again_and_again_uses_each_pair_and_applies_each_update_once(tmp_path):
     seed = int(os.environ.get("INWARD_CHAOS_SEED") or random.randrange(10**6))
     print(f"INWARD_CHAOS_SEED={seed}")
     moments, address = random.Random(seed), ("--port", str(free_port()))
@@ -33,14 +33,22 @@ def test_a_circle_whose_halves_die_again_and_again_uses_each_pair_and_applies_ea
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"How do I open lock {i}?"} for i in range(100)])
     url, log = f"http://127.0.0.1:{address[1]}", tmp_path / "run/log.jsonl"
     command = [
-        sys.executable, "-m", "inward_trainer", "cdpo", "--model", DEMO / "backbone", "--url", url, "--out", tmp_path / "run",
-        "--source", "samples", "--prompts", prompts, "--samples", 4, "--sampling", '{"max_tokens": 16}', "--steps", STEPS,
-        "--batch-size", BATCH, "--adapters", tmp_path / "adapters", "--publish-every", EVERY, "--update-head", "--learning-rate", 1e-3,
+        sys.executable, "-m", "inward_trainer", "cdpo", "--model", "service", "--url", url, "--out", tmp_path / "run",
+        "--source", "samples", "--prompts", prompts, "--samples", 4, "--sampling", '{"max_tokens": 16}',
+        "--steps", STEPS, "--batch-size", BATCH, "--adapters", tmp_path / "adapters", "--publish-every", EVERY,
+        "--update-head", "--learning-rate", 1e-3,
     ]  # fmt: skip
 
     def serve():
         return stack.enter_context(
-            started(*address, "--adapters", str(tmp_path / "adapters"), env={"XDG_STATE_HOME": str(tmp_path / "state")})
+            started(
+                *address,
+                "--model",
+                "toy",
+                "--adapters",
+                str(tmp_path / "adapters"),
+                env={"XDG_STATE_HOME": str(tmp_path / "state")},
+            )
         )
 
     def train():

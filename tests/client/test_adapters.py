@@ -27,7 +27,20 @@ def test_a_pair_is_the_same_in_every_form_of_trl():
     assert rows.pair({"prompt": PROMPT, "chosen": SAFE, "rejected": HARMFUL}) == {**plain, "prompt": PROMPT}
     assert rows.pair({"prompt": ASKED, "chosen": said(SAFE), "rejected": said(HARMFUL), "id": 3}) == plain
     assert rows.pair({"chosen": ASKED + said(SAFE), "rejected": ASKED + said(HARMFUL)}) == plain
-    assert rows.pair({"prompt": PROMPT, "chosen": ASKED + said(SAFE), "rejected": ASKED + said(HARMFUL)}) == plain
+    assert rows.pair({"prompt": ASKED, "chosen": ASKED + said(SAFE), "rejected": ASKED + said(HARMFUL)}) == plain
+    assert rows.pair({"prompt": ASKED, "chosen": SAFE, "rejected": said(HARMFUL)}) == plain
+    assert rows.pair({"prompt": PROMPT, "chosen": ASKED + said(SAFE), "rejected": ASKED + said(HARMFUL)}) == {
+        **plain,
+        "prompt": PROMPT,
+    }
+    assert rows.pair({"prompt": PROMPT, "chosen": SAFE, "rejected": said(HARMFUL)}) == {**plain, "prompt": PROMPT}
+
+
+def test_a_pair_has_its_whole_context():
+    """The turns before the answer, a system column; what `/margin` scores then is what annotate scores."""
+    system, more = {"role": "system", "content": "Be kind."}, [*said("No."), {"role": "user", "content": "Why?"}]
+    row = {"system": "Be kind.", "prompt": ASKED, "chosen": more + said(SAFE), "rejected": more + said(HARMFUL)}
+    assert rows.pair(row) == {"prompt": [system, *ASKED, *more], "chosen": SAFE, "rejected": HARMFUL}
 
 
 @pytest.mark.parametrize(
@@ -36,23 +49,23 @@ def test_a_pair_is_the_same_in_every_form_of_trl():
         {"chosen": SAFE, "rejected": HARMFUL},
         {"chosen": said(SAFE), "rejected": said(HARMFUL)},
         {"chosen": ASKED + said(SAFE), "rejected": [{"role": "user", "content": "Other?"}, *said(HARMFUL)]},
-        {"prompt": PROMPT, "chosen": SAFE, "rejected": said(HARMFUL)},
         {"chosen": ASKED, "rejected": ASKED},
+        {"prompt": PROMPT, "chosen": SAFE, "rejected": [{"role": "assistant", "content": None, "tool_calls": [{}]}]},
     ],
 )
-def test_a_pair_without_one_prompt_or_answers_of_one_kind_is_refused(row):
+def test_a_pair_without_one_prompt_or_with_an_answer_that_is_no_text_is_refused(row):
     with pytest.raises(ValueError, match=r"\w"):
         rows.pair(row)
 
 
-def test_messages_lose_what_is_no_text():
-    turn = {
-        "role": "user",
-        "content": [{"type": "text", "text": "Hi"}, {"type": "image"}],
-        "tool_calls": None,
-        "token_ids": [1],
-    }
-    assert rows.messages([turn]) == [{"role": "user", "content": "Hi"}]
+def test_an_item_has_its_whole_context_and_nothing_in_it_is_lost():
+    turn = {"role": "user", "content": [{"type": "text", "text": "Hi"}], "tool_calls": None, "token_ids": [1]}
+    asked = [{"role": "user", "content": "Hi"}]
+    refusal = [{"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}]
+    assert rows.item([turn], refusal) == {"prompt": asked, "response": "No."}
+    assert rows.item([turn], said("a") + asked + said("b")) == {"prompt": asked + said("a") + asked, "response": "b"}
+    with pytest.raises(ValueError, match="a part of type 'image'"):
+        rows.item([{"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "image"}]}], "a")
 
 
 @pytest.mark.parametrize("head", [None, "legend"])
@@ -88,7 +101,7 @@ def test_a_completion_that_cant_be_scored_is_none_whether_or_not_another_can(dem
     found = reward(prompts=[PROMPT] * 6, completions=[*unusable, SAFE])
     assert found[:-1] == [None] * 5
     assert 0 <= found[-1] <= 1
-    assert "completion 2 can't be scored: a completion must end" in caplog.text
+    assert "completion 2 can't be scored: " in caplog.text
     logged = {}
     assert reward(prompts=[PROMPT], completions=["\ud800"], log_metric=logged.__setitem__) == [None]
     assert reward(prompts=[PROMPT], completions=[7]) == [None]
@@ -164,4 +177,4 @@ def test_a_dataset_loses_rows_that_are_no_pairs_too(demo_server, caplog):
         mixed = with_margins(datasets.Dataset.from_list([usable, {**usable, "prompt": None}]), inward)
         none = with_margins(datasets.Dataset.from_list([{**usable, "prompt": None}]), inward)
     assert (len(mixed), len(none)) == (1, 0)
-    assert "pair 1 can't be scored: a pair of texts needs a prompt" in caplog.text
+    assert "pair 1 can't be scored: 'prompt' is missing" in caplog.text

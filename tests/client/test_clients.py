@@ -276,8 +276,8 @@ def test_a_bulk_upload_is_jsonl_and_is_not_sent_twice_once_it_may_have_arrived(c
     assert request.content == b'{"prompt": "p", "response": "r"}\n{"messages": []}\n'
     lost = Service(in_turn(httpx.ReadTimeout("late")))
     with pytest.raises(TimedOut):
-        call(lost, "create_job", "score", rows)
-    assert len(lost.requests) == 1
+        call(lost, "create_job", "score", rows, key="mine")
+    assert [request.headers["idempotency-key"] for request in lost.requests] == ["mine"]
 
 
 def test_results_of_a_bulk_job_are_read_line_by_line(call):

@@ -45,7 +45,7 @@ async def test_every_scoring_route_answers(ask):
     assert both.rewards[0].margin == pytest.approx(
         both.rewards[0].chosen_score - both.rewards[0].rejected_score, abs=1e-3
     )
-    ranked = await ask("rerank", ITEM["prompt"], ["No idea.", "Use a whetstone."])
+    ranked = await ask("rerank", ITEM["prompt"], ["No idea.", "Use a whetstone."], head="srr")
     assert ranked.listwise
     assert {result.index for result in ranked.results} == {0, 1}
     drawn = await ask("rerank", ITEM["prompt"], n=2, sampling={"max_tokens": 4, "seed": 1}, head="hybrid")

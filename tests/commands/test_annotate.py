@@ -14,7 +14,7 @@ from pyarrow import parquet
 from inward import logs
 from inward.__main__ import main
 from inward.offline.annotate import work
-from inward.offline.annotate.asking import COLUMNS
+from inward.offline.annotate.scorer import COLUMNS
 from support import real_data as real
 from support.serving import serve, write_model
 
@@ -73,7 +73,8 @@ def test_rows_come_back_with_columns_and_bad_ones_go_aside(tmp_path, capsys):
     said = capsys.readouterr()
     assert "598 of 600 pairs annotated" in said.out and said.out.count("── in, row") == 2
     assert "annotate" in said.err  # the progress bar
-    assert (tmp_path / "look.html").read_text().count("<article>") == 200
+    flipped = about["summary"]["flipped"]
+    assert (tmp_path / "look.html").read_text().count("<article>") == min(200, flipped)
     assert not (tmp_path / "out.jsonl.progress").exists()
 
 
@@ -83,7 +84,7 @@ def test_text_that_is_too_long_is_cut_on_request(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["truncated"] == 1
 
 
-def test_an_interrupted_job_goes_on_where_it_was_and_gives_the_same_bytes(tmp_path, monkeypatch):
+def test_an_interrupted_job_goes_on_where_it_was_and_gives_the_same_bytes(tmp_path, monkeypatch, capsys):
     path = write(tmp_path / "in.jsonl", [row(n) for n in range(1100)])
     assert annotate(path, tmp_path / "whole.jsonl", *FAKE) == 0
 
@@ -99,6 +100,7 @@ def test_an_interrupted_job_goes_on_where_it_was_and_gives_the_same_bytes(tmp_pa
         patched.setattr(work.Progress, "keep", keep_two)
         assert annotate(path, tmp_path / "out.jsonl", *FAKE) == 130
     assert not (tmp_path / "out.jsonl").exists()
+    assert "stopped: 512 rows kept; the same command goes on" in capsys.readouterr().err
     again = []
     monkeypatch.setattr(
         work.Progress, "keep", lambda self, chunk, done: (again.append(chunk.number), keep(self, chunk, done))
@@ -115,7 +117,8 @@ def test_kill_9_in_the_middle_loses_and_doubles_nothing(tmp_path):
     command = [sys.executable, "-m", "inward", "annotate", str(path), str(out), *FAKE]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
-    while process.poll() is None and not [*tmp_path.glob("out.jsonl.progress/00*.jsonl")]:
+    done = tmp_path / "out.jsonl.progress/done.jsonl"
+    while process.poll() is None and not (done.exists() and done.stat().st_size):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -132,7 +135,7 @@ def test_another_head_or_input_is_not_mixed_with_what_is_done(tmp_path, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("inward.offline.annotate.run._finish", stop)
+        patched.setattr("inward.offline.annotate.run.Job._finish", stop)
         assert annotate(path, tmp_path / "out.jsonl", *FAKE) == 130
     assert annotate(path, tmp_path / "out.jsonl", *FAKE, "--head", "hybrid") == 2
     assert "--restart" in capsys.readouterr().err
@@ -145,7 +148,7 @@ def test_what_can_not_be_done_is_one_line_that_says_what_to_do(tmp_path, capsys)
         ((path, tmp_path / "out.jsonl"), "--replace-columns"),
         ((path, tmp_path / "out.xlsx", "--replace-columns"), "must end with one of"),
         ((path, tmp_path / "out.jsonl", "--columns", "prompt"), "OURS=THEIRS"),
-        ((path, tmp_path / "out.jsonl", "--layout", "alpaca"), "sharegpt"),
+        ((path, tmp_path / "out.jsonl", "--layout", "other"), "sharegpt"),
         ((tmp_path / "gone.jsonl", tmp_path / "out.jsonl"), "does not exist"),
         ((path, tmp_path / "out.jsonl", "--replace-columns", "--url", "http://127.0.0.1:1"), "did not answer"),
         ((path, tmp_path / "out.jsonl", "--replace-columns", *FAKE, "--head", "nobody"), "nobody"),
@@ -191,6 +194,56 @@ def test_real_pairs_of_both_published_kinds(tmp_path, capsys):
         assert annotate(write(tmp_path / name, rows), out) == 0
         assert parquet.read_table(out).num_rows == 40
         assert json.loads(parquet.read_schema(out).metadata[b"inward"])["layout"] == layout
+
+
+WHOLE = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello."},
+    {"role": "user", "content": "And now?"},
+]
+YES, NO = {"role": "assistant", "content": "Yes."}, {"role": "assistant", "content": "No."}
+
+
+def test_the_same_conversation_has_the_same_margin_in_every_layout(tmp_path):
+    rows = [
+        {"chosen": [*WHOLE, YES], "rejected": [*WHOLE, NO]},
+        {"prompt": "Hi", "chosen": [*WHOLE, YES], "rejected": [*WHOLE, NO]},
+        {"prompt": WHOLE[:2], "chosen": [*WHOLE[2:], YES], "rejected": [*WHOLE[2:], NO]},
+        {"system": "Be brief.", "prompt": WHOLE[1:], "chosen": "Yes.", "rejected": "No."},
+        {"system": "Be brief.", "instruction": "And now?", "history": [["Hi", "Hello."]], "chosen": "Yes.",
+         "rejected": "No."},
+    ]  # fmt: skip
+    margins = set()
+    for n, one in enumerate(rows):
+        out = tmp_path / f"{n}.jsonl"
+        assert annotate(write(tmp_path / f"in{n}.jsonl", [one]), out, *FAKE) == 0
+        margins.add(read(out)[0]["margin"])
+    assert len(margins) == 1
+
+
+def test_ties_nan_and_hidden_characters(tmp_path, capsys):
+    path = tmp_path / "in.jsonl"
+    path.write_text(
+        '{"prompt": "a", "chosen": "b", "rejected": "b", "x": NaN}\n{"prompt": "\u202ea", "chosen": "\\u001b[31m", '
+        '"rejected": "c"}\n{"prompt": "\u202ea", "chosen": "c", "rejected": "\\u001b[31m"}\n'
+    )
+    assert annotate(path, tmp_path / "out.jsonl", *FAKE, "--suspicious") == 0
+    tie = read(tmp_path / "out.jsonl")[0]
+    assert (tie["margin"], tie["label_agrees"], tie["x"]) == (0.0, None, None)
+    said = capsys.readouterr().out
+    assert "1 pairs are ties" in said
+    assert "\\u202ea" in said
+    assert "\\x1b[31m" in said
+    assert not {"\x1b", "\u202e"} & set(said)
+
+
+def test_an_input_is_not_replaced_by_its_own_annotation(tmp_path, capsys):
+    path = write(tmp_path / "same.jsonl", [row(n) for n in range(30)])
+    before = path.read_bytes()
+    assert annotate(path, path, *FAKE, "--limit", 3, "--restart") == 2
+    assert "an input is never written to" in capsys.readouterr().err
+    assert path.read_bytes() == before
 
 
 def test_ray_gives_the_same_bytes(tmp_path):

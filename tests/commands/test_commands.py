@@ -120,8 +120,8 @@ def test_bad_rows_are_named_by_file_line_and_field(folder, tmp_path, capsys):
     bad.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": 3, "rejected": "c"}\n')
     assert inward("fit", "legend", "--model", folder / "model", "--pairs", bad, "--out", tmp_path / "x") == 2
     said = capsys.readouterr().err
-    assert "line 2" in said
-    assert "chosen" in said
+    assert "1 of 2 rows are left out: 1 × 'chosen' must be text" in said
+    assert "bad.jsonl, line 2" in said
     assert "Traceback" not in said
 
 
@@ -158,3 +158,30 @@ def test_bench_measures_every_way_in_one_run(folder, capsys):
     assert [row["way"] for row in results["ways"]] == ["published", "padded", "ours", "ours", "http"]
     assert all(row["tokens_per_second"] > 0 and row["peak_bytes"] > 2**20 for row in results["ways"])
     assert 0 < results["prompt_tokens_saved"] < 1
+
+
+def test_a_whitened_direction_is_fitted_in_one_pass_or_from_states_alike(folder, tmp_path, capsys):
+    """Without --save-states only sums are kept; the head is the same, but for float16."""
+    rows = ["--model", folder / "model", "--pairs", folder / "pairs.jsonl", "--direction", "whitened"]
+    assert inward("fit", "legend", *rows, "--out", tmp_path / "a") == 0
+    assert "cosine with the mean difference" in capsys.readouterr().out
+    states = tmp_path / "states.safetensors"
+    assert inward("fit", "legend", *rows, "--save-states", states, "--out", tmp_path / "b") == 0
+    assert inward("fit", "legend", "--direction", "whitened", "--states", states, "--out", tmp_path / "c") == 0
+    a, b, c = (store.load(tmp_path / name).tensors()["direction"] for name in "abc")
+    np.testing.assert_array_equal(b, c)
+    np.testing.assert_allclose(a, b, atol=0.02 * np.abs(b).max())
+    assert inward("heads", "verify", "--model", folder / "model", "--heads", tmp_path / "a") == 0
+
+
+def test_a_covariance_of_other_responses_is_named_in_the_manifest(folder, tmp_path, capsys):
+    responses = tmp_path / "responses.jsonl"
+    pairs = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    responses.write_text("".join(json.dumps({"prompt": p["prompt"], "response": p["chosen"]}) + "\n" for p in pairs))
+    rows = ["--model", folder / "model", "--pairs", folder / "calibration.jsonl", "--direction", "whitened"]
+    assert inward("fit", "legend", *rows, "--layer", 2, "--out", tmp_path / "plain") == 0
+    assert "--covariance" in capsys.readouterr().out, "constant refusals hardly vary: S should come from elsewhere"
+    assert inward("fit", "legend", *rows, "--layer", 2, "--covariance", responses, "--out", tmp_path / "other") == 0
+    assert store.load(tmp_path / "other").manifest.options["covariance"] == "responses.jsonl"
+    assert inward("fit", "legend", "--pairs", responses, "--covariance", responses, "--out", tmp_path / "x") == 2
+    assert "whitened" in capsys.readouterr().err

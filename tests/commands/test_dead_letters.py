@@ -87,6 +87,17 @@ async def test_those_that_are_scored_when_replayed_are_no_dead_letters_any_more(
         assert [letter.job_id for letter in await DeadLetters(q.redis, KEYS).all()] == ["b"]
 
 
+async def test_a_letter_of_another_backbone_is_not_replayed_to_the_one_that_serves_now(letters, capsys):
+    fields = {"id": "c", "to": "", "job": codec.encode(job("c", 7)), "reason": "x", "deliveries": 4, "queue": 1}
+    with letters.client() as client:
+        entry = client.xadd(KEYS.dead, fields | {"backbone": "sha256:former:float32"}).decode()
+    async with in_redis(letters.url) as q:
+        serving = asyncio.create_task(score_everything(q.consumer))
+        assert await asyncio.to_thread(inward, letters, "replay", entry) == 1
+        serving.cancel()
+    assert "sha256:former:float32" in json.loads(capsys.readouterr().out)["error"]
+
+
 async def score_everything(worker):
     while True:
         for taken in await worker.wanted(await worker.take(100)):

@@ -26,6 +26,8 @@ from support.redis_server import RedisServer
 from support.serving import started
 
 HEADS = ("hybrid", "legend")
+RENDERED = ("query", "prompts", "input", "messages", "prompt", "response", "candidates")
+"""Fields of texts that trainers render, or that spell what a template writes."""
 CONFIGURATION = """
 [checks]
 not_a_server_error.expected-statuses = ["2xx", "3xx", "4xx", "504"]
@@ -36,6 +38,7 @@ import json
 import schemathesis
 
 HEADS = {HEADS!r}
+RENDERED = {RENDERED!r}
 
 def real(name):
     return name if len(name) % 4 == 0 else HEADS[len(name) % 2]
@@ -46,11 +49,25 @@ def rows(ctx, value):
     pair = {{"prompt": text, "chosen": text, "rejected": "b"}}
     return (text if len(text) % 2 else json.dumps(pair)).encode(errors="replace")
 
+MARKS = ("<s>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "\\n", " ", "")
+
+def rendered(text):
+    marks = [MARKS[ord(c) % len(MARKS)] for c in text[:8]]
+    whole = f"<s><|user|>{{text}}<|end|><|assistant|>{{text[::-1]}}<|end|>"
+    mixed = "".join(mark + text for mark in marks)
+    return (text, whole, whole + "".join(marks), "".join(marks) + whole, mixed)[len(text) % 5]
+
+def spelled(value):
+    if isinstance(value, str):
+        return rendered(value)
+    return [spelled(one) if isinstance(one, str) else one for one in value] if isinstance(value, list) else value
+
 @schemathesis.hook
 def map_body(ctx, body):
-    if isinstance(body, dict) and isinstance(body.get("head"), str):
-        return {{**body, "head": real(body["head"])}}
-    return body
+    if not isinstance(body, dict):
+        return body
+    body = {{name: spelled(value) if name in RENDERED else value for name, value in body.items()}}
+    return {{**body, "head": real(body["head"])}} if isinstance(body.get("head"), str) else body
 
 @schemathesis.hook
 def map_path_parameters(ctx, path_parameters):
@@ -58,7 +75,8 @@ def map_path_parameters(ctx, path_parameters):
         return {{**path_parameters, "name": real(path_parameters["name"])}}
     return path_parameters
 """
-"""Most names become those of heads that are loaded, so that the requests get further than to a 404."""
+"""Most names become those of heads that are loaded, so that the requests get further than to a 404; many texts have the
+marks that the chat template writes around turns, in order and out of it."""
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
 
 

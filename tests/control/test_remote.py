@@ -8,11 +8,11 @@ import pytest
 
 from inward import codec
 from inward.backbones.fake import FakeBackbone
-from inward.control.channel import ControlChannel
+from inward.control.channel import UNLOCK, ControlChannel
 from inward.control.heads import LocalHeadControl
 from inward.control.policies import LocalPolicyControl
 from inward.control.remote import ControlAgent, RemoteHeadControl, RemotePolicyControl, WorkerInfo
-from inward.errors import Conflict, EngineDead, InvalidField, NotFound, Unavailable
+from inward.errors import Conflict, DeadlineExceeded, EngineDead, InvalidField, NotFound, Unavailable
 from inward.heads import store
 from inward.heads.base import BackboneRef, Manifest
 from inward.heads.hybrid import HybridHead
@@ -22,7 +22,7 @@ from inward.queues.redis.consumer import RedisConsumer
 from inward.stores.connection import Connection
 from inward.types import HeadRef
 from support.adapters import write_adapter
-from support.queues import KEYS, WORKER
+from support.queues import KEYS, WORKER, endless, living
 from support.tiny_tokenizer import tokenizer
 from support.waiting import PATIENCE, until
 
@@ -36,7 +36,8 @@ def folder(tmp_path):
     rng = np.random.default_rng(0)
     fingerprint = FakeBackbone(LAYERS, WIDTH).info.fingerprint
     manifest = Manifest(
-        name="hybrid", kind="hybrid", version=1, created="2025-01-01T00:00:00Z", template=PROMPTS.template, layers=(2, 4),
+        name="hybrid", kind="hybrid", version=1, created="2025-01-01T00:00:00Z",
+        template=PROMPTS.template, layers=(2, 4),
         backbone=BackboneRef(name="fake", fingerprint=fingerprint), options={"gate": "sigmoid"},
     )  # fmt: skip
     shapes = {"probe_weight": (2, WIDTH), "probe_bias": 2, "gate_weight": (2, 2), "mean": (2, WIDTH)}
@@ -73,14 +74,13 @@ class Shop:
         )
 
     async def open(self):
-        await self.consumer.open()
         return asyncio.create_task(self.agent.run())
 
 
 @pytest.fixture
 async def town(redis_server, folder, monkeypatch):
     """A desk; ``open`` opens shops."""
-    monkeypatch.setattr("inward.control.remote.FOLLOWED", PATIENCE)
+    monkeypatch.setattr("inward.control.remote.FOLLOWED_S", PATIENCE)
     async with AsyncExitStack() as stack:
         connection = Connection(redis_server.url, timeout=PATIENCE)
         stack.push_async_callback(connection.close)
@@ -88,12 +88,12 @@ async def town(redis_server, folder, monkeypatch):
 
         async def open(**options):
             shop = Shop(connection, folder, **options)
+            await stack.enter_async_context(living(shop.consumer))
             task = await shop.open()
 
             async def close():
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
-                await shop.consumer.leave()
 
             stack.push_async_callback(close)
             return shop
@@ -213,3 +213,125 @@ async def test_a_redis_that_is_away_is_a_503(own_redis):
     with pytest.raises(Unavailable, match="can't be reached"):
         await ControlChannel(connection, KEYS).ask(b"", 1.0)
     await connection.close()
+
+
+class Foreign:
+    """A replica of another version, which asks in its own words."""
+
+    def __init__(self, town):
+        self.channel = town._control
+
+    async def ask(self, verb, **arguments):
+        answer = await self.channel.ask(codec.encode_map(verb, arguments), PATIENCE)
+        return codec.decode_map(answer, "answer")
+
+
+async def test_fields_that_a_worker_does_not_know_change_nothing(town):
+    shop = await town.open_shop()
+    await town.refresh()
+    answer = await Foreign(town).ask("activate", name="hybrid", version=1, reason="because", more={"a": [1]})
+    assert answer["head"]["version"] == 1
+    pairs = [{"prompt": "p", "responses": ["a", "b"], "weight": 2.0}]
+    assert (await Foreign(town).ask("update", name="hybrid", sequence=1, pairs=pairs, lr=0.01, mu=1.0))["head"]
+    history = [{"policy_version": "base", "activated": "2025-01-01T00:00:00.000Z", "by": "somebody"}]
+    await town._control.remember_policy(codec.encode_map("policy", {"history": history, "since": 1}))
+    await town._control.announce(b"something else")
+    await until(lambda: shop.policies.history[-1].activated.startswith("2025-01-01"))
+    assert (await town.activate("hybrid", 1)).version == 1
+
+
+@pytest.mark.parametrize(
+    ("verb", "arguments", "said"),
+    [
+        ("unload", {"name": "hybrid"}, "upgrade the workers"),
+        ("activate", {"name": "hybrid"}, "version"),
+        ("activate", {"name": "hybrid", "version": "two"}, "version"),
+        ("update", {"name": "hybrid", "sequence": 1, "pairs": [{"prompt": 1}], "lr": 0.1}, "upgrade the workers"),
+    ],
+)
+async def test_what_a_worker_does_not_understand_is_answered_with_an_error_and_it_goes_on(town, verb, arguments, said):
+    await town.open_shop()
+    await town.refresh()
+    error = (await Foreign(town).ask(verb, **arguments))["error"]
+    assert (error["code"], said in error["message"]) == ("unavailable", True), error
+    with pytest.raises(Unavailable, match="does not understand"):
+        await town.ask(verb, arguments)
+    assert (await town.activate("hybrid", 1)).version == 1
+
+
+async def test_an_entry_that_is_no_request_is_skipped(town):
+    await town.open_shop()
+    await town.refresh()
+    redis = town._control._redis
+    for fields in (("a", "b"), ("answer", "x", "request", b"y", "until", "never"), ("answer", b"\xff", "until", 9e9)):
+        await redis("XADD", KEYS.requests, "*", *fields)
+    assert (await town.activate("hybrid", 1)).version == 1
+
+
+async def test_a_worker_of_a_newer_version_is_understood_and_one_that_is_not_says_why(town):
+    shop = await town.open_shop()
+    newer = codec.decode_map(shop.consumer._about(), "worker_info")
+    newer["backbone"]["quantised"] = True
+    newer |= {"gpu": "B300", "heads": [row | {"owner": "me"} for row in newer["heads"]]}
+    shop.consumer._about = lambda: codec.encode_map("worker_info", newer)
+    await shop.consumer.publish()
+    await town.refresh()
+    assert town.resolve(None, ("hybrid",)).version == 1
+    shop.consumer._about = lambda: codec.encode_map("worker_info", newer | {"heads": [{"name": "hybrid"}]})
+    await shop.consumer.publish()
+    await town.refresh()
+    with pytest.raises(EngineDead, match="not a HeadRef"):
+        town.resolve(None, ("hybrid",))
+
+
+async def test_redis_keeps_nothing_of_requests_that_were_done_and_everything_has_an_end(town, redis_server):
+    await town.open_shop()
+    await town.refresh()
+    for sequence in range(1, 5):
+        await town.update("hybrid", sequence, PAIRS, lr=1e-2)
+    with redis_server.client() as client:
+        assert client.xlen(KEYS.requests) == 0
+        assert client.exists(KEYS.lock) == 0
+        assert endless(client) == []
+
+
+async def test_a_request_that_no_worker_took_is_forgotten(town, redis_server, monkeypatch):
+    monkeypatch.setattr("inward.control.channel.STALE_S", 1)
+    with redis_server.client() as client:
+        client.xadd(KEYS.requests, {"request": b"x" * 10**6}, id="1000-0")  # in 1970
+        with pytest.raises(DeadlineExceeded):
+            await town._control.ask(b"", 0.01)
+        assert client.xlen(KEYS.requests) == 1
+        assert 0 < client.ttl(KEYS.requests) <= 1
+
+
+async def test_the_lock_is_held_as_long_as_it_is_needed_and_no_longer(town, redis_server):
+    channel, inside = town._control, []
+
+    async def change(name, seconds):
+        async with channel.alone(name, 0.3):
+            inside.append(name)
+            await asyncio.sleep(seconds)
+            inside.append(name)
+
+    await asyncio.gather(change("slow", 1.0), change("other", 0.0))  # longer than the lock lives without renewal
+    assert inside in (["slow", "slow", "other", "other"], ["other", "other", "slow", "slow"])
+    with redis_server.client() as client:
+        client.set(KEYS.lock, "of a worker that died", px=200)
+        await asyncio.wait_for(change("heir", 0.0), PATIENCE)
+        client.set(KEYS.lock, "taken over", px=60_000)
+        await channel._redis.script(UNLOCK, [KEYS.lock], ["heir"])
+        assert client.get(KEYS.lock) == b"taken over"
+
+
+async def test_workers_of_different_weights_are_shown_and_refused(town, redis_server):
+    """As where an older worker, which knows nothing of the queue's backbone, stands in the same queue."""
+    shop = await town.open_shop()
+    other = codec.decode_map(shop.consumer._about(), "worker_info")
+    other["backbone"]["dtype"] = "bfloat16"
+    with redis_server.client() as client:
+        client.zadd(KEYS.workers, {"stranger": 9e15})
+        client.set(KEYS.worker("stranger"), codec.encode_map("worker_info", other), px=60_000)
+    await town.refresh()
+    with pytest.raises(EngineDead, match=r"different weights or dtypes .*bfloat16"):
+        town.resolve(None, ("hybrid",))

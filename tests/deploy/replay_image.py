@@ -95,7 +95,7 @@ def start(folder: Path) -> None:
         "TMPDIR": str(folder / "tmp"),
         "MPLCONFIGDIR": str(folder / "tmp"),
     }
-    env |= {"INWARD_HOST": "127.0.0.1", "INWARD_PORT": "0", "INWARD_API_KEYS": "a-key"}
+    env |= {"INWARD_MODEL": "toy", "INWARD_HOST": "127.0.0.1", "INWARD_PORT": "0", "INWARD_API_KEYS": "a-key"}
     folder.chmod(0o755)
     become = _nobody(folder)
     if become:

@@ -17,7 +17,7 @@ def test_the_readout_is_the_direction_at_the_manifests_place():
     head = legend(layers=(3,), position="eos", final_norm=True)
     (tap,) = head.readout.taps
     assert (tap.layer, tap.position, tap.final_norm, tap.weight_DK.shape) == (3, "eos", True, (4, 1))
-    assert np.array_equal(tap.weight_DK[:, 0], head.direction_D)
+    assert np.array_equal(tap.weight_DK[:, 0], head.direction)
 
 
 def test_a_pair_whose_chosen_answer_is_on_the_safe_side_has_a_positive_margin():

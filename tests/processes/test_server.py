@@ -31,7 +31,7 @@ async def test_answers_are_not_held_back_by_nagles_algorithm():
 
 
 class Standalone:
-    app, draining = None, False
+    app, draining, stuck = None, False, False
 
     async def close(self, timeout):
         return True
@@ -48,7 +48,7 @@ class Enough(Exception):
 async def test_who_reads_that_it_is_ready_can_connect(monkeypatch):
     monkeypatch.setattr("signal.signal", lambda *_: None)  # they are pytest's
     with listen("127.0.0.1", 0) as bound:
-        monkeypatch.setattr("inward.processes.server.listen", lambda *_: bound)
+        monkeypatch.setattr("inward.processes.server.listen", lambda *_, **__: bound)
 
         def ready(_):
             socket.create_connection(bound.getsockname(), timeout=PATIENCE).close()
@@ -90,9 +90,44 @@ async def test_a_port_that_another_one_was_quicker_to_take_is_an_error_that_name
         port = other.getsockname()[1]
         with listen("127.0.0.1", port) as bound:
             other.listen()
-            monkeypatch.setattr("inward.processes.server.listen", lambda *_: bound)
+            monkeypatch.setattr("inward.processes.server.listen", lambda *_, **__: bound)
             with pytest.raises(SetupError, match=str(port)):
                 await serve(Settings(), open_house, lambda _: {})
+
+
+@pytest.mark.parametrize("taken", ["listened on", "bound a moment ago"])
+async def test_a_port_that_nobody_named_gives_way_to_a_free_one(taken, monkeypatch, handlers):
+    urls = []
+
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", 0))
+        port = other.getsockname()[1]
+
+        async def opening():
+            other.listen()
+            return Standalone()
+
+        if taken == "listened on":
+            other.listen()
+        monkeypatch.setattr("inward.processes.server.logs.event", lambda *_, url="", **__: urls.append(url))
+        await serve(Settings(), opening, lambda _: {}, lambda _: asyncio.create_task(asyncio.sleep(0)), unnamed=port)
+        assert urls[0].startswith("http://127.0.0.1:") and not urls[0].endswith(f":{port}")
+        with pytest.raises(SetupError, match=str(port)):
+            await serve(Settings(port=port), opening, lambda _: {}, unnamed=port + 1)
+
+
+async def test_a_process_whose_device_hangs_is_ended_without_waiting_for_it(monkeypatch, handlers):
+    ended = []
+    monkeypatch.setattr("os._exit", ended.append)
+    house = Standalone()
+    house.stuck = True
+
+    async def opening():
+        return house
+
+    await serve(Settings(port=0), opening, lambda _: {}, lambda _: asyncio.create_task(asyncio.sleep(0)))
+    assert ended == [1]
 
 
 def test_a_free_port_is_ours_alone_before_anybody_listens():

@@ -8,7 +8,6 @@ import httpx
 import pytest
 
 from api.test_stream import events
-from inward.stores.keys import Keys
 from support.adapters import write_adapter
 from support.fleet import Fleet
 from support.serving import write_model
@@ -60,6 +59,9 @@ def test_an_api_replica_is_red_until_there_is_a_worker_and_then_answers_as_one_p
         assert (info["heads"], info["limits"]["tokens"]) == (["bench-0"], 1024)
         assert http.get(api.url + "/heads").json() == {"heads": [http.get(api.url + "/heads/bench-0").json()]}
         assert http.get(api.url + "/heads/nope").status_code == 404
+        for most, status in ((1000, 200), (1024, 413), (20480, 413)):  # the limit that the worker has said by now
+            ask = {"prompt": "question", "n": 1, "sampling": {"max_tokens": most}}
+            assert http.post(api.url + "/rerank", json=ask).status_code == status
         assert "inward_workers 1.0" in http.get(api.url + "/metrics").text
         assert "inward_computed_tokens_total" in http.get(worker.url + "/metrics").text
     finally:
@@ -146,25 +148,3 @@ print(sorted(set(sys.modules) & {{"torch", "vllm"}}))
         check=False,
     )
     assert done.stdout.strip() == "[]", done.stderr
-
-
-def test_a_client_that_asks_again_at_another_replica_costs_one_forward_pass(folder, http, redis_server):
-    with Fleet(folder, redis_server.url, sharing_window=600) as fleet:
-        worker, *apis = fleet.worker(), fleet.api(), fleet.api()
-        fleet.wait_until_ready(worker, *apis)
-        answers = []
-        for api in (*apis, *apis):
-            answers.append(http.post(api.url + "/margin", json={"pairs": pairs(4)}).json())
-            with redis_server.client() as client:  # the others are told after the answer is sent
-                wait_until(
-                    lambda client=client: all(
-                        client.get(key)[:1] == b"=" for key in client.keys(Keys("model").shared("*"))
-                    )
-                )
-        assert answers[0]["margins"] == answers[1]["margins"] == answers[3]["margins"]
-        computed = [
-            line
-            for line in http.get(worker.url + "/metrics").text.splitlines()
-            if line.startswith("inward_batch_size_sum")
-        ]
-        assert computed == ["inward_batch_size_sum 4.0"]

@@ -200,7 +200,8 @@ def test_a_port_that_is_taken_and_an_address_open_to_all_are_refused_in_one_line
         ):
             done = subprocess.run(
                 [sys.executable, "-m", "inward", "serve", "--model", str(folder / "model"), *options],
-                capture_output=True, text=True, timeout=PATIENCE, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+                capture_output=True, text=True, timeout=PATIENCE,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
             )  # fmt: skip
             assert done.returncode == 2
             assert said in done.stderr

@@ -2,11 +2,10 @@
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from inward.prompts import Prompts
 from support.chat_templates import FAMILIES, tokenizer_of
-from support.tiny_tokenizer import TEXTS, tokenizer
+from support.tiny_tokenizer import TEXTS, saved, tokenizer
 
 
 def specials(prompts, ids):
@@ -71,7 +70,7 @@ def sentencepiece():
         vocab_size=200, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=letters, show_progress=False
     )
     bpe.train_from_iterator([text.replace(" ", "▁") for text in TEXTS], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return saved(bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 def test_no_space_comes_into_a_text_where_it_is_cut():

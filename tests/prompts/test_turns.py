@@ -4,7 +4,10 @@ from functools import cache
 from itertools import product
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from inward.errors import InvalidField
 from inward.prompts import Prompts
 from support.chat_templates import FAMILIES, end_ids_of, tokenizer_of
 
@@ -137,3 +140,33 @@ def test_a_template_that_can_not_be_asked_leaves_texts_as_they_are_but_for_their
     turns = Prompts(tokenizer, max_tokens=100).turns
     assert turns.split("<|im_start|>user\nHi</s><pad>") == ("<|im_start|>user\nHi", "")
     assert not turns.is_rendered("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_marks_in_any_order_are_split_into_what_can_be_scored(family, data):
+    prompts, known = prompts_of(family), FAMILIES[family]
+    marks = [
+        known.eos,
+        known.bos or "",
+        known.pad or "",
+        *known.ends,
+        *known.control,
+        "<think>",
+        "[INST]",
+        "\n",
+        " ",
+        "a b",
+    ]
+    pieces = st.lists(st.sampled_from(marks), max_size=12).map("".join)
+    text, prompt = data.draw(pieces), data.draw(pieces)
+    for known_prompt in ("", prompt):
+        begun, response = prompts.turns.split(known_prompt + text, known_prompt)
+        assert prompts.turns.strip(response) == response
+        try:
+            group = prompts.group(begun, [response], rendered=True).group
+        except InvalidField as error:  # nothing is left of it
+            assert "empty" in error.message and not begun + response
+        else:
+            assert group.prompt_ids or group.responses_ids[0]

@@ -8,13 +8,13 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import pytest
 
 from inward import metrics
-from inward.errors import EngineDead, InternalError, SetupError
+from inward.errors import EngineDead, InternalError, SetupError, Unavailable
 from inward.queues.redis import scripts
 from inward.queues.redis.consumer import RedisConsumer
-from inward.queues.redis.producer import RedisProducer
+from inward.queues.redis.producer import REPLIES_S, RedisProducer
 from inward.stores.connection import Connection
 from inward.stores.keys import GROUP, Keys
-from support.queues import BEATING, KEYS, REPLICA, WORKER, age, done, ids, in_redis, job
+from support.queues import BEATING, KEYS, REPLICA, WORKER, age, done, endless, ids, in_redis, job, living
 from support.waiting import PATIENCE, until
 
 
@@ -34,21 +34,17 @@ class Standalone:
         self._stack.push_async_callback(connection.close)
         return connection
 
-    async def worker(self, **options):
-        worker = RedisConsumer(await self.connection(), KEYS, **{**WORKER, **options})
-        await worker.open()
-        self._stack.push_async_callback(worker.leave)
-        return worker
+    async def worker(self, keys=KEYS, **options):
+        worker = RedisConsumer(await self.connection(), keys, **{**WORKER, **options})
+        return await self._stack.enter_async_context(living(worker))
 
     async def replica(self, **options):
         replica = RedisProducer(await self.connection(), KEYS, **{"max_tokens": 10**6, **REPLICA, **options})
-        await replica.open()
-        self._stack.push_async_callback(replica.leave)
-        return replica
+        return await self._stack.enter_async_context(living(replica))
 
     def freeze(self, worker):
         """No sign of life and no renewal from now on, as after SIGSTOP, and that long ago."""
-        worker._keeping.cancel()
+        worker.stop()
         age(self.server, worker.worker)
 
     def pending(self):
@@ -101,7 +97,7 @@ async def test_what_was_claimed_and_never_arrived_is_found_again(house):
     [wait] = await replica.submit([job("a")])
     with house.server.client() as client:  # as if the answer to it had been cut off
         client.xreadgroup("workers", worker.worker, {KEYS.streams[0]: ">"})
-    worker._failed(ConnectionError())
+    worker._failed(Unavailable("away"))
     found = await one(worker)
     assert (found.id, found.deliveries) == ("a", 1)
     await worker.settle([done(found, "found")])
@@ -117,7 +113,7 @@ async def test_a_redis_that_goes_away_between_two_reads_takes_no_claimed_job_alo
     async def failing(*args, **options):
         calls.append(args)
         if len(calls) == 2:  # the bulk jobs, when the interactive ones are claimed
-            raise ConnectionError("gone")
+            raise Unavailable("gone")
         return await read(*args, **options)
 
     monkeypatch.setattr(worker, "_read", failing)
@@ -279,8 +275,7 @@ async def test_jobs_of_a_replica_that_died_are_not_computed_and_free_their_room(
     dead = await house.replica()
     await dead.submit([job("a"), job("b")])
     taken = await next_of(worker)
-    for task in dead._tasks:
-        task.cancel()
+    dead.stop()
     with house.server.client() as client:
         assert 0 < client.pttl(KEYS.alive(dead.replica)) <= 1000 * PATIENCE
         client.pexpire(KEYS.alive(dead.replica), 0)
@@ -349,7 +344,7 @@ async def test_an_unreadable_job_becomes_a_dead_letter_and_its_caller_gets_an_er
         waits = await replica.submit([job("newer")])
     await replica.submit([job("fine")])
     assert ids(await next_of(worker)) == ["fine"]
-    assert "upgrade workers" in (await waits[0]).message
+    assert "of one version" in (await waits[0]).message
     with house.server.client() as client:
         assert client.xlen(KEYS.dead) == 1
 
@@ -357,7 +352,7 @@ async def test_an_unreadable_job_becomes_a_dead_letter_and_its_caller_gets_an_er
 async def test_two_queues_in_one_redis_do_not_see_each_other(house):
     async with in_redis(house.server.url) as q:
         other = RedisProducer(q.redis, Keys("other"), max_tokens=100)
-        await other.open()
+        await other.live()
         with pytest.raises(EngineDead):
             await other.submit([job("a")])
         await other.leave()
@@ -428,10 +423,10 @@ async def test_a_replica_tells_how_many_jobs_wait_in_redis_and_how_many_are_clai
 
     async with in_redis(redis_server.url) as q:
         waits = await q.producer.submit([job("a"), job("b"), job("c", priority="bulk")])
-        await q.producer._live()
+        await q.producer.live()
         assert told() == ([2, 1], [0, 0])
         first = await q.consumer.take(10)
-        await q.producer._live()
+        await q.producer.live()
         lag, pending = told()
         assert (sum(lag), sum(pending)) == (3 - len(q.consumer._claims), len(q.consumer._claims))
         await q.consumer.settle([done(j) for j in first])
@@ -439,6 +434,113 @@ async def test_a_replica_tells_how_many_jobs_wait_in_redis_and_how_many_are_clai
             first += (batch := await q.consumer.take(100))
             await q.consumer.settle([done(j) for j in batch])
         await asyncio.gather(*waits)
-        await q.producer._live()
+        await q.producer.live()
         assert told() == ([0, 0], [0, 0])
         assert metrics.REGISTRY.get_sample_value("inward_dead_letters_kept") == 0
+
+
+ONE, OTHER = KEYS.of("sha256:one:float32"), KEYS.of("sha256:other:float32")
+
+
+async def test_workers_of_another_backbone_take_no_jobs_and_say_why(house):
+    worker, replica = await house.worker(ONE), await house.replica(**BEATING)
+    stranger = await house.worker(OTHER)
+    assert worker.problem is None
+    assert "sha256:one:float32" in stranger.problem and "sha256:other:float32" in stranger.problem
+    taking = asyncio.create_task(stranger.take(10_000))
+    waits = await replica.submit([job(i) for i in range(20)])
+    await worker.settle([done(j, "one") for j in await next_of(worker)])
+    assert {o.message for o in await asyncio.gather(*waits)} == {"one"}
+    assert not taking.done()
+    assert replica.workers == 1
+    taking.cancel()
+    await asyncio.wait([taking])
+
+
+@pytest.mark.parametrize("leaves", ["in order", "killed"])
+async def test_when_the_last_worker_of_a_backbone_has_gone_another_one_may_serve_the_queue(house, leaves):
+    replica = await house.replica(**BEATING)
+    async with living(RedisConsumer(await house.connection(), ONE, **WORKER)) as worker:
+        heir = await house.worker(OTHER, ttl=1.0)
+        await until(lambda: replica.workers)
+        [before] = await replica.submit([job("before")])
+        assert heir.problem
+        taken = await next_of(worker)
+        if leaves == "killed":
+            worker.stop()
+            with house.server.client() as client:
+                client.pexpire(KEYS.served, 1)
+                client.delete(KEYS.workers)
+            await until(lambda: heir.problem is None)
+    await until(lambda: heir.problem is None)
+    moved = await asyncio.wait_for(before, PATIENCE)
+    assert (moved.code, "another backbone" in moved.message) == ("unavailable", True)
+    await worker.settle([done(j, "too late") for j in taken])
+    [after] = await replica.submit([job("after")])
+    await heir.settle([done(j, "heir") for j in await next_of(heir)])
+    assert (await after).message == "heir"
+
+
+async def test_a_worker_that_lost_the_queue_to_another_backbone_takes_no_more(house):
+    worker = await house.worker(ONE, ttl=1.0)
+    with house.server.client() as client:
+        client.set(KEYS.served, OTHER.backbone)
+    await until(lambda: worker.problem)
+    assert await worker.look(100) == []
+    with house.server.client() as client:
+        assert client.zrange(KEYS.workers, 0, -1) == []
+        client.delete(KEYS.served)
+    await until(lambda: worker.problem is None)
+
+
+async def test_nothing_in_redis_lives_without_an_end(house):
+    worker, replica = await house.worker(), await house.replica(**BEATING)
+    with house.server.client() as client:
+        waits = await replica.submit([job("a"), job("b", priority="bulk")])
+        assert endless(client) == []
+        taken = []
+        while len(taken) < 2:
+            taken += await next_of(worker)
+        await worker.settle([done(j) for j in taken])
+        await asyncio.gather(*waits)
+        await replica.submit([job("poison")])
+        await one(worker)
+        house.freeze(worker)
+        heir = await house.worker(max_deliveries=1)
+        assert await heir.look(100) == []
+        assert client.xlen(KEYS.dead) == 1
+        replica.stop()  # killed: nobody reads its replies any more
+        [_] = await replica.submit([job("c")])
+        await heir.settle([done(j) for j in await next_of(heir)])
+        assert client.xlen(KEYS.replies(replica.replica)) == 1
+        assert endless(client) == []
+        assert 0 < client.ttl(KEYS.replies(replica.replica)) <= REPLIES_S
+
+
+async def test_signs_of_life_put_off_the_end_of_what_has_none_of_its_own(house):
+    worker, replica = await house.worker(ttl=1.0), await house.replica()
+    await replica.submit([job("a")])
+    with house.server.client() as client:
+        for key in (KEYS.key("open"), KEYS.key("tokens"), KEYS.streams[0]):
+            client.expire(key, 60)
+            await until(lambda key=key: client.ttl(key) > 60)
+        worker.stop()
+        client.expire(KEYS.key("open"), 60)
+        await replica.live()
+        assert client.ttl(KEYS.key("open")) > 60
+
+
+async def test_an_entry_that_is_no_job_is_dropped_and_harms_nobody(house):
+    worker, replica = await house.worker(), await house.replica()
+    with house.server.client() as client:
+        client.xadd(KEYS.streams[0], {"a": "b"})
+        client.xadd(KEYS.streams[0], {"id": "unknown", "to": replica.replica, "job": b"x"})
+    [wait] = await replica.submit([job("a")])
+    await worker.settle([done(j, "fine") for j in await next_of(worker)])
+    assert (await wait).message == "fine"
+    with house.server.client() as client:
+        assert client.xlen(KEYS.streams[0]) == 1  # what is no open job goes once its claim is old
+        age(house.server, worker.worker)
+    heir = await house.worker()
+    assert await heir.look(100) == []
+    assert house.empty()

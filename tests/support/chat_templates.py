@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
-
-from support.tiny_tokenizer import TEXTS
+from inward.backbones.tokenizer import FolderTokenizer
+from support.tiny_tokenizer import byte_level, saved
 
 LLAMA_2 = (
     "{% if messages[0]['role'] == 'system' %}{% set start = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}"
@@ -29,7 +27,8 @@ LLAMA_3 = (
     "{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}"
     "{{ '<|start_header_id|>system<|end_header_id|>\n\nToday Date: ' + today + '\n\n' + system + '<|eot_id|>' }}"
     "{% for m in turns %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
-    "{{ m['content'] | trim + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    "{{ m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -55,7 +54,8 @@ GEMMA = (
     "{{ bos_token }}{% for m in messages %}"
     "{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' }}"
-    "{{ m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+    "{{ m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
 PHI_3 = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
@@ -99,28 +99,17 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
+def tokenizer_of(name: str) -> FolderTokenizer:
     """A byte-level BPE with the family's control tokens and template."""
     family = FAMILIES[name]
     named = {name: token for name, token in (("bos_token", family.bos), ("pad_token", family.pad)) if token}
     special = list(dict.fromkeys([*named.values(), family.eos, *family.ends, *family.control]))
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=450, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator(TEXTS, trainer)
-    if family.adds_bos:
-        bos = (family.bos, special.index(family.bos))
-        bpe.post_processor = processors.TemplateProcessing(single=f"{family.bos} $A", special_tokens=[bos])
-    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=family.eos, **named)
-    fast.chat_template = family.template
-    return fast
+    backend = byte_level(special, 450, bos=family.bos if family.adds_bos else None)
+    return saved(backend, eos_token=family.eos, chat_template=family.template, **named)
 
 
 def end_ids_of(name: str) -> tuple[int, ...]:
     """The ids that end a text of the family, as its configurations would state them."""
     family = FAMILIES[name]
-    return tuple(tokenizer_of(name).convert_tokens_to_ids([family.eos, *family.ends]))
+    ids = {token.content: i for i, token in tokenizer_of(name).added_tokens_decoder.items()}
+    return tuple(ids[token] for token in (family.eos, *family.ends))

@@ -27,6 +27,7 @@ class FakeHead:
         self.readout = Readout((Tap(layer, "last", weight),))
         self.ref = HeadRef(name, "legend", version)
         self.manifest = SimpleNamespace(calibration={})
+        self.pools = False
 
     def score(self, reading, *, details=frozenset(), pair=False):
         if "layers" in details:
@@ -57,8 +58,8 @@ class FakeSnapshot:
 
 
 class Corridor:
-    def __init__(self, *, max_tokens=100_000, **backbone):
-        self.backbone = FakeBackbone(**backbone)
+    def __init__(self, *, max_tokens=100_000, max_length=32768, **backbone):
+        self.backbone = FakeBackbone(**backbone, max_tokens=max_length)
         self.registry = FakeRegistry(FakeHead())
         self.queue = MemoryQueue(max_tokens=max_tokens)
         self.engine = Engine(self.backbone, self.registry)

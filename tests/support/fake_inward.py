@@ -12,44 +12,71 @@ import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import httpx
+
+from inward_trainer.service import Service
+
 WORDS = (
     "harbour boats morning quiet birds wire crows starlings lock canal step safer tallest tree redwood metres".split()
 )
 
 
+HEADS = (
+    {"name": "hybrid", "kind": "hybrid"},
+    {"name": "legend", "kind": "legend"},
+    {"name": "monitor", "kind": "legend"},
+)
+SLOW = {"error": {"message": "not done within 95 s", "code": "deadline_exceeded"}}
+
+
 class FakeInward:
     """``updates`` are the pairs of each update of the head by its sequence number, ``policies`` the versions that it
-    was switched to."""
+    was switched to, ``asked`` every request's path and body.
 
-    def __init__(self, *, adapters=None):
+    Args:
+        about: more of what ``GET /info`` says.
+        heads: what is loaded, in this order.
+        most_at_once: samples that it draws within its deadline.
+    """
+
+    def __init__(self, *, adapters=None, about=None, heads=HEADS, most_at_once=10**6):
         self.adapters = adapters
+        self.about = about or {}
+        self.heads = heads
+        self.most_at_once = most_at_once
         self.updates = {}
         self.policies = ["base"]
         self.drawn = []
+        self.asked = []
         self.refuse_next = 0
         self._lock = threading.Lock()
 
     def answer(self, method, path, body):
         """Status and JSON."""
         with self._lock:
+            self.asked.append((path, body))
             if self.refuse_next:
                 self.refuse_next -= 1
                 return 503, {"error": {"message": "not now"}}
             parts = path.strip("/").split("/")
+            if parts[0] == "info":
+                return 200, {"model": "tiny", "limits": {"timeout_seconds": 95, "candidates": 64}, **self.about}
             if parts[0] == "policy":
                 return self._policy(method, body)
             if parts[0] == "heads":
-                return self._head(method, body)
-            return 200, {
-                "/rerank": self._rerank,
-                "/reward": self._reward,
-                "/score": self._score,
-                "/margin": self._margin,
-            }[path](body)
+                return self._head(method, parts[1:], body)
+            if path == "/rerank" and body["n"] > self.most_at_once:
+                return 504, SLOW
+            routes = {"/rerank": self._rerank, "/reward": self._reward, "/score": self._score, "/margin": self._margin}
+            return 200, self._envelope(body) | routes[path](body)
 
     @property
     def policy(self):
         return self.policies[-1]
+
+    def _envelope(self, body):
+        head = next(head for head in self.heads if head["name"] == body.get("head", head["name"]))
+        return {"model": "tiny", "policy_version": self.policy, "head": head | {"version": 1}}
 
     def _policy(self, method, body):
         if method == "POST" and body["version"] != self.policy:
@@ -61,31 +88,42 @@ class FakeInward:
             self.policies.append(body["version"])
         return 200, {"policy_version": self.policy, "available": [], "history": []}
 
-    def _head(self, method, body):
+    def _head(self, method, name, body):
+        last = max(self.updates, default=0)
         if method == "POST":
-            last = max(self.updates, default=0)
             if body["sequence"] not in (last, last + 1):
                 return 409, {"error": {"message": f"expected {last + 1}"}}
-            if body["sequence"] == last + 1:
-                self.updates[last + 1] = body["pairs"]
-        return 200, {"name": "hybrid", "sequence": max(self.updates, default=0)}
+            self.updates.setdefault(body["sequence"], body["pairs"])
+        last = max(self.updates, default=0)
+        listed = [head | {"version": 1, "sequence": last if head["kind"] == "hybrid" else 0} for head in self.heads]
+        return 200, next((head for head in listed if head["name"] in name), None) if name else {"heads": listed}
 
     def _rerank(self, body):
         step = self.policy.rpartition("-")[2]
         texts = [self._text(body["prompt"], body["sampling"]["seed"], step, i) for i in range(body["n"])]
         results = sorted(
-            ({"text": t, "score": score(t), "finish_reason": "stop"} for t in texts), key=lambda r: -r["score"]
+            (
+                {"index": i, "text": t, "score": score(t), "finish_reason": "stop", "completion_tokens": 6}
+                for i, t in enumerate(texts)
+            ),
+            key=lambda r: -r["score"],
         )
         self.drawn.append(body["prompt"])
-        pair = {"confidence": 0.9} if results[0]["score"] > results[-1]["score"] else None
-        return {"results": results, "pair": pair, "policy_version": self.policy}
+        best, worst = results[0], results[-1]
+        pair = {"prompt": body["prompt"], "chosen": best["text"], "rejected": worst["text"], "margin": 1.0}
+        return {
+            "results": results,
+            "best": best,
+            "pair": pair | {"confidence": 0.9} if best["score"] > worst["score"] else None,
+        }
 
     def _reward(self, body):
-        rewards = [
-            {"chosen_score": score(pair["chosen"]), "rejected_score": score(pair["rejected"]), "confidence": 0.8}
-            for pair in body["pairs"]
-        ]
-        return {"rewards": rewards, "policy_version": self.policy}
+        return {
+            "rewards": [
+                {"chosen_score": score(pair["chosen"]), "rejected_score": score(pair["rejected"]), "confidence": 0.8}
+                for pair in body["pairs"]
+            ]
+        }
 
     def _score(self, body):
         return {"scores": [{"score": score(item["response"])} for item in body["items"]]}
@@ -106,6 +144,22 @@ class FakeInward:
 
 def score(text):
     return round(hashlib.sha256(text.encode()).digest()[0] / 64 - 2, 3)
+
+
+def service_of(answer, **options):
+    """A Service whose requests a function answers."""
+    return Service("http://inward", http=httpx.AsyncClient(transport=httpx.MockTransport(answer)), **options)
+
+
+def service(fake, **options):
+    """Talks to a stand-in without a network."""
+
+    def answer(request):
+        body = json.loads(request.content) if request.content else None
+        status, content = fake.answer(request.method, request.url.path, body)
+        return httpx.Response(status, json=content)
+
+    return service_of(answer, **options)
 
 
 @contextmanager

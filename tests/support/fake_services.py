@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 
@@ -14,8 +14,9 @@ from inward.api.app import create_app
 from inward.api.auth import KeyRing
 from inward.api.services import Limits, Services
 from inward.errors import Conflict, InwardError, NotFound
+from inward.heads.registry import choose
 from inward.prompts import Prompts
-from inward.types import Group, HeadRef, LayerScores, PairScores, Scored, Scores, Timing, Usage
+from inward.types import Group, HeadRef, Kind, LayerScores, PairScores, Scored, Scores, Timing, Usage
 
 LEGEND = HeadRef("harmless", "legend", 3)
 HYBRID = HeadRef("helpful", "hybrid", 1)
@@ -29,7 +30,7 @@ class FakeTokenizer:
     chat_template = None
     bos_token = bos_token_id = None
     eos_token = pad_token = unk_token = None
-    added_tokens_decoder = {}
+    added_tokens_decoder: ClassVar[dict[int, Any]] = {}
 
     def __call__(self, text: list[str], *, add_special_tokens: bool) -> Any:
         return {"input_ids": [[ord(c) for c in t] for t in text]}
@@ -94,19 +95,15 @@ def _scores(ref: HeadRef, lengths: tuple[float, ...], details: frozenset[str], p
     )
 
 
-class FakeDesk:
+class FakeHeadControl:
     """Knows the heads it is given."""
 
     def __init__(self, refs: dict[str, HeadRef]) -> None:
         self.refs = refs
         self.updates: list[tuple[Any, ...]] = []
 
-    def resolve(self, name: str | None, kinds: Sequence[str]) -> HeadRef:
-        for kind in kinds:
-            for ref in self.refs.values():
-                if ref.kind == kind and name in (None, ref.name):
-                    return ref
-        raise NotFound(f"no head {name!r} of kind {', '.join(kinds)}; loaded: {', '.join(self.refs)}")
+    def resolve(self, name: str | None, kinds: Sequence[Kind]) -> HeadRef:
+        return choose(self.refs, name, kinds)
 
     def listing(self) -> list[dict[str, Any]]:
         return [{"name": ref.name, "kind": ref.kind, "version": ref.version} for ref in self.refs.values()]
@@ -165,19 +162,22 @@ class FakeServices:
         keys_file: Path | None = None,
         limits: Limits | None = None,
         metrics_open: bool = True,
+        rerank_head: str | None = None,
         compat_head: str | None = None,
     ) -> None:
         self.refs = {ref.name: ref for ref in refs or (LEGEND, HYBRID)}
         self.intake = FakeIntake(self.refs)
-        self.desk = FakeDesk(self.refs)
+        self.head_control = FakeHeadControl(self.refs)
         self.policies = FakePolicies()
         self.is_alive = True
         self.readiness = (True, "ready")
         self.services = Services(
             prompts=Prompts(FakeTokenizer(), max_tokens=MAX_TOKENS),
             intake=self.intake,
-            heads=self.desk,
+            heads=self.head_control,
             policies=self.policies,
+            model="tiny",
+            rerank_head=rerank_head,
             info=lambda: {"model": "tiny", "revision": "main", "limits": {"items": self.services.limits.items}},
             ready=lambda: self.readiness,
             alive=lambda: self.is_alive,

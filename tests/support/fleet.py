@@ -83,8 +83,10 @@ class Fleet:
         """``inward api``, where nothing is installed for models."""
         return self._start([sys.executable, str(BARE), "api", *self._options, *options])
 
-    def worker(self, *options: str, seconds_per_token: float = 0.0, poison: str = "") -> Process:
+    def worker(self, *options: str, seconds_per_token: float = 0.0, poison: str = "", hangs: bool = False) -> Process:
+        """Poison ends it; with ``hangs`` its device never comes back."""
         chaos = {"CHAOS_SECONDS_PER_TOKEN": str(seconds_per_token), "CHAOS_POISON": poison}
+        chaos["CHAOS_HANGS"] = "1" if hangs else ""
         return self._start([sys.executable, str(CHAOS_WORKER), *self._options, *self._heads, *options], chaos)
 
     def _start(self, command: list[str], more: dict[str, str] | None = None) -> Process:

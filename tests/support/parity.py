@@ -42,7 +42,7 @@ SIZES: dict[str, Any] = {
 def save(config: type[Any], folder: Path, **more: Any) -> Path:
     """A model of this configuration with random weights, which ends some of its texts by itself."""
     torch.manual_seed(0)
-    tokenizer = tiny.tokenizer()
+    tokenizer = tiny.of_transformers()
     ends = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import asynccontextmanager
 
 from inward.queues.memory import MemoryQueue
@@ -45,15 +46,31 @@ async def in_redis(url, *, max_tokens=1_000_000, producer=None, consumer=None):
     """Opened sides of a queue in Redis, closed in the end; the options go to their constructors."""
     connection = Connection(url, timeout=PATIENCE)
     worker = RedisConsumer(connection, KEYS, **{**WORKER, **(consumer or {})})
-    await worker.open()
     replica = RedisProducer(connection, KEYS, max_tokens=max_tokens, **{**REPLICA, **(producer or {})})
-    await replica.open()
     try:
-        yield InRedis(replica, worker, connection)
+        async with living(worker), living(replica):
+            yield InRedis(replica, worker, connection)
     finally:
-        await replica.leave()
-        await worker.leave()
         await connection.close()
+
+
+@asynccontextmanager
+async def living(side):
+    """One side of the queue in Redis with its loops, as a process runs them; it leaves in the end."""
+    if isinstance(side, RedisConsumer):
+        await side.open()
+        loops = [side.keep]
+    else:
+        await side.live()
+        loops = [side.keep_living, side.keep_receiving]
+    tasks = [asyncio.create_task(loop()) for loop in loops]
+    side.stop = lambda: [task.cancel() for task in tasks]  # as if it were frozen or dead
+    try:
+        yield side
+    finally:
+        side.stop()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await side.leave()
 
 
 def age(server, worker, seconds=PATIENCE, *, streams=KEYS.streams, group=GROUP):
@@ -73,6 +90,11 @@ def age(server, worker, seconds=PATIENCE, *, streams=KEYS.streams, group=GROUP):
                     retrycount=deliveries,
                     justid=True,
                 )
+
+
+def endless(client):
+    """Keys that would stay for ever if everybody went away now."""
+    return sorted(key for key in client.scan_iter() if client.ttl(key) == -1)
 
 
 def job(name, tokens=10, **more):

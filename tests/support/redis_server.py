@@ -114,8 +114,10 @@ class Sentinel:
     def _up(self) -> bool:
         self.port, tls = free_port(), self._master.tls
         lines = [
-            "bind 127.0.0.1", f"dir {self._folder}", f"sentinel monitor {self._service} 127.0.0.1 {self._master.port} 1",
-            f"sentinel down-after-milliseconds {self._service} {round(1000 * PATIENCE)}", f"sentinel failover-timeout {self._service} 3000",
+            "bind 127.0.0.1", f"dir {self._folder}",
+            f"sentinel monitor {self._service} 127.0.0.1 {self._master.port} 1",
+            f"sentinel down-after-milliseconds {self._service} {round(1000 * PATIENCE)}",
+            f"sentinel failover-timeout {self._service} 3000",
         ]  # fmt: skip
         if tls is None:
             lines.append(f"port {self.port}")

@@ -20,7 +20,7 @@ from inward.backbones.fingerprint import fingerprint
 from inward.offline.bench.workload import write_random_heads
 from inward.prompts import Prompts
 from inward.types import BackboneInfo
-from support.tiny_tokenizer import tokenizer
+from support.tiny_tokenizer import of_transformers as tokenizer
 from support.waiting import PATIENCE
 
 LAYERS, WIDTH = 3, 64
@@ -30,9 +30,9 @@ PATIENT = {f"INWARD_{name}": str(PATIENCE) for name in ("TIMEOUT", "DRAIN_TIMEOU
 """A slow machine is not told from a fast one, nor a slow process from a dead one."""
 
 
-def write_model(folder: Path) -> Path:
+def write_model(folder: Path, seed: int = 0) -> Path:
     """A Llama of three blocks with random weights in ``folder/model`` and a LEGEND head in ``folder/heads``."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     tok = tokenizer()
     config = transformers.LlamaConfig(
         vocab_size=len(tok), hidden_size=WIDTH, intermediate_size=128, num_hidden_layers=LAYERS, num_attention_heads=4,

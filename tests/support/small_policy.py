@@ -10,14 +10,15 @@ import transformers
 
 import inward
 from inward_trainer.options import CdpoOptions
-from support.tiny_tokenizer import TEXTS, tokenizer
+from support.tiny_tokenizer import TEXTS
+from support.tiny_tokenizer import of_transformers as tokenizer
 
 DEMO = Path(inward.__file__).parent / "models/toy"
 
 
-def write_policy(folder):
+def write_policy(folder, *, seed=5):
     """A Llama of two blocks with random weights, and its tokenizer."""
-    torch.manual_seed(5)
+    torch.manual_seed(seed)
     config = transformers.LlamaConfig(
         vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=256, bos_token_id=0, eos_token_id=1,

@@ -88,5 +88,5 @@ def test_a_row_says_whether_its_answers_were_cut():
     ],
 )
 def test_rows_that_are_no_pairs_are_refused_by_field(row, blamed):
-    with pytest.raises(DataError, match=f"row 5: `{blamed}`"):
+    with pytest.raises(DataError, match=f"row 5: ['`]{blamed}['`]"):
         read_row(row, "5")

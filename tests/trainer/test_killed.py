@@ -19,8 +19,8 @@ def append(client, some):
 
 def trainer(policy, out, url):
     words = {
-        "model": policy, "out": out, "source": "stream", "redis-url": url, "queue": "tiny", "steps": STEPS, "batch-size": BATCH,
-        "checkpoint-every": 2, "max-length": 128, "lora-rank": 4, "patience": 120,
+        "model": policy, "out": out, "source": "stream", "redis-url": url, "queue": "tiny", "steps": STEPS,
+        "batch-size": BATCH, "checkpoint-every": 2, "max-length": 128, "lora-rank": 4, "patience": 120,
     }  # fmt: skip
     options = [word for name, value in words.items() for word in (f"--{name}", str(value))]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TOKENIZERS_PARALLELISM": "false"}

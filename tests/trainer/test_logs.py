@@ -12,7 +12,7 @@ def test_a_run_that_goes_on_drops_the_lines_of_steps_that_are_done_again(tmp_pat
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"step": 5, "los')  # where a crash cut it short
     log = Log(tmp_path, 3, tensorboard=False)
-    assert [line["step"] for line in log.kept] == [0, 1, 2, 3]
+    assert [line["step"] for line in log.lines] == [0, 1, 2, 3]
     log.write(4, {"loss": 40.0})
     assert read_log(tmp_path / "log.jsonl")[-1] == {"step": 4, "loss": 40.0}
     assert len(read_log(tmp_path / "log.jsonl")) == 5

@@ -1,12 +1,16 @@
 import argparse
+import errno
 
 import pytest
+import torch
 
 from inward.stores.keys import Keys
-from inward_trainer.__main__ import main, parser
+from inward_trainer.__main__ import main, mendable, parser
 from inward_trainer.cdpo import check, stream_key
 from inward_trainer.errors import OptionsError
-from inward_trainer.options import CdpoOptions, RewardOptions, add_options, read_options, recipes
+from inward_trainer.options import CdpoOptions, ExportOptions, RewardOptions, add_options, read_options, recipes
+
+COMMANDS = {"cdpo": CdpoOptions, "rm": RewardOptions, "export": ExportOptions}
 
 
 def read(words=(), environment=None, options=CdpoOptions):
@@ -64,17 +68,15 @@ def test_what_is_missing_is_told_before_anything_is_loaded(given, missing):
         check(CdpoOptions(**given))
 
 
-@pytest.mark.parametrize("command", ["cdpo", "rm"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_explains_every_option(command, capsys):
     with pytest.raises(SystemExit) as end:
         parser().parse_args([command, "--help"])
     said = capsys.readouterr().out
     assert end.value.code == 0
-    options = CdpoOptions if command == "cdpo" else RewardOptions
-    assert all(
-        f"--{name.replace('_', '-')}" in said and field.description for name, field in options.model_fields.items()
-    )
-    assert "inward-train" in said.partition("the run")[2]
+    for name, field in COMMANDS[command].model_fields.items():
+        assert f"--{name.replace('_', '-')}" in said and field.description
+    assert "inward-train" in said.rpartition("--")[0]
 
 
 def test_the_streams_key_is_the_services(tmp_path):
@@ -87,6 +89,44 @@ def test_the_streams_key_is_the_services(tmp_path):
         assert stream_key(CdpoOptions(**given, stream="dpo")) == key.scores("dpo")
 
 
-def test_an_error_that_can_be_mended_is_one_line(capsys):
-    assert main(["cdpo", "--model", "m"]) == 2
-    assert capsys.readouterr().err == "inward-train cdpo: --source file needs --pairs\n"
+PAIRS = ["--pairs", "no-such-pairs.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["cdpo", "--model", "m"], "--source file needs --pairs"),
+        (["cdpo", *PAIRS], "--model: say which model to train"),
+        (["cdpo", *PAIRS, "--model", "service"], "--model service needs --url"),
+        (["cdpo", *PAIRS, "--model", "./no-such-folder"], "--model: there is no folder no-such-folder"),
+        (["rm", "--model", "m"], "--pairs: say what to train on"),
+        (["rm", *PAIRS, "--model", "tests"], "holds no config.json"),
+        (
+            ["cdpo", *PAIRS, "--training", '{"no_such_argument": 1}'],
+            "--training: the trainer takes no no_such_argument",
+        ),
+        (["cdpo", *PAIRS, "--schedule", "sometimes"], "the trainer refuses its options: sometimes is not"),
+        (["cdpo", *PAIRS, "--report-to", "no-such-tracker"], "--report-to no-such-tracker: it is not installed"),
+        (["cdpo", *PAIRS, "--url", "localhost:8080", "--model", "m"], "--url: url must begin with http"),
+    ],
+)
+def test_an_error_that_can_be_mended_is_one_line(words, said, capsys, tmp_path):
+    assert main([*words, "--out", str(tmp_path / "run")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"inward-train {words[0]}: ")
+    assert said in line
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "out/log.jsonl"), "the disk is full (out/log.jsonl)"),
+        (PermissionError(errno.EACCES, "Permission denied", "/run.json"), "/run.json can't be written or read"),
+        (ModuleNotFoundError("no", name="trackio"), "pip install trackio"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "a smaller --batch-size"),
+        (KeyError("a defect"), None),
+    ],
+)
+def test_full_disks_missing_packages_and_small_devices_are_told_and_defects_are_not_hidden(error, said):
+    found = mendable(error)
+    assert found is None if said is None else said in found

@@ -20,8 +20,8 @@ def test_two_processes_learn_what_one_does(tmp_path):
     )
     cdpo.run(alone)
     words = {
-        "model": policy, "pairs": pairs, "out": tmp_path / "two", "batch-size": 1, "accumulate": 2, "checkpoint-every": 2,
-        "learning-rate": alone.learning_rate, "max-length": 128, "lora-rank": 4,
+        "model": policy, "pairs": pairs, "out": tmp_path / "two", "batch-size": 1, "accumulate": 2,
+        "checkpoint-every": 2, "learning-rate": alone.learning_rate, "max-length": 128, "lora-rank": 4,
     }  # fmt: skip
     given = [word for name, value in words.items() for word in (f"--{name}", str(value))]
     launch = [

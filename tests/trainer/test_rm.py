@@ -1,17 +1,24 @@
 """Reward models with margins, in TRL's real trainer on a tiny model, with a stand-in for the service."""
 
 import json
+import signal
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from inward_trainer import rm
 from inward_trainer.errors import DataError, OptionsError
+from inward_trainer.logs import read_log
 from inward_trainer.options import RewardOptions
 from inward_trainer.pairs import read_row
-from inward_trainer.service import Service
-from support.fake_inward import FakeInward, score, served
+from inward_trainer.runs import locked
+from support.fake_inward import FakeInward, score, served, service
 from support.small_policy import rows, write_policy, write_rows
+
+
+class Killed(BaseException):
+    """What no handler in between catches, as nothing survives a ``kill -9``."""
 
 
 @pytest.fixture(scope="module")
@@ -22,59 +29,101 @@ def policy(tmp_path_factory):
 def options(policy, tmp_path, **more):
     pairs = write_rows(tmp_path / "pairs.jsonl", more.pop("rows", rows(8)))
     quick = {
-        "batch_size": 4,
-        "learning_rate": 1e-2,
-        "max_length": 128,
-        "full": True,
-        "bf16": False,
+        "batch_size": 4, "learning_rate": 1e-2, "max_length": 128, "full": True, "bf16": False, "tensorboard": False,
         "training": {"disable_tqdm": True},
-    }
+    }  # fmt: skip
     return RewardOptions(**{**quick, "model": str(policy), "pairs": pairs, "out": tmp_path / "run", **more})
 
 
-def margins_of(run, url):
-    pairs = [read_row(row, str(i)) for i, row in enumerate(rows(8))]
-    return rm._with_margins(run.model_copy(update={"url": url}), pairs, [None] * 8)
+def with_margin(margin, n=8):
+    return [row | {"margin": margin} for row in rows(n)]
+
+
+def dropped_file(run):
+    return (run.out / "dropped.jsonl").read_text().splitlines()
+
+
+def losses(run):
+    return [line["loss"] for line in read_log(run.out / "log.jsonl")]
+
+
+def rows_of(run, fake):
+    with service(fake) as asked:
+        run.out.mkdir(exist_ok=True)
+        return rm.read_rows(run, run.pairs, rm.Tokeniser(rm.load_tokenizer(run.model)), asked)
 
 
 def test_learns_to_rank_and_reports_it(policy, tmp_path, capsys):
-    run = options(policy, tmp_path, rows=[row | {"margin": 0.5} for row in rows(8)], margins="column", epochs=6)
+    run = options(policy, tmp_path, rows=with_margin(0.5), margins="column", epochs=6)
     run = run.model_copy(update={"held_out": run.pairs})
     assert rm.run(run) == 0
     report = json.loads((run.out / "report.json").read_text())
-    assert report == {"pairs": 8, "margins": "column", "held_out_pairs": 8, "held_out_accuracy": 1.0}
+    right = {"held_out_pairs": 8, "held_out_accuracy": 1.0, "held_out_accuracy_se": 0.0}
+    assert report == {"pairs": 8, "margins": "column", **right}
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == report
     assert (run.out / "final/model.safetensors").is_file()
+    assert len(losses(run)) == 12
 
 
-def test_margins_enter_the_loss(policy, tmp_path):
-    losses = []
-    for margin in (0.0, 3.0):
-        folder = tmp_path / str(margin)
-        folder.mkdir()
-        run = options(policy, folder, rows=[row | {"margin": margin} for row in rows(4)], margins="column", steps=1)
-        trainer = rm._trainer(
-            run,
-            rm.Tokeniser(rm.load_tokenizer(run)),
-            [{"chosen_ids": [2, 3], "rejected_ids": [4], "margin": margin}] * 4,
+def test_every_checkpoint_is_judged_and_the_best_is_kept(policy, tmp_path):
+    run = options(policy, tmp_path, rows=with_margin(0.5), margins="column", epochs=4, checkpoint_every=2)
+    assert rm.run(run.model_copy(update={"eval_pairs": run.pairs, "eval_most": 6})) == 0
+    judged = [line for line in read_log(run.out / "log.jsonl") if "eval/loss" in line]
+    assert [line["step"] for line in judged] == [0, 2, 4, 6, 8]
+    assert judged[-1]["eval/accuracy"] == 1.0 and judged[-1]["eval/loss"] < judged[0]["eval/loss"]
+    assert all(line["eval/loss_se"] > 0 for line in judged)
+    best = min(judged[1:], key=lambda line: line["eval/loss"])
+    assert json.loads((run.out / "best/evaluation.json").read_text()) == best
+    assert (run.out / "best/model.safetensors").is_file()
+
+
+def test_the_loss_of_a_pair_is_that_of_its_difference(policy, tmp_path):
+    run = options(policy, tmp_path, margins="none")
+    model = rm.load_model(rm.AutoModelForSequenceClassification, policy, run, num_labels=1)
+    (loss, margin), (other, _) = rm.judge(model, [([1, 5, 9], [1, 7]), ([1, 7], [1, 5, 9])])
+    assert loss == pytest.approx(float(-torch.nn.functional.logsigmoid(torch.tensor(margin))), rel=1e-5)
+    assert other == pytest.approx(loss + margin, rel=1e-4)
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_the_same_seed_begins_with_the_same_head_with_and_without_margins(policy, tmp_path, full):
+    """The head is drawn anew by whoever loads the model: both must draw the same, or no comparison means anything."""
+    first = {}
+    for i, (name, margin) in enumerate((("without", 0.0), ("again", 0.0), ("with", 3.0))):
+        (tmp_path / name).mkdir()
+        torch.manual_seed(i)
+        run = options(
+            policy, tmp_path / name, rows=with_margin(margin), margins="column", steps=1, full=full, learning_rate=1e-12
         )
-        trainer.train()
-        losses.append(trainer.state.log_history[0]["loss"])
-    untrained = torch.tensor(losses)
-    assert untrained[1] - untrained[0] > 2.0, "-log sigmoid(-3) is 3.05, -log sigmoid(0) is 0.69"
+        assert rm.run(run) == 0
+        first[name] = losses(run)[0]
+    assert first["again"] == first["without"]
+    z = -torch.log(torch.expm1(torch.tensor(first["without"])))  # the mean difference, if all were alike
+    assert first["with"] == pytest.approx(float(-torch.nn.functional.logsigmoid(z - 3.0)), abs=0.05)
 
 
-def test_margins_come_from_the_service(policy, tmp_path):
-    with served(FakeInward()) as url:
-        run = options(policy, tmp_path)
-        pairs, bins = margins_of(run, url)
-        assert (len(pairs), len(bins)) == (8, 8)
-        assert bins == [min(1.0, max(0.0, score(pair.chosen) - score(pair.rejected))) for pair in pairs]
-        assert margins_of(run.model_copy(update={"margins": "constant"}), url)[1] == [sum(bins) / 8] * 8
-        kept, _ = margins_of(run.model_copy(update={"drop_disagreeing": True}), url)
-        assert kept == [pair for pair in pairs if score(pair.chosen) > score(pair.rejected)] != pairs
-        with Service(url) as asked:
-            assert asked.margins(pairs)[0]["margin"] == score(pairs[0].chosen) - score(pairs[0].rejected)
+def test_margins_come_from_the_service_once(policy, tmp_path):
+    fake, run = FakeInward(), options(policy, tmp_path, epochs=1)
+    found = rows_of(run, fake)
+    pairs = [read_row(row, str(i)) for i, row in enumerate(rows(8))]
+    bins = [min(1.0, max(0.0, score(pair.chosen) - score(pair.rejected))) for pair in pairs]
+    assert [row.margin for row in found] == bins
+    assert rows_of(run, fake) == found
+    assert len([path for path, _ in fake.asked if path == "/margin"]) == 1
+    constant = rows_of(run.model_copy(update={"margins": "constant"}), fake)
+    assert {row.margin for row in constant} == {sum(bins) / 8}
+
+
+def test_what_is_dropped_is_written_down_with_its_reason(policy, tmp_path, caplog):
+    long = {"prompt": "Birds? " * 60, "chosen": " Seven.", "rejected": " No."}
+    run = options(policy, tmp_path, rows=[*rows(8), long], drop_disagreeing=True)
+    kept = rows_of(run, FakeInward())
+    dropped = {line["id"]: line["reason"] for line in map(json.loads, dropped_file(run))}
+    assert {row.id for row in kept} | dropped.keys() == {str(i) for i in range(9)}
+    assert dropped["8"].endswith("more than --max-length 128") or dropped["8"] == "the head disagrees with the label"
+    flipped = [i for i, row in enumerate(rows(8)) if score(row["chosen"]) <= score(row["rejected"])]
+    assert flipped and all(dropped[str(i)] == "the head disagrees with the label" for i in flipped)
+    assert f"{len(dropped)} of 9 pairs are left out: " in caplog.text
 
 
 def test_what_is_missing_is_told(policy, tmp_path):
@@ -82,3 +131,46 @@ def test_what_is_missing_is_told(policy, tmp_path):
         rm.run(options(policy, tmp_path))
     with pytest.raises(DataError, match="no `margin`"):
         rm.run(options(policy, tmp_path, margins="column"))
+    for fake, said in (
+        (FakeInward(heads=({"name": "kind", "kind": "hybrid"},)), r"no head of kind legend; it has: kind \(hybrid\)"),
+        (FakeInward(about={"fingerprint": "sha256:other"}), "not what the service serves"),
+    ):
+        with served(fake) as url, pytest.raises(OptionsError, match=said):
+            rm.run(options(policy, tmp_path, url=url))
+
+
+def test_another_trainer_in_the_folder_is_refused(policy, tmp_path):
+    run = options(policy, tmp_path, margins="none")
+    with locked(run.out), pytest.raises(OptionsError, match="another trainer works"):
+        rm.run(run)
+
+
+def weights(run):
+    return load_file(run.out / "final/model.safetensors")
+
+
+def test_a_run_that_is_stopped_and_killed_ends_as_one_that_is_not(policy, tmp_path, monkeypatch, capsys):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder in (whole, broken):
+        folder.mkdir()
+    shape = {"rows": with_margin(0.5), "margins": "column", "epochs": 4, "checkpoint_every": 3}
+    run = options(policy, whole, **shape)
+    assert rm.run(run) == 0
+    again = options(policy, broken, **shape)
+
+    def stop(self, args, state, control, **more):
+        if state.global_step == 1:
+            signal.raise_signal(signal.SIGINT)
+        if state.global_step == 5:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rm.Steps, "on_step_begin", stop)
+        assert rm.run(again) == 128 + signal.SIGINT
+        assert "rm: stopped by SIGINT, step 2 of 8 is kept" in capsys.readouterr().err
+        assert not (again.out / "final").exists()
+        with pytest.raises(Killed):
+            rm.run(again)
+    assert rm.run(again) == 0
+    assert losses(again) == losses(run)
+    assert all(torch.equal(weights(again)[name], value) for name, value in weights(run).items())

@@ -4,14 +4,15 @@ from dataclasses import replace
 import httpx
 import pytest
 
-from inward_trainer.errors import DataError, ServiceError, ServiceGone
-from inward_trainer.service import Service
+from inward_trainer.errors import DataError, OptionsError, ServiceError, Stopped
+from inward_trainer.pairs import ScoredPair, read_row
 from inward_trainer.sources import Ended
 from inward_trainer.sources.job import pairs_of_job
 from inward_trainer.sources.rows import Rows, read_pairs, read_prompts
 from inward_trainer.sources.samples import Samples
 from inward_trainer.sources.stream import Stream
-from support.fake_inward import FakeInward, score
+from inward_trainer.stopping import Stopping
+from support.fake_inward import FakeInward, score, service, service_of
 from support.small_policy import rows, write_rows
 
 KEY = "inward:{demo}:scores:pairs"
@@ -27,17 +28,6 @@ def drain(source, n, cursor=None):
             return taken
         taken += [pair.id for pair in some.pairs]
         cursor = some.cursor
-
-
-def service(fake, **options):
-    """Talks to a stand-in without a network."""
-
-    def answer(request):
-        body = json.loads(request.content) if request.content else None
-        status, content = fake.answer(request.method, request.url.path, body)
-        return httpx.Response(status, json=content)
-
-    return Service("http://inward", transport=httpx.MockTransport(answer), **options)
 
 
 # files
@@ -62,10 +52,45 @@ def test_parquet_is_read_as_well(tmp_path):
     assert read_pairs(tmp_path / "pairs.parquet") == read_pairs(write_rows(tmp_path / "pairs.jsonl", rows(3)))
 
 
-def test_a_line_that_is_no_object_is_named(tmp_path):
-    (tmp_path / "pairs.jsonl").write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n[1]\n')
-    with pytest.raises(DataError, match="line 2"):
-        read_pairs(tmp_path / "pairs.jsonl")
+def test_a_row_that_is_no_pair_is_left_out_with_a_word_and_a_file_without_one_is_refused(tmp_path, caplog):
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n{"text": "alone"}\n')
+    assert [pair.prompt for pair in read_pairs(tmp_path / "pairs.jsonl")] == ["p"]
+    assert "1 of 2 rows are left out" in caplog.text
+    (tmp_path / "none.jsonl").write_text('{"text": "alone"}\n')
+    with pytest.raises(DataError, match=r"none\.jsonl"):
+        read_pairs(tmp_path / "none.jsonl")
+    with pytest.raises(DataError, match="nowhere"):
+        read_pairs(tmp_path / "nowhere.jsonl")
+
+
+def test_a_row_that_can_not_be_read_is_left_out_and_named(tmp_path, caplog):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('\ufeff{"prompt": "p", "chosen": "a", "rejected": "b"}\n[1]\n', encoding="utf-8")
+    assert [pair.chosen for pair in read_pairs(path)] == ["a"]
+    assert "1 of 2 rows are left out: 1 × must be a JSON object" in caplog.text
+    assert "pairs.jsonl, line 2" in caplog.text
+    path.write_text("{}\n")
+    with pytest.raises(DataError, match=r"pairs\.jsonl, line 1: 'rejected' is missing|'prompt' is missing"):
+        read_pairs(path)
+
+
+def test_a_pair_has_its_whole_context_in_every_layout(tmp_path):
+    system, asked = {"role": "system", "content": "s"}, {"role": "user", "content": "p"}
+    answers = [{"role": "assistant", "content": text} for text in "ab"]
+    layouts = [
+        {"system": "s", "prompt": "p", "chosen": "a", "rejected": "b"},
+        {"system": "s", "question": "p", "chosen": "a", "rejected": "b"},
+        {"prompt": "p", "chosen": [system, asked, answers[0]], "rejected": [system, asked, answers[1]]},
+        {"system": "s", "chosen": "Human: p\r\n\r\nAssistant: a", "rejected": "Human: p\r\n\r\nAssistant: b"},
+    ]
+    pairs = read_pairs(write_rows(tmp_path / "pairs.jsonl", layouts))
+    assert [(pair.prompt, pair.chosen, pair.rejected) for pair in pairs] == [([system, asked], "a", "b")] * 4
+
+
+def test_a_row_of_the_service_is_what_was_scored_whatever_it_looks_like():
+    row = {"prompt": "Human: p\n\nAssistant:", "chosen": "a", "rejected": "b", "policy_version": "base"}
+    assert read_row(row, "1-0", as_scored=True).prompt == row["prompt"]
+    assert read_row(row, "0").prompt == [{"role": "user", "content": "p"}]
 
 
 def test_prompts_are_taken_once_each(tmp_path):
@@ -80,7 +105,7 @@ def test_samples_are_best_against_worst_of_the_current_policy():
     fake = FakeInward()
     fake.policies.append("run-000002")
     with service(fake) as asked:
-        taken = Samples(asked, ["Birds?", "Boats?", "Locks?"], n=4, seed=3).take(3, None)
+        taken = Samples(asked, ["Birds?", "Boats?", "Locks?"], n=4, head="hybrid", seed=3).take(3, None)
     assert {pair.prompt for pair in taken.pairs} == {"Birds?", "Boats?", "Locks?"}
     for pair in taken.pairs:
         assert (pair.chosen_score, pair.rejected_score) == (score(pair.chosen), score(pair.rejected))
@@ -90,10 +115,28 @@ def test_samples_are_best_against_worst_of_the_current_policy():
 
 def test_the_same_place_draws_the_same_samples_and_another_one_others():
     with service(FakeInward()) as asked:
-        source = Samples(asked, ["Birds?"], n=4)
+        source = Samples(asked, ["Birds?"], n=4, head="hybrid")
         first, again, next_epoch = source.take(1, None), source.take(1, None), source.take(1, 1)
     assert first == again
     assert first.pairs[0].chosen != next_epoch.pairs[0].chosen
+
+
+def test_what_the_policy_wrote_is_kept_as_it_wrote_it():
+    fake = FakeInward()
+    original = fake.answer
+
+    def with_ids(method, path, body):
+        status, content = original(method, path, body)
+        assert body["return_token_ids"] is True
+        for n, result in enumerate(content["results"]):
+            result |= {"token_ids": [n, 7], "finish_reason": "length" if n else "stop"}
+        return status, content
+
+    fake.answer = with_ids
+    with service(fake) as asked:
+        (pair,) = Samples(asked, ["Birds?"], n=4, head="hybrid").take(1, None).pairs
+    assert (pair.chosen_ids, pair.rejected_ids, pair.finished) == ((0, 7), (3, 7), (True, False))
+    assert ScoredPair.from_json(json.loads(json.dumps(pair.to_json()))) == pair
 
 
 def test_prompts_that_give_no_pair_are_passed_over():
@@ -110,57 +153,8 @@ def test_prompts_that_give_no_pair_are_passed_over():
 
     fake.answer = answer
     with service(fake) as asked:
-        source = Samples(asked, ["too long", "all the same", "Birds?"], n=4, epochs=1)
+        source = Samples(asked, ["too long", "all the same", "Birds?"], n=4, head="hybrid", epochs=1)
         assert len(drain(source, 1)) == 1
-
-
-# the service
-
-
-def test_what_passes_is_waited_for_and_what_does_not_is_told():
-    fake = FakeInward()
-    fake.refuse_next = 2
-    with service(fake) as asked:
-        assert asked.policy()["policy_version"] == "base"
-        with pytest.raises(ServiceError, match="expected 1") as refusal:
-            asked._post("/heads/hybrid/update", {"sequence": 5, "pairs": []})
-    assert refusal.value.status == 409
-    fake.refuse_next = 10**6
-    with service(fake, patience=0.5) as asked, pytest.raises(ServiceGone, match="not now"):
-        asked.policy()
-
-
-def test_a_service_that_is_killed_and_comes_back_is_waited_for():
-    fake, deaths = FakeInward(), [httpx.ReadError("cut off"), httpx.ConnectError("refused")]
-
-    def answer(request):
-        status, content = fake.answer(
-            request.method, request.url.path, json.loads(request.content) if request.content else None
-        )
-        if deaths:
-            raise deaths.pop(0)  # after the work is done: the answer is what is lost
-        return httpx.Response(status, json=content)
-
-    with Service("http://inward", transport=httpx.MockTransport(answer)) as asked:
-        asked.update_head("hybrid", 1, [read_row_of(rows(1)[0])], 1e-3)
-        deaths.append(httpx.ReadError("cut off"))
-        asked._post("/heads/hybrid/update", {"sequence": 2, "pairs": []})
-    assert list(fake.updates) == [1, 2]
-
-
-def test_an_update_is_applied_once_however_often_it_is_sent():
-    fake = FakeInward()
-    pairs = [read_row_of(row) for row in rows(4)]
-    with service(fake) as asked:
-        for sequence, some in ((1, pairs[:2]), (1, pairs[:2]), (2, pairs[2:]), (1, pairs[:2])):
-            asked.update_head("hybrid", sequence, some, 1e-3)
-    assert fake.updates == {1: [pair.texts() for pair in pairs[:2]], 2: [pair.texts() for pair in pairs[2:]]}
-
-
-def read_row_of(row):
-    from inward_trainer.pairs import read_row
-
-    return read_row(row, "0")
 
 
 # bulk jobs
@@ -170,42 +164,56 @@ class FakeJobs:
     """Bulk jobs of the service: rows go in, and are scored when the job is looked at for the second time."""
 
     def __init__(self):
-        self.uploads, self.looks = [], 0
+        self.uploads, self.looks, self.keys, self.lose = [], 0, [], 0
 
     def answer(self, request):
-        path = request.url.path
+        path, job = request.url.path, {"id": "j1", "kind": "reward", "rows": 3, "done": 0}
         if request.method == "POST":
+            self.keys.append(request.headers["idempotency-key"])
+            if self.lose:
+                self.lose -= 1
+                raise httpx.ReadTimeout("the answer is lost")
             self.uploads.append([json.loads(line) for line in request.content.decode().splitlines()])
             assert dict(request.url.params) == {"kind": "reward"}
-            return httpx.Response(201, json={"id": "j1", "state": "running"})
+            return httpx.Response(201, json=job | {"state": "running"})
         if path.endswith("/results"):
+            scored = {"chosen_score": 1.0, "rejected_score": 0.0, "confidence": 0.8, "policy_version": "base"}
             results = [
-                {"index": i, "error": {"message": "no"}} if i == 1
-                else {"index": i, "chosen_score": 1.0, "rejected_score": 0.0, "confidence": 0.8, "policy_version": "base"}
-                for i in range(len(self.uploads[0]))
-            ]  # fmt: skip
-            return httpx.Response(200, text="".join(json.dumps(result) + "\n" for result in results))
+                {"index": i} | ({"error": {"message": "no"}} if i == 1 else scored) for i in range(len(self.uploads[0]))
+            ]
+            jsonl = {"content-type": "application/x-ndjson"}
+            return httpx.Response(200, text="".join(json.dumps(r) + "\n" for r in results), headers=jsonl)
         self.looks += 1
-        return httpx.Response(200, json={"state": "done" if self.looks > 1 else "running"})
+        return httpx.Response(200, json=job | {"state": "done" if self.looks > 1 else "running"})
 
 
-def test_a_bulk_job_scores_a_file_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("inward_trainer.sources.job.POLL", 0.01)
+def test_a_bulk_job_scores_a_file_once(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("inward_trainer.sources.job.POLL_S", 0.01)
     path, jobs = write_rows(tmp_path / "pairs.jsonl", rows(3)), FakeJobs()
-    with Service("http://inward", transport=httpx.MockTransport(jobs.answer)) as asked:
+    with service_of(jobs.answer) as asked:
         pairs = pairs_of_job(asked, path, tmp_path)
         assert pairs_of_job(asked, path, tmp_path) == pairs
     assert len(jobs.uploads) == 1
     assert [pair.id for pair in pairs] == ["0", "2"], "a row that could not be scored is left out"
+    assert "1 rows can't be scored and are left out: 1" in caplog.text
     assert pairs[1] == replace(
         read_pairs(path)[2], chosen_score=1.0, rejected_score=0.0, confidence=0.8, policy_version="base"
     )
     write_rows(path, rows(5))
-    with (
-        Service("http://inward", transport=httpx.MockTransport(jobs.answer)) as asked,
-        pytest.raises(DataError, match="that was uploaded"),
-    ):
+    with service_of(jobs.answer) as asked, pytest.raises(DataError, match="that was uploaded"):
         pairs_of_job(asked, path, tmp_path)
+
+
+def test_an_upload_whose_answer_is_lost_is_not_sent_again_by_itself_and_then_makes_the_same_job(tmp_path, monkeypatch):
+    monkeypatch.setattr("inward_trainer.sources.job.POLL_S", 0.01)
+    path, jobs = write_rows(tmp_path / "pairs.jsonl", rows(3)), FakeJobs()
+    jobs.lose = 1
+    with service_of(jobs.answer) as asked:
+        with pytest.raises(ServiceError, match="the answer is lost"):
+            pairs_of_job(asked, path, tmp_path)
+        assert len(jobs.keys) == 1
+        pairs_of_job(asked, path, tmp_path)
+    assert len(jobs.keys) == 2 and len(set(jobs.keys)) == 1
 
 
 # streams
@@ -216,8 +224,8 @@ def stream(redis_server):
     """Opens consumers; one that is opened again is a trainer that was started again."""
     opened = []
 
-    def open(consumer="trainer", idle=0.2):
-        opened.append(Stream(redis_server.url, KEY, group="g", consumer=consumer, idle=idle, patience=60))
+    def open(consumer="trainer", idle=0.2, **more):
+        opened.append(Stream(redis_server.url, KEY, **{"group": "g", "consumer": consumer, "idle": idle, **more}))
         return opened[-1]
 
     yield open
@@ -265,6 +273,42 @@ def test_two_trainers_of_a_group_share(redis_server, stream):
         entries = append(client, 4)
         one, other = stream("one").take(2, None), stream("other").take(2, None)
         assert [pair.id for taken in (one, other) for pair in taken.pairs] == entries
+
+
+def test_two_runs_of_one_consumer_name_are_refused_and_one_that_was_killed_is_not(redis_server, stream, monkeypatch):
+    monkeypatch.setattr("inward_trainer.sources.stream.CLAIM_S", 2)
+    with redis_server.client() as client:
+        entries = append(client, 2)
+        first = stream(run="a")
+        with pytest.raises(
+            OptionsError, match=r"another run, a, reads .* as consumer trainer of group g: choose anoth"
+        ):
+            stream(run="b")
+        again = stream(run="a")  # a run has one process at a time: this is the same one, started again
+        assert [pair.id for pair in again.take(2, None).pairs] == entries
+        first._claim._closed.set()  # and there both were killed
+        again._claim._closed.set()
+        assert stream(run="b").take(2, None).pairs, "it lets go after a while"
+        assert not [key for key in client.keys("*consumer*") if client.ttl(key) < 0]
+
+
+def test_a_stream_with_a_wrong_name_is_an_error_and_no_end(redis_server, stream):
+    with redis_server.client() as client:
+        client.xadd("inward:{demo}:scores:others", {"row": "{}"})
+        with pytest.raises(
+            OptionsError, match=r"nobody wrote to the stream .* within 0 s.*--queue.*demo}:scores:others"
+        ):
+            stream().take(1, None)
+        with pytest.raises(OptionsError, match="within 0 s"):
+            stream(idle=None, patience=0.2).take(1, None)
+
+
+def test_a_stream_that_nobody_writes_is_left_when_somebody_asks(redis_server, stream):
+    stopping = Stopping()
+    stopping.request()
+    with redis_server.client() as client, pytest.raises(Stopped):
+        append(client, 1)
+        stream(idle=None, stopping=stopping).take(1, "9999999999999-0")
 
 
 def test_what_is_no_pair_or_was_trimmed_is_passed_over(redis_server, stream):

@@ -9,10 +9,11 @@ from transformers import AutoTokenizer
 
 import inward
 from inward.prompts import Prompts
+from inward_trainer.base_model import eos_ids
 from inward_trainer.errors import DataError
 from inward_trainer.pairs import ScoredPair
 from inward_trainer.tokens import Tokeniser
-from support.tiny_tokenizer import tokenizer
+from support.tiny_tokenizer import of_transformers as tokenizer
 
 TEXT = st.text(alphabet=st.characters(codec="utf-8"), max_size=30)
 TOKENIZERS = {
@@ -36,7 +37,9 @@ def test_ids_are_the_services(kind, prompt, chosen, rejected):
     )
     if group is None:
         return
-    ours = Tokeniser(tok, format)(ScoredPair("0", prompt, chosen, rejected, finished=(False, False)))
+    tokeniser = Tokeniser(tok, format)
+    ours = tokeniser(ScoredPair("0", prompt, chosen, rejected, finished=(False, False)))
+    assert tokeniser.template == Prompts(tok, max_tokens=4096, format=format).template
     assert tuple(ours.prompt_ids) == group.group.prompt_ids
     assert (tuple(ours.chosen_ids), tuple(ours.rejected_ids)) == group.group.responses_ids
 
@@ -58,6 +61,63 @@ def test_an_answer_that_ended_by_itself_ends_with_eos_and_one_that_was_cut_does_
     ours = Tokeniser(tokenizer())(ScoredPair("0", "Birds?", " Seven.", " Five", finished=(True, False)))
     assert ours.chosen_ids[-1] == 1
     assert 1 not in ours.rejected_ids
+
+
+def test_what_ends_an_answer_is_what_the_chat_template_writes_there():
+    """Of several EOS ids a chat model has learnt that one; a text without a template ends with the tokenizer's."""
+    tok = tokenizer()
+    user = tok.convert_tokens_to_ids("<|user|>")
+    assert Tokeniser(tok, eos_ids=(user, 1)).eos_id == 1
+    assert Tokeniser(tok, "Q: {prompt}\nA: {response}", (user, 1)).eos_id == user
+    tok.chat_template = tok.chat_template.replace("<|end|>", "<|user|>")
+    assert Tokeniser(tok, eos_ids=(1, user)).eos_id == user
+    assert Tokeniser(tok, eos_ids=(1,)).eos_id == 1, "a terminator that ends no generation is none"
+    with pytest.raises(DataError, match="no end-of-sequence token"):
+        tok.eos_token = None
+        Tokeniser(tok)
+
+
+def test_every_eos_that_the_model_names_counts(tmp_path):
+    tok = tokenizer()
+    (tmp_path / "config.json").write_text('{"eos_token_id": 1}')
+    assert eos_ids(tmp_path, tok) == (1,)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [4, 1]}')
+    assert eos_ids(tmp_path, tok) == (1, 4)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected"),
+    [
+        ("Birds?", " a<|end|>b", " a b"),
+        ("Is <|end|> or <s> the end?", "Yes.", "<|end|>"),
+        ([{"role": "user", "content": "<|im_end|>\n<|end|>"}], " <|user|>", "<|endoftext|></s>"),
+    ],
+)
+def test_control_tokens_that_a_text_spells_are_text_as_in_the_service(kind, prompt, chosen, rejected):
+    tok, format = TOKENIZERS[kind]
+    group = Prompts(tok, max_tokens=4096, format=format).group(prompt, (chosen, rejected)).group
+    ours = Tokeniser(tok, format)(ScoredPair("0", prompt, chosen, rejected, finished=(False, False)))
+    assert (tuple(ours.prompt_ids), tuple(ours.chosen_ids), tuple(ours.rejected_ids)) == (
+        group.prompt_ids,
+        *group.responses_ids,
+    )
+    assert not set(tok.all_special_ids) & {*ours.chosen_ids, *ours.rejected_ids}
+
+
+def test_a_template_that_prints_the_date_prints_the_services():
+    tok = tokenizer()
+    tok.chat_template = "{{ strftime_now('%d %b %Y') }}" + tok.chat_template
+    assert Tokeniser(tok).template == Prompts(tok, max_tokens=4096).template
+    assert Tokeniser(tok).render("Birds?") == Prompts(tok, max_tokens=4096).render("Birds?")
+
+
+def test_what_the_policy_drew_is_trained_on_as_it_wrote_it():
+    pair = ScoredPair(
+        "0", "Birds?", " Seven.", " Five", finished=(True, False), chosen_ids=(69, 70), rejected_ids=(71,)
+    )
+    ours = Tokeniser(tokenizer())(pair)
+    assert (ours.chosen_ids, ours.rejected_ids) == ([69, 70, 1], [71])
 
 
 def test_a_format_without_its_fields_is_refused():

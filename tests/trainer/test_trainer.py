@@ -8,7 +8,7 @@ from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer
 
 from inward_trainer.trainer import CdpoTrainer
-from support.tiny_tokenizer import tokenizer
+from support.tiny_tokenizer import of_transformers as tokenizer
 
 ROWS = [
     {"prompt": "What is the tallest tree?", "chosen": " The coast redwood.", "rejected": " I counted seven birds."},
@@ -25,8 +25,8 @@ ROWS = [
 def model():
     torch.manual_seed(1)
     config = transformers.LlamaConfig(
-        vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=256,
-        bos_token_id=0, eos_token_id=1,
+        vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=256, bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config)
 
@@ -34,9 +34,9 @@ def model():
 def trained(kind, folder, rows, *, steps=3, seen=None, **options):
     """The trainer after some steps, and the losses that it logged."""
     config = DPOConfig(
-        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=1, use_cpu=True,
-        bf16=False, report_to="none", save_strategy="no", disable_tqdm=True, gradient_checkpointing=False, dataloader_pin_memory=False,
-        beta=0.5, seed=0, **options,
+        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=1,
+        use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True, gradient_checkpointing=False,
+        dataloader_pin_memory=False, beta=0.5, seed=0, **options,
     )  # fmt: skip
     adapter = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = kind(
@@ -101,7 +101,7 @@ def test_logs_what_heads_say_of_the_pairs(tmp_path):
     assert line["hybrid/accuracy"] == 0.5
     assert line["monitor/accuracy"] == 1.0
     assert line["hybrid/reward/mean"] == 1.5
-    assert line["kl"] == 0.0
+    assert line["log_ratio"] == 0.0
 
 
 @pytest.mark.parametrize(
@@ -110,3 +110,34 @@ def test_logs_what_heads_say_of_the_pairs(tmp_path):
 def test_options_that_it_would_ignore_are_refused(tmp_path, option):
     with pytest.raises(ValueError, match="loss of its own"):
         trained(CdpoTrainer, tmp_path, ROWS, **option)
+
+
+def test_divergence_is_zero_at_first_and_what_the_tokens_distributions_say_on_average(tmp_path):
+    """Many draws of the trained policy: k3 averages to the exact sum of the tokens' divergences."""
+    trainer, _ = trained(CdpoTrainer, tmp_path / "first", ROWS, steps=1)
+    with torch.no_grad():
+        for name, weight in trainer.model.named_parameters():
+            if "lora_B" in name:
+                weight.zero_()
+    row = {"prompt_ids": [2, 3], "chosen_ids": [5, 6, 1], "rejected_ids": [5]}
+    assert trainer.divergence([row]) == [0.0]
+    trainer, _ = trained(CdpoTrainer, tmp_path / "second", ROWS, steps=4)
+    policy = trainer.model.eval()
+    prompt, drawn, exact = torch.tensor([[2, 3]]), [], []
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for _ in range(150):
+            ids, total = prompt, 0.0
+            for _ in range(3):
+                ours = policy(ids).logits[0, -1].log_softmax(-1)
+                with policy.disable_adapter():
+                    theirs = policy(ids).logits[0, -1].log_softmax(-1)
+                total += float((ours.exp() * (ours - theirs)).sum())
+                ids = torch.cat([ids, torch.multinomial(ours.exp(), 1)[None]], dim=1)
+            drawn.append({"prompt_ids": [2, 3], "chosen_ids": ids[0, 2:].tolist(), "rejected_ids": [5]})
+            exact.append(total)
+    found = trainer.divergence(drawn)
+    assert min(found) >= 0
+    error = torch.tensor(found).std() / len(found) ** 0.5
+    assert sum(found) / len(found) == pytest.approx(sum(exact) / len(exact), abs=float(4 * error))
+    assert sum(exact) / len(exact) > 10 * error

@@ -1,4 +1,4 @@
-"""The whole circle for real: the demonstration backbone in a served process, its heads, its adapters, and a policy
+"""The whole loop for real: the demonstration backbone in a served process, its heads, its adapters, and a policy
 that gets better."""
 
 import json
@@ -32,19 +32,20 @@ def write_heads(folder):
 @pytest.fixture(scope="module")
 def lived(tmp_path_factory):
     """A service after a run, and the run's log."""
-    folder = tmp_path_factory.mktemp("circle")
+    folder = tmp_path_factory.mktemp("loop")
     (folder / "adapters").mkdir()
-    serving = ("--heads", str(write_heads(folder / "heads")), "--adapters", str(folder / "adapters"))
+    serving = ("--model", "toy", "--heads", str(write_heads(folder / "heads")), "--adapters", str(folder / "adapters"))
     with (
         started(*serving, env={"XDG_STATE_HOME": str(folder / "state")}) as service,
         httpx.Client(base_url=service.url, timeout=300) as ask,
     ):
         before = draw(ask)
         run = options(
-            model=str(DEMO / "backbone"), url=service.url, out=folder / "run", source="samples", steps=STEPS, batch_size=6, samples=6,
+            model="service", url=service.url, out=folder / "run", source="samples", steps=STEPS, batch_size=6,
+            samples=6, sampling={"max_tokens": 16, "temperature": 1.0}, learning_rate=2e-3, schedule="constant",
             prompts=write_rows(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS[:12]]),
-            sampling={"max_tokens": 16, "temperature": 1.0}, learning_rate=2e-3, schedule="constant", warmup=0, lora_rank=16, patience=300,
-            adapters=folder / "adapters", publish_every=EVERY, update_head=True, monitor="monitor",
+            warmup=0, lora_rank=16, patience=300, monitor="monitor", update_head=True,
+            adapters=folder / "adapters", publish_every=EVERY,
             held_out=write_rows(folder / "held_out.jsonl", [{"prompt": prompt} for prompt in PROMPTS[24:]]),
         )  # fmt: skip
         assert cdpo.run(run) == 0
@@ -101,7 +102,9 @@ def test_prometheus_is_told_what_the_log_is(lived):
 
     last = [line for line in log if "loss" in line][-1]
     assert (value("step"), value("steps_planned")) == (STEPS, STEPS)
-    assert (value("loss"), value("kl_nats"), value("confidence")) == (last["loss"], last["kl"], last["gamma"])
+    assert (value("loss"), value("log_ratio_nats"), value("confidence")) == tuple(
+        last[n] for n in ("loss", "log_ratio", "gamma")
+    )
     assert value("accuracy", judge="monitor") == last["monitor/accuracy"]
     first, *_, now = [line for line in log if "held_out/reward" in line]
     assert value("held_out_gain", judge="head") == now["held_out/reward"] - first["held_out/reward"]

@@ -38,6 +38,7 @@ from inward_client.errors import (
     TooSlow,
     Unauthorized,
     Unavailable,
+    UnknownEncoding,
     UnreadableAnswer,
 )
 from inward_client.retries import Retries
@@ -80,6 +81,7 @@ __all__ = [
     "TooSlow",
     "Unauthorized",
     "Unavailable",
+    "UnknownEncoding",
     "UnreadableAnswer",
     "Usage",
 ]

@@ -226,7 +226,7 @@ class AsyncInward:
             candidates: the answers to rank.
             n: instead of them, how many to draw.
             sampling: how they are drawn: `temperature`, `top_p`, `top_k`, `max_tokens`, `seed`, ….
-            head: by default the first ranker that is loaded, else another head.
+            head: by default the first hybrid head that is loaded, else another.
             truncate: cut text that is longer than the model takes instead of refusing it.
             return_token_ids: give each answer's token ids as well.
             append_to: name of a stream to which best against worst is appended, for trainers that consume it.
@@ -260,8 +260,8 @@ class AsyncInward:
             prompt: a text, or chat messages.
             n: how many to draw.
             sampling: how they are drawn: `temperature`, `top_p`, `top_k`, `max_tokens`, `seed`, ….
-            head: by default the first ranker that is loaded, else another head. A ranker's scores come with the ranking
-                only.
+            head: by default the first hybrid head that is loaded, else another. A ranker's scores come with the
+                ranking only.
             truncate: cut a prompt that is longer than the model takes.
             return_token_ids: give each answer's token ids as well.
             append_to: name of a stream to which best against worst is appended, for trainers that consume it.
@@ -336,6 +336,7 @@ class AsyncInward:
         *,
         head: str | None = None,
         append_to: str | None = None,
+        key: str | None = None,
         timeout: float | None = None,
     ) -> Job:
         """Uploads rows to be scored in their own time (`POST /jobs`); needs a service around a Redis.
@@ -345,9 +346,11 @@ class AsyncInward:
             rows: pairs, or items for `score`.
             head: as of that route.
             append_to: name of a stream to which scored rows are appended as well.
+            key: an idempotency key; by default one of this call. Who keeps it and calls again, after an upload whose
+                answer was lost, gets the same job.
             timeout: seconds for one try.
         """
-        return await self._send(calls.create_job(kind, rows, head, append_to), timeout)
+        return await self._send(calls.create_job(kind, rows, head, append_to, key), timeout)
 
     async def job(self, id: str, *, timeout: float | None = None) -> Job:
         """How far a bulk job is (`GET /jobs/{id}`)."""

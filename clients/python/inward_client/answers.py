@@ -66,8 +66,11 @@ class Margin:
     chosen_score: float | None = None
     rejected_score: float | None = None
     label_agrees: bool | None = None
+    """None for a tie."""
+    label_probability: float | None = None
+    """Calibrated probability that the label is right, where the head is calibrated for it."""
     confidence: float | None = None
-    """Probability that the label is right, where a hybrid head is loaded."""
+    """Gamma of cDPO, for a trainer, where a hybrid head is loaded; it is not calibrated."""
 
 
 @dataclass(frozen=True)
@@ -95,9 +98,13 @@ class RewardPair:
     rejected_probability: float | None = None
     margin: float | None = None
     label_agrees: bool | None = None
+    """None for a tie."""
+    label_probability: float | None = None
+    """Calibrated probability that the label is right, where the head is calibrated for it."""
     confidence: float | None = None
-    """Probability that the label is right."""
+    """Gamma of cDPO, for a trainer; it is not calibrated."""
     confidence_calibrated: float | None = None
+    """The same as ``label_probability``."""
     chosen_layers: Mapping[str, Any] | None = None
     rejected_layers: Mapping[str, Any] | None = None
     chosen_tokens: list[float] | None = None
@@ -133,6 +140,7 @@ class BestAgainstWorst:
     chosen_score: float | None = None
     rejected_score: float | None = None
     confidence: float | None = None
+    """Gamma of cDPO, where a hybrid head is loaded."""
     chosen_finish_reason: str | None = None
     rejected_finish_reason: str | None = None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic, TypeVar
 from urllib.parse import quote
 
@@ -37,6 +38,8 @@ class Call(Generic[T]):
     """The body takes ``timeout``."""
     stream: bool = False
     """The answer comes as events; it can't be kept for another try."""
+    key: str | None = None
+    """Idempotency key, where it is the caller's."""
 
 
 def margin(pairs: Iterable[Element], head: str | None, truncate: bool) -> Call[answers.MarginAnswer]:
@@ -109,11 +112,14 @@ def load_policy(version: str) -> Call[answers.Policy]:
     return Call("POST", "/policy", lambda value: read(answers.Policy, value), {"version": version})
 
 
-def create_job(kind: str, rows: Iterable[Element], head: str | None, append_to: str | None) -> Call[answers.Job]:
+def create_job(
+    kind: str, rows: Iterable[Element], head: str | None, append_to: str | None, key: str | None
+) -> Call[answers.Job]:
     kept = ITEM if kind == "score" else ITEM + PAIR if kind == "reward" else PAIR
     lines = b"".join(json.dumps(_fields(row, kept)).encode() + b"\n" for row in rows)
     params = _given({"kind": kind, "head": head, "append_to": append_to})
-    return Call("POST", "/jobs", lambda value: read(answers.Job, value), content=lines, params=params, repeatable=False)
+    read_job = partial(read, answers.Job)
+    return Call("POST", "/jobs", read_job, content=lines, params=params, repeatable=False, key=key)
 
 
 def job(id: str) -> Call[answers.Job]:

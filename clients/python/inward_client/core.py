@@ -74,7 +74,7 @@ class Core:
         if call.method == "POST":
             headers["content-type"] = JSONL if content is not None else "application/json"
             if not call.stream:
-                headers["idempotency-key"] = uuid.uuid4().hex
+                headers["idempotency-key"] = call.key or uuid.uuid4().hex
         if call.body is not None:
             deadline = {"timeout": float(timeout)} if call.deadline and timeout is not None else {}
             # ASCII: half a surrogate pair is refused there, not a crash here

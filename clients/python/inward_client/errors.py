@@ -11,6 +11,7 @@ InwardError
     ├── TooSlow          408
     ├── Conflict         409
     ├── TooLarge         413
+    ├── UnknownEncoding  415
     ├── InvalidField     422
     ├── OverQuota        429
     ├── ServerError      500 and other 5xx
@@ -110,6 +111,10 @@ class TooLarge(StatusError, status=413):
     """Body, number of items, or tokens over the limit."""
 
 
+class UnknownEncoding(StatusError, status=415):
+    """The body has a content encoding that the service does not take."""
+
+
 class InvalidField(StatusError, status=422):
     """A field is missing, unknown or of a wrong type, or no item can be scored."""
 
@@ -131,7 +136,8 @@ class DeadlineExceeded(ServerError, status=504):
 
 
 CODES = {
-    "unauthorized": 401, "not_found": 404, "too_slow": 408, "conflict": 409, "too_large": 413, "invalid_field": 422,
+    "unauthorized": 401, "not_found": 404, "too_slow": 408, "conflict": 409, "too_large": 413, "unknown_encoding": 415,
+    "invalid_field": 422,
     "over_quota": 429, "unavailable": 503, "overloaded": 503, "engine_dead": 503, "deadline_exceeded": 504,
 }  # fmt: skip
 """Statuses of errors that come where a status can't: in the middle of a stream."""

@@ -1,15 +1,17 @@
-"""``inward-train``: cdpo, rm. Also ``python -m inward_trainer``, for ``accelerate launch -m``."""
+"""``inward-train``: cdpo, rm, export. Also ``python -m inward_trainer``, for ``accelerate launch -m``."""
 
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 
 from inward_trainer import __version__
 from inward_trainer.errors import TrainerError
-from inward_trainer.options import CdpoOptions, RewardOptions, add_options, read_options
+from inward_trainer.options import CdpoOptions, ExportOptions, RewardOptions, add_options, read_options
 
 CDPO = """\
 Three ways to begin, each resumable by the same command:
@@ -38,16 +40,25 @@ Every option may also be given as INWARD_TRAIN_<NAME>, or in a recipe: --recipe 
 """
 
 
+EXPORT = """\
+  inward-train export --adapter runs/a/final --out policy                       one model, for any server
+  inward-train export --adapter runs/a/best --no-merge --out a --push-to org/a  the adapter, on the hub
+
+Every option may also be given as INWARD_TRAIN_<NAME>, or in a recipe: --recipe FILE.
+"""
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     top = argparse.ArgumentParser(
         prog="inward-train", description="Trains policies and reward models on what an Inward service says."
     )
     top.add_argument("--version", action="version", version=f"inward-train {__version__}")
-    commands = top.add_subparsers(dest="command", metavar="cdpo|rm", required=True)
+    commands = top.add_subparsers(dest="command", metavar="cdpo|rm|export", required=True)
     for name, about, epilog, options in (
         ("cdpo", "align a policy: DPO with a confidence per pair", CDPO, CdpoOptions),
         ("rm", "train a reward model with margins", RM, RewardOptions),
+        ("export", "merge an adapter into its model, and upload it", EXPORT, ExportOptions),
     ):
         form = argparse.RawDescriptionHelpFormatter
         add_options(
@@ -57,22 +68,49 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; errors that a user can mend are one line on standard error and exit status 2."""
+    """Runs one command. What a user can mend is one line on standard error, and exit status 2; a run that was stopped
+    has the exit status of its signal.
+    """
     args = parser().parse_args(argv)
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    logging.getLogger("inward_trainer").setLevel(logging.INFO)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    for name in ("inward_trainer", "inward_client"):
+        logging.getLogger(name).setLevel(logging.INFO)
     try:
         if args.command == "cdpo":
             from inward_trainer import cdpo
 
             return cdpo.run(read_options(CdpoOptions, args))
-        from inward_trainer import rm
+        if args.command == "rm":
+            from inward_trainer import rm
 
-        return rm.run(read_options(RewardOptions, args))
-    except TrainerError as error:
-        print(f"inward-train {args.command}: {error}", file=sys.stderr)
-        return 2
+            return rm.run(read_options(RewardOptions, args))
+        from inward_trainer import export
+
+        return export.run(read_options(ExportOptions, args))
+    except KeyboardInterrupt:
+        problem, status = "interrupted; the same command goes on from the last checkpoint", 128 + signal.SIGINT
+    except Exception as error:
+        found = mendable(error)
+        if found is None:
+            raise
+        problem, status = found, 2
+    print(f"inward-train {args.command}: {problem}", file=sys.stderr)
+    return status
+
+
+def mendable(error: Exception) -> str | None:
+    """What to tell of an error that a user can mend; None of one that is a defect."""
+    if isinstance(error, TrainerError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError):
+        return f"a package is missing: pip install {error.name}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full ({error.filename or error.strerror}); the same command goes on when there is room"
+    if isinstance(error, PermissionError):
+        return f"{error.filename} can't be written or read: {error.strerror}"
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for this
+        return "the device has too little memory: a smaller --batch-size with more --accumulate, a smaller --max-length"
+    return None
 
 
 if __name__ == "__main__":

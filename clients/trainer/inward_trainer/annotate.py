@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
+from inward_client import RewardPair
 from inward_trainer import metrics
 from inward_trainer.pairs import ScoredPair
 from inward_trainer.service import Service
@@ -37,12 +37,14 @@ class Annotator:
         if self._hybrid and (
             bare := [i for i, pair in enumerate(pairs) if pair.confidence is None or pair.chosen_score is None]
         ):
-            for i, reward in zip(bare, self._service.rewards([pairs[i] for i in bare], self._head), strict=True):
-                complete[i] = _rewarded(pairs[i], reward)
+            found = self._service.rewards([pairs[i] for i in bare], self._head)
+            for i, (reward, version) in zip(bare, found, strict=True):
+                complete[i] = _rewarded(pairs[i], reward, version)
         known = [pair for pair in complete if not self._hybrid or pair.chosen_score is not None]
         if len(known) < len(pairs):
             metrics.REFUSED_TOTAL.labels(reason="unscored").inc(len(pairs) - len(known))
-            LOG.warning("%d pairs can't be scored and are left out", len(pairs) - len(known))
+            lost = ", ".join(pair.id for pair in complete if pair.chosen_score is None)
+            LOG.warning("%d pairs can't be scored and are left out: %s", len(pairs) - len(known), lost)
         return self._monitored(known) if self._monitor and known else known
 
     def _monitored(self, pairs: Sequence[ScoredPair]) -> list[ScoredPair]:
@@ -56,8 +58,8 @@ class Annotator:
         ]
 
 
-class Recheck:
-    """How many labels heads agree with when the policy has learnt from them: heads and states as they are now.
+class Judges:
+    """What heads say of pairs with the policy as it is in the service now.
 
     Args:
         head: hybrid head.
@@ -65,30 +67,34 @@ class Recheck:
     """
 
     def __init__(self, service: Service, head: str, monitor: str | None) -> None:
-        self._service, self._head, self._monitor = service, head, monitor
+        self._service = service
+        self._heads = {"hybrid": head} | ({"monitor": monitor} if monitor else {})
 
-    def __call__(self, pairs: Sequence[ScoredPair]) -> dict[str, float]:
-        """``hybrid/accuracy_after`` and ``monitor/accuracy_after`` of at least one pair."""
+    def scores(self, pairs: Sequence[ScoredPair]) -> dict[str, list[tuple[float | None, float | None]]]:
+        """Of chosen and rejected, by ``hybrid`` and ``monitor``."""
         items = [(pair.prompt, answer) for pair in pairs for answer in (pair.chosen, pair.rejected)]
-        heads = {"hybrid": self._head} | ({"monitor": self._monitor} if self._monitor else {})
-        return {f"{name}/accuracy_after": _agreement(self._service.scores(items, head)) for name, head in heads.items()}
+        found = {name: self._service.scores(items, head) for name, head in self._heads.items()}
+        return {name: list(zip(scores[::2], scores[1::2], strict=True)) for name, scores in found.items()}
+
+    def agreement(self, pairs: Sequence[ScoredPair]) -> dict[str, float]:
+        """``hybrid/accuracy_after`` and ``monitor/accuracy_after``: with how many labels of at least one pair each
+        agrees when the policy has learnt from them.
+        """
+        judged = self.scores(pairs)
+        return {f"{name}/accuracy_after": sum(map(agrees, both)) / len(both) for name, both in judged.items()}
 
 
-def _agreement(scores: Sequence[float | None]) -> float:
-    """Share of pairs with the higher score for chosen; chosen and rejected alternate. One that can't be scored
-    counts as wrong.
-    """
-    both = list(zip(scores[::2], scores[1::2], strict=True))
-    return sum(chosen is not None and rejected is not None and chosen > rejected for chosen, rejected in both) / len(
-        both
-    )
+def agrees(scores: tuple[float | None, float | None]) -> bool:
+    """Whether chosen has the higher score; a pair that can't be scored counts as wrong."""
+    chosen, rejected = scores
+    return chosen is not None and rejected is not None and chosen > rejected
 
 
-def _rewarded(pair: ScoredPair, reward: dict[str, Any]) -> ScoredPair:
+def _rewarded(pair: ScoredPair, reward: RewardPair, policy_version: str) -> ScoredPair:
     return replace(
         pair,
-        confidence=reward.get("confidence") if pair.confidence is None else pair.confidence,
-        chosen_score=reward.get("chosen_score"),
-        rejected_score=reward.get("rejected_score"),
-        policy_version=reward["policy_version"],
+        confidence=reward.confidence if pair.confidence is None else pair.confidence,
+        chosen_score=reward.chosen_score,
+        rejected_score=reward.rejected_score,
+        policy_version=policy_version,
     )

@@ -51,7 +51,8 @@ class Confidence:
         if self.scale == "service":
             if pair.confidence is None:
                 raise DataError(
-                    f"pair {pair.id} has no confidence: give the service's --url and --head, or --confidence plain or fixed"
+                    f"pair {pair.id} has no confidence: give the service's --url and --head, or --confidence plain or "
+                    "fixed"
                 )
             return max(pair.confidence, self.floor)
         if pair.chosen_score is None or pair.rejected_score is None:

@@ -9,16 +9,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
 from torch.utils.data import IterableDataset
 
 from inward_trainer import metrics
 from inward_trainer.annotate import Annotator
 from inward_trainer.confidence import Confidence
-from inward_trainer.errors import DataError
+from inward_trainer.errors import DataError, Stopped
 from inward_trainer.journal import Journal, Step
 from inward_trainer.pairs import ScoredPair
+from inward_trainer.processes import agreed
 from inward_trainer.sources import Ended, Source
+from inward_trainer.stopping import Stopping
 from inward_trainer.tokens import Tokeniser
 
 LOG = logging.getLogger(__name__)
@@ -90,6 +91,7 @@ class Feed(IterableDataset[dict[str, Any]]):
         gatherer: None in all processes but the main one.
         rows: of one step, over all processes.
         batch: rows of one forward pass of one process.
+        stopping: ends the feed after the current step, in all processes: the main one's word counts.
     """
 
     def __init__(
@@ -100,46 +102,64 @@ class Feed(IterableDataset[dict[str, Any]]):
         *,
         rows: int,
         batch: int,
+        stopping: Stopping,
         rank: int = 0,
         processes: int = 1,
     ) -> None:
         self._gatherer, self._tokenise, self._confidence = gatherer, tokenise, confidence
         self._rows, self._batch, self._rank, self._processes = rows, batch, rank, processes
-        self._ended = False
+        self._stopping = stopping
+        self._over = False
+        self.ended = False
+        """Whether the source has no more; the main process knows."""
         self.done = 0
         """How many steps are done."""
         self.current: Step | None = None
         """The step whose rows were given last."""
 
+    def end(self) -> None:
+        """Gives no more; told to all processes."""
+        self._over = self.ended = True
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        while not self._ended:
+        while not self._over:
             step = self._shared(self.done + 1)
             if step is None:
-                self._ended = True
+                self._over = True
                 return
             self.current = step
-            rows = list(zip(step.pairs, self._confidence(step.pairs), strict=True))
+            rows = rows_of(step.pairs, self._tokenise, self._confidence)
             for start in range(self._rank * self._batch, self._rows, self._processes * self._batch):
-                yield from (self._row(pair, gamma) for pair, gamma in rows[start : start + self._batch])
+                yield from rows[start : start + self._batch]
 
     def _shared(self, number: int) -> Step | None:
-        """The step, gathered by the main process and sent to the others; None where the source has ended."""
-        found: list[Step | None] = [None]
+        """The step, gathered by the main process and sent to the others; None where the source has ended, or somebody
+        asked for the end.
+        """
+        found: Step | None = None
         if self._gatherer is not None:
             try:
-                found = [self._gatherer.step(number)]
+                self._stopping.check()
+                found = self._gatherer.step(number)
             except Ended:
+                self.ended = True
                 LOG.info("the source has no more pairs for a whole step")
-        if self._processes > 1:
-            broadcast_object_list(found, from_process=0)
-        return found[0]
+            except Stopped:
+                LOG.info("stopping after step %d", number - 1)
+        step: Step | None = agreed(found, self._processes)
+        return step
 
-    def _row(self, pair: ScoredPair, gamma: float) -> dict[str, Any]:
-        row: dict[str, Any] = asdict(self._tokenise(pair)) | {"confidence": gamma}
+
+def rows_of(pairs: Sequence[ScoredPair], tokenise: Tokeniser, confidence: Confidence) -> list[dict[str, Any]]:
+    """Pairs that are learnt together, as the collator takes them."""
+    rows = []
+    for pair, gamma in zip(pairs, confidence(pairs), strict=True):
+        row: dict[str, Any] = asdict(tokenise(pair)) | {"confidence": gamma}
         row |= {"chosen_score": pair.chosen_score, "rejected_score": pair.rejected_score}
         if pair.monitor is not None:
             row["monitor_chosen"], row["monitor_rejected"] = pair.monitor
-        return row
+        rows.append(row)
+    return rows
 
 
 def fitting(pairs: Sequence[ScoredPair], tokenise: Tokeniser, max_length: int) -> list[ScoredPair]:
@@ -149,7 +169,7 @@ def fitting(pairs: Sequence[ScoredPair], tokenise: Tokeniser, max_length: int) -
     fit = [pair for pair in pairs if tokenise(pair).longest <= max_length]
     if len(fit) < len(pairs):
         metrics.REFUSED_TOTAL.labels(reason="too_long").inc(len(pairs) - len(fit))
-        LOG.warning(
-            "%d of %d pairs are longer than %d tokens and are left out", len(pairs) - len(fit), len(pairs), max_length
-        )
+        kept = {pair.id for pair in fit}
+        lost = ", ".join(pair.id for pair in pairs if pair.id not in kept)
+        LOG.warning("%d pairs are longer than %d tokens and are left out: %s", len(pairs) - len(fit), max_length, lost)
     return fit

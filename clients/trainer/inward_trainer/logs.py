@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,11 @@ class Log:
 
     def __init__(self, folder: Path, done: int, *, run: str = "run", tensorboard: bool = True) -> None:
         self._path = folder / "log.jsonl"
-        self.kept = [line for line in read_log(self._path) if line["step"] <= done]
-        write_text(self._path, "".join(json.dumps(line) + "\n" for line in self.kept))
-        self.series = RunSeries(run, self.kept)
+        self.lines = [line for line in read_log(self._path) if line["step"] <= done]
+        write_text(self._path, "".join(json.dumps(line) + "\n" for line in self.lines))
+        self.series = RunSeries(run, self.lines)
+        self.report: Callable[[dict[str, float]], Any] | None = None
+        """Told what ``measured`` is, where others keep records: the trainer reports its own steps."""
         self._board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -39,14 +41,21 @@ class Log:
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in values.items()
         }
+        self.lines.append({"step": step, **finite})
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **finite}) + "\n")
+            file.write(json.dumps(self.lines[-1]) + "\n")
         self.series.logged(finite)
         if self._board is not None:
             for name, value in values.items():
                 if isinstance(value, int | float) and not isinstance(value, bool):
                     self._board.add_scalar(name, value, step)
             self._board.flush()
+
+    def measured(self, step: int, values: Mapping[str, Any]) -> None:
+        """A line of what was found out between two steps."""
+        self.write(step, values)
+        if self.report is not None:
+            self.report({name: value for name, value in values.items() if isinstance(value, int | float)})
 
     def histogram(self, step: int, name: str, values: Sequence[float]) -> None:
         """A distribution, for TensorBoard only."""

@@ -31,7 +31,7 @@ ProcessCollector(registry=REGISTRY)
 PlatformCollector(registry=REGISTRY)
 GCCollector(registry=REGISTRY)
 
-LINGER = 20.0
+LINGER_S = 20.0
 """Seconds for which a complete run still serves its metrics: longer than the usual interval of 15 s between two
 scrapes."""
 SECONDS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
@@ -74,14 +74,23 @@ GRADIENT_NORM = Gauge(
 )
 ACCURACY = Gauge(
     "inward_trainer_accuracy",
-    "Share of pairs in which chosen has the higher reward, by DPO's reward (policy), the head that is trained against (head), or the one "
-    "that nobody updates (monitor).",
+    "Share of pairs in which chosen has the higher reward, by DPO's reward (policy), the head that is trained against "
+    "(head), or the one that nobody updates (monitor).",
     ("run", "judge"),
     registry=REGISTRY,
 )
 CONFIDENCE = Gauge("inward_trainer_confidence", "Mean gamma of the last logged step.", ("run",), registry=REGISTRY)
+LOG_RATIO = Gauge(
+    "inward_trainer_log_ratio_nats",
+    "Mean log-ratio of the answers trained on, policy against reference.",
+    ("run",),
+    registry=REGISTRY,
+)
 KL = Gauge(
-    "inward_trainer_kl_nats", "Mean log-ratio of an answer, policy against reference.", ("run",), registry=REGISTRY
+    "inward_trainer_kl_nats",
+    "KL of the policy to its reference in nats an answer, estimated from its own draws for the held-out prompts.",
+    ("run",),
+    registry=REGISTRY,
 )
 REWARD = Gauge(
     "inward_trainer_reward",
@@ -113,7 +122,8 @@ LOGGED: dict[str, tuple[Gauge, tuple[str, ...]]] = {
     "hybrid/accuracy": (ACCURACY, ("head",)),
     "monitor/accuracy": (ACCURACY, ("monitor",)),
     "gamma": (CONFIDENCE, ()),
-    "kl": (KL, ()),
+    "log_ratio": (LOG_RATIO, ()),
+    "held_out/kl": (KL, ()),
     **{f"hybrid/reward/{name}": (REWARD, (name,)) for name in ("mean", "p10", "p50", "p90")},
     "held_out/reward": (HELD_OUT, ("head",)),
     "held_out/monitor": (HELD_OUT, ("monitor",)),
@@ -198,4 +208,4 @@ def linger() -> None:
     """Waits until whoever scrapes has seen the end of a run: one that is gone before its last step was seen looks
     like one that failed.
     """
-    time.sleep(LINGER)
+    time.sleep(LINGER_S)

@@ -2,25 +2,58 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from transformers import AutoTokenizer
 
 from inward_trainer.errors import OptionsError
 from inward_trainer.options import ModelOptions
 
+C = TypeVar("C")
+ALL_LINEAR = "all-linear"
+PACKAGES = {"comet_ml": "comet_ml", "wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow", "swanlab": "swanlab"}
+"""Of trackers that are often named, what must be installed."""
 
-def load_tokenizer(options: ModelOptions) -> Any:
+
+def load_tokenizer(folder: Path) -> Any:
     """The model's, with a padding token."""
-    if not options.model:
-        raise OptionsError("--model: say which model to train")
-    tokenizer = AutoTokenizer.from_pretrained(options.model, revision=options.revision)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_model(kind: Any, folder: Path, options: ModelOptions, **more: Any) -> Any:
+    """The model of ``folder``, with the adapter to begin with if there is one.
+
+    Raises:
+        OptionsError: the folder holds no such model, or the adapter is none of it.
+    """
+    quantized = _quantization(options)
+    given = {"attn_implementation": options.attn_implementation, "quantization_config": quantized}
+    try:
+        model = kind.from_pretrained(
+            folder, dtype=weights_dtype(options), **{name: v for name, v in given.items() if v is not None}, **more
+        )
+    except (ValueError, ImportError, OSError) as error:
+        raise OptionsError(f"--model: {folder} can't be loaded: {first_line(error)}") from error
+    if quantized is not None:
+        from peft import prepare_model_for_kbit_training
+
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=uses_checkpointing(options))
+    if options.adapter is None:
+        check_targets(model, options)
+        return model
+    try:
+        return PeftModel.from_pretrained(model, str(options.adapter), is_trainable=True)
+    except (ValueError, RuntimeError, OSError, KeyError) as error:
+        raise OptionsError(f"--adapter: {options.adapter} is no adapter of this model: {first_line(error)}") from error
 
 
 def uses_bf16(options: ModelOptions) -> bool:
@@ -30,35 +63,75 @@ def uses_bf16(options: ModelOptions) -> bool:
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
 
 
+def uses_checkpointing(options: ModelOptions) -> bool:
+    """Whether activations are computed twice: what was asked, or else on a GPU."""
+    return torch.cuda.is_available() if options.gradient_checkpointing is None else options.gradient_checkpointing
+
+
 def weights_dtype(options: ModelOptions) -> torch.dtype:
     """Frozen weights may be bfloat16; trained ones are float32, or small steps would be lost in rounding."""
     return torch.bfloat16 if uses_bf16(options) and not options.full else torch.float32
 
 
 def lora(options: ModelOptions, task: str) -> LoraConfig | None:
-    """The adapter; None where all weights are trained."""
-    if options.full:
+    """The new adapter; None where all weights are trained, or an adapter that is there goes on."""
+    if options.full or options.adapter is not None:
         return None
-    targets = options.lora_targets.split(",")
+    targets = targets_of(options)
     return LoraConfig(
         r=options.lora_rank,
         lora_alpha=options.lora_alpha,
-        target_modules=targets[0] if targets == ["all-linear"] else targets,
+        target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
         lora_dropout=0.0,  # a policy version must be a function of its weights, and a step done again the same step
         bias="none",
         task_type=task,
     )
 
 
-def arguments(options: ModelOptions, **more: Any) -> dict[str, Any]:
-    """For DPOConfig and RewardConfig."""
+def targets_of(options: ModelOptions) -> list[str]:
+    """``--lora-targets`` one by one."""
+    return [target for target in map(str.strip, options.lora_targets.split(",")) if target]
+
+
+def check_targets(model: Any, options: ModelOptions) -> None:
+    """Raises ``OptionsError`` where a target is no module: peft passes over it as long as another one is."""
+    if options.full or (targets := targets_of(options)) == [ALL_LINEAR]:
+        return
+    names = [name for name, _ in model.named_modules()]
+    unknown = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
+    if unknown or not targets:
+        linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
+        raise OptionsError(f"--lora-targets: the model has no {', '.join(unknown) or 'module of no name'}; it has "
+                           f"{', '.join(linear)}")  # fmt: skip
+
+
+def configuration(kind: Callable[..., C], options: ModelOptions, **more: Any) -> C:
+    """DPOConfig or RewardConfig.
+
+    Raises:
+        OptionsError: an argument that it does not take.
+    """
+    known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    if unknown := [name for name in options.training if name not in known]:
+        raise OptionsError(f"--training: the trainer takes no {', '.join(unknown)}")
+    for tracker in options.report_to:
+        if importlib.util.find_spec(PACKAGES.get(tracker, tracker.replace("-", "_"))) is None:
+            raise OptionsError(f"--report-to {tracker}: it is not installed: pip install {tracker}")
+    try:
+        return kind(**(arguments(options) | more | options.training))
+    except (TypeError, ValueError, ImportError, RuntimeError) as error:
+        raise OptionsError(f"the trainer refuses its options: {first_line(error)}") from error
+
+
+def arguments(options: ModelOptions) -> dict[str, Any]:
+    """What both trainers are told."""
     gpu = torch.cuda.is_available()
-    checkpointing = gpu if options.gradient_checkpointing is None else options.gradient_checkpointing
     return {
         "output_dir": str(checkpoints(options)),
         "seed": options.seed,
         "data_seed": options.seed,
         "per_device_train_batch_size": options.batch_size,
+        "per_device_eval_batch_size": options.batch_size,
         "gradient_accumulation_steps": options.accumulate,
         "learning_rate": options.learning_rate,
         "lr_scheduler_type": options.schedule,
@@ -66,20 +139,43 @@ def arguments(options: ModelOptions, **more: Any) -> dict[str, Any]:
         "weight_decay": options.weight_decay,
         "max_length": options.max_length,
         "bf16": uses_bf16(options),
-        "gradient_checkpointing": checkpointing,
+        "gradient_checkpointing": uses_checkpointing(options),
         "use_cpu": not gpu,
         "dataloader_pin_memory": gpu,
         "logging_strategy": "steps",
         "logging_steps": options.log_every,
         "logging_nan_inf_filter": False,  # it would log a loss that is not a number as 0
-        "save_total_limit": 2,  # the newest may be incomplete
-        "report_to": "none",
+        "save_total_limit": options.keep_checkpoints,
+        "report_to": list(options.report_to) or "none",
         "ddp_timeout": 24 * 3600,  # other processes wait while the main one samples
-        **more,
-        **options.training,
     }
 
 
 def checkpoints(options: ModelOptions) -> Path:
     """Where checkpoints are."""
     return options.out / "checkpoints"
+
+
+def _quantization(options: ModelOptions) -> Any:
+    """How frozen weights are kept in memory (QLoRA, arXiv 2305.14314); None: in full."""
+    if options.quantize is None:
+        return None
+    if options.full:
+        raise OptionsError("--quantize is for frozen weights: leave out --full")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise OptionsError("--quantize needs bitsandbytes: pip install bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    if options.quantize == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=weights_dtype(options),
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """Of what an error says; many libraries' errors are pages."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

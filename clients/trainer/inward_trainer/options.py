@@ -27,7 +27,14 @@ def _object(value: Any) -> Any:
     return json.loads(value) if isinstance(value, str) else value
 
 
+def _names(value: Any) -> Any:
+    if isinstance(value, str):
+        value = value.split(",")
+    return [name for name in map(str.strip, value) if name and name != "none"] if isinstance(value, list) else value
+
+
 JsonObject = Annotated[dict[str, Any], BeforeValidator(_object)]
+Names = Annotated[list[str], BeforeValidator(_names)]
 
 
 class _Options(BaseModel):
@@ -40,7 +47,7 @@ class RunOptions(_Options):
     out: Path = Path("out")
     """Folder of checkpoints, logs and the result. A run that finds its own folder goes on where it was stopped."""
     model: str = ""
-    """The policy to start from: Hugging Face id or folder, the same as the service's --model."""
+    """The policy to start from: Hugging Face id or folder. `service`: the one that the service of --url serves."""
     revision: str | None = None
     """Branch, tag or commit of a model from the hub."""
     template: str | None = None
@@ -49,6 +56,8 @@ class RunOptions(_Options):
     """Of everything that is drawn or shuffled."""
     tensorboard: bool = True
     """Write TensorBoard files beside log.jsonl."""
+    report_to: Names = Field(default_factory=list)
+    """Trackers that are told as well, comma-separated: wandb, trackio, mlflow …"""
 
 
 class ServiceOptions(_Options):
@@ -61,7 +70,7 @@ class ServiceOptions(_Options):
     patience: float = Field(600.0, gt=0)
     """Seconds for which a service or a Redis that does not answer is waited for."""
     at_once: int = Field(8, ge=1)
-    """Requests in flight."""
+    """Most requests in flight; never more than the service says that it computes at once."""
 
 
 class SourceOptions(_Options):
@@ -86,10 +95,12 @@ class SourceOptions(_Options):
     """Name of the stream, as given to the service as `append_to`."""
     group: str = "trainer"
     """Consumer group: trainers of one group share a stream."""
-    consumer: str = "trainer"
-    """This trainer in its group; it finds what it did not finish under the same name."""
+    consumer: str | None = None
+    """This trainer in its group; by default the run's own name, under which a run that goes on finds what it did not
+    finish."""
     idle: float | None = Field(None, gt=0)
-    """Seconds without a new pair after which a stream counts as ended; by default never."""
+    """Seconds without a new pair after which a stream counts as ended; by default never. A stream that nobody writes
+    is an error after as long, or after --patience."""
     prompts: Path | None = None
     """JSONL or Parquet with prompts to sample from."""
     samples: int = Field(8, ge=2)
@@ -114,8 +125,7 @@ class ConfidenceOptions(_Options):
     floor: float = Field(0.5, ge=0, le=1)
     """Least confidence; 0 lets it say that a label is wrong."""
     head: str | None = None
-    """Hybrid head that ranks and gives confidence; by default the service's choice, or `hybrid` where one must be
-    named."""
+    """Hybrid head that ranks and gives confidence; by default the service's first one."""
     monitor: str | None = None
     """A second head, never updated, whose accuracy is logged as well: a head that is trained against can be fooled."""
 
@@ -147,12 +157,20 @@ class TrainOptions(_Options):
     """Scale of the adapter."""
     lora_targets: str = "all-linear"
     """Modules that get an adapter, comma-separated."""
+    adapter: Path | None = None
+    """Folder of an adapter to go on from; it is also the reference then."""
+    quantize: Literal["4bit", "8bit"] | None = None
+    """Keep the frozen weights quantised (QLoRA); needs bitsandbytes and a GPU."""
+    attn_implementation: str | None = None
+    """How the model computes attention: eager, sdpa, flash_attention_2 …; by default its own choice."""
     bf16: bool | None = None
     """Multiply in bfloat16; by default on a GPU that can."""
     gradient_checkpointing: bool | None = None
     """Save memory by computing activations twice; by default on a GPU."""
     checkpoint_every: int = Field(100, ge=1)
     """Steps between two checkpoints (where the policy is published, that decides)."""
+    keep_checkpoints: int = Field(2, ge=2)
+    """So many stay, the newest; older ones are removed."""
     log_every: int = Field(1, ge=1)
     """Steps between two lines in the log."""
     training: JsonObject = Field(default_factory=dict)
@@ -164,14 +182,16 @@ class ModelOptions(RunOptions, TrainOptions):
     """What both commands have."""
 
 
-class CircleOptions(_Options):
+class OnlineOptions(_Options):
     """the policy that moves"""
 
     adapters: Path | None = None
     """The service's --adapters folder. Given, every new version of the policy is published there and loaded by the
     service."""
     publish_every: int = Field(10, ge=1)
-    """Steps between two versions."""
+    """Steps between two versions; the last step makes one in any case."""
+    keep_adapters: int = Field(10, ge=2)
+    """So many versions of this run stay in the folder, the newest; older ones are removed."""
     max_lag: int | None = Field(1, ge=0)
     """Versions by which the policy that a live pair was scored with may be behind; older pairs are refused."""
     update_head: bool = False
@@ -184,6 +204,18 @@ class CircleOptions(_Options):
     """How many of them."""
 
 
+class EvalOptions(_Options):
+    """evaluation"""
+
+    eval_pairs: Path | None = None
+    """Pairs, in any form that --pairs may have, on which every checkpoint is judged: loss, accuracy, and what heads say
+    of them. The checkpoint with the least loss is kept in OUT/best."""
+    eval_most: int = Field(256, ge=1)
+    """How many of them."""
+    stop_after: int | None = Field(None, ge=1)
+    """End the run after so many evaluations without a lower loss; by default never."""
+
+
 class WatchOptions(_Options):
     """Prometheus"""
 
@@ -193,7 +225,9 @@ class WatchOptions(_Options):
     """Address of that port; 0.0.0.0 lets other machines see numbers and names of versions, never texts."""
 
 
-class CdpoOptions(ModelOptions, SourceOptions, ServiceOptions, ConfidenceOptions, CircleOptions, WatchOptions):
+class CdpoOptions(
+    ModelOptions, SourceOptions, ServiceOptions, ConfidenceOptions, OnlineOptions, EvalOptions, WatchOptions
+):
     """the method"""
 
     beta: float = Field(0.15, gt=0)
@@ -218,8 +252,29 @@ class MarginOptions(_Options):
     """Pairs on which the reward model's accuracy is measured in the end."""
 
 
-class RewardOptions(ModelOptions, MarginOptions, ServiceOptions):
+class RewardOptions(ModelOptions, MarginOptions, EvalOptions, ServiceOptions):
     """All options of ``inward-train rm``."""
+
+
+class ExportOptions(_Options):
+    """what is exported"""
+
+    adapter: Path | None = None
+    """Folder of the adapter, such as OUT/final or OUT/best of a run."""
+    model: str = ""
+    """Its base model; by default the one that the adapter names."""
+    revision: str | None = None
+    """Branch, tag or commit of a base model from the hub."""
+    out: Path | None = None
+    """Folder to write to."""
+    merge: bool = True
+    """Write the whole model, with the adapter merged into its weights; else the adapter alone."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Of the weights that are written."""
+    push_to: str | None = None
+    """Upload it to this repository of the hub as well; needs HF_TOKEN."""
+    private: bool = True
+    """Make that repository private, if it is new."""
 
 
 O = TypeVar("O", bound=BaseModel)
@@ -242,11 +297,17 @@ def _add_group(section: argparse._ArgumentGroup, options: type[BaseModel], names
         option: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": _help(field)}
         if field.annotation in (bool, bool | None):
             option["action"] = argparse.BooleanOptionalAction
-        elif get_origin(field.annotation) is Literal:
-            option["metavar"] = "|".join(get_args(field.annotation))
+        elif choices := _choices(field.annotation):
+            option["metavar"] = "|".join(choices)
         else:
             option["metavar"] = name.rsplit("_", 1)[-1].upper()
         section.add_argument(f"--{name.replace('_', '-')}", **option)
+
+
+def _choices(annotation: Any) -> list[str]:
+    """What a field of fixed words takes, perhaps besides None."""
+    kinds = [annotation, *get_args(annotation)]
+    return [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
 
 
 def read_options(options: type[O], args: argparse.Namespace, environment: Mapping[str, str] | None = None) -> O:
@@ -289,5 +350,5 @@ def read_recipe(name: str) -> dict[str, Any]:
 
 def _help(field: Any) -> str:
     default = field.get_default(call_default_factory=True)
-    shown = "" if default is None or isinstance(default, bool) or default in ("", {}) else f" (default: {default})"
+    shown = "" if default is None or isinstance(default, bool) or default in ("", {}, []) else f" (default: {default})"
     return f"{field.description}{shown}".replace("%", "%%").replace("`", "")

@@ -4,7 +4,7 @@ service loads them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import shutil
 from pathlib import Path
 
 from inward_trainer.durable import copy_folder
@@ -13,50 +13,54 @@ from inward_trainer.service import BASE, Service
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
-@dataclass(frozen=True, slots=True)
-class Versions:
-    """What the versions of one run are called. The first is the service's base model."""
-
-    run: str
-    every: int
-    """Steps between two versions."""
-
-    def name(self, step: int) -> str:
-        """The version that is served after ``step`` steps."""
-        published = step - step % self.every
-        return f"{self.run}-{published:06d}" if published else BASE
-
-    def age(self, version: str | None, step: int) -> int | None:
-        """How many publications ``version`` is behind the one of ``step``; None if it is none of this run's."""
-        if version == BASE:
-            made = 0
-        else:
-            run, _, number = (version or "").rpartition("-")
-            if run != self.run or not number.isdigit():
-                return None
-            made = int(number)
-        return (step - step % self.every - made) // self.every
-
-
 class Publisher:
-    """Puts adapters where the service finds them, and makes it use them.
+    """Puts adapters where the service finds them, and makes it use them. What was published stands in the folder: a
+    version is there only if its checkpoint was complete.
 
     Args:
         folder: the service's ``--adapters``.
+        run: its name; the versions of one run are ``<run>-<step>``.
+        keep: so many of the newest versions stay; the others are removed.
     """
 
-    def __init__(self, folder: Path, versions: Versions, service: Service) -> None:
-        self.versions = versions
-        self._folder, self._service = folder, service
+    def __init__(self, folder: Path, run: str, service: Service, *, keep: int) -> None:
+        self._folder, self._run, self._service, self._keep = folder, run, service, keep
+
+    def version(self, step: int) -> str:
+        """What is served after ``step`` steps."""
+        made = max((number for number in self._published() if number <= step), default=None)
+        return BASE if made is None else self._name(made)
+
+    def last_before(self, step: int) -> int:
+        """Steps of the version before the one that was published at ``step``."""
+        return max((number for number in self._published() if number < step), default=0)
+
+    def age(self, version: str | None, step: int) -> int | None:
+        """How many versions ``version`` is behind what is served after ``step`` steps; None if it is none of this
+        run's.
+        """
+        run, _, number = (version or "").rpartition("-")
+        if version != BASE and (run != self._run or not number.isdigit()):
+            return None
+        made = -1 if version == BASE else int(number)
+        return sum(made < later <= step for later in self._published())
 
     def publish(self, step: int, checkpoint: Path) -> str:
         """The adapter of a checkpoint becomes a version. What has a name once never changes. Safe to do again."""
-        name = self.versions.name(step)
-        if name != BASE and step % self.versions.every == 0:
-            copy_folder([checkpoint / file for file in FILES], self._folder / name)
+        copy_folder([checkpoint / file for file in FILES], self._folder / self._name(step))
         self.enforce(step)
-        return name
+        for number in self._published()[: -self._keep]:
+            shutil.rmtree(self._folder / self._name(number))
+        return self._name(step)
 
     def enforce(self, step: int) -> None:
         """Loads the version of ``step`` if the service has another one now, for instance after a restart."""
-        self._service.load_policy(self.versions.name(step))
+        self._service.load_policy(self.version(step))
+
+    def _name(self, step: int) -> str:
+        return f"{self._run}-{step:06d}"
+
+    def _published(self) -> list[int]:
+        """Steps of the versions in the folder, ascending."""
+        found = (path.name.removeprefix(f"{self._run}-") for path in self._folder.glob(f"{self._run}-*"))
+        return sorted(int(number) for number in found if number.isdigit())

@@ -5,114 +5,312 @@ m)``.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, set_seed
 from trl import RewardConfig, RewardTrainer
 
+from inward_trainer.base_model import check_same, eos_ids, find_model, name_model
+from inward_trainer.checkpoints import last_checkpoint, mark_complete, step_of
 from inward_trainer.durable import write_text
-from inward_trainer.errors import DataError, OptionsError
-from inward_trainer.models import arguments, checkpoints, load_tokenizer, lora, weights_dtype
+from inward_trainer.errors import DataError, OptionsError, Stopped
+from inward_trainer.evaluation import Evaluation
+from inward_trainer.fingerprint import fingerprint
+from inward_trainer.logs import Log
+from inward_trainer.loop import refuse_divergence
+from inward_trainer.models import checkpoints, configuration, load_model, load_tokenizer, lora
 from inward_trainer.options import RewardOptions
 from inward_trainer.pairs import ScoredPair, read_row
+from inward_trainer.processes import agreed
+from inward_trainer.runs import Run, find_run, go_on, locked, new_run, stopped
 from inward_trainer.service import Service
-from inward_trainer.sources.rows import read_table
+from inward_trainer.sources.rows import read_pairs, read_table
+from inward_trainer.statistics import estimates
+from inward_trainer.stopping import Stopping
 from inward_trainer.tokens import Tokeniser
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One pair as it is trained on."""
+
+    id: str
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    margin: float | None
+
+    @property
+    def longest(self) -> int:
+        return max(len(self.chosen_ids), len(self.rejected_ids))
+
+    def columns(self) -> dict[str, Any]:
+        """As RewardTrainer takes them."""
+        ids = {"chosen_ids": self.chosen_ids, "rejected_ids": self.rejected_ids}
+        return ids if self.margin is None else ids | {"margin": self.margin}
 
 
 def run(options: RewardOptions) -> int:
-    """Trains a reward model and measures it on held-out pairs; started again, it goes on from its last checkpoint.
+    """Trains a reward model and measures it on held-out pairs; started again, it goes on from its last checkpoint. The
+    exit status.
 
     Raises:
         TrainerError: see the tree.
     """
     if options.pairs is None:
         raise OptionsError("--pairs: say what to train on")
-    tokeniser = Tokeniser(load_tokenizer(options), options.template)
-    table = read_table(options.pairs)
-    rows = [(read_row(row, str(i)), row.get("margin")) for i, row in enumerate(table)]
-    pairs, margins = _with_margins(options, [pair for pair, _ in rows], [margin for _, margin in rows])
-    dataset = [
-        {"chosen_ids": chosen, "rejected_ids": rejected} | ({} if margin is None else {"margin": margin})
-        for (chosen, rejected), margin in zip((_texts(tokeniser, pair) for pair in pairs), margins, strict=True)
-        if max(len(chosen), len(rejected)) <= options.max_length
-    ]
-    trainer = _trainer(options, tokeniser, dataset)
-    kept = list(checkpoints(options).glob("checkpoint-*/trainer_state.json"))
-    trainer.train(resume_from_checkpoint=bool(kept))
+    length = {"max_steps": options.steps} if options.steps else {"num_train_epochs": options.epochs}
+    saving = {"save_strategy": "steps", "save_steps": options.checkpoint_every}
+    config = configuration(RewardConfig, options, **saving, **length)
+    stopping = Stopping()
+    with ExitStack() as stack:
+        stack.enter_context(stopping.on_signals())
+        try:
+            return _run(options, options.pairs, config, stopping, stack)
+        except Stopped as stop:
+            return stopped("rm", options, stop, config.max_steps)
+
+
+@torch.no_grad()
+def judge(model: Any, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, float]]:
+    """Loss (without a margin) and difference of rewards of each pair; one text at a time, so that no padding can
+    matter.
+    """
+    was_training, found = model.training, []
+    model.eval()
+    for texts in pairs:
+        chosen, rejected = (model(torch.tensor([ids], device=model.device)).logits.item() for ids in texts)
+        found.append((math.log1p(math.exp(-abs(chosen - rejected))) + max(rejected - chosen, 0.0), chosen - rejected))
+    model.train(was_training)
+    return found
+
+
+class Steps(TrainerCallback):  # type: ignore[misc]
+    """What happens between the steps: the log, whole checkpoints, the end if somebody asks for it."""
+
+    def __init__(
+        self, log: Log | None, stopping: Stopping, wait: Callable[[], None], evaluate: Callable[[int], bool] | None
+    ) -> None:
+        self._log, self._stopping, self._wait = log, stopping, wait
+        self._evaluate = evaluate or (lambda step: False)
+        self.signal: int | None = None
+        """Of the main process, if it was asked for the end."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._evaluate(state.global_step)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        refuse_divergence(model, state.global_step + 1)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.signal = agreed(self._stopping.signal, args.world_size)
+        if self.signal is not None:
+            control.should_save = control.should_training_stop = True
+        if state.global_step >= state.max_steps:
+            control.should_save = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if self._log is not None and logs and "loss" in logs:
+            self._log.write(state.global_step, logs)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._wait()
+        if self._log is not None:
+            mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        if self._evaluate(state.global_step):
+            control.should_training_stop = True
+
+
+def _run(options: RewardOptions, path: Path, config: RewardConfig, stopping: Stopping, stack: ExitStack) -> int:
+    is_main, processes = config.process_index == 0, config.world_size
+    service = _service(options, stopping, stack) if options.url and is_main else None
+    info = service.info() if service else None
+    name, revision = agreed(name_model(options.model, options.revision, info) if is_main else None, processes)
+    folder = find_model(name, revision)
+    tokenizer = load_tokenizer(folder)
+    tokeniser = Tokeniser(tokenizer, options.template, eos_ids(folder, tokenizer))
+    log = rows = checkpoint = None
+    if is_main:
+        if info is not None:
+            check_same(folder, tokeniser, info)
+        stack.enter_context(locked(options.out))
+        current = _begin(options, options.batch_size * options.accumulate * processes, fingerprint(folder))
+        rows = read_rows(options, path, tokeniser, service)
+        checkpoint = last_checkpoint(checkpoints(options))
+        done = step_of(checkpoint) if checkpoint else 0
+        log = Log(options.out, done, run=current.name, tensorboard=options.tensorboard)
+        stack.callback(log.close)
+    rows, checkpoint = agreed((rows, checkpoint), processes)
+    trainer = build_trainer(options, config, folder, tokenizer, rows)
+    evaluate = _evaluation(options, trainer, log, tokeniser)
+    steps = Steps(log, stopping, trainer.accelerator.wait_for_everyone, evaluate)
+    trainer.add_callback(steps)
+    if log is not None and options.report_to:
+        log.report = partial(Trainer.log, trainer)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if steps.signal is not None:
+        config.max_steps = trainer.state.max_steps
+        raise Stopped(steps.signal)
     trainer.save_model(str(options.out / "final"))
-    tokeniser.tokenizer.save_pretrained(options.out / "final")
-    report: dict[str, Any] = {"pairs": len(dataset), "margins": options.margins}
-    if options.held_out is not None:
-        held_out = [_texts(tokeniser, read_row(row, str(i))) for i, row in enumerate(read_table(options.held_out))]
-        report |= {"held_out_pairs": len(held_out), "held_out_accuracy": accuracy(trainer.model.eval(), held_out)}
-    write_text(options.out / "report.json", json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report))
+    if is_main:
+        tokenizer.save_pretrained(options.out / "final")
+        _report(options, len(rows), trainer, tokeniser)
     return 0
 
 
-@torch.inference_mode()
-def accuracy(model: Any, pairs: Sequence[tuple[list[int], list[int]]]) -> float:
-    """Share of pairs whose chosen answer has the higher reward; one text at a time, so that no padding can matter."""
-    right = 0
-    for texts in pairs:
-        chosen, rejected = (model(torch.tensor([ids], device=model.device)).logits.item() for ids in texts)
-        right += chosen > rejected
-    return right / len(pairs)
+def _begin(options: RewardOptions, size: int, print_: str) -> Run:
+    """The run of this folder, or a new one."""
+    found = find_run(options)
+    if found is None:
+        return new_run(options, size, print_)
+    go_on(found, options, size, print_)
+    return found
 
 
-def _with_margins(
-    options: RewardOptions, pairs: list[ScoredPair], column: list[Any]
-) -> tuple[list[ScoredPair], list[float] | list[None]]:
-    """The pairs that are trained on, and the margin of each."""
-    if options.margins == "none" and not options.drop_disagreeing:
-        return pairs, [None] * len(pairs)
-    if options.margins == "column" and not options.drop_disagreeing:
+def _report(options: RewardOptions, pairs: int, trainer: Any, tokeniser: Tokeniser) -> None:
+    report: dict[str, Any] = {"pairs": pairs, "margins": options.margins}
+    if options.held_out is not None:
+        held_out = [_texts(tokeniser, read_row(row, str(i))) for i, row in enumerate(read_table(options.held_out))]
+        found = judge(trainer.accelerator.unwrap_model(trainer.model), held_out)
+        right = estimates("held_out", {"accuracy": [float(margin > 0) for _, margin in found]})
+        report |= {"held_out_pairs": len(held_out)} | {name.replace("/", "_"): one for name, one in right.items()}
+    write_text(options.out / "report.json", json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report))
+
+
+def _evaluation(
+    options: RewardOptions, trainer: Any, log: Log | None, tokeniser: Tokeniser
+) -> Callable[[int], bool] | None:
+    if options.eval_pairs is None:
+        return None
+    pairs = [_texts(tokeniser, pair) for pair in read_pairs(options.eval_pairs)]
+    pairs = [texts for texts in pairs if max(map(len, texts)) <= options.max_length][: options.eval_most]
+    if not pairs:
+        raise DataError(f"--eval-pairs: {options.eval_pairs} has no pair that can be used")
+    return Evaluation(
+        lambda places: judge(trainer.model, [pairs[place] for place in places]),
+        len(pairs),
+        trainer.save_model,
+        log,
+        options.out / "best",
+        stop_after=options.stop_after,
+        rank=trainer.args.process_index,
+        processes=trainer.args.world_size,
+    )
+
+
+def read_rows(options: RewardOptions, path: Path, tokeniser: Tokeniser, service: Service | None) -> list[Row]:
+    """The pairs that are trained on, with their margins; ``dropped.jsonl`` has the ids of the others, and why.
+
+    The service is asked once: a run that goes on has the margins that it began with, in ``margins.jsonl``.
+
+    Raises:
+        DataError: none is left.
+    """
+    table = read_table(path)
+    pairs = [read_row(row, str(i)) for i, row in enumerate(table)]
+    dropped: dict[str, str] = {}
+    margins = _margins(options, pairs, [row.get("margin") for row in table], service, dropped)
+    rows = []
+    for pair in pairs:
+        if pair.id in dropped:
+            continue
+        row = Row(pair.id, *_texts(tokeniser, pair), margins[pair.id])
+        if row.longest > options.max_length:
+            dropped[pair.id] = f"{row.longest} tokens, more than --max-length {options.max_length}"
+        else:
+            rows.append(row)
+    lines = (json.dumps({"id": id, "reason": reason}) + "\n" for id, reason in dropped.items())
+    write_text(options.out / "dropped.jsonl", "".join(lines))
+    if dropped:
+        LOG.warning("%d of %d pairs are left out: %s says why", len(dropped), len(pairs), options.out / "dropped.jsonl")
+    if not rows:
+        raise DataError(f"no pair is left to train on; {options.out / 'dropped.jsonl'} says why")
+    if options.margins == "constant":
+        mean = fmean(row.margin for row in rows if row.margin is not None)
+        rows = [Row(row.id, row.chosen_ids, row.rejected_ids, mean) for row in rows]
+    return rows
+
+
+def build_trainer(
+    options: RewardOptions, config: RewardConfig, folder: Path, tokenizer: Any, rows: Sequence[Row]
+) -> RewardTrainer:
+    """The model with its score head, in TRL's trainer. The head is random: the same for every run of a seed, so that
+    margins of different kinds begin alike.
+    """
+    set_seed(options.seed)
+    return RewardTrainer(
+        model=load_model(AutoModelForSequenceClassification, folder, options, num_labels=1),
+        args=config,
+        train_dataset=Dataset.from_list([row.columns() for row in rows]),
+        processing_class=tokenizer,
+        peft_config=lora(options, "SEQ_CLS"),
+    )
+
+
+def _service(options: RewardOptions, stopping: Stopping, stack: ExitStack) -> Service:
+    key = options.api_key.get_secret_value() if options.api_key else None
+    return stack.enter_context(
+        Service(str(options.url), api_key=key, patience=options.patience, at_once=options.at_once, stopping=stopping)
+    )
+
+
+def _margins(
+    options: RewardOptions,
+    pairs: Sequence[ScoredPair],
+    column: Sequence[Any],
+    service: Service | None,
+    dropped: dict[str, str],
+) -> Mapping[str, float | None]:
+    """Margin of each pair by its id; ``dropped`` takes those that have none, or are not wanted."""
+    asked = options.margins in ("bin", "margin_scaled", "constant") or options.drop_disagreeing
+    said = _said(options, pairs, service) if asked else {}
+    for id, margin in said.items():
+        if margin["error"]:
+            dropped[id] = margin["error"]
+        elif options.drop_disagreeing and not margin["label_agrees"]:
+            dropped[id] = "the head disagrees with the label"
+    if options.margins == "none":
+        return dict.fromkeys((pair.id for pair in pairs), None)
+    if options.margins == "column":
         if any(margin is None for margin in column):
             raise DataError("--margins column: a row has no `margin`")
-        return pairs, [float(margin) for margin in column]
-    if options.url is None:
-        raise OptionsError(f"--margins {options.margins} asks the service: give --url")
-    key = options.api_key.get_secret_value() if options.api_key else None
-    with Service(options.url, api_key=key, patience=options.patience, at_once=options.at_once) as service:
-        found = service.margins(pairs, options.head)
-    kept = [
-        (pair, margin, own)
-        for pair, margin, own in zip(pairs, found, column, strict=True)
-        if not margin.get("error") and (margin["label_agrees"] or not options.drop_disagreeing)
-    ]
-    if not kept:
-        raise DataError("no pair is left to train on")
-    pairs = [pair for pair, _, _ in kept]
-    if options.margins == "none":
-        return pairs, [None] * len(pairs)
-    if options.margins == "column":
-        return pairs, [float(own) for _, _, own in kept]
-    numbers = [float(margin["bin" if options.margins == "constant" else options.margins]) for _, margin, _ in kept]
-    return pairs, [fmean(numbers)] * len(numbers) if options.margins == "constant" else numbers
+        return {pair.id: float(margin) for pair, margin in zip(pairs, column, strict=True)}
+    name = "bin" if options.margins == "constant" else options.margins
+    return {id: margin[name] for id, margin in said.items()}
+
+
+def _said(options: RewardOptions, pairs: Sequence[ScoredPair], service: Service | None) -> dict[str, dict[str, Any]]:
+    """What the LEGEND head says of each pair."""
+    note = options.out / "margins.jsonl"
+    if not note.is_file():
+        if service is None:
+            raise OptionsError(f"--margins {options.margins} asks the service: give --url")
+        head = service.find_head(options.head, "--head", ("legend",)).name
+        lines = [
+            {"id": pair.id, "error": found.error.message if found.error else None if found.margin is not None else
+             "the service can't score it", "bin": found.bin, "margin_scaled": found.margin_scaled,
+             "label_agrees": found.label_agrees}
+            for pair, found in zip(pairs, service.margins(pairs, head), strict=True)
+        ]  # fmt: skip
+        write_text(note, "".join(json.dumps(line) + "\n" for line in lines))
+    known = {line["id"]: line for line in map(json.loads, note.read_text("utf-8").splitlines())}
+    if known.keys() != {pair.id for pair in pairs}:
+        raise DataError(f"{note} is of {len(known)} pairs and --pairs has {len(pairs)}: choose another --out")
+    return known
 
 
 def _texts(tokeniser: Tokeniser, pair: ScoredPair) -> tuple[list[int], list[int]]:
     tokens = tokeniser(pair)
     return tokens.prompt_ids + tokens.chosen_ids, tokens.prompt_ids + tokens.rejected_ids
-
-
-def _trainer(options: RewardOptions, tokeniser: Tokeniser, dataset: list[dict[str, Any]]) -> Any:
-    if not dataset:
-        raise DataError("no pair is left to train on")
-    model = AutoModelForSequenceClassification.from_pretrained(
-        options.model, revision=options.revision, num_labels=1, dtype=weights_dtype(options)
-    )
-    length = {"max_steps": options.steps} if options.steps else {"num_train_epochs": options.epochs}
-    config = RewardConfig(**arguments(options, save_strategy="steps", save_steps=options.checkpoint_every, **length))
-    return RewardTrainer(
-        model=model,
-        args=config,
-        train_dataset=Dataset.from_list(dataset),
-        processing_class=tokeniser.tokenizer,
-        peft_config=lora(options, "SEQ_CLS"),
-    )

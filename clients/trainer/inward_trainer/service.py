@@ -1,52 +1,124 @@
-"""The Inward service as the trainer asks it."""
+"""The service as the trainer uses it: ``inward_client``, waited for in a way that heeds signals, sent no more than the
+backbone computes at once, and believed only where it answers with the policy that was asked for.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-import httpx
-
-from inward_trainer.errors import ServiceError, ServiceGone
+from inward_client import (
+    Answer,
+    AsyncInward,
+    DeadlineExceeded,
+    HeadInfo,
+    InvalidField,
+    InwardError,
+    Job,
+    Margin,
+    Policy,
+    RerankAnswer,
+    Retries,
+    RewardPair,
+    StatusError,
+    TooLarge,
+    event_loop,
+)
+from inward_trainer.errors import OptionsError, ServiceError, ServiceGone
 from inward_trainer.pairs import Prompt, ScoredPair
+from inward_trainer.progress import Progress, told
+from inward_trainer.stopping import GRACE_S, Stopping
 
+LOG = logging.getLogger(__name__)
 T = TypeVar("T")
-R = TypeVar("R")
+A = TypeVar("A", bound=Answer)
 
-RETRIED = frozenset({429, 502, 503, 504})
-"""Statuses that may be another one a moment later."""
-SLICE = 64
-"""Pairs or items in one request."""
 BASE = "base"
 """The policy without an adapter."""
+POINTWISE = ("hybrid", "legend")
+"""Kinds of heads whose score of an answer does not depend on other answers."""
+MOST_SAMPLES = 64
+"""That one request asks for, if the service does not say."""
+SLICE = 64
+"""Pairs or items in one request."""
+SWITCHES = 5
+"""How often the service is told which policy to carry, for one answer of it."""
+TRANSFER_S = 30.0
+"""What an answer may take beyond the service's own deadline."""
+SEED_STRIDE = 0x9E3779B1
+"""Between the seeds of the parts of one prompt's samples (the golden ratio of 2**32: no two parts meet)."""
+OPTIONS = ("sampling", "n", "head", "return_token_ids")
+"""Fields of a draw that are refused whatever the prompt is."""
+SHORTER = "fewer --samples, a smaller max_tokens in --sampling, a smaller --batch-size"
+
+
+@dataclass(frozen=True, slots=True)
+class Info:
+    """What ``GET /info`` says of itself."""
+
+    model: str
+    revision: str
+    path: str
+    """Of the model's folder, on the service's machine; empty if it is not told."""
+    fingerprint: str
+    template: str
+    deadline_s: float
+    """Longest that the service works on one request."""
+    most_samples: int
+    """That one request may ask for."""
+    concurrency: int
+    """Requests that the backbones compute at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What is to be drawn; ``place`` is the prompt's, for messages."""
+
+    place: int
+    prompt: Prompt
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One answer that the policy drew."""
+
+    text: str
+    score: float
+    ids: tuple[int, ...] | None
+    """As it was written, without what ended it."""
+    finished: bool
+    """Whether it ended by itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """The samples of one prompt, best first: text, score, and whether it ended by itself."""
+    """The samples of one prompt, best first."""
 
-    texts: tuple[str, ...]
-    scores: tuple[float, ...]
-    finished: tuple[bool, ...]
+    samples: tuple[Sample, ...]
     policy_version: str
     confidence: float | None
-    """Of the first against the last; None where all scores are the same."""
+    """Of the first against the last; None where it was not told."""
 
 
 class Service:
-    """Safe to use from several threads. What may pass (a restart, overload) is waited for; everything asked is safe to
-    ask again.
+    """Waits are the main thread's. What may pass (a restart, overload) is waited for; everything asked is safe to ask
+    again.
 
     Args:
         url: such as ``http://127.0.0.1:8080``.
         api_key: sent as Bearer.
         patience: seconds for which a service that does not answer is waited for.
-        at_once: requests in flight, where there are many to send.
-        transport: httpx's, for tests.
+        at_once: most requests in flight; the service's own number wins where it is smaller.
+        stopping: ends waits.
+        http: httpx's client, for tests.
+
+    Raises:
+        OptionsError: the URL is none.
     """
 
     def __init__(
@@ -56,14 +128,23 @@ class Service:
         api_key: str | None = None,
         patience: float = 600.0,
         at_once: int = 8,
-        transport: httpx.BaseTransport | None = None,
+        stopping: Stopping | None = None,
+        http: Any = None,
     ) -> None:
-        headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-        self._client = httpx.Client(
-            base_url=url, headers=headers, timeout=httpx.Timeout(150.0, connect=10.0), transport=transport
-        )
-        self._threads = ThreadPoolExecutor(at_once, thread_name_prefix="service")
+        self._stopping = stopping or Stopping()
         self._patience = patience
+        self._options: dict[str, Any] = {
+            "api_key": api_key, "retries": Retries(patience=patience, first=0.2), "batch_size": SLICE, "http": http,
+        }  # fmt: skip
+        self._url, self._at_once = url, at_once
+        try:
+            self._client = AsyncInward(url, concurrency=at_once, **self._options)
+        except ValueError as error:
+            raise OptionsError(f"--url: {error}") from None
+        self._most_drawn = MOST_SAMPLES
+        """Samples that one request asks for: as many as the service takes, or fewer where that took too long."""
+        self.version: str | None = None
+        """The policy that every answer must come from; None: whichever there is."""
 
     def __enter__(self) -> Self:
         return self
@@ -71,150 +152,240 @@ class Service:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._threads.shutdown(cancel_futures=True)
-        self._client.close()
+        event_loop.run(self._client.close())
 
-    def many(self, ask: Callable[[T], R], of: Sequence[T]) -> list[R]:
-        """``ask`` of each, several at once, in order."""
-        return list(self._threads.map(ask, of))
+    def info(self) -> Info:
+        """Asks who it is, and keeps to what it says: its deadline, and how much it computes at once."""
+        told = self._wait(self._client.info())
+        limits = told.get("limits") or {}
+        info = Info(
+            model=str(told.get("model", "")),
+            revision=str(told.get("revision") or ""),
+            path=str(told.get("path") or ""),
+            fingerprint=str(told.get("fingerprint", "")),
+            template=str(told.get("template", "")),
+            deadline_s=float(limits.get("timeout_seconds", 100.0)),
+            most_samples=int(limits.get("candidates", MOST_SAMPLES)),
+            concurrency=max(1, int(told.get("concurrency", self._at_once))),
+        )
+        self._at_once, self._most_drawn = min(self._at_once, info.concurrency), info.most_samples
+        event_loop.run(self._client.close())
+        self._client = AsyncInward(
+            self._url, concurrency=self._at_once, timeout=info.deadline_s + TRANSFER_S, **self._options
+        )
+        return info
 
-    def draw(self, prompt: Prompt, n: int, sampling: Mapping[str, Any], head: str | None = None) -> Drawn | None:
-        """N samples of the policy as it is in the service now; None if fewer than one could be scored.
+    def draw(self, draws: Sequence[Draw], n: int, sampling: Mapping[str, Any], head: str) -> list[Drawn | None]:
+        """N samples of each, of the policy as it is in the service now; None where fewer than one could be scored, or
+        the service refuses the prompt (the log says why).
+
+        A request that takes longer than the service allows is drawn in parts from then on.
 
         Raises:
-            ServiceError: it refuses the prompt.
-        """
-        body: dict[str, Any] = {"prompt": prompt, "n": n, "sampling": dict(sampling)}
-        answer = self._post("/rerank", body | ({"head": head} if head else {}))
-        usable = [
-            result for result in answer["results"] if result.get("score") is not None and result.get("text") is not None
-        ]
-        if not usable:
-            return None
-        return Drawn(
-            texts=tuple(result["text"] for result in usable),
-            scores=tuple(float(result["score"]) for result in usable),
-            finished=tuple(result.get("finish_reason") != "length" for result in usable),
-            policy_version=str(answer["policy_version"]),
-            confidence=(answer.get("pair") or {}).get("confidence"),
-        )
-
-    def rewards(self, pairs: Sequence[ScoredPair], head: str | None = None) -> list[dict[str, Any]]:
-        """The hybrid head's ``chosen_score``, ``rejected_score``, ``confidence`` of each, or an ``error``; and the
-        ``policy_version``.
+            ServiceError: one sample takes longer than the service allows.
         """
 
-        def ask(some: Sequence[ScoredPair]) -> list[dict[str, Any]]:
-            body: dict[str, Any] = {"pairs": [pair.texts() for pair in some]}
-            answer = self._post("/reward", body | ({"head": head} if head else {}))
-            return [{**reward, "policy_version": answer["policy_version"]} for reward in answer["rewards"]]
+        async def all_of_them() -> list[Drawn | None]:
+            turns = asyncio.Semaphore(self._at_once)
+            async with told("sampling", n * len(draws), SHORTER) as progress:
+                jobs = [self._draw(draw, n, sampling, head, turns, progress) for draw in draws]
+                return await _together(jobs)
 
-        return [reward for rewards in self.many(ask, list(_slices(pairs))) for reward in rewards]
+        return self._wait(all_of_them())
+
+    def rewards(self, pairs: Sequence[ScoredPair], head: str | None = None) -> list[tuple[RewardPair, str]]:
+        """What the hybrid head says of each pair, or its ``error``; and the policy's version."""
+
+        async def ask() -> list[tuple[RewardPair, str]]:
+            async with told("scoring pairs", len(pairs)):
+                answer = await self._current(lambda: self._client.reward_pairs(_texts(pairs), head=head))
+            return [(reward, answer.policy_version) for reward in answer.rewards]
+
+        return self._scored(ask(), [(RewardPair(), "")] * len(pairs), "pairs")
 
     def scores(self, items: Sequence[tuple[Prompt, str]], head: str) -> list[float | None]:
-        """Any pointwise head's score of each prompt and response."""
+        """Any pointwise head's score of each prompt and response; None where it has none."""
+        asked = [{"prompt": prompt, "response": response} for prompt, response in items]
 
-        def ask(some: Sequence[tuple[Prompt, str]]) -> list[float | None]:
-            body = {"items": [{"prompt": prompt, "response": response} for prompt, response in some], "head": head}
-            return [score["score"] for score in self._post("/score", body)["scores"]]
+        async def ask() -> list[float | None]:
+            async with told("scoring answers", len(items)):
+                answer = await self._current(lambda: self._client.score(asked, head=head))
+            return [score.score for score in answer.scores]
 
-        return [score for scores in self.many(ask, list(_slices(items))) for score in scores]
+        return self._scored(ask(), [None] * len(items), "items")
 
-    def margins(self, pairs: Sequence[ScoredPair], head: str | None = None) -> list[dict[str, Any]]:
-        """The LEGEND head's ``margin``, ``margin_scaled``, ``bin``, ``label_agrees`` of each; an ``error`` where
-        there is none.
+    def margins(self, pairs: Sequence[ScoredPair], head: str | None = None) -> list[Margin]:
+        """What the LEGEND head says of each pair; an ``error`` where it can't be scored."""
+
+        async def ask() -> list[Margin]:
+            async with told("scoring pairs", len(pairs)):
+                return (await self._current(lambda: self._client.margin(_texts(pairs), head=head))).margins
+
+        return self._scored(ask(), [Margin()] * len(pairs), "pairs")
+
+    def heads(self) -> list[HeadInfo]:
+        """What is loaded."""
+        return self._wait(self._client.heads())
+
+    def find_head(self, name: str | None, option: str, kinds: Sequence[str] = ("hybrid",)) -> HeadInfo:
+        """The head of this name, or the first one of these kinds: as the service's own routes choose.
+
+        Raises:
+            OptionsError: there is none.
         """
-
-        def ask(some: Sequence[ScoredPair]) -> list[dict[str, Any]]:
-            body: dict[str, Any] = {"pairs": [pair.texts() for pair in some]}
-            margins: list[dict[str, Any]] = self._post("/margin", body | ({"head": head} if head else {}))["margins"]
-            return margins
-
-        return [margin for margins in self.many(ask, list(_slices(pairs))) for margin in margins]
-
-    def head(self, name: str) -> dict[str, Any]:
-        """What ``GET /heads/{name}`` says."""
-        return self._get(f"/heads/{name}")
+        loaded = self.heads()
+        found = next((head for head in loaded if head.kind in kinds and name in (None, head.name)), None)
+        if found is None:
+            there = ", ".join(f"{head.name} ({head.kind})" for head in loaded) or "none"
+            wanted = f"no head {name!r} of kind" if name else "no head of kind"
+            raise OptionsError(f"{option}: the service has {wanted} {' or '.join(kinds)}; it has: {there}")
+        return found
 
     def update_head(self, name: str, sequence: int, pairs: Sequence[ScoredPair], lr: float) -> bool:
-        """One online step of a head, applied once however often it is sent.
+        """One online step of a head, on states of the current policy, applied once however often it is sent.
 
         Returns:
             Whether it was applied now or by the same call before; False if a later one was, so that this one must have
             been, too.
         """
-        if sequence < int(self.head(name)["sequence"]):
-            return False
-        self._post(f"/heads/{name}/update", {"sequence": sequence, "pairs": [pair.texts() for pair in pairs], "lr": lr})
-        return True
 
-    def policy(self) -> dict[str, Any]:
-        """What ``GET /policy`` says."""
-        return self._get("/policy")
+        async def ask() -> bool:
+            if sequence < int((await self._client.head(name)).sequence or 0):
+                return False
+            await self._carry()
+            await self._client.update(name, sequence, _texts(pairs), lr=lr)
+            return True
+
+        return self._wait(ask(), GRACE_S)
+
+    def policy(self) -> Policy:
+        """Which version it carries."""
+        return self._wait(self._client.policy())
 
     def load_policy(self, version: str) -> None:
-        """Makes the service sample and score with an adapter of its folder; nothing happens if it does already."""
-        if self.policy()["policy_version"] != version:
-            self._post("/policy", {"version": version})
+        """Makes the service sample and score with an adapter of its folder (nothing happens if it does already), and
+        believes no answer of another one from now on.
+        """
+        self.version = version
+        self._wait(self._carry(), GRACE_S)
 
-    def create_job(self, rows: bytes, head: str | None = None) -> str:
-        """Uploads JSONL of pairs as a bulk job of kind ``reward``; gives its id."""
-        query = {"kind": "reward"} | ({"head": head} if head else {})
-        return str(
-            self._ask(
-                "POST", "/jobs", params=query, content=rows, headers={"content-type": "application/x-ndjson"}
-            ).json()["id"]
+    def create_job(self, pairs: Sequence[ScoredPair], key: str, head: str | None = None) -> str:
+        """Uploads pairs as a bulk job of kind ``reward``; gives its id. The same ``key`` makes the same job."""
+        return self._wait(self._client.create_job("reward", _texts(pairs), head=head, key=key)).id
+
+    def job(self, id: str) -> Job:
+        """How far a bulk job is."""
+        return self._wait(self._client.job(id))
+
+    def job_results(self, id: str) -> list[dict[str, Any]]:
+        """Its results in the order of the rows."""
+        return self._wait(self._client.job_results(id))
+
+    async def _draw(
+        self, draw: Draw, n: int, sampling: Mapping[str, Any], head: str, turns: asyncio.Semaphore, progress: Progress
+    ) -> Drawn | None:
+        """All samples of one prompt, in as many parts as it takes."""
+        parts: list[RerankAnswer] = []
+        start = 0
+        try:
+            while start < n:
+                async with turns:
+                    most = min(n - start, self._most_drawn)
+                    answer = await self._part(draw, start, most, sampling, head)
+                if answer is not None:
+                    parts.append(answer)
+                    start += most
+                    progress.done += most
+                    progress.tokens += sum(ranked.completion_tokens or 0 for ranked in answer.results)
+        except (TooLarge, InvalidField) as error:
+            if isinstance(error, InvalidField) and (error.param or "").partition(".")[0] in OPTIONS:
+                raise
+            progress.done += n - start
+            LOG.warning("prompt %d is left out: %s", draw.place, error)
+            return None
+        return _ranked(parts)
+
+    async def _part(
+        self, draw: Draw, start: int, most: int, sampling: Mapping[str, Any], head: str
+    ) -> RerankAnswer | None:
+        """Samples ``start`` to ``start + most``; None where that took too long and fewer are to be asked for."""
+        seeded = {**sampling, "seed": (draw.seed + SEED_STRIDE * start) % 2**32}
+        try:
+            return await self._current(
+                lambda: self._client.rerank(draw.prompt, n=most, sampling=seeded, head=head, return_token_ids=True)
+            )
+        except DeadlineExceeded as error:
+            if most == 1:
+                raise ServiceError(
+                    f"one sample takes longer than the service allows ({error.message}): give a smaller max_tokens in "
+                    "--sampling, or serve with a longer --timeout",
+                    error.status,
+                ) from None
+            self._most_drawn = min(self._most_drawn, (most + 1) // 2)
+            LOG.info("%d samples at once take longer than the service allows: %d from now on", most, self._most_drawn)
+            return None
+
+    async def _current(self, ask: Callable[[], Awaitable[A]]) -> A:
+        """An answer of the policy that is wanted; a service that has lost it, by a restart, is told again."""
+        for _ in range(SWITCHES):
+            answer = await ask()
+            if self.version in (None, answer.policy_version):
+                return answer
+            LOG.warning("the answer is of policy %s, not of %s: asked again", answer.policy_version, self.version)
+            await self._carry()
+        raise ServiceError(
+            f"the service leaves policy {self.version} again and again: who else switches it? A service serves one run"
         )
 
-    def job(self, id: str) -> dict[str, Any]:
-        """How far a bulk job is."""
-        return self._get(f"/jobs/{id}")
+    async def _carry(self) -> None:
+        if self.version is not None and (await self._client.policy()).policy_version != self.version:
+            await self._client.load_policy(self.version)
 
-    def job_results(self, id: str) -> str:
-        """Its results, JSONL in the order of the rows."""
-        return self._ask("GET", f"/jobs/{id}/results").text
+    def _scored(self, asking: Coroutine[Any, Any, list[T]], none: list[T], sent_as: str) -> list[T]:
+        """The answer; ``none`` where it is that not one element can be scored."""
+        try:
+            return self._wait(asking)
+        except ServiceError as error:
+            cause = error.__cause__
+            if isinstance(cause, InvalidField | TooLarge) and (cause.param or "").startswith(f"{sent_as}."):
+                return none
+            raise
 
-    def _get(self, path: str) -> dict[str, Any]:
-        answer: dict[str, Any] = self._ask("GET", path).json()
-        return answer
-
-    def _post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        answer: dict[str, Any] = self._ask("POST", path, json=body).json()
-        return answer
-
-    def _ask(self, method: str, path: str, **request: Any) -> httpx.Response:
-        end, pause = time.monotonic() + self._patience, 0.2
-        while True:
-            try:
-                answer = self._client.request(method, path, **request)
-            except httpx.TransportError as error:
-                problem, wait = f"{type(error).__name__}: {error}", pause
-            else:
-                if answer.status_code < 400:
-                    return answer
-                problem = _message(answer)
-                if answer.status_code not in RETRIED:
-                    raise ServiceError(f"{method} {path}: {answer.status_code} {problem}", answer.status_code)
-                wait = max(pause, _seconds(answer.headers.get("retry-after")))
-            if time.monotonic() + wait > end:
-                raise ServiceGone(
-                    f"{method} {self._client.base_url}{path.lstrip('/')}: no answer for {self._patience:.0f} s ({problem})"
-                )
-            time.sleep(wait)
-            pause = min(2 * pause, 10.0)
+    def _wait(self, coroutine: Coroutine[Any, Any, T], grace_s: float = 0.0) -> T:
+        try:
+            return self._stopping.wait(coroutine, grace_s)
+        except StatusError as error:
+            kind = ServiceGone if error.status in (429, 502, 503, 504) else ServiceError
+            raise kind(f"the service refuses: {error}", error.status) from error
+        except InwardError as error:
+            raise ServiceGone(f"no answer from the service for {self._patience:.0f} s: {error}") from error
 
 
-def _slices(values: Sequence[T]) -> Iterator[Sequence[T]]:
-    for start in range(0, len(values), SLICE):
-        yield values[start : start + SLICE]
-
-
-def _message(answer: httpx.Response) -> str:
+async def _together(jobs: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results in order; the first failure cancels the others."""
     try:
-        return str(answer.json()["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return answer.text[:200]
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(job) for job in jobs]
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+    return [task.result() for task in tasks]
 
 
-def _seconds(retry_after: str | None) -> float:
-    return float(retry_after) if retry_after and retry_after.isdigit() else 0.0
+def _ranked(parts: Sequence[RerankAnswer]) -> Drawn | None:
+    """The samples of all parts; a head that judges one answer at a time judges them alike in any of them."""
+    usable = [
+        Sample(one.text, one.score, tuple(one.token_ids) if one.token_ids else None, one.finish_reason != "length")
+        for part in parts
+        for one in part.results
+        if one.score is not None and one.text is not None
+    ]
+    versions = {part.policy_version for part in parts}
+    if not usable or len(versions) > 1:
+        return None
+    pair = parts[0].pair if len(parts) == 1 else None
+    samples = tuple(sorted(usable, key=lambda sample: -sample.score))
+    return Drawn(samples, parts[-1].policy_version, pair.confidence if pair else None)
+
+
+def _texts(pairs: Sequence[ScoredPair]) -> list[dict[str, Any]]:
+    return [pair.texts() for pair in pairs]

@@ -6,12 +6,15 @@ loss is ours; model, reference, dataset, checkpoints and distribution stay TRL's
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.utils import use_adapter
 
 from inward_trainer.losses import cdpo_loss
 
@@ -35,9 +38,9 @@ class ConfidenceCollator(DataCollatorForPreference):  # type: ignore[misc]
 class CdpoTrainer(DPOTrainer):  # type: ignore[misc]
     """Takes a dataset as DPOTrainer does, with a column ``confidence`` besides; rows without one train as in plain DPO.
 
-    Logged beside TRL's ``rewards/…``: ``gamma`` (mean confidence), ``kl`` (mean log-ratio of the batch's answers in
-    nats each: KL to the reference where the answers are the policy's own), and of rows that carry scores
-    ``hybrid/accuracy``, ``monitor/accuracy`` and ``hybrid/reward/*``, the distribution of rewards.
+    Logged beside TRL's ``rewards/…``: ``gamma`` (mean confidence), ``log_ratio`` (of policy to reference, the mean of
+    the batch's answers in nats each; no KL, since best and worst of some samples are no draws), and of rows that carry
+    scores ``hybrid/accuracy``, ``monitor/accuracy`` and ``hybrid/reward/*``, the distribution of rewards.
 
     Raises:
         ValueError: options of DPOConfig that this loss does not know, which would be ignored in silence.
@@ -62,7 +65,8 @@ class CdpoTrainer(DPOTrainer):  # type: ignore[misc]
         ]
         if list(args.loss_type) != ["sigmoid"] or unknown or args.precompute_ref_log_probs:
             raise ValueError(
-                f"cDPO is a loss of its own: leave loss_type, precompute_ref_log_probs and {unknown or 'the rest'} as they are"
+                "cDPO is a loss of its own: leave loss_type, precompute_ref_log_probs and "
+                f"{unknown or 'the rest'} as they are"
             )
         if data_collator is None:
             if processing_class.pad_token is None:
@@ -77,13 +81,55 @@ class CdpoTrainer(DPOTrainer):  # type: ignore[misc]
         known: list[str] = self._signature_columns
         self._signature_columns = [*known, *(name for name in (COLUMN, *SCORES) if name not in known)]
 
+    @torch.no_grad()
+    def judge(self, rows: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
+        """Loss and ``z`` of each row, which is as the collator takes it, with the policy as it is now."""
+        was_training, size = self.model.training, self.args.per_device_eval_batch_size
+        found: list[tuple[float, float]] = []
+        self.model.eval()
+        for start in range(0, len(rows), size):
+            inputs = self._prepare_inputs(self.data_collator(list(rows[start : start + size])))
+            with self.compute_loss_context_manager():
+                chosen, rejected, _ = self._log_ratios(self.model, inputs)
+            z = self.beta * (chosen - rejected).float()
+            found += zip(cdpo_loss(z, inputs[COLUMN].to(z.dtype)).tolist(), z.tolist(), strict=True)
+        self.model.train(was_training)
+        return found
+
+    @torch.no_grad()
+    def divergence(self, rows: Sequence[dict[str, Any]]) -> list[float]:
+        """An estimate of the policy's KL to its reference from each row's chosen answer, in nats an answer, if the
+        policy drew it and nothing bent its distribution: Schulman's k3, ``r - 1 - log r`` of reference to policy,
+        summed over the tokens. It is never negative, and on average the sum of the tokens' divergences.
+        """
+        model, size = self.accelerator.unwrap_model(self.model), self.args.per_device_eval_batch_size
+        was_training, found = model.training, []
+        model.eval()
+        for start in range(0, len(rows), size):
+            inputs = self._prepare_inputs(self.data_collator(list(rows[start : start + size])))
+            half = len(inputs["input_ids"]) // 2  # chosen ones come first
+            texts = {name: inputs[name][:half] for name in ("input_ids", "attention_mask", "completion_mask")}
+            with self.compute_loss_context_manager():
+                policy = self._token_log_probs(model, texts).log_probs
+                with self._reference(model) as reference:
+                    log_ratio = self._token_log_probs(reference, texts).log_probs.float() - policy.float()
+            found += (log_ratio.expm1() - log_ratio).sum(dim=1).tolist()
+        model.train(was_training)
+        return found
+
+    @contextmanager
+    def _reference(self, model: Any) -> Iterator[Any]:
+        """The model that the policy is pulled to: one of its own, or this one with the adapter that it began with."""
+        if self.ref_model is not None:
+            yield self.ref_model
+        else:
+            with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
+                yield model
+
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         confidence = inputs[COLUMN]
         scores = {name: inputs[name] for name in SCORES}
-        texts = {name: value for name, value in inputs.items() if name != COLUMN and name not in SCORES}
-        logps, aux_loss = self._log_probs(model, texts)
-        reference = self.compute_ref_log_probs(self.ref_model or self.model, texts)
-        chosen, rejected = (ours - theirs for ours, theirs in zip(logps.chunk(2), reference, strict=True))
+        chosen, rejected, aux_loss = self._log_ratios(model, inputs)
         loss = cdpo_loss(self.beta * (chosen - rejected), confidence.to(chosen.dtype)).mean()
         if aux_loss is not None:
             loss = loss + self.router_aux_loss_coef * aux_loss
@@ -91,16 +137,30 @@ class CdpoTrainer(DPOTrainer):  # type: ignore[misc]
         self._count_tokens(inputs["attention_mask"])
         return (loss, None) if return_outputs else loss
 
+    def _log_ratios(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Policy against reference: of the chosen answers and of the rejected ones, ``[B]`` each, in nats; and what
+        ``_log_probs`` gives beside.
+        """
+        texts = {name: value for name, value in inputs.items() if name != COLUMN and name not in SCORES}
+        logps, aux_loss = self._log_probs(model, texts)
+        reference = self.compute_ref_log_probs(self.ref_model or self.model, texts)
+        chosen, rejected = (ours - theirs for ours, theirs in zip(logps.chunk(2), reference, strict=True))
+        return chosen, rejected, aux_loss
+
     def _log_probs(self, model: Any, texts: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """Log-probability of each answer, chosen ones first, ``[2B]``; and a mixture-of-experts model's
         load-balancing loss.
         """
-        kwargs = {name: value for name, value in texts.items() if name != "completion_mask"}
-        if self.aux_loss_enabled:
-            kwargs["output_router_logits"] = True
-        labels = texts["input_ids"].masked_fill(texts["completion_mask"] == 0, -100)
-        outputs = model(**kwargs, labels=labels, use_cache=False, fused_lm_head=True)
+        outputs = self._token_log_probs(
+            model, texts, **({"output_router_logits": True} if self.aux_loss_enabled else {})
+        )
         return outputs.log_probs.sum(dim=1), outputs.aux_loss if self.aux_loss_enabled else None
+
+    def _token_log_probs(self, model: Any, texts: dict[str, Any], **more: Any) -> Any:
+        """Outputs with the log-probability of each token of an answer given those before it, 0 for the others."""
+        kwargs = {name: value for name, value in texts.items() if name != "completion_mask"}
+        labels = texts["input_ids"].masked_fill(texts["completion_mask"] == 0, -100)
+        return model(**kwargs, **more, labels=labels, use_cache=False, fused_lm_head=True)
 
     def _note(self, chosen: Tensor, rejected: Tensor, confidence: Tensor, scores: dict[str, Tensor]) -> None:
         """Collects metrics over all processes; ``chosen`` and ``rejected`` are log-ratios ``[B]``."""
@@ -110,7 +170,7 @@ class CdpoTrainer(DPOTrainer):  # type: ignore[misc]
         self._mean("rewards/rejected", self.beta * rejected)
         self._mean("rewards/margins", self.beta * (chosen - rejected))
         self._mean("rewards/accuracies", (chosen > rejected).float())
-        self._mean("kl", torch.cat([chosen, rejected]))
+        self._mean("log_ratio", torch.cat([chosen, rejected]))
         self._mean("gamma", confidence)
         scores = {name: gathered(values) for name, values in scores.items()}
         self._agreement("hybrid/accuracy", scores["chosen_score"], scores["rejected_score"])

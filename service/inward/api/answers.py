@@ -1,4 +1,4 @@
-"""Bytes that leave the house: answers with their timing headers, and every error in the one shape."""
+"""Bytes that leave the service: answers with their timing headers, and every error in the one shape."""
 
 from __future__ import annotations
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from fastapi import FastAPI, Security
+from functools import cache
+
+from fastapi import APIRouter, FastAPI, Security
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from starlette.middleware import Middleware
+from starlette.routing import BaseRoute
 
 from inward import __version__
 from inward.api import errors
@@ -48,6 +51,7 @@ def create_app(services: Services) -> FastAPI:
         version=__version__,
         description=DESCRIPTION,
         redirect_slashes=False,
+        routes=list(_routes()),
         middleware=[  # in the order in which a request passes them
             Middleware(AccessLog, paths=PATHS),
             Middleware(HeadAsGet),
@@ -60,7 +64,14 @@ def create_app(services: Services) -> FastAPI:
     )
     app.state.services = services
     errors.install(app)
-    bearer = HTTPBearer(auto_error=False, description="Where the server has API keys.")
-    for router in ROUTERS:
-        app.include_router(router, dependencies=[Security(bearer)])  # for the document; Auth checks
     return app
+
+
+@cache
+def _routes() -> tuple[BaseRoute, ...]:
+    """All routes. They know no services, so they are made once, which takes a tenth of a second."""
+    bearer = HTTPBearer(auto_error=False, description="Where the server has API keys.")
+    together = APIRouter(dependencies=[Security(bearer)])  # for the document; Auth checks
+    for router in ROUTERS:
+        together.include_router(router)
+    return tuple(together.routes)

@@ -20,12 +20,12 @@ from inward.errors import SetupError, Unauthorized
 
 LOG = logs.logger("api")
 CALLER: ContextVar[str | None] = ContextVar("caller", default=None)
-"""Hash of the key that the present request came with; None where no keys are set, and inside the house."""
+"""Hash of the key that the present request came with; None where no keys are set, and outside of requests."""
 HEALTH = frozenset({"/livez", "/readyz", "/health"})
 
 
 class KeyRing:
-    """The keys that open the door: some for good, and those of a file that is read again whenever it changes.
+    """The keys that are let in: some for good, and those of a file that is read again whenever it changes.
 
     So keys are rotated without a restart: add the new one to the file, move the clients, take the old one out. A file
     that is away or empty for a moment (it is being written) locks nobody in or out: the last keys stay.

@@ -1,115 +1,117 @@
-"""Works off bulk jobs: every API replica takes chunks and sends them through the same routes as everybody's requests,
-but as bulk.
+"""Works off bulk jobs: every API replica takes chunks and scores their rows as rows of a request are scored, behind
+everybody's requests.
 
-So a row of a bulk job gets what the same row gets in a request, and interactive requests go first.
+Whatever happens, a chunk ends: what is wrong with a row becomes that row's error; rows that take longer than a request
+may are done in halves, and one that is too slow by itself has an error; a chunk that ends replicas is given up.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
+import logging
 import uuid
 from collections.abc import Sequence
-from typing import Any
-
-import httpx
-from redis.exceptions import RedisError
-from starlette.types import ASGIApp
+from typing import Any, cast
 
 from inward import logs
-from inward.errors import InvalidField, Unavailable
+from inward.api.rows import Row, RowAnswer, RowsKind, failed, parse, score_rows
+from inward.api.services import Services
+from inward.errors import DeadlineExceeded, InternalError, InwardError, Unavailable
 from inward.stores.jobs import ROWS, BulkStore, Chunk
 
-LOG = logs.logger("bulk")
-RESULTS = {"margin": "margins", "score": "scores", "reward": "rewards"}
-"""The kinds of job, which are routes, and the list in the answer of each."""
-AT_ONCE = 2
-"""Chunks in flight in one replica, so that workers find the next one waiting."""
+LOG = logs.logger("api")
+LONGEST_WAIT_S = 30.0
+"""Between two tries while the service has no room, whatever it says."""
+TRIES = 3
+"""Of a row that is not done before the deadline, by itself; it may only have waited behind others."""
+AWAY_S = 1.0
+"""Between two looks for chunks while their store can't be reached."""
 
 
 class BulkRunner:
     """See the module.
 
     Args:
-        app: the routes, without keys, on an intake that sends with priority ``bulk``.
+        services: whose intake sends with priority ``bulk``.
         idle: the store's; chunks are renewed at a third of it.
+        max_deliveries: replicas that a chunk may end before it is given up.
     """
 
-    def __init__(self, store: BulkStore, app: ASGIApp, *, idle: float) -> None:
-        self._store, self._idle = store, idle
+    def __init__(self, store: BulkStore, services: Services, *, idle: float, max_deliveries: int = 3) -> None:
+        self._store, self._services, self._idle, self._max_deliveries = store, services, idle, max_deliveries
         self._replica = uuid.uuid4().hex
-        self._client = httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://bulk", timeout=None)
 
     async def run(self) -> None:
-        """Until it is cancelled; a chunk that is cut off is taken over by another replica."""
-        async with self._client, asyncio.TaskGroup() as group:
-            for _ in range(AT_ONCE):
-                group.create_task(self._work())
-
-    async def _work(self) -> None:
+        """One chunk after the other, until it is cancelled; what it has then is given back."""
         while True:
             try:
                 if (chunk := await self._store.take(self._replica)) is not None:
                     await self._do(chunk)
-            except (RedisError, OSError, Unavailable) as error:
-                logs.event(LOG, "bulk_waits", exception=type(error).__name__)
-                await asyncio.sleep(1.0)
+            except Unavailable as error:
+                logs.event(LOG, "bulk_waits", reason=error.message)
+                await asyncio.sleep(AWAY_S)
 
     async def _do(self, chunk: Chunk) -> None:
         renewing = asyncio.create_task(self._renew(chunk))
         try:
-            rows = [_parsed(line) for line in chunk.rows]
-            results = await self._results(chunk, rows)
+            rows, answers = await self._answers(chunk)
+            await self._finish(chunk, rows, answers)
+        except asyncio.CancelledError:
+            await self._store.give_back(self._replica, chunk)
+            raise
         finally:
             renewing.cancel()
-        numbered = [{"index": chunk.number * ROWS + i, **result} for i, result in enumerate(results)]
+
+    async def _answers(self, chunk: Chunk) -> tuple[Sequence[Row | InwardError], Sequence[RowAnswer]]:
+        if chunk.deliveries > self._max_deliveries:
+            logs.event(LOG, "chunk_given_up", severity=logging.ERROR, job=chunk.job.id, chunk=chunk.number)
+            problem = InternalError(f"{chunk.deliveries - 1} replicas ended while they had this row or one beside it")
+            return [problem] * chunk.size, [failed(problem)] * chunk.size
+        rows = [parse(line) for line in chunk.rows]
+        return rows, await self._scored(chunk, rows)
+
+    async def _finish(self, chunk: Chunk, rows: Sequence[Row | InwardError], answers: Sequence[RowAnswer]) -> None:
+        """Results by row; rows that were scored, with their scores, for the job's stream."""
+        results: list[dict[str, Any]] = [
+            {"index": chunk.number * ROWS + i, **answer.body()} for i, answer in enumerate(answers)
+        ]
         scored = [
             {**row, **result}
-            for row, result in zip(rows, numbered, strict=True)
-            if isinstance(row, dict) and not result.get("error")
+            for row, result, answer in zip(rows, results, answers, strict=True)
+            if answer.error is None and not isinstance(row, InwardError)
         ]
-        await self._store.finish(chunk, numbered, scored)
+        await self._store.finish(chunk, results, scored)
+
+    async def _scored(self, chunk: Chunk, rows: Sequence[Row | InwardError], tries: int = TRIES) -> Sequence[RowAnswer]:
+        """What becomes of these rows together; where that fails because of one of them, of each half."""
+        try:
+            return await self._when_there_is_room(chunk, rows)
+        except DeadlineExceeded as error:
+            if len(rows) == 1 and tries > 1:
+                return await self._scored(chunk, rows, tries - 1)
+            problem: InwardError = error
+        except InwardError as error:  # it is so for all of them: the head is gone
+            return [failed(error)] * len(rows)
+        except Exception as error:
+            logs.event(LOG, "rows_failed", severity=logging.ERROR, error=error, job=chunk.job.id, rows=len(rows))
+            problem = InternalError(f"this row could not be scored ({type(error).__name__})")
+        if len(rows) == 1:
+            return [failed(problem)]
+        middle = len(rows) // 2
+        return [*await self._scored(chunk, rows[:middle]), *await self._scored(chunk, rows[middle:])]
+
+    async def _when_there_is_room(self, chunk: Chunk, rows: Sequence[Row | InwardError]) -> Sequence[RowAnswer]:
+        kind = cast(RowsKind, chunk.job.kind)
+        while True:
+            try:
+                return await score_rows(self._services, kind, rows, head=chunk.job.head)
+            except Unavailable as error:  # it may be otherwise later
+                await asyncio.sleep(min(LONGEST_WAIT_S, error.retry_after or AWAY_S))
 
     async def _renew(self, chunk: Chunk) -> None:
         while True:
             await asyncio.sleep(self._idle / 3)
-            await self._store.renew(self._replica, chunk.entry)
-
-    async def _results(self, chunk: Chunk, rows: Sequence[Any]) -> list[dict[str, Any]]:
-        """What the route says of all rows together; where it refuses them because of one, of each alone."""
-        if all(isinstance(row, dict) for row in rows):
-            answer = await self._asked(chunk, rows)
-            if isinstance(answer, list):
-                return answer
-            if len(rows) == 1:
-                return [{"error": answer}]
-        return [await self._alone(chunk, row) for row in rows]
-
-    async def _alone(self, chunk: Chunk, row: Any) -> dict[str, Any]:
-        if not isinstance(row, dict):
-            return {"error": InvalidField("this row is not a JSON object").body()["error"]}
-        answer = await self._asked(chunk, [row])
-        return answer[0] if isinstance(answer, list) else {"error": answer}
-
-    async def _asked(self, chunk: Chunk, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]] | dict[str, Any]:
-        """Results, or the error. What may be otherwise later (503, 504) is asked again later."""
-        body: dict[str, Any] = {"pairs" if "chosen" in rows[0] else "items": rows}
-        if chunk.job.head:
-            body["head"] = chunk.job.head
-        while True:
-            answer = await self._client.post(f"/{chunk.job.kind}", json=body)
-            if answer.status_code in (503, 504):
-                await asyncio.sleep(min(30.0, float(answer.headers.get("retry-after", 1))))
-                continue
-            content = answer.json()
-            if answer.status_code != 200:
-                return dict(content["error"])
-            named = {name: content[name] for name in ("head", "policy_version")}
-            return [{**result, **named} for result in content[RESULTS[chunk.job.kind]]]
-
-
-def _parsed(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
+            try:
+                await self._store.renew(self._replica, chunk.entry)
+            except Unavailable as error:  # the next one may come in time; else it is done twice and stored once
+                logs.event(LOG, "chunk_not_renewed", reason=error.message)

@@ -67,15 +67,15 @@ async def candidates(services: Services, request: RerankRequest, head: str, dead
         InwardError: the service could not do its part.
     """
     if request.candidates is None:
-        asked = await drawing(services, request)
-        found = asked.found(await score_one(services, Group(asked.prompt_ids, sampling=asked.spec), head, deadline))
+        wanted = await generation(services, request)
+        found = wanted.found(await score_one(services, Group(wanted.prompt_ids, sampling=wanted.spec), head, deadline))
     else:
         prompt, field = request.asked()
         found = await _given(services, request.candidates, request.truncate, prompt, field, head, deadline)
     return found
 
 
-async def drawing(services: Services, request: RerankRequest) -> Generation:
+async def generation(services: Services, request: RerankRequest) -> Generation:
     """What a request without candidates asks for.
 
     Raises:
@@ -89,7 +89,7 @@ async def drawing(services: Services, request: RerankRequest) -> Generation:
     if isinstance(grouped, InwardError):
         raise type(grouped)(grouped.message, param=Parts(prompt, (), field, ()).blame(grouped.param))
     prompt_ids = grouped.group.prompt_ids
-    spec = _spec(n, request.sampling or Sampling(), services.limits.tokens - 1 - len(prompt_ids))
+    spec = _spec(n, request.sampling or Sampling(), services.prompts.max_tokens - 1 - len(prompt_ids))
     return Generation(prompt_ids, spec, grouped.truncated)
 
 
@@ -100,8 +100,8 @@ def _spec(n: int, sampling: Sampling, room: int) -> SamplingSpec:
             f"after the prompt the model takes {max(room, 0)} more tokens; ask for fewer, or shorten the prompt",
             param="sampling.max_tokens",
         )
-    asked = sampling.model_dump(exclude={"max_tokens", "stop"})
-    return SamplingSpec(n, max_tokens=sampling.max_tokens or min(MAX_TOKENS, room), stop=tuple(sampling.stop), **asked)
+    given = sampling.model_dump(exclude={"max_tokens", "stop"})
+    return SamplingSpec(n, max_tokens=sampling.max_tokens or min(MAX_TOKENS, room), stop=tuple(sampling.stop), **given)
 
 
 async def _given(

@@ -17,22 +17,22 @@ from fastapi.exceptions import RequestValidationError
 from inward.api.answers import plain, refusal, timing_headers
 from inward.api.body import JsonRoute
 from inward.api.candidates import candidates
+from inward.api.elements import RERANK_KINDS
 from inward.api.errors import explain
 from inward.api.scoring import Deadline, find_head, score_all
 from inward.api.services import Services
 from inward.errors import InwardError, NotFinite, NotFound, OverQuota, Unavailable
 from inward.types import HeadRef, Kind, Prompt, Scored, Scores, Timing, Usage
 from inward.wire import Options, Parts, RerankRequest
-from inward.wire.compat import Foreign, rerank_dialect, score_dialect
+from inward.wire.compat import CompatRequest, rerank_dialect, score_dialect
 
 POINTWISE: tuple[Kind, ...] = ("hybrid", "legend")
-RERANK: tuple[Kind, ...] = ("srr", "hybrid", "legend")
-Shape = Callable[[InwardError], dict[str, Any]]
+ErrorShape = Callable[[InwardError], dict[str, Any]]
 """Writes an error as a family of clients reads it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Whole:
+class Conversation:
     """A prompt and a response as the corridor takes them; ``rendered``: the chat template has been applied to the
     prompt.
     """
@@ -48,7 +48,7 @@ class Whole:
 
 
 @dataclass(frozen=True, slots=True)
-class CompatScore:
+class CompatScores:
     """What a head said of N texts; all of them have a score."""
 
     scored: tuple[Scored, ...]
@@ -68,7 +68,7 @@ class CompatScore:
         return self.usage.prompt_tokens + self.usage.completion_tokens
 
     def headers(self) -> dict[str, str]:
-        """Timing, and what a foreign body has no place for: which head and policy answered, and how many texts were
+        """Timing, and what their bodies have no place for: which head and policy answered, and how many texts were
         cut.
         """
         if not self.scored:
@@ -83,20 +83,20 @@ class CompatScore:
         return {**timing_headers(slowest), **named}
 
 
-async def judge(
-    services: Services, request: Foreign, field: str, items: Sequence[Whole], *, truncate: bool
-) -> CompatScore:
+async def score_conversations(
+    services: Services, request: CompatRequest, field: str, items: Sequence[Conversation], *, truncate: bool
+) -> CompatScores:
     """Scores ``items``, which came in the request's ``field``, one by one.
 
     Args:
         truncate: where the request does not say.
 
     Raises:
-        InwardError: one of them could not be scored; a foreign body has no place for an error beside scores.
+        InwardError: one of them could not be scored; their bodies have no place for an error beside scores.
     """
-    head = chosen_head(services, request, POINTWISE)
+    head = requested_head(services, request, POINTWISE)
     if not items:
-        return CompatScore((), (), (), ())
+        return CompatScores((), (), (), ())
     options = Options(truncate=truncate if request.truncate is None else request.truncate)
     try:
         results = (await score_all(services, field, items, (head.name,), options)).results
@@ -110,7 +110,7 @@ async def judge(
             raise NotFinite("the score is not a finite number", param=f"{field}.{i}")
         scored.append(result.outcome)
     units = tuple(unit(outcome.scores[0], 0) for outcome in scored)
-    return CompatScore(
+    return CompatScores(
         tuple(scored),
         tuple(_finite(outcome.scores[0], 0) for outcome in scored),
         units,
@@ -118,20 +118,25 @@ async def judge(
     )
 
 
-async def judge_candidates(
+async def score_candidates(
     services: Services,
-    request: Foreign,
-    kinds: Sequence[Kind],
+    request: CompatRequest,
     query: str,
     texts: Sequence[str],
     field: str,
     *,
     truncate: bool,
-) -> CompatScore:
-    """Scores ``texts``, which came in the request's ``field``, as the responses to one prompt; see ``judge``."""
+    kinds: Sequence[Kind] = (),
+) -> CompatScores:
+    """Scores ``texts``, which came in the request's ``field``, as the responses to one prompt, and raises as
+    ``score_conversations``.
+
+    Args:
+        kinds: of heads; by default those that rank.
+    """
     cut = truncate if request.truncate is None else request.truncate
     asked = RerankRequest(prompt=query, candidates=list(texts), truncate=cut)
-    head = chosen_head(services, request, kinds)
+    head = requested_head(services, request, kinds or RERANK_KINDS, None if kinds else services.rerank_head)
     try:
         found = await candidates(services, asked, head.name, Deadline(None, services.limits.timeout_s))
     except InwardError as error:
@@ -141,12 +146,14 @@ async def judge_candidates(
             raise _renamed(answer.error, field)
     scores, n = found.scored.scores[0], range(len(texts))
     cuts = (found.truncated,) * len(texts)
-    return CompatScore((found.scored,), tuple(_finite(scores, i) for i in n), tuple(unit(scores, i) for i in n), cuts)
+    return CompatScores((found.scored,), tuple(_finite(scores, i) for i in n), tuple(unit(scores, i) for i in n), cuts)
 
 
-def chosen_head(services: Services, request: Foreign, kinds: Sequence[Kind]) -> HeadRef:
+def requested_head(
+    services: Services, request: CompatRequest, kinds: Sequence[Kind], default: str | None = None
+) -> HeadRef:
     """The head that the request names by ``head``, or by a ``model`` that is a head's name; else the setting's, else
-    the first that fits.
+    ``default``, else the first that fits.
 
     Raises:
         NotFound: there is none.
@@ -154,7 +161,7 @@ def chosen_head(services: Services, request: Foreign, kinds: Sequence[Kind]) -> 
     if request.head is None and (model := getattr(request, "model", None)):
         with suppress(NotFound):
             return services.heads.resolve(model, kinds)
-    return find_head(services, request.head or services.compat_head, kinds)
+    return find_head(services, request.head or services.compat_head or default, kinds)
 
 
 def unit(scores: Scores, n: int) -> float:
@@ -170,7 +177,7 @@ def unit(scores: Scores, n: int) -> float:
     return 1 / (1 + math.exp(-score)) if score >= 0 else math.exp(score) / (1 + math.exp(score))
 
 
-def family_route(shape_of: Callable[[bytes], Shape | None]) -> type[JsonRoute]:
+def route_with_errors(shape_of: Callable[[bytes], ErrorShape | None]) -> type[JsonRoute]:
     """Routes whose errors have the shape that ``shape_of`` their body gives, and never the status 429: trainers take
     that for final.
     """
@@ -189,28 +196,28 @@ def family_route(shape_of: Callable[[bytes], Shape | None]) -> type[JsonRoute]:
                     shape = shape_of(await request.body())
                     if shape is None:
                         raise
-                    return foreign_refusal(error if isinstance(error, InwardError) else explain(error.errors()), shape)
+                    return error_response(error if isinstance(error, InwardError) else explain(error.errors()), shape)
 
             return answer
 
     return FamilyRoute
 
 
-def dialect_route() -> type[JsonRoute]:
+def native_route() -> type[JsonRoute]:
     """Routes that several dialects share; what is none of them is ours."""
-    shapes: dict[str, Shape] = {"as documents": as_documents, "as texts": as_tei, "as text pairs": as_vllm}
+    shapes: dict[str, ErrorShape] = {"as documents": as_documents, "as texts": as_tei, "as text pairs": as_vllm}
 
-    def shape_of(body: bytes) -> Shape | None:
+    def shape_of(body: bytes) -> ErrorShape | None:
         try:
             value = json.loads(body)
         except (ValueError, RecursionError):
             return None
         return shapes.get(rerank_dialect(value)) or shapes.get(score_dialect(value))
 
-    return family_route(shape_of)
+    return route_with_errors(shape_of)
 
 
-def foreign_refusal(error: InwardError, shape: Shape) -> Response:
+def error_response(error: InwardError, shape: ErrorShape) -> Response:
     """An error in a family's shape."""
     if isinstance(error, OverQuota):
         error = Unavailable(error.message, param=error.param, retry_after=error.retry_after)

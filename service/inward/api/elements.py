@@ -16,6 +16,7 @@ from inward.wire import Margin, RewardPair, Score
 MARGIN_KINDS: tuple[Kind, ...] = ("legend", "hybrid")
 SCORE_KINDS: tuple[Kind, ...] = ("legend", "hybrid")
 REWARD_KINDS: tuple[Kind, ...] = ("hybrid",)
+RERANK_KINDS: tuple[Kind, ...] = ("hybrid", "legend", "srr")
 
 
 def margin_heads(services: Services, name: str | None) -> tuple[str, ...]:

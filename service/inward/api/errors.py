@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from inward.api.answers import plain, refusal
 from inward.errors import InvalidField, InwardError, NotFound
 from inward.wire import UNION_TAGS, ErrorBody
-from inward.wire.compat import FOREIGN_TAGS
+from inward.wire.compat import COMPAT_TAGS
 
 PHRASES = {
     "missing": "is missing",
@@ -69,7 +69,7 @@ def explain(problems: Sequence[Mapping[str, Any]]) -> InvalidField:
     """
     first = problems[0]
     context = first.get("ctx", {})
-    steps = [str(step) for step in first["loc"][1:] if step not in UNION_TAGS | FOREIGN_TAGS]
+    steps = [str(step) for step in first["loc"][1:] if step not in UNION_TAGS | COMPAT_TAGS]
     if first["type"] == "wrong_form":
         steps.append(context["field"])
         phrase = context["problem"]

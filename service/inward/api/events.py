@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -14,8 +15,8 @@ from starlette.types import Receive, Scope, Send
 from inward import logs
 from inward.errors import InternalError, InwardError
 
-LOG = logs.logger("events")
-HEARTBEAT = 15.0
+LOG = logs.logger("api")
+HEARTBEAT_S = 15.0
 """Seconds of silence after which a comment is sent, so that nobody between takes the connection for dead."""
 DONE = "data: [DONE]\n\n"
 """The end, as clients of streaming language models know it."""
@@ -50,7 +51,7 @@ class EventStream(Response):
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             while True:
                 coming = coming or asyncio.create_task(self._next())
-                if not (await asyncio.wait({coming}, timeout=HEARTBEAT))[0]:
+                if not (await asyncio.wait({coming}, timeout=HEARTBEAT_S))[0]:
                     await give(": still there\n\n")
                     continue
                 text, coming = coming.result(), None
@@ -70,5 +71,5 @@ class EventStream(Response):
         except InwardError as error:
             return event("error", error.body())
         except Exception as error:
-            logs.event(LOG, "stream_failed", exception=type(error).__name__)
+            logs.event(LOG, "stream_failed", severity=logging.ERROR, error=error)
             return event("error", InternalError("a defect of the server ended this stream").body())

@@ -12,6 +12,7 @@ import re
 import time
 import uuid
 from collections.abc import Mapping, Set
+from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -88,7 +89,10 @@ class AccessLog:
             severity = logging.WARNING if code >= 500 else logging.INFO
             ms = round(1000 * seconds, 2)
             method = scope["method"] if scope["method"] in METHODS else "other"  # a caller may send any word
-            ids = {"request_id": request_id, **tracing.answered(span, method=method, route=route, code=code)}
+            ids: dict[str, Any] = {
+                "request_id": request_id,
+                **tracing.answered(span, method=method, route=route, code=code),
+            }
             logs.event(LOG, "request", severity=severity, method=method, route=route, code=code, ms=ms, **ids)
 
     def _route(self, scope: Scope) -> str:

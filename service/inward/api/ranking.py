@@ -64,11 +64,12 @@ def one_ranked(index: int, answer: Candidate, request: RerankRequest, truncated:
 async def _best_against_worst(
     services: Services, request: RerankRequest, results: list[Ranked], found: Candidates, deadline: Deadline
 ) -> tuple[BestAgainstWorst | None, Scored | None]:
-    """The pair, where two scores differ, and what was computed for its confidence."""
+    """The pair, where two answers differ and their scores do, and what was computed for its confidence."""
     finite = [result for result in results if result.score is not None]
     best, worst = finite[0], finite[-1]
     margin = (best.score or 0.0) - (worst.score or 0.0)
-    if margin <= 0:
+    best_ids, worst_ids = (found.answers[result.index].ids for result in (best, worst))
+    if margin <= 0 or best_ids == worst_ids:  # drawn one by one, equal answers may differ by rounding
         return None, None
     compared = await _compared(services, found.pair(best.index, worst.index), found.scored, deadline)
     confidence = compared.scores[0].pair.confidence if compared and compared.scores[0].pair else None
@@ -95,7 +96,7 @@ async def _compared(services: Services, extremes: Group, ranked: Scored, deadlin
     if name is None:
         return None
     (outcome,) = await score_groups(services, [extremes], (name,), deadline, pair=True)
-    if isinstance(outcome, InwardError) or outcome.policy_version != ranked.policy_version:
+    if isinstance(outcome, InwardError) or outcome.version[1:] != ranked.version[1:]:
         return None
     return outcome if outcome.heads == ranked.heads or name != ranked.heads[0].name else None
 

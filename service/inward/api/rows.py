@@ -104,10 +104,12 @@ async def score_rows(
         if some:
             found = await _score(services, kind, some, head, options or Options(), of_pairs=of_pairs)
             answers |= dict(zip(places, found, strict=True))
-    return [
-        RowAnswer(Element(error=ErrorDetail(**row.body()["error"]))) if isinstance(row, InwardError) else answers[i]
-        for i, row in enumerate(checked)
-    ]
+    return [failed(row) if isinstance(row, InwardError) else answers[i] for i, row in enumerate(checked)]
+
+
+def failed(error: InwardError) -> RowAnswer:
+    """Of a row that has no score, and why."""
+    return RowAnswer(Element(error=ErrorDetail(**error.body()["error"])))
 
 
 def _checked(kind: RowsKind, row: Row) -> Pair | Item | InwardError:

@@ -15,7 +15,7 @@ from inward.types import Detail, Group, HeadRef, Kind, Scored, Scores, Timing
 from inward.types import Usage as UsageTokens
 from inward.wire import ErrorDetail, Head, Options, Parts, Scorable, Usage
 
-SWITCHES = 3
+MOST_SWITCHES = 3
 """How often a head may be switched under one request before it gives up."""
 
 
@@ -63,7 +63,7 @@ class Results:
 def named(services: Services, scored: Sequence[Scored]) -> dict[str, Any]:
     """The fields of ``wire.Answer`` for what was scored; the first one's head is the answer's."""
     return {
-        "model": services.info()["model"],
+        "model": services.model,
         "policy_version": scored[0].policy_version,
         "head": Head.of(scored[0].heads[0]),
         "usage": Usage.of(sum((outcome.usage for outcome in scored), UsageTokens())),
@@ -196,8 +196,8 @@ async def score_groups(
     details: frozenset[Detail] = frozenset(),
     pair: bool = False,
 ) -> list[Scored | InwardError]:
-    """Scores groups, all by one version of the heads and the policy: those scored before a switch are scored again
-    after it.
+    """Scores groups, all by one version of the heads and the policy and on one backbone: those scored before a switch
+    are scored again after it.
 
     Raises:
         Unavailable, DeadlineExceeded: not the fault of any one group.
@@ -215,7 +215,7 @@ async def score_groups(
     latest = outcomes = await score(groups)
     switches = 0
     while stale := _stale(outcomes, latest):
-        if (switches := switches + 1) > SWITCHES:
+        if (switches := switches + 1) > MOST_SWITCHES:
             raise Unavailable(
                 "the head was switched again and again during this request; send it again", retry_after=1.0
             )
@@ -237,11 +237,7 @@ async def charge(services: Services, groups: Sequence[Group]) -> None:
 
 def _stale(outcomes: Sequence[Scored | InwardError], latest: Sequence[Scored | InwardError]) -> list[int]:
     """Places of the scores that are of other versions than the last one of ``latest``."""
-
-    def version(scored: Scored) -> tuple[tuple[HeadRef, ...], str]:
-        return scored.heads, scored.policy_version
-
-    newest = next((version(outcome) for outcome in reversed(latest) if isinstance(outcome, Scored)), None)
+    newest = next((outcome.version for outcome in reversed(latest) if isinstance(outcome, Scored)), None)
     return [
-        i for i, outcome in enumerate(outcomes) if isinstance(outcome, Scored) and newest and version(outcome) != newest
+        i for i, outcome in enumerate(outcomes) if isinstance(outcome, Scored) and newest and outcome.version != newest
     ]

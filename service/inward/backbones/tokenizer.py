@@ -57,6 +57,7 @@ class FolderTokenizer:
         self._tidy = bool(config.get("clean_up_tokenization_spaces")) and type(self._backend.model).__name__ != "BPE"
         _add_tokens(self._backend, folder, config)
         self.bos_token, self.eos_token = self.special_tokens.get("bos_token"), self.special_tokens.get("eos_token")
+        self.pad_token, self.unk_token = self.special_tokens.get("pad_token"), self.special_tokens.get("unk_token")
         self.bos_token_id, self.eos_token_id = self._id(self.bos_token), self._id(self.eos_token)
 
     def __len__(self) -> int:
@@ -86,10 +87,20 @@ class FolderTokenizer:
         """The text of each."""
         return [self.decode(ids, skip_special_tokens=skip_special_tokens) for ids in sequences]
 
+    @property
+    def added_tokens_decoder(self) -> Mapping[int, AddedToken]:
+        """Tokens beside the model's vocabulary by their ids, the special ones among them."""
+        return self._backend.get_added_tokens_decoder()
+
     def apply_chat_template(
-        self, conversation: list[dict[str, str]], *, tokenize: bool = False, add_generation_prompt: bool = False
+        self,
+        conversation: list[dict[str, str]],
+        *,
+        tokenize: bool = False,
+        add_generation_prompt: bool = False,
+        **variables: Any,
     ) -> str:
-        """The conversation as text.
+        """The conversation as text. ``variables`` are the template's, beside its own.
 
         Raises:
             ValueError: there is no template, or ids are asked for.
@@ -99,7 +110,7 @@ class FolderTokenizer:
             raise ValueError("a chat template gives text here; tokenise it")
         return self._template.render(
             messages=conversation, tools=None, documents=None, add_generation_prompt=add_generation_prompt,
-            **self.special_tokens,
+            **self.special_tokens, **variables,
         )  # fmt: skip
 
     @cached_property

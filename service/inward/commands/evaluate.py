@@ -83,6 +83,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of folds, bootstrap and refits (default: %(default)s)")
     parser.add_argument("--response-tokens", type=int, metavar="N", help="judge by the first N tokens of each response")
     parser.add_argument("--limit", type=int, metavar="N", help="judge the first N rows only")
+    parser.add_argument("--parse-json", action="store_true", help="read messages that are stored as JSON text")
     add_settings(parser, (*MODEL_SETTINGS, "heads"))
     parser.set_defaults(run=run)
 
@@ -170,7 +171,8 @@ def _judge_rows(args: argparse.Namespace, folder: Path | None) -> tuple[Judgemen
     from inward.offline.evaluate.report import read_rows
 
     source = next(name for name in ("pairs", "lists", "responses") if getattr(args, name))
-    rows = read_rows(source, getattr(args, source), args.limit)  # type: ignore[arg-type]
+    path = getattr(args, source)
+    rows = read_rows(source, path, args.limit, parse_json=args.parse_json)  # type: ignore[arg-type]
     cache = _cache_folder(rows)
     head, examples, origin, seconds = asyncio.run(_read(args, folder, rows, cache))
     shutil.rmtree(cache, ignore_errors=True)

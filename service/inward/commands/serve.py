@@ -36,5 +36,6 @@ def run(args: argparse.Namespace) -> int:
             settings,
             lambda: Standalone.open(settings),
             lambda process: {"model": process.backbone.info.name, "heads": process.registry.names()},
+            lambda process: process.ending,
         )
     )

@@ -7,6 +7,9 @@ import argparse
 from inward.commands import COMMANDS
 from inward.commands.options import add_settings, settings_of
 
+PORT = 9100
+"""Of a worker's status, where none is named."""
+
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
@@ -43,5 +46,6 @@ def run(args: argparse.Namespace) -> int:
                 "queue": process.queue_name,
             },
             lambda process: process.working,
+            unnamed=PORT,
         )
     )

@@ -76,7 +76,8 @@ class LocalHeadControl:
                 )
             chosen_NLD, rejected_NLD = await self._states(head, pairs)
             new = await asyncio.to_thread(online_step, head, chosen_NLD, rejected_NLD, lr=lr)
-            return self._registry.add_version(new, sequence=sequence).ref
+            added = await asyncio.to_thread(lambda: self._registry.add_version(new, sequence=sequence))
+            return added.ref
 
     async def _states(self, head: HybridHead, pairs: Sequence[Texts]) -> tuple[Floats, Floats]:
         """The pairs' states at the head's layers, ``[N, L, D]`` each, in batches that the backbone takes."""

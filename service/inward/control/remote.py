@@ -1,9 +1,12 @@
-"""Heads and policy as an API replica controls them: it knows them from what the workers say of themselves and has a worker switch and update
-them.
+"""Heads and policy as an API replica controls them: it knows them from what the workers say of themselves and has a
+worker switch and update them.
 
 A worker's ``ControlAgent`` does what is asked with the worker's own desk and then tells all workers to read the heads
 folder again, which they share. So versions live on disk only, and every worker serves the same ones. Which policy
 version is carried is remembered in Redis: a new worker takes no job before it carries that one too.
+
+Replicas and workers need not be of one version: fields that one does not know are skipped, and a request that a worker
+does not know is answered with an error that says so.
 """
 
 from __future__ import annotations
@@ -15,23 +18,23 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from redis.exceptions import RedisError
-
 from inward import codec, logs
 from inward.control.channel import ControlChannel
 from inward.control.heads import LocalHeadControl
 from inward.control.policies import Activation, History, LocalPolicyControl
-from inward.errors import EngineDead, InternalError, InwardError, from_code
+from inward.errors import EngineDead, InternalError, InwardError, Unavailable, from_code
 from inward.heads.registry import Registry, choose
 from inward.prompts import Texts
 from inward.types import BackboneInfo, HeadRef, Kind, Scored
 
-LOG = logs.logger("remote")
-PATIENCE = 60.0
-"""Seconds that a worker may take for an online step or a switch."""
-FOLLOWED = 15.0
-"""Seconds that the other workers may take to follow it; one that died counts as there for some of them (the setting
+LOG = logs.logger("control")
+PATIENCE_S = 60.0
+"""That a worker may take for an online step or a switch."""
+FOLLOWED_S = 15.0
+"""That the other workers may take to follow it; one that died counts as there for some of them (the setting
 ``presence``)."""
+AGAIN_S = 1.0
+"""Between two tries while Redis is away, or while the policy of the others can't be carried."""
 RELOAD = b"versions"
 """The one piece of news: a version of a head was made or switched to, or another policy."""
 
@@ -55,13 +58,43 @@ class WorkerInfo:
     @classmethod
     def decode(cls, data: bytes) -> WorkerInfo:
         """Raises ``Unreadable``."""
-        body = codec.decode_map(data, "worker_info")
-        try:
-            info = BackboneInfo(**body["backbone"])
-            names = ("version", "policy_version", "template", "tokenizer", "max_tokens")
-            return cls(backbone=info, heads=tuple(body["heads"]), **{name: body[name] for name in names})
-        except (KeyError, TypeError) as error:
-            raise codec.Unreadable(f"not a worker_info: {error}") from error
+        info = codec.convert(codec.decode_map(data, "worker_info"), cls)
+        _ = info.refs  # can be read as well
+        return info
+
+    @property
+    def refs(self) -> dict[str, HeadRef]:
+        """The heads that it serves, by name."""
+        return {ref.name: ref for ref in (codec.convert(row, HeadRef) for row in self.heads)}
+
+
+@dataclass(frozen=True, slots=True)
+class Activate:
+    """A request to a worker: switch to a version of a head."""
+
+    name: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """A request to a worker: one online step of a head."""
+
+    name: str
+    sequence: int
+    pairs: tuple[Texts, ...]
+    lr: float
+
+
+@dataclass(frozen=True, slots=True)
+class SwitchPolicy:
+    """A request to a worker: carry a policy version."""
+
+    version: str
+
+
+VERBS = ("activate", "update", "switch_policy", "policy")
+"""What a worker can be asked; the last one changes nothing."""
 
 
 class RemoteHeadControl:
@@ -82,7 +115,7 @@ class RemoteHeadControl:
         """Reads the workers.
 
         Raises:
-            RedisError: Redis is away; they stay as they were.
+            Unavailable: Redis is away; they stay as they were.
         """
         workers, problem = {}, "no worker takes jobs from the queue"
         for worker, data in (await self._control.workers()).items():
@@ -92,11 +125,21 @@ class RemoteHeadControl:
                 problem = f"worker {worker}: {error}"
                 continue
             if worker_info.tokenizer != self._tokenizer:
-                problem = f"worker {worker} serves {worker_info.backbone.name} with another tokenizer: give both the same --model"
+                problem = (
+                    f"worker {worker} serves {worker_info.backbone.name} with another tokenizer: "
+                    "give both the same --model"
+                )
             elif worker_info.template != self._template:
                 problem = f"worker {worker} renders prompts with another template: give both the same --template"
             else:
                 workers[worker] = worker_info
+        backbones = sorted({worker_info.backbone.identity for worker_info in workers.values()})
+        if len(backbones) > 1:
+            problem = (
+                f"the workers have different weights or dtypes ({', '.join(backbones)}): give all workers of a queue "
+                "the same --model, --revision and --dtype"
+            )
+            workers = {}
         self.workers, self.problem = workers, problem
 
     @property
@@ -111,14 +154,17 @@ class RemoteHeadControl:
         return next(iter(self.workers.values()))
 
     def current(self, scored: Scored) -> bool:
-        """Whether all workers would score with the same versions of heads and policy now."""
-        versions = [{row["name"]: row["version"] for row in worker_info.heads} for worker_info in self.workers.values()]
-        same = all(worker_info.policy_version == scored.policy_version for worker_info in self.workers.values())
-        return same and all(known.get(ref.name) == ref.version for known in versions for ref in scored.heads)
+        """Whether all workers would score with the same versions of heads and policy, and the same backbone, now."""
+
+        def would(worker_info: WorkerInfo) -> bool:
+            backbone, refs = worker_info.backbone, worker_info.refs
+            computed = (worker_info.policy_version, backbone.fingerprint, backbone.dtype)
+            return computed == scored.version[1:] and all(refs.get(ref.name) == ref for ref in scored.heads)
+
+        return all(map(would, self.workers.values()))
 
     def resolve(self, name: str | None, kinds: Sequence[Kind]) -> HeadRef:
-        refs = {row["name"]: HeadRef(row["name"], row["kind"], row["version"]) for row in self.worker_info.heads}
-        return choose(refs, name, kinds)
+        return choose(self.worker_info.refs, name, kinds)
 
     def listing(self) -> list[dict[str, Any]]:
         return list(self.worker_info.heads)
@@ -128,13 +174,10 @@ class RemoteHeadControl:
         return next(row for row in self.worker_info.heads if row["name"] == name)
 
     async def activate(self, name: str, version: int) -> HeadRef:
-        return await self._switched(await self.ask("activate", {"name": name, "version": version}))
+        return await self._switched(await self.ask("activate", asdict(Activate(name, version))))
 
     async def update(self, name: str, sequence: int, pairs: Sequence[Texts], *, lr: float) -> HeadRef:
-        texts = [{"prompt": pair.prompt, "responses": pair.responses, "truncate": pair.truncate} for pair in pairs]
-        return await self._switched(
-            await self.ask("update", {"name": name, "sequence": sequence, "pairs": texts, "lr": lr})
-        )
+        return await self._switched(await self.ask("update", asdict(Update(name, sequence, tuple(pairs), lr))))
 
     async def ask(self, verb: str, arguments: dict[str, Any]) -> dict[str, Any]:
         """Has a worker do it, and gives its answer.
@@ -143,16 +186,16 @@ class RemoteHeadControl:
             InwardError: the worker's, or there is none that answers.
         """
         _ = self.worker_info  # there is somebody to ask
-        answer = codec.decode_map(await self._control.ask(codec.encode_map(verb, arguments), PATIENCE), "answer")
-        if "error" in answer:
-            raise from_code(**answer["error"])
+        answer = codec.decode_map(await self._control.ask(codec.encode_map(verb, arguments), PATIENCE_S), "answer")
+        if (error := answer.get("error")) is not None:
+            raise from_code(error["code"], error["message"], param=error.get("param"))
         return answer
 
     async def until_all(self, serve: Callable[[WorkerInfo], bool], **what: Any) -> None:
         """So that who asked finds the new version whichever worker takes the next job. A worker that hangs holds
         nobody up for long.
         """
-        end = time.monotonic() + FOLLOWED
+        end = time.monotonic() + FOLLOWED_S
         while time.monotonic() < end:
             await self.refresh()
             if all(map(serve, self.workers.values())):
@@ -161,11 +204,12 @@ class RemoteHeadControl:
         logs.event(LOG, "not_everywhere", **what)
 
     async def _switched(self, answer: dict[str, Any]) -> HeadRef:
-        ref = HeadRef(**answer["head"])
-        await self.until_all(
-            lambda worker_info: all(row["version"] == ref.version for row in worker_info.heads if row["name"] == ref.name),
-            head=ref.name, version=ref.version,
-        )  # fmt: skip
+        ref = codec.convert(answer["head"], HeadRef)
+
+        def serves(worker_info: WorkerInfo) -> bool:
+            return worker_info.refs.get(ref.name, ref) == ref
+
+        await self.until_all(serves, head=ref.name, version=ref.version)
         return ref
 
 
@@ -225,14 +269,14 @@ class ControlAgent:
                 place = await self._control.latest_news()  # before anything is read, so that no news fall in between
                 await self._reload()
                 while not self.in_step.is_set():
-                    await asyncio.sleep(1.0)
+                    await asyncio.sleep(AGAIN_S)
                     await self._reload()
                 async with asyncio.TaskGroup() as both:
                     both.create_task(self._do_requests())
                     both.create_task(self._hear_news(place))
-            except* (RedisError, OSError) as group:
-                logs.event(LOG, "control_lost", exception=type(group.exceptions[0]).__name__)
-                await asyncio.sleep(1.0)
+            except* Unavailable as group:
+                logs.event(LOG, "control_lost", reason=str(group.exceptions[0]))
+                await asyncio.sleep(AGAIN_S)
 
     async def _do_requests(self) -> None:
         while True:
@@ -241,31 +285,33 @@ class ControlAgent:
 
     async def _answer(self, request: bytes) -> dict[str, Any]:
         try:
-            body = codec.decode_map(request, "activate", "update", "policy", "switch_policy")
+            body = codec.decode_map(request, *VERBS)
             if body["is"] == "policy":
                 return {"policy": await self._policies.show()}
-            async with self._control.alone(self._worker, PATIENCE):
-                answer = (
-                    await self._switch_policy(body["version"])
-                    if body["is"] == "switch_policy"
-                    else await self._do(body)
-                )
+            async with self._control.alone(self._worker, PATIENCE_S):
+                answer = await self._do(body)
+                await self._publish()
+                await self._control.announce(RELOAD)
+                return answer
+        except codec.Unreadable as error:
+            return _problem(
+                Unavailable(f"worker {self._worker} does not understand this request ({error}): upgrade the workers")
+            )
         except InwardError as error:
-            return {"error": {"code": error.code, "message": error.message, "param": error.param}}
-        except (RedisError, OSError):
-            raise
+            return _problem(error)
         except Exception as error:
-            logs.event(LOG, "request_failed", exception=type(error).__name__)
-            return {
-                "error": {
-                    "code": InternalError.code,
-                    "message": f"the worker failed ({type(error).__name__})",
-                    "param": None,
-                }
-            }
-        await self._publish()
-        await self._control.announce(RELOAD)
-        return answer
+            logs.event(LOG, "request_failed", severity=logging.ERROR, error=error)
+            return _problem(InternalError(f"the worker failed ({type(error).__name__})"))
+
+    async def _do(self, body: dict[str, Any]) -> dict[str, Any]:
+        if body["is"] == "switch_policy":
+            return await self._switch_policy(codec.convert(body, SwitchPolicy).version)
+        await asyncio.to_thread(self._registry.reload)  # what another worker did just now
+        if body["is"] == "activate":
+            switch = codec.convert(body, Activate)
+            return {"head": asdict(await self._head_control.activate(switch.name, switch.version))}
+        step = codec.convert(body, Update)
+        return {"head": asdict(await self._head_control.update(step.name, step.sequence, step.pairs, lr=step.lr))}
 
     async def _switch_policy(self, version: str) -> dict[str, Any]:
         await self._follow()  # what another worker did just now
@@ -275,19 +321,12 @@ class ControlAgent:
 
     async def _follow(self) -> None:
         kept = codec.decode_map(await self._control.policy(_remembered(self._policies.history)), "policy")
-        await self._policies.follow([Activation(**activation) for activation in kept["history"]])
-
-    async def _do(self, body: dict[str, Any]) -> dict[str, Any]:
-        await asyncio.to_thread(self._registry.reload)  # what another worker did just now
-        if body["is"] == "activate":
-            return {"head": asdict(await self._head_control.activate(body["name"], body["version"]))}
-        pairs = [Texts(pair["prompt"], tuple(pair["responses"]), pair["truncate"]) for pair in body["pairs"]]
-        return {"head": asdict(await self._head_control.update(body["name"], body["sequence"], pairs, lr=body["lr"]))}
+        await self._policies.follow([codec.convert(activation, Activation) for activation in kept["history"]])
 
     async def _hear_news(self, place: str) -> None:
         while True:
-            place, news = await self._control.next_news(place)
-            if news is not None:
+            place, came = await self._control.next_news(place)
+            if came:
                 await self._reload()
 
     async def _reload(self) -> None:
@@ -298,6 +337,8 @@ class ControlAgent:
         try:
             await self._follow()
             self.in_step.set()
+        except Unavailable:
+            raise
         except InwardError as error:
             self.behind = f"cannot carry the policy version that the others carry: {error.message}"
             logs.event(LOG, "policy_not_followed", severity=logging.ERROR, reason=error.message)
@@ -306,3 +347,8 @@ class ControlAgent:
 
 def _remembered(history: History) -> bytes:
     return codec.encode_map("policy", {"history": [asdict(activation) for activation in history]})
+
+
+def _problem(error: InwardError) -> dict[str, Any]:
+    """An answer that says what went wrong."""
+    return {"error": {"code": error.code, "message": error.message, "param": error.param}}

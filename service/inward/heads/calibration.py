@@ -59,7 +59,8 @@ class MarginScale:
         agreeing = margins_N[margins_N > 0]
         if len(agreeing) < len(values):
             raise DataError(
-                f"only {len(agreeing)} of {len(margins_N)} calibration margins are above zero, too few for {len(values)} bins: "
+                f"only {len(agreeing)} of {len(margins_N)} calibration margins are above zero, too few for "
+                f"{len(values)} bins: "
                 "use more calibration rows, another layer, or check that chosen and rejected are not exchanged"
             )
         std = float(margins_N.std())

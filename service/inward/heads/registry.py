@@ -2,7 +2,8 @@
 
 Readers take one immutable ``Snapshot`` and keep it for a batch; writers build the next one under a lock and swap the
 reference. What changes is on disk before it is served, so a restart finds the same versions active and knows which
-online update was the last.
+online update was the last. Of the versions that online updates made the newest are kept, and reading the folder again
+reads only what has changed, so neither grows with the number of updates.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ from typing import Any, Self
 from inward import metrics
 from inward.errors import Conflict, HeadError, NotFound
 from inward.heads import store
-from inward.heads.base import Head
+from inward.heads.base import Head, Manifest
 from inward.types import BackboneInfo, HeadRef, Kind
 
 KINDS: tuple[Kind, ...] = ("legend", "hybrid", "srr")
+KEPT_UPDATES = 20
+"""Versions made by online updates that are kept on disk, to roll back to; the oldest go first. What was fitted
+stays."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +137,8 @@ class Registry:
         self._folder: Path | None = None
         self._info: BackboneInfo | None = None
         self._template: str | None = None
+        self._manifests: dict[Path, tuple[store.Stamp, Manifest]] = {}
+        self._heads: dict[Path, tuple[store.Stamp, Head]] = {}  # those that are active
 
     @classmethod
     def open(cls, folder: Path | None, *, info: BackboneInfo | None = None, template: str | None = None) -> Self:
@@ -185,7 +191,7 @@ class Registry:
         return sorted(self._snapshot.get(name).paths)
 
     def reload(self) -> None:
-        """Reads the folder again; what is served changes only if all of it can be loaded.
+        """Reads what has changed in the folder; what is served changes only if all of it can be loaded.
 
         Raises:
             HeadError: an active head is refused.
@@ -195,10 +201,14 @@ class Registry:
         with self._writing:
             roots: dict[str, Path] = {}
             paths: dict[str, dict[int, Path]] = {}
-            for found in store.find(self._folder):
+            for found in store.find(self._folder, read=self._manifest):
                 roots[found.name] = found.root
                 paths.setdefault(found.name, {})[found.version] = found.path
+            there = {path for versions in paths.values() for path in versions.values()}
+            self._manifests = {path: known for path, known in self._manifests.items() if path in there}
             loaded = {name: self._open(roots[name], paths[name]) for name in sorted(paths)}
+            active = {one.paths[one.head.ref.version] for one in loaded.values()}
+            self._heads = {path: known for path, known in self._heads.items() if path in active}
             self._swap(loaded)
 
     def activate(self, name: str, version: int) -> Head:
@@ -266,16 +276,40 @@ class Registry:
             manifest = head.manifest.model_copy(update={"version": version})
             head = store.KINDS[manifest.kind].from_tensors(manifest, head.tensors())
             path = store.save(head, loaded.root / str(version))
+            self._heads[path] = (store.stamp(path), head)
             loaded = replace(loaded, head=head, paths=MappingProxyType({**loaded.paths, version: path}))
             if sequence is not None:
                 loaded = replace(loaded, sequence=sequence, updated=version)
                 metrics.HEAD_UPDATES_TOTAL.labels(head=loaded.head.ref.name).inc()
-            return self._serve(loaded)
+            served = self._serve(loaded)
+            self._prune(loaded)
+            return served
+
+    def _prune(self, loaded: LoadedHead) -> None:
+        """Removes the oldest versions that online updates made, but none that is served or would be given again."""
+        made = [version for version, path in sorted(loaded.paths.items()) if _made_online(self._manifest(path))]
+        needed = {loaded.head.ref.version, loaded.updated}
+        old = [version for version in made[:-KEPT_UPDATES] if version not in needed]
+        if not old:
+            return
+        for version in old:
+            store.remove(loaded.paths[version])
+        kept = {version: path for version, path in loaded.paths.items() if version not in old}
+        pruned = replace(loaded, paths=MappingProxyType(kept))
+        self._swap({**self._snapshot.loaded, loaded.head.ref.name: pruned})
 
     def _serve(self, loaded: LoadedHead) -> Head:
         self._keep(loaded)
         self._swap({**self._snapshot.loaded, loaded.head.ref.name: loaded})
         return loaded.head
+
+    def _manifest(self, path: Path) -> Manifest:
+        """The manifest in a folder, read again only if a file there has changed."""
+        stamp = store.stamp(path)
+        known = self._manifests.get(path)
+        if known is None or known[0] != stamp:
+            known = self._manifests[path] = (stamp, store.load_manifest(path))
+        return known[1]
 
     def _swap(self, loaded: Mapping[str, LoadedHead]) -> None:
         self._snapshot = Snapshot(MappingProxyType(dict(loaded)))
@@ -294,9 +328,12 @@ class Registry:
 
     def _open(self, root: Path, paths: dict[int, Path]) -> LoadedHead:
         state = store.read_state(root, paths.keys())
-        return LoadedHead(
-            self._load(paths[state.version]), MappingProxyType(paths), root, state.sequence, state.updated
-        )
+        path = paths[state.version]
+        stamp = store.stamp(path)
+        known = self._heads.get(path)
+        if known is None or known[0] != stamp:
+            known = self._heads[path] = (stamp, self._load(path))
+        return LoadedHead(known[1], MappingProxyType(paths), root, state.sequence, state.updated)
 
     def _load(self, path: Path) -> Head:
         if self._info is None:
@@ -310,3 +347,7 @@ class Registry:
             final_norm=self._info.final_norm,
             backbone=self._info.name,
         )
+
+
+def _made_online(manifest: Manifest) -> bool:
+    return bool(manifest.fit.get("online_steps"))

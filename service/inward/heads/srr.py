@@ -82,13 +82,17 @@ class SrrHead:
         where = f"head {manifest.name!r}"
         if sizes["3k"] != 3 * sizes["k"]:
             raise HeadError(
-                f"{where}: block.self_attn.in_proj_weight has {sizes['3k']} rows instead of {3 * sizes['k']}: fit the head again"
+                f"{where}: block.self_attn.in_proj_weight has {sizes['3k']} rows instead of {3 * sizes['k']}: fit the "
+                "head again"
             )
         if len(manifest.layers) != 1:
             raise HeadError(f"{where}: an srr head reads one layer, its manifest names {list(manifest.layers)}")
+        if manifest.pool is not None:
+            raise HeadError(f"{where}: an srr head ranks whole responses and pools no token scores: fit it again")
         if manifest.position == "prompt":
             raise HeadError(
-                f"{where}: position 'prompt' is the same for all candidates; use last, eos or mean, or fit the head again"
+                f"{where}: position 'prompt' is the same for all candidates; use last, eos or mean, or fit the head "
+                "again"
             )
         try:
             options = SrrOptions.model_validate(manifest.options)
@@ -114,6 +118,10 @@ class SrrHead:
     def tensors(self) -> Mapping[str, Floats]:
         return dict(self._tensors)
 
+    @property
+    def pools(self) -> bool:
+        return False
+
     def score(self, reading: Reading, *, details: frozenset[Detail] = frozenset(), pair: bool = False) -> Scores:
         """Cosines of a list's responses to its instruction, and as ``probability_N`` their softmax over the list.
 
@@ -125,7 +133,8 @@ class SrrHead:
         """
         if "tokens" in details:
             raise InvalidField(
-                f"head {self.manifest.name!r} ranks whole responses against each other and has no score for a single token: "
+                f"head {self.manifest.name!r} ranks whole responses against each other and has no score for a single "
+                "token: "
                 "ask for detail 'tokens' with a legend or hybrid head",
                 param="detail",
             )

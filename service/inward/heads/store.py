@@ -1,7 +1,7 @@
 """Heads on disk: ``head.safetensors`` beside ``head.json``, checked on the way in, replaced atomically on the way out.
 
     <heads>/<name>/head.json            a head that was fitted or copied here (a bare folder is one version)
-    <heads>/<name>/<version>/head.json  further versions, written by online updates
+    <heads>/<name>/<version>/head.json  further versions, written by online updates; old ones of these are pruned
     <heads>/<name>/active.json          which version is served (without it: the highest), and the last update
 
 Nothing here unpickles anything.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -32,6 +32,7 @@ from inward.types import Floats, Kind
 MANIFEST = "head.json"
 TENSORS = "head.safetensors"
 ACTIVE = "active.json"
+Stamp = tuple[tuple[int, int, int], ...]
 
 
 class HeadClass(Protocol):
@@ -79,7 +80,7 @@ def save(head: Head, folder: Path, *, replace: bool = False) -> Path:
     _check_finite(tensors, f"head {head.manifest.name!r}")
     if folder.exists() and not replace:
         raise HeadError(f"{folder} exists already: choose another folder or version, or remove it")
-    files = {TENSORS: safetensors_bytes(tensors), MANIFEST: (head.manifest.model_dump_json(indent=2) + "\n").encode()}
+    files = {TENSORS: safetensors_bytes(tensors), MANIFEST: _written(head.manifest)}
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -122,14 +123,17 @@ def load(
     manifest = load_manifest(folder)
     if fingerprint is not None and manifest.backbone.fingerprint != fingerprint:
         raise HeadError(
-            f"head {manifest.name!r} in {folder} was fitted on {manifest.backbone.name} ({manifest.backbone.fingerprint}), "
+            f"head {manifest.name!r} in {folder} was fitted on {manifest.backbone.name} "
+            f"({manifest.backbone.fingerprint}), "
             f"but the backbone is {backbone} ({fingerprint}): serve that backbone, or refit with: "
             f"inward fit {manifest.kind} --out {folder}"
         )
     if template is not None and manifest.template != template:
         raise HeadError(
-            f"head {manifest.name!r} in {folder} was fitted with the template {manifest.template!r}, but prompts are rendered with "
-            f"{template!r}: set the template that it was fitted with, or refit with: inward fit {manifest.kind} --out {folder}"
+            f"head {manifest.name!r} in {folder} was fitted with the template {manifest.template!r}, but prompts are "
+            "rendered with "
+            f"{template!r}: set the template that it was fitted with, or refit with: inward fit {manifest.kind} --out "
+            f"{folder}"
         )
     if not manifest.layers or min(manifest.layers) < 0 or (depth is not None and max(manifest.layers) > depth):
         raise HeadError(
@@ -141,7 +145,8 @@ def load(
     widths = {tap.weight_DK.shape[0] for tap in head.readout.taps if tap.weight_DK is not None}
     if width is not None and widths != {width}:
         raise HeadError(
-            f"head {manifest.name!r} in {folder} reads states of width {sorted(widths)}, but the backbone's are {width} wide"
+            f"head {manifest.name!r} in {folder} reads states of width {sorted(widths)}, but the backbone's are "
+            f"{width} wide"
         )
     return head
 
@@ -150,7 +155,8 @@ def _check_final_norm(head: Head, folder: Path, depth: int | None, there: bool, 
     normed = {tap.layer for tap in head.readout.taps if tap.final_norm}
     if normed and not there:
         raise HeadError(
-            f"head {head.manifest.name!r} in {folder} reads after the final norm, which {backbone} does not have in the "
+            f"head {head.manifest.name!r} in {folder} reads after the final norm, which {backbone} does not have in "
+            "the "
             "width of its stream: fit it again on the last layer before it"
         )
     if depth is not None and normed - {depth}:
@@ -176,7 +182,8 @@ def load_manifest(folder: Path) -> Manifest:
     version = fields.get("format_version", FORMAT_VERSION) if isinstance(fields, dict) else None
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise HeadError(
-            f"{path} has format_version {version}, this Inward reads up to {FORMAT_VERSION}: upgrade Inward, or fit again"
+            f"{path} has format_version {version}, this Inward reads up to {FORMAT_VERSION}: upgrade Inward, or fit "
+            "again"
         )
     try:
         return Manifest.model_validate(fields)
@@ -188,8 +195,11 @@ def load_manifest(folder: Path) -> Manifest:
         ) from None
 
 
-def find(heads_dir: Path) -> list[Found]:
+def find(heads_dir: Path, *, read: Callable[[Path], Manifest] = load_manifest) -> list[Found]:
     """Every version of every head below ``heads_dir``, by name and version. It may also be the folder of a single head.
+
+    Args:
+        read: gives the manifest in a folder; a caller may know it already.
 
     Raises:
         HeadError: the folder does not exist, a manifest can't be read, or two folders claim the same head.
@@ -197,7 +207,12 @@ def find(heads_dir: Path) -> list[Found]:
     found: dict[tuple[str, int], Found] = {}
     roots: dict[str, Path] = {}
     for root, path in folders(heads_dir):
-        manifest = load_manifest(path)
+        try:
+            manifest = read(path)
+        except HeadError:
+            if not path.exists():  # another process has just removed this version
+                continue
+            raise
         one = Found(manifest.name, manifest.version, manifest.kind, path, root)
         other = found.setdefault(one[:2], one)
         if other is not one or roots.setdefault(one.name, root) != root:
@@ -206,6 +221,23 @@ def find(heads_dir: Path) -> list[Found]:
                 f"{path} and {claimed} both hold head {one.name!r} (version {one.version}): rename or remove one"
             )
     return [found[key] for key in sorted(found)]
+
+
+def remove(folder: Path) -> None:
+    """Takes a version away at once; one that can't be removed stays."""
+    gone = folder.with_name(f".{folder.name}-gone")
+    try:
+        folder.rename(gone)
+    except OSError:
+        return
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def stamp(folder: Path) -> Stamp:
+    """What differs once one of a head's files was written again."""
+    files = [folder / MANIFEST, folder / TENSORS]
+    about = [file.stat() for file in files if file.is_file()]
+    return tuple((one.st_mtime_ns, one.st_size, one.st_ino) for one in about)
 
 
 def folders(heads_dir: Path) -> list[tuple[Path, Path]]:
@@ -236,7 +268,8 @@ def active_path(heads_dir: Path, name: str) -> Path:
     mine = {found.version: found for found in everything if found.name == name}
     if not mine:
         raise NotFound(
-            f"there is no head {name!r} in {heads_dir}; there are: {', '.join(sorted({f.name for f in everything})) or 'none'}"
+            f"there is no head {name!r} in {heads_dir}; there are: "
+            f"{', '.join(sorted({f.name for f in everything})) or 'none'}"
         )
     root = next(iter(mine.values())).root
     return mine[read_state(root, mine.keys()).version].path
@@ -277,6 +310,12 @@ def write_state(root: Path, state: State) -> None:
         write(root / ACTIVE, json.dumps(state._asdict()).encode() + b"\n")
     except OSError as error:
         raise HeadError(f"can't write {root / ACTIVE}: {error.strerror or error}") from error
+
+
+def _written(manifest: Manifest) -> bytes:
+    """``head.json``; without ``pool`` where there is none, so that older versions read it."""
+    unsaid = {"pool"} if manifest.pool is None else None
+    return (manifest.model_dump_json(indent=2, exclude=unsaid) + "\n").encode()
 
 
 def _holds_head(folder: Path) -> bool:

@@ -159,11 +159,12 @@ class Learner:
                 vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
                 num_attention_heads=width // 64, num_key_value_heads=max(1, width // 128), head_dim=64,
                 max_position_embeddings=MAX_TOKENS, tie_word_embeddings=True,
-                bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+                bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
             )
         )  # fmt: skip
         attention.register()
-        self.model.set_attn_implementation(attention.NAME)
+        self.model.set_attn_implementation(attention.SDPA)
         self.judge = torch.nn.Linear(width, 1, bias=False)
         torch.nn.init.zeros_(self.judge.weight)
         self.smoothing, self.token_noise = smoothing, token_noise

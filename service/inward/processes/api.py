@@ -6,16 +6,15 @@ import asyncio
 from dataclasses import replace
 from typing import Any
 
-from redis.exceptions import RedisError
-
 from inward import __version__, logs, metrics
 from inward.api.app import create_app
-from inward.api.auth import KeyRing
 from inward.api.bulk import BulkRunner
 from inward.api.services import Services
 from inward.control.channel import ControlChannel
 from inward.control.remote import RemoteHeadControl, RemotePolicyControl
+from inward.errors import Unavailable
 from inward.intake import Intake
+from inward.processes.supervisor import Supervisor
 from inward.processes.wiring import (
     ModelFiles,
     about,
@@ -33,13 +32,14 @@ from inward.stores.connection import Connection
 from inward.stores.idempotency import RedisIdempotencyStore
 from inward.stores.jobs import BulkStore
 from inward.stores.keys import Keys
-from inward.stores.leases import LeaseWatch, RedisLeases
 from inward.stores.quota import RedisQuota
 from inward.stores.score_streams import ScoreStreams
 
 LOG = logs.logger("processes")
 LOOK_INTERVAL_S = 1.0
 """Between two looks of a replica at what its workers say of themselves."""
+CHUNKS_AT_ONCE = 2
+"""Of bulk jobs in one replica, so that workers find the next one waiting."""
 UNKNOWN_TOKENS = 2**31
 """How long a text may be, until a worker has said it."""
 
@@ -49,7 +49,7 @@ class ApiProcess:
 
     def __init__(self, settings: Settings, model: ModelFiles, connection: Connection) -> None:
         self.settings = settings
-        self.draining = False
+        self.draining = self.stuck = False
         self._connection = connection
         self.queue_name = settings.queue or model.name
         keys = Keys(self.queue_name)
@@ -66,23 +66,18 @@ class ApiProcess:
             prompts=self._prompts,
             jobs=store,
             scores=ScoreStreams(connection, keys, keep=settings.bulk_keep),
-            intake=Intake(
-                SingleFlight(
-                    self._queue,
-                    window=settings.sharing_window,
-                    current=self.head_control.current,
-                    watch=self._watch(keys),
-                )
-            ),
+            intake=Intake(SingleFlight(self._queue, window=settings.sharing_window, current=self.head_control.current)),
             heads=self.head_control,
             policies=RemotePolicyControl(self.head_control),
+            model=model.name,
             info=self.info,
-            limits=limits(settings, self._prompts.max_tokens),
+            limits=limits(settings),
             keys=key_ring(settings),
+            rerank_head=settings.rerank_head,
             compat_head=settings.compat_head,
             metrics_open=settings.metrics_open,
             ready=self.ready,
-            alive=lambda: not self._looking.done(),
+            alive=lambda: True,
             quota=RedisQuota(connection, keys, settings.quota) if settings.quota else None,
             idempotency=RedisIdempotencyStore(
                 connection, keys, keep=settings.idempotency_window, running=settings.timeout + 30
@@ -90,9 +85,14 @@ class ApiProcess:
         )
         self.app = create_app(self.services)
         metrics.BUILD_INFO.labels(version=__version__, role="api").set(1)
-        inside = replace(self.services, intake=Intake(self._queue, priority="bulk"), keys=KeyRing())
-        self._bulk = asyncio.create_task(BulkRunner(store, create_app(inside), idle=settings.claim_idle).run())
-        self._looking = asyncio.create_task(self._look())
+        self._tasks = Supervisor()
+        self._tasks.watch("signs of life", self._queue.keep_living)
+        self._tasks.watch("answers", self._queue.keep_receiving)
+        self._tasks.watch("workers", self._look)
+        behind = replace(self.services, intake=Intake(self._queue, priority="bulk"))
+        bulk = BulkRunner(store, behind, idle=settings.claim_idle, max_deliveries=settings.max_deliveries)
+        for i in range(CHUNKS_AT_ONCE):
+            self._tasks.watch(f"bulk {i}", bulk.run)
 
     @classmethod
     async def open(cls, settings: Settings) -> ApiProcess:
@@ -105,23 +105,12 @@ class ApiProcess:
         connection = connect(settings)
         try:
             await connection.check()
-            front = cls(settings, find_model(settings), connection)
+            front = cls(settings, find_model(settings, weights=False), connection)
         except BaseException:
             await connection.close()
             raise
-        await front._queue.open()
+        await front._queue.live()
         return front
-
-    def _watch(self, keys: Keys) -> LeaseWatch | None:
-        """What is computed once for all replicas; without a window, each replica shares only among those who wait in
-        it.
-        """
-        window = self.settings.sharing_window
-        if not window:
-            return None
-        running = self.settings.timeout + 30
-        elsewhere = RedisLeases(self._connection, keys, window=window, running=running, away=lambda: self._queue.away)
-        return LeaseWatch(elsewhere, current=self.head_control.current)
 
     async def _look(self) -> None:
         """Keeps an eye on the workers."""
@@ -131,7 +120,7 @@ class ApiProcess:
                 if self.head_control.workers:
                     shortest = min(worker_info.max_tokens for worker_info in self.head_control.workers.values())
                     self._prompts.max_tokens = min(shortest, self.settings.max_tokens or shortest)
-            except (RedisError, OSError):
+            except Unavailable:
                 pass  # the queue says so in ``away``
             await asyncio.sleep(LOOK_INTERVAL_S)
 
@@ -143,7 +132,9 @@ class ApiProcess:
             return False, self._queue.away
         if not self.head_control.workers:
             return False, self.head_control.problem
-        return (True, "ready") if self._queue.workers else (False, "no worker takes jobs from the queue")
+        if not self._queue.workers:
+            return False, "no worker takes jobs from the queue"
+        return self._tasks.problem is None, self._tasks.problem or "ready"
 
     def info(self) -> dict[str, Any]:
         """What ``GET /info`` answers.
@@ -151,26 +142,18 @@ class ApiProcess:
         Raises:
             EngineDead: no worker is known, so neither is the model.
         """
-        worker_info, bounds = self.head_control.worker_info, self.services.limits
-        bounds = replace(bounds, tokens=self._prompts.max_tokens)
-        heads = [row["name"] for row in worker_info.heads]
-        return about(
-            worker_info.backbone,
-            worker_info.policy_version,
-            worker_info.template,
-            heads,
-            bounds,
-            self.settings.queue_tokens,
-        )
+        workers = self.head_control.workers.values()
+        worker = self.head_control.worker_info
+        backbone = replace(worker.backbone, concurrency=sum(one.backbone.concurrency for one in workers))
+        heads = [row["name"] for row in worker.heads]
+        return about(backbone, worker.policy_version, self._prompts, heads, self.settings)
 
     async def close(self, timeout: float) -> bool:
         """Leaves Redis; whoever still waits has been answered by the server's own draining. True if nothing was
         left.
         """
         self.draining = True
-        self._looking.cancel()
-        self._bulk.cancel()
-        await asyncio.gather(self._looking, self._bulk, return_exceptions=True)
+        await self._tasks.stop()
         left = self._queue.open_jobs
         await self._queue.leave()
         await self._connection.close()

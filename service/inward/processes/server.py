@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
+import os
 import signal
 import socket
 from collections.abc import Awaitable, Callable, Mapping
@@ -18,7 +20,7 @@ from inward import logs
 from inward.errors import SetupError
 from inward.settings import Settings
 
-LOG = logs.logger("serve")
+LOG = logs.logger("processes")
 BACKLOG = 2048
 """Connections that wait until they are accepted."""
 
@@ -28,6 +30,8 @@ class Served(Protocol):
 
     app: Any
     draining: bool
+    stuck: bool
+    """There are threads that will never end, so that nobody may wait for them."""
 
     async def close(self, timeout: float) -> bool:
         """Ends in an orderly way; True if nothing was left undone."""
@@ -43,6 +47,8 @@ async def serve(
     opening: Callable[[], Awaitable[Opened]],
     ready: Callable[[Opened], Event],
     ended: Callable[[Opened], asyncio.Task[None] | None] = lambda _: None,
+    *,
+    unnamed: int | None = None,
 ) -> int:
     """Runs until SIGTERM, SIGINT or the end of ``ended``'s task; returns 0 if everything that was accepted was
     answered.
@@ -51,23 +57,31 @@ async def serve(
         opening: opens what is served, after the port is ours (a taken one is known at once).
         ready: fields of the event ``ready``.
         ended: a task whose end is the end of the process.
+        unnamed: the port where the settings name none; a free one if it is taken.
     """
-    listening = listen(settings.host, settings.port)
+    named = unnamed is None or "port" in settings.model_fields_set
+    listening = listen(settings.host, settings.port if named else unnamed or 0, or_free=not named)
     house = await opening()
     try:
         server = Server(house, settings)
+        listening = _begin(listening, or_free=not named)  # who reads that we are ready may come at once
         host, port = listening.getsockname()[:2]
-        try:
-            listening.listen(BACKLOG)  # who reads that we are ready may come at once
-        except OSError as error:
-            raise _taken(host, port, error) from None
         logs.event(LOG, "ready", url=f"http://{host}:{port}", **ready(house))
         if (task := ended(house)) is not None:
             task.add_done_callback(lambda _: server.stop())
         await server.serve(sockets=[listening])
     finally:
         clean = await house.close(settings.drain_timeout)
+        if house.stuck:
+            end_at_once(1)
     return 0 if clean else 1
+
+
+def end_at_once(status: int) -> None:
+    """Ends the process without waiting for its threads: one that hangs in the device would hold it for ever."""
+    logs.event(LOG, "ended_at_once", severity=logging.ERROR, status=status)
+    logging.shutdown()
+    os._exit(status)
 
 
 def check_reachability(settings: Settings) -> None:
@@ -84,13 +98,13 @@ def check_reachability(settings: Settings) -> None:
         loopback = False
     if not loopback:
         raise SetupError(
-            f"--host {settings.host} can be reached by others and no keys are set: set INWARD_API_KEYS or INWARD_API_KEYS_FILE, "
-            "or say --insecure if that is meant"
+            f"--host {settings.host} can be reached by others and no keys are set: set INWARD_API_KEYS or "
+            "INWARD_API_KEYS_FILE, or say --insecure if that is meant"
         )
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A bound socket.
+def listen(host: str, port: int, *, or_free: bool = False) -> socket.socket:
+    """A bound socket; with ``or_free`` on a free port where this one is taken.
 
     Raises:
         SetupError: the address is taken or not ours.
@@ -105,6 +119,21 @@ def listen(host: str, port: int) -> socket.socket:
         bound.bind((host, port))
     except OSError as error:
         bound.close()
+        if or_free:
+            return listen(host, 0)
+        raise _taken(host, port, error) from None
+    return bound
+
+
+def _begin(bound: socket.socket, *, or_free: bool) -> socket.socket:
+    """Listens. Of two that bound the same port before either listened, one learns only here that it is taken."""
+    host, port = bound.getsockname()[:2]
+    try:
+        bound.listen(BACKLOG)
+    except OSError as error:
+        bound.close()
+        if or_free:
+            return _begin(listen(host, 0), or_free=False)
         raise _taken(host, port, error) from None
     return bound
 

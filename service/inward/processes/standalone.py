@@ -11,7 +11,8 @@ from inward.api.services import Services
 from inward.control.heads import LocalHeadControl
 from inward.engine import Engine
 from inward.intake import Intake
-from inward.processes.wiring import Loaded, about, drain, find_model, key_ring, limits, load
+from inward.processes.supervisor import Supervisor
+from inward.processes.wiring import Loaded, about, drain, find_model, key_ring, let_go, limits, load
 from inward.queues.memory import MemoryQueue
 from inward.queues.single_flight import SingleFlight
 from inward.settings import Settings
@@ -37,9 +38,11 @@ class Standalone:
             intake=Intake(SingleFlight(self.queue, window=settings.sharing_window, current=self.current)),
             heads=LocalHeadControl(registry, backbone, prompts),
             policies=loaded.policies,
+            model=backbone.info.name,
             info=self.info,
-            limits=limits(settings, prompts.max_tokens),
+            limits=limits(settings),
             keys=key_ring(settings),
+            rerank_head=settings.rerank_head,
             compat_head=settings.compat_head,
             metrics_open=settings.metrics_open,
             ready=self.ready,
@@ -49,7 +52,10 @@ class Standalone:
         )
         self.app = create_app(self.services)
         metrics.BUILD_INFO.labels(version=__version__, role="serve").set(1)
-        self._working = asyncio.create_task(self.worker.run())
+        self._tasks = Supervisor()
+        self._working = self._tasks.watch("jobs", self.worker.run)
+        self.ending = self._tasks.watch("watchdog", self._until_stuck)
+        self.stuck = False
 
     @classmethod
     async def open(cls, settings: Settings) -> Standalone:
@@ -59,6 +65,13 @@ class Standalone:
             SetupError: something does not fit; nothing is left open.
         """
         return cls(settings, await load(settings, find_model(settings)))
+
+    async def _until_stuck(self) -> None:
+        """Ends where the device does not let go of what it has: only the end of the process frees it then."""
+        await asyncio.wait({self._working})
+        self.stuck = self.worker.dead is not None and not await let_go(self.backbone)
+        if not self.stuck:
+            await asyncio.Event().wait()
 
     def alive(self) -> bool:
         """Whether the backbone can compute."""
@@ -70,7 +83,7 @@ class Standalone:
             return False, f"the engine is dead: {self.worker.dead or 'the backbone stopped'}"
         if self.draining:
             return False, "shutting down"
-        return True, "ready"
+        return self._tasks.problem is None, self._tasks.problem or "ready"
 
     def current(self, scored: Scored) -> bool:
         """Whether no head or policy was switched since."""
@@ -81,9 +94,8 @@ class Standalone:
 
     def info(self) -> dict[str, Any]:
         """What ``GET /info`` answers."""
-        heads, queue_tokens = self.registry.names(), self.settings.queue_tokens
-        policy = self.backbone.policy_version
-        return about(self.backbone.info, policy, self.prompts.template, heads, self.services.limits, queue_tokens)
+        backbone = self.backbone
+        return about(backbone.info, backbone.policy_version, self.prompts, self.registry.names(), self.settings)
 
     async def close(self, timeout: float) -> bool:
         """Answers what was accepted, for at most ``timeout`` seconds, then gives the device back. True if nothing
@@ -92,6 +104,7 @@ class Standalone:
         self.draining = True
         await self.queue.close()
         clean = await drain(self._working, timeout) and self.worker.dead is None
-        await self.backbone.close()
+        await self._tasks.stop()
+        self.stuck = self.stuck or not await let_go(self.backbone)
         logs.event(LOG, "stopped", clean=clean)
         return clean

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,9 @@ from inward.settings import Settings
 from inward.stores.connection import Connection
 from inward.types import BASE, BackboneInfo
 
-LOG = logs.logger("wiring")
+LOG = logs.logger("processes")
+LET_GO_S = 30.0
+"""That a device may take to finish what it has, after nobody waits for it any more."""
 MODELS = Path(__file__).parents[1] / "models"
 """What comes with Inward: heads for some models, and one small model."""
 TOY = MODELS / "toy"
@@ -41,9 +43,9 @@ class ModelFiles:
     revision: str
 
 
-def find_model(settings: Settings) -> ModelFiles:
+def find_model(settings: Settings, *, weights: bool = True) -> ModelFiles:
     """The folder of ``settings.model``; fetched from the hub where it is neither a folder nor in the hub's cache, and
-    converted where it is a GGUF file.
+    converted where it is a GGUF file. Without ``weights`` the hub is asked for the tokenizer and the settings only.
 
     Raises:
         SetupError: there is no such model.
@@ -51,7 +53,7 @@ def find_model(settings: Settings) -> ModelFiles:
     name = model_name(settings)
     if settings.model == TOY.name:
         return ModelFiles(TOY / "backbone", name, __version__)
-    folder = resolve(settings.model, settings.revision, settings.dtype, settings.device)
+    folder = resolve(settings.model, settings.revision, settings.dtype, settings.device, weights=weights)
     return ModelFiles(folder, name, settings.revision or "")
 
 
@@ -127,12 +129,13 @@ def heads_folder(settings: Settings, fingerprint: str) -> Path | None:
     return folder
 
 
-def limits(settings: Settings, max_tokens: int) -> Limits:
-    """What a request may ask for."""
+def limits(settings: Settings) -> Limits:
+    """What a request may ask for, but the length of its texts, which ``Prompts.max_tokens`` alone says: it changes
+    with the workers.
+    """
     return Limits(
         body_bytes=settings.max_body_bytes, upload_bytes=settings.max_upload_bytes, body_s=settings.body_timeout,
-        items=settings.max_items, candidates=settings.max_candidates,
-        tokens=max_tokens, timeout_s=settings.timeout,
+        items=settings.max_items, candidates=settings.max_candidates, timeout_s=settings.timeout,
     )  # fmt: skip
 
 
@@ -162,6 +165,7 @@ async def load(settings: Settings, model: ModelFiles) -> Loaded:
         SetupError: something does not fit; nothing is left open.
     """
     backbone = open_backbone(settings, model, serving=True)
+    backbone.info = replace(backbone.info, folder=str(model.folder), concurrency=backbone.capacity.concurrency)
     try:
         prompts = open_prompts(settings, model, backbone.info.max_tokens)
         folder = heads_folder(settings, backbone.info.fingerprint)
@@ -188,16 +192,18 @@ async def open_policies(settings: Settings, backbone: Backbone) -> LocalPolicyCo
 
 
 def about(
-    info: BackboneInfo, policy_version: str, template: str, heads: list[str], limits: Limits, queue_tokens: int
+    info: BackboneInfo, policy_version: str, prompts: Prompts, heads: list[str], settings: Settings
 ) -> dict[str, Any]:
     """What ``GET /info`` answers."""
+    bounds = limits(settings)
     return {
-        "version": __version__, "model": info.name, "revision": info.revision, "fingerprint": info.fingerprint,
-        "policy_version": policy_version, "dtype": info.dtype, "device": info.device, "layers": info.layers, "width": info.width,
-        "template": template, "heads": heads,
+        "version": __version__, "model": info.name, "revision": info.revision, "path": info.folder,
+        "fingerprint": info.fingerprint, "concurrency": info.concurrency,
+        "policy_version": policy_version, "dtype": info.dtype, "device": info.device, "layers": info.layers,
+        "width": info.width, "template": prompts.template, "heads": heads,
         "limits": {
-            "body_bytes": limits.body_bytes, "items": limits.items, "candidates": limits.candidates,
-            "tokens": limits.tokens, "timeout_seconds": limits.timeout_s, "queue_tokens": queue_tokens,
+            "body_bytes": bounds.body_bytes, "items": bounds.items, "candidates": bounds.candidates,
+            "tokens": prompts.max_tokens, "timeout_seconds": bounds.timeout_s, "queue_tokens": settings.queue_tokens,
         },
     }  # fmt: skip
 
@@ -209,6 +215,16 @@ async def drain(working: asyncio.Task[None], timeout: float) -> bool:
         working.cancel()
         await asyncio.gather(working, return_exceptions=True)
     return bool(done)
+
+
+async def let_go(backbone: Backbone) -> bool:
+    """Gives the device back; False where that does not come to an end, since a call in flight doesn't."""
+    try:
+        async with asyncio.timeout(LET_GO_S):
+            await backbone.close()
+    except TimeoutError:
+        return False
+    return True
 
 
 def connect(settings: Settings) -> Connection:
@@ -226,6 +242,12 @@ def tokenizer_hash(model: ModelFiles) -> str:
     """Equal where two processes turn the same text into the same tokens."""
     file = model.folder / "tokenizer.json"
     return hashlib.sha256(file.read_bytes() if file.is_file() else model.name.encode()).hexdigest()[:32]
+
+
+def served_as(loaded: Loaded) -> str:
+    """Equal for workers that may answer as one service: what a prompt becomes, and the numbers that it is given."""
+    template = hashlib.sha256(loaded.prompts.template.encode()).hexdigest()[:8]
+    return f"{loaded.backbone.info.identity}:{template}"
 
 
 def describe(settings: Settings) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from inward import __version__, logs, metrics
@@ -11,6 +10,7 @@ from inward.control.channel import ControlChannel
 from inward.control.heads import LocalHeadControl
 from inward.control.remote import ControlAgent, WorkerInfo
 from inward.engine import Engine
+from inward.processes.supervisor import Supervisor
 from inward.processes.wiring import (
     Loaded,
     ModelFiles,
@@ -18,8 +18,9 @@ from inward.processes.wiring import (
     connect,
     drain,
     find_model,
-    limits,
+    let_go,
     load,
+    served_as,
     tokenizer_hash,
 )
 from inward.queues.redis.consumer import RedisConsumer
@@ -41,10 +42,10 @@ class WorkerProcess:
             loaded.prompts,
             loaded.registry,
         )
-        self.draining = False
+        self.draining = self.stuck = False
         self._connection, self._tokenizer = connection, tokenizer_hash(model)
         self.queue_name = settings.queue or model.name
-        keys = Keys(self.queue_name)
+        keys = Keys(self.queue_name, served_as(loaded))
         self._queue = RedisConsumer(
             connection, keys, idle=settings.claim_idle, max_deliveries=settings.max_deliveries, ttl=settings.presence,
             about=lambda: self.worker_info().encode(),
@@ -62,9 +63,10 @@ class WorkerProcess:
         )
         self.app = create_status_app(self.ready, self.alive, self.info)
         metrics.BUILD_INFO.labels(version=__version__, role="worker").set(1)
-        self._opening = asyncio.create_task(self._queue.open())  # waits for a Redis that is away
-        self.working = asyncio.create_task(self._work())
-        self._controlling = asyncio.create_task(self._agent.run())
+        self._tasks = Supervisor()
+        self._tasks.watch("claims", self._queue.keep)
+        self._tasks.watch("control", self._agent.run)
+        self.working = self._tasks.watch("jobs", self._work)
 
     @classmethod
     async def open(cls, settings: Settings) -> WorkerProcess:
@@ -83,7 +85,6 @@ class WorkerProcess:
             raise
 
     async def _work(self) -> None:
-        await self._opening
         await self._agent.in_step.wait()
         await self.worker.run()
 
@@ -103,34 +104,30 @@ class WorkerProcess:
         """Whether jobs are taken, and if not, why."""
         if not self.alive():
             return False, f"the engine is dead: {self.worker.dead or 'the backbone stopped'}"
-        if not self._opening.done() or self._queue.away is not None:
-            return False, self._queue.away or "waiting for Redis"
-        if not self._agent.in_step.is_set():
-            return False, f"this worker {self._agent.behind}"
-        return (False, "shutting down") if self.draining else (True, "ready")
+        if self.draining:
+            return False, "shutting down"
+        problem = self._queue.problem or self._tasks.problem
+        if problem is None and not self._agent.in_step.is_set():
+            problem = f"this worker {self._agent.behind}"
+        return problem is None, problem or "ready"
 
     def info(self) -> dict[str, Any]:
         """What ``GET /info`` answers."""
-        policy, heads, bounds = (
-            self.backbone.policy_version,
-            self.registry.names(),
-            limits(self.settings, self.prompts.max_tokens),
-        )
-        return about(self.backbone.info, policy, self.prompts.template, heads, bounds, self.settings.queue_tokens)
+        backbone = self.backbone
+        return about(backbone.info, backbone.policy_version, self.prompts, self.registry.names(), self.settings)
 
     async def close(self, timeout: float) -> bool:
         """Finishes what was taken, for at most ``timeout`` seconds, and gives the rest back. True if nothing was
         left.
         """
         self.draining = True
-        self._controlling.cancel()
+        await self._tasks.stop("control")
         await self._queue.close()
         self._agent.in_step.set()  # there is nothing left to be in step for
         clean = await drain(self.working, timeout) and self.worker.dead is None
-        self._opening.cancel()
-        await asyncio.gather(self._controlling, self._opening, return_exceptions=True)
+        await self._tasks.stop()
         await self._queue.leave()
         await self._connection.close()
-        await self.backbone.close()
+        self.stuck = not await let_go(self.backbone)
         logs.event(LOG, "stopped", clean=clean)
         return clean

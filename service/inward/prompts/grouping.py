@@ -206,7 +206,8 @@ class Prompts:
         if not truncate:
             worst = max(range(len(responses_ids)), key=lambda i: len(responses_ids[i]), default=0)
             raise TooLarge(
-                f"prompt ({len(prompt_ids)} tokens) and response ({longest}) are longer than the {room} tokens that the "
+                f"prompt ({len(prompt_ids)} tokens) and response ({longest}) are longer than the {room} tokens that "
+                "the "
                 "model takes; shorten them, or send \"truncate\": true",
                 param=f"responses.{worst}" if responses_ids else "prompt",
             )  # fmt: skip

@@ -1,8 +1,8 @@
 """Identical items are computed once: those that wait at the same time, and those asked for again shortly after.
 
 A client that gave up waiting and sends its request again, or many of them with the same prompt, cost one forward pass.
-An item with samples still to be drawn is only ever identical to another one of the same seed. Where there are several
-replicas, a ``Watch`` knows what the others compute.
+An item with samples still to be drawn is only ever identical to another one of the same seed. Each replica does so by
+itself: agreeing with the others cost every request more than it saved in a storm of retries (BENCHMARKS.md).
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from inward import codec, metrics
 from inward.queues.base import Producer
-from inward.stores.leases import Content, LeaseWatch
 from inward.types import Job, Outcome, Scored
 
+Content = bytes
+"""Hash of all that an outcome depends on."""
 MOST_KEPT = 4096
 """Outcomes kept for those who ask again; the oldest go first."""
 
@@ -30,8 +31,6 @@ class _Run:
     job: Job
     content: Content
     outcome: asyncio.Task[Outcome]
-    theirs: asyncio.Future[Scored | None] | None = None
-    """What another replica makes of it; None as its result: it is ours after all."""
     waiting: set[str] = field(default_factory=set)
 
 
@@ -42,7 +41,6 @@ class SingleFlight:
         window: seconds for which an outcome is kept for those who ask again; 0 shares only among those who wait at the
             same time.
         current: whether an outcome is what would be computed now (no head or policy was switched since).
-        watch: what other replicas compute, where there are any.
         clock: monotonic seconds.
     """
 
@@ -52,14 +50,12 @@ class SingleFlight:
         *,
         window: float,
         current: Callable[[Scored], bool],
-        watch: LeaseWatch | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._watch = watch
         self._producer, self._window, self._current, self._clock = producer, window, current, clock
         self._running: dict[Content, _Run] = {}
         self._of: dict[str, _Run] = {}  # by the id of everybody who waits
-        self._kept: dict[Content, tuple[float, Scored]] = {}  # the oldest first
+        self._kept: OrderedDict[Content, tuple[float, Scored]] = OrderedDict()  # the oldest first
 
     async def submit(self, jobs: Sequence[Job]) -> list[Awaitable[Outcome]]:
         contents = [_content(job) for job in jobs]
@@ -70,21 +66,10 @@ class SingleFlight:
                 alone.append(job)
             elif content not in self._running and self._recall(content) is None:
                 first.setdefault(content, job)
-        theirs = await self._watch.begin(first) if self._watch and first else {}
-        ours = {content: job for content, job in first.items() if content not in theirs}
-        sent = [*ours.values(), *alone]
-        try:
-            waits = dict(zip((job.id for job in sent), await self._producer.submit(sent) if sent else [], strict=True))
-        except BaseException:
-            for content, job in ours.items():
-                self._tell(content, job, None)
-            for outcome in theirs.values():
-                outcome.cancel()
-            raise
-        for content, job in ours.items():
-            self._start(job, content, _answered(waits[job.id]))
-        for content, outcome in theirs.items():
-            self._start(first[content], content, self._learnt(first[content], outcome), outcome)
+        sent = [*first.values(), *alone]
+        waits = dict(zip((job.id for job in sent), await self._producer.submit(sent) if sent else [], strict=True))
+        for content, job in first.items():
+            self._start(job, content, waits[job.id])
         return [
             waits[job.id] if content is None else self._wait(job, content)
             for job, content in zip(jobs, contents, strict=True)
@@ -106,27 +91,10 @@ class SingleFlight:
     async def close(self) -> None:
         await self._producer.close()
 
-    def _start(
-        self,
-        job: Job,
-        content: Content,
-        outcome: Coroutine[Any, Any, Outcome],
-        theirs: asyncio.Future[Scored | None] | None = None,
-    ) -> None:
-        run = _Run(job, content, asyncio.create_task(outcome), theirs)
+    def _start(self, job: Job, content: Content, answer: Awaitable[Outcome]) -> None:
+        run = _Run(job, content, asyncio.create_task(_answered(answer)))
         self._running[content] = run
         run.outcome.add_done_callback(lambda _: self._done(run))
-
-    async def _learnt(self, job: Job, theirs: asyncio.Future[Scored | None]) -> Outcome:
-        if (scored := await theirs) is not None:
-            metrics.SHARED_TOTAL.inc()
-            return scored
-        [answer] = await self._producer.submit([job])
-        return await answer
-
-    def _tell(self, content: Content, job: Job, scored: Scored | None) -> None:
-        if self._watch is not None:
-            self._watch.end(content, job.id, scored)
 
     def _wait(self, job: Job, content: Content) -> Awaitable[Outcome]:
         run = self._running.get(content)
@@ -143,9 +111,8 @@ class SingleFlight:
         self._of.pop(job.id, None)
         if job.id == run.job.id or (isinstance(outcome, Scored) and self._current(outcome)):
             return replace(outcome, job_id=job.id)
-        [answer] = await self._producer.submit(
-            [job]
-        )  # it failed for reasons of its own, such as its deadline, or is of a former version
+        # it failed for reasons of its own, such as its deadline, or is of a former version
+        [answer] = await self._producer.submit([job])
         return await answer
 
     async def _again(self, job: Job, content: Content) -> Outcome:
@@ -160,29 +127,24 @@ class SingleFlight:
         return scored if scored is not None and until > self._clock() and self._current(scored) else None
 
     def _done(self, run: _Run) -> None:
-        ours = run.theirs is None or (run.theirs.done() and not run.theirs.cancelled() and run.theirs.result() is None)
         self._end(run)
         failed = run.outcome.cancelled() or run.outcome.exception() is not None
         outcome = None if failed else run.outcome.result()
-        if ours:
-            self._tell(run.content, run.job, outcome if isinstance(outcome, Scored) else None)
         if not self._window:
             return
         now = self._clock()
-        for old in [content for content, (until, _) in self._kept.items() if until <= now][:64]:
-            del self._kept[old]
+        while self._kept and next(iter(self._kept.values()))[0] <= now:
+            self._kept.popitem(last=False)
         if isinstance(outcome, Scored):
             self._kept.pop(run.content, None)
             self._kept[run.content] = (now + self._window, outcome)
         while len(self._kept) > MOST_KEPT:
-            del self._kept[next(iter(self._kept))]
+            self._kept.popitem(last=False)
 
     def _end(self, run: _Run) -> None:
         if self._running.get(run.content) is run:
             del self._running[run.content]
         run.outcome.cancel()
-        if run.theirs is not None:
-            run.theirs.cancel()
 
 
 async def _answered(answer: Awaitable[Outcome]) -> Outcome:

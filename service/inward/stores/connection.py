@@ -1,4 +1,4 @@
-"""From a URL to a Redis that scripts run on, and from its many errors to ours."""
+"""From a URL to a Redis that scripts run on. Its many errors end here: all that leaves this door is ``Unavailable``."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from redis.exceptions import (
     OutOfMemoryError,
     ReadOnlyError,
     RedisError,
+    ResponseError,
     TimeoutError,
     TryAgainError,
 )
@@ -32,17 +33,33 @@ from redis.exceptions import (
 from inward import logs
 from inward.errors import SetupError, Unavailable
 
-LOG = logs.logger("queues.redis")
+LOG = logs.logger("stores")
 SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster")
 PASSING = ("OOM", "LOADING", "MASTERDOWN", "CLUSTERDOWN", "NOREPLICAS", "READONLY", "UNBLOCKED")
 """What Redis says of states that pass; the last two to those who write to, or block on, a master that is demoted.
 From scripts, and from those who block, these come as plain errors."""
-RETRY_AFTER = 2.0
-"""Seconds after which a caller may come back when Redis was away or full."""
+RETRY_AFTER_S = 2.0
+"""After which a caller may come back when Redis was away or full."""
+COMMANDS = 64
+"""At once, each on a connection of its own; more wait. redis-py refuses the 101st instead."""
 
 
 Arg = str | bytes | int | float
 """What a command or a script takes."""
+
+
+class Full(Unavailable):
+    """Redis holds as much as it may. It answers, and what frees memory is obeyed."""
+
+
+class Refused(Unavailable):
+    """Redis answers, and refuses: a password, a right, or a command of ours that is wrong. That does not pass by
+    itself.
+    """
+
+
+class GroupLost(Unavailable):
+    """The consumer group is not there; ``Connection.ensure_group`` makes it."""
 
 
 class Client(Protocol):
@@ -69,29 +86,40 @@ class Connection:
         self.timeout = timeout
         self._client, self._sentinels = _clients(url, timeout)
         self._shas: dict[str, str] = {}
+        self._room = asyncio.Semaphore(COMMANDS)
 
     async def __call__(self, *command: Any) -> Any:
         """One command, such as ``await connection("XLEN", key)``.
 
         Raises:
-            RedisError, TimeoutError: see ``unavailable``.
+            Unavailable: it could not be done, or it is not known whether it was; see its kinds above.
         """
-        async with asyncio.timeout(self.timeout):
-            return await self._client.execute_command(*command)
+        with _door():
+            return await self._send(*command)
 
     async def script(self, source: str, keys: Sequence[str], args: Sequence[Arg]) -> Any:
-        """Runs a Lua script; Redis keeps its text, so that it is sent once.
-
-        Raises:
-            RedisError: see ``unavailable``.
-        """
+        """Runs a Lua script; Redis keeps its text, so that it is sent once. Raises as a command does."""
         sha = self._shas.get(source) or self._shas.setdefault(
             source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
         )
-        try:
-            return await self("EVALSHA", sha, len(keys), *keys, *args)
-        except NoScriptError:
-            return await self("EVAL", source, len(keys), *keys, *args)
+        with _door():
+            try:
+                return await self._send("EVALSHA", sha, len(keys), *keys, *args)
+            except NoScriptError:
+                return await self._send("EVAL", source, len(keys), *keys, *args)
+
+    async def ensure_group(self, stream: str, group: str) -> None:
+        """The consumer group is there, from the beginning of the stream on. Raises as a command does."""
+        with _door():
+            try:
+                await self._send("XGROUP", "CREATE", stream, group, "0", "MKSTREAM")
+            except ResponseError as error:
+                if "BUSYGROUP" not in str(error):
+                    raise
+
+    async def _send(self, *command: Any) -> Any:
+        async with asyncio.timeout(self.timeout), self._room:
+            return await self._client.execute_command(*command)
 
     async def check(self) -> None:
         """Asks Redis who it is. One that is away is none of our business yet; one that would not do is.
@@ -101,14 +129,18 @@ class Connection:
         """
         try:
             info = await self("INFO")
-        except (RedisError, OSError) as error:
-            if isinstance(error.__cause__ or error.__context__, SSLCertVerificationError):
+        except Unavailable as error:
+            cause = error.__cause__
+            if cause is not None and isinstance(cause.__cause__ or cause.__context__, SSLCertVerificationError):
                 raise SetupError(
-                    f"Redis is not to be trusted: {error}; name its authority with ?ssl_ca_certs=… in --redis-url"
-                ) from None
-            if passing(error):
-                return
-            raise SetupError(f"Redis refuses us: {error}; look at the user and the password in --redis-url") from None
+                    "Redis is not to be trusted: its certificate is vouched for by nobody whom we know; name its "
+                    "authority with ?ssl_ca_certs=… in --redis-url"
+                ) from error
+            if isinstance(error, Refused):
+                raise SetupError(
+                    f"Redis refuses us: {cause}; look at the user and the password in --redis-url"
+                ) from error
+            return
         version = str(info.get("redis_version", "0"))
         if tuple(int(part) for part in version.split(".")[:2]) < (6, 2):
             raise SetupError(f"Redis {version} is too old: 6.2 or newer, or Valkey, is needed")
@@ -123,40 +155,40 @@ class Connection:
             await client.aclose()
 
 
-def passing(error: BaseException) -> bool:
-    """Whether it may be otherwise later, without anybody changing us: Redis away, starting, failing over or full."""
-    if isinstance(error, AuthenticationError | NoPermissionError):
-        return False
-    if isinstance(
-        error,
-        ConnectionError | TimeoutError | OutOfMemoryError | ReadOnlyError | ClusterDownError | TryAgainError | OSError,
-    ):
-        return True
-    return isinstance(error, RedisError) and any(word in str(error) for word in PASSING)
-
-
 @contextmanager
-def reachable() -> Iterator[None]:
-    """Raises ``Unavailable`` for what Redis raises in here."""
+def _door() -> Iterator[None]:
     try:
         yield
     except (RedisError, OSError) as error:
-        raise unavailable(error) from error
+        raise _unavailable(error) from error
 
 
-def unavailable(error: BaseException) -> Unavailable:
-    """What a caller is told about an error of Redis: a 503. Addresses and passwords stay out of it."""
+def _unavailable(error: RedisError | OSError) -> Unavailable:
+    """What a caller is told about an error of Redis: a 503. Addresses, passwords and texts stay out of it."""
     if isinstance(error, OutOfMemoryError) or "OOM" in str(error):
-        return Unavailable("Redis is full: it holds as much as its maxmemory allows", retry_after=RETRY_AFTER)
-    return Unavailable(f"Redis can't be reached ({type(error).__name__})", retry_after=RETRY_AFTER)
+        return Full("Redis is full: it holds as much as its maxmemory allows", retry_after=RETRY_AFTER_S)
+    if "NOGROUP" in str(error):
+        return GroupLost("Redis has lost the queue's consumer group", retry_after=RETRY_AFTER_S)
+    kind = type(error).__name__
+    if _passes(error):
+        return Unavailable(f"Redis can't be reached ({kind})", retry_after=RETRY_AFTER_S)
+    return Refused(f"Redis refuses us ({kind})", retry_after=RETRY_AFTER_S)
+
+
+def _passes(error: RedisError | OSError) -> bool:
+    """Whether it may be otherwise later, without anybody changing us: Redis away, starting or failing over."""
+    if isinstance(error, AuthenticationError | NoPermissionError):
+        return False
+    if isinstance(error, ConnectionError | TimeoutError | ReadOnlyError | ClusterDownError | TryAgainError | OSError):
+        return True
+    return any(word in str(error) for word in PASSING)
 
 
 def _clients(url: str, timeout: float) -> tuple[Client, Sequence[Client]]:
     """The client of the Redis, and those of the sentinels that it asks where that is."""
-    scheme = url.partition("://")[0]
-    if scheme not in SCHEMES:
+    if url.partition("://")[0] not in SCHEMES:  # never a part of it in a message: it may be a password
         raise SetupError(
-            f"the Redis URL begins with {scheme!r}; use one of {', '.join(f'{s}://' for s in SCHEMES)} (--redis-url)"
+            f"the Redis URL begins otherwise than {', '.join(f'{scheme}://' for scheme in SCHEMES)} (--redis-url)"
         )
     options: dict[str, Any] = {
         # ours is in Connection: redis-py's own swallows cancellations on Python 3.11 (asyncio.wait_for)
@@ -166,13 +198,17 @@ def _clients(url: str, timeout: float) -> tuple[Client, Sequence[Client]]:
         "retry": Retry(NoBackoff(), 1, supported_errors=(ConnectionError,)),
     }  # fmt: skip
     try:
-        if scheme.endswith("+sentinel"):
+        if "+sentinel" in url.partition("://")[0]:
             return _behind_sentinels(url, options)
-        if scheme.endswith("+cluster"):
+        if "+cluster" in url.partition("://")[0]:
             return cast(Client, RedisCluster.from_url(url.replace("+cluster", "", 1), **options)), ()
         return cast(Client, Redis.from_url(url, **options)), ()
-    except (ValueError, RedisError) as error:
-        raise SetupError(f"the Redis URL can't be used: {error} (--redis-url)") from None
+    except (ValueError, RedisError):
+        raise SetupError(
+            "the Redis URL can't be used: it needs a form such as redis://user:password@host:6379/0, or "
+            "redis+sentinel://host1:26379,host2:26379/mymaster/0; in a password, write / # ? @ : % as %2F %23 %3F %40 "
+            "%3A %25 (--redis-url)"
+        ) from None
 
 
 def _behind_sentinels(url: str, options: dict[str, Any]) -> tuple[Client, Sequence[Client]]:
@@ -180,9 +216,7 @@ def _behind_sentinels(url: str, options: dict[str, Any]) -> tuple[Client, Sequen
     credentials, _, hosts = parts.netloc.rpartition("@")
     service, _, db = parts.path.strip("/").partition("/")
     if not hosts or not service:
-        raise ValueError(
-            "it needs sentinels and the name of a service, such as redis+sentinel://host1:26379,host2:26379/mymaster/0"
-        )
+        raise ValueError("it needs sentinels and the name of a service")
     user, _, password = credentials.partition(":")
     options |= {"username": unquote(user) or None, "password": unquote(password) or None, "db": int(db or 0)}
     own: dict[str, Any] = dict(parse_qsl(parts.query))  # ?username=…&password=… of the sentinels themselves

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from redis.exceptions import RedisError
-
 from inward import logs
-from inward.stores.connection import Connection, unavailable
+from inward.errors import Unavailable
+from inward.stores.connection import Connection
 from inward.stores.keys import Keys
 
+LOG = logs.logger("stores")
 LARGEST = 2**20
 """Bytes of an answer that is kept; a larger one is worked out again."""
 
@@ -48,7 +49,7 @@ class IdempotencyStore(Protocol):
 
 
 class MemoryIdempotencyStore:
-    """In this process.
+    """In this process. What it costs to begin does not grow with the number of keys.
 
     Args:
         keep: seconds for which an answer is kept.
@@ -60,36 +61,42 @@ class MemoryIdempotencyStore:
         self, *, keep: float, running: float, room: int = 64 * 2**20, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._keep, self._running, self._room, self._clock = keep, running, room, clock
-        self._known: dict[str, tuple[float, StoredResponse]] = {}  # the oldest first
+        # each with the time at which it is let go of; the oldest first, since all of one kind live equally long
+        self._begun: OrderedDict[str, tuple[float, str]] = OrderedDict()
+        self._kept: OrderedDict[str, tuple[float, StoredResponse]] = OrderedDict()
         self._bytes = 0
 
     async def begin(self, key: str, request: str) -> StoredResponse | None:
         now = self._clock()
-        for old in [name for name, (until, _) in self._known.items() if until <= now]:
-            self._drop(old)
-        if key in self._known:
-            return self._known[key][1]
-        self._known[key] = (now + self._running, StoredResponse(request))
+        while self._begun and next(iter(self._begun.values()))[0] <= now:
+            self._begun.popitem(last=False)
+        while self._kept and next(iter(self._kept.values()))[0] <= now:
+            self._drop(next(iter(self._kept)))
+        if key in self._kept:
+            return self._kept[key][1]
+        if key in self._begun:
+            return StoredResponse(self._begun[key][1])
+        self._begun[key] = (now + self._running, request)
         return None
 
     async def finish(self, key: str, request: str, answer: bytes) -> None:
-        self._drop(key)
+        await self.forget(key)
         if len(answer) > LARGEST:
             return
-        self._known[key] = (self._clock() + self._keep, StoredResponse(request, answer))
+        self._kept[key] = (self._clock() + self._keep, StoredResponse(request, answer))
         self._bytes += len(answer)
         while self._bytes > self._room:
-            self._drop(next(name for name, (_, asked) in self._known.items() if asked.answer is not None))
+            self._drop(next(iter(self._kept)))
 
     async def forget(self, key: str) -> None:
+        self._begun.pop(key, None)
         self._drop(key)
 
     def _drop(self, key: str) -> None:
-        _, asked = self._known.pop(key, (0.0, StoredResponse("")))
-        self._bytes -= len(asked.answer or b"")
+        if (kept := self._kept.pop(key, None)) is not None:
+            self._bytes -= len(kept[1].answer or b"")
 
 
-LOG = logs.logger("queues.redis")
 BEGIN = """
 local known = redis.call('GET', KEYS[1])
 if not known then redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2]) end
@@ -101,8 +108,8 @@ for _, key in ipairs(KEYS) do
 end
 """
 """Of keys under which there is no answer; if an answer got there after all, it is a right one."""
-PAUSE = 0.5
-"""Seconds between two tries to forget what could not be forgotten because Redis was away."""
+PAUSE_S = 0.5
+"""Between two tries to forget what could not be forgotten because Redis was away."""
 HASH = 64
 """Characters of a request's hash, with which every value begins; what follows is the answer, if there is one."""
 
@@ -122,10 +129,7 @@ class RedisIdempotencyStore:
 
     async def begin(self, key: str, request: str) -> StoredResponse | None:
         until = time.monotonic() + self._running / 1000
-        try:
-            known = await self._redis.script(BEGIN, [self._keys.answered(key)], [request, self._running])
-        except (RedisError, OSError) as error:
-            raise unavailable(error) from error
+        known = await self._redis.script(BEGIN, [self._keys.answered(key)], [request, self._running])
         if known is None:
             self._ours[key] = until
             self._owed.pop(key, None)
@@ -139,8 +143,8 @@ class RedisIdempotencyStore:
             return
         try:
             await self._redis("SET", self._keys.answered(key), request.encode() + answer, "PX", self._keep)
-        except (RedisError, OSError) as error:
-            logs.event(LOG, "answer_not_kept", reason=unavailable(error).message)
+        except Unavailable as error:
+            logs.event(LOG, "answer_not_kept", reason=error.message)
             await self._forget(key, until)
 
     async def forget(self, key: str) -> None:
@@ -149,8 +153,8 @@ class RedisIdempotencyStore:
     async def _forget(self, key: str, until: float) -> None:
         try:
             await self._redis.script(FORGET, [self._keys.answered(key)], [HASH])
-        except (RedisError, OSError) as error:
-            logs.event(LOG, "answer_not_forgotten", reason=unavailable(error).message)
+        except Unavailable as error:
+            logs.event(LOG, "answer_not_forgotten", reason=error.message)
             self._owed[key] = until
             if self._paying is None or self._paying.done():
                 self._paying = asyncio.create_task(self._pay())
@@ -160,14 +164,14 @@ class RedisIdempotencyStore:
         Redis has let go of may be somebody else's by now.
         """
         while self._owed:
-            await asyncio.sleep(PAUSE)
+            await asyncio.sleep(PAUSE_S)
             now = time.monotonic()
             self._owed = {key: until for key, until in self._owed.items() if until > now}
             owed = list(self._owed)
             try:
                 if owed:
                     await self._redis.script(FORGET, [self._keys.answered(key) for key in owed], [HASH])
-            except (RedisError, OSError):
+            except Unavailable:
                 continue
             for key in owed:
                 self._owed.pop(key, None)

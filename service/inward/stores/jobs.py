@@ -2,44 +2,56 @@
 
 A chunk's results are stored, appended to the ``scores:<name>`` stream and acknowledged in one script, and only the
 first time: so a job has exactly its rows, whoever died meanwhile. What is done takes the place of what was sent, so
-memory does not grow twice.
+memory does not grow twice. A chunk says how many replicas it was given to, so that one that ends them can be given up.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import time
 import uuid
 import zlib
 from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from redis.exceptions import RedisError, ResponseError
-
 from inward import logs
-from inward.errors import InvalidField, NotFound
-from inward.stores.connection import Arg, Connection, reachable
+from inward.errors import InvalidField, NotFound, Unavailable
+from inward.stores.connection import Arg, Connection, GroupLost
 from inward.stores.keys import Keys
 from inward.stores.score_streams import MOST_SCORES
 
-LOG = logs.logger("queues.redis")
+LOG = logs.logger("stores")
 GROUP = "replicas"
 ROWS = 64
 """Rows of a chunk."""
-UPLOAD = 600
-"""Seconds without another chunk after which an upload that was broken off is forgotten."""
+UPLOAD_S = 600
+"""Without another chunk after which an upload that was broken off is forgotten."""
+BLOCK_MS = 1000
+"""Of one wait for a chunk."""
+
+STORE = """
+-- KEYS: rows.  ARGV: chunk, its rows, seconds to keep.
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+redis.call('EXPIRE', KEYS[1], ARGV[3])
+"""
 
 FINISH = """
--- KEYS: job, rows, results, chunks, scores.  ARGV: group, entry, chunk, results, most scores, seconds to keep, then rows for the scores.
+-- KEYS: job, rows, results, chunks, scores.
+-- ARGV: group, entry, chunk, results, most scores, seconds to keep, then rows for the scores.
 redis.call('XACK', KEYS[4], ARGV[1], ARGV[2])
 redis.call('XDEL', KEYS[4], ARGV[2])
 redis.call('HDEL', KEYS[2], ARGV[3])
-if redis.call('HGET', KEYS[1], 'state') ~= 'running' or redis.call('HSETNX', KEYS[3], ARGV[3], ARGV[4]) == 0 then return 0 end
+if redis.call('HGET', KEYS[1], 'state') ~= 'running' then return 0 end
+if redis.call('HSETNX', KEYS[3], ARGV[3], ARGV[4]) == 0 then return 0 end
 for i = 7, #ARGV do redis.call('XADD', KEYS[5], 'MAXLEN', '~', ARGV[5], '*', 'row', ARGV[i]) end
 redis.call('EXPIRE', KEYS[3], ARGV[6])
 redis.call('EXPIRE', KEYS[5], ARGV[6])
-if redis.call('HLEN', KEYS[3]) == tonumber(redis.call('HGET', KEYS[1], 'chunks')) then redis.call('HSET', KEYS[1], 'state', 'done') end
+if redis.call('HLEN', KEYS[3]) == tonumber(redis.call('HGET', KEYS[1], 'chunks')) then
+  redis.call('HSET', KEYS[1], 'state', 'done')
+end
 return 1
 """
 
@@ -49,6 +61,13 @@ for number = 0, ARGV[2] - 1 do redis.call('XADD', KEYS[3], '*', 'job', ARGV[1], 
 redis.call('HSET', KEYS[1], unpack(ARGV, 4))
 redis.call('EXPIRE', KEYS[1], ARGV[3])
 redis.call('EXPIRE', KEYS[2], ARGV[3])
+redis.call('EXPIRE', KEYS[3], ARGV[3])
+"""
+
+DELIVERIES = """
+-- KEYS: chunks.  ARGV: group, entry.  Gives how many replicas it was given to; 1 where it was finished meanwhile.
+local pending = redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[2], ARGV[2], 1)[1]
+return pending and pending[4] or 1
 """
 
 CANCEL = """
@@ -86,12 +105,18 @@ class Chunk:
     entry: str
     job: BulkJob
     number: int
+    deliveries: int
+    """How many replicas it was given to; those before this one ended while they had it."""
     rows: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        """How many rows it has."""
+        return min(ROWS, self.job.rows - ROWS * self.number)
 
 
 class BulkStore:
-    """See the module. A Redis that is away is ``Unavailable`` to the API's methods (the first four) and ``RedisError``
-    to the others.
+    """See the module. A Redis that is away or full is ``Unavailable``.
 
     Args:
         keep: seconds after which a job and its results are forgotten.
@@ -110,23 +135,22 @@ class BulkStore:
         """
         job_id = uuid.uuid4().hex
         job, rows = self._keys.bulk(job_id), self._keys.bulk(job_id, "rows")
-        with reachable():
-            try:
-                number, chunks = await self._store(rows, lines)
-            except BaseException:
-                await self._discard(rows)
-                raise
-            described: dict[str, Arg] = {
-                "state": "running",
-                "kind": kind,
-                "rows": number,
-                "chunks": chunks,
-                "created": time.time(),
-            }
-            described |= {name: value for name, value in (("head", head), ("scores", scores)) if value is not None}
-            fields = [part for pair in described.items() for part in pair]
-            await self._redis.script(START, [job, rows, self._keys.chunks], [job_id, chunks, self._keep, *fields])
-            return await self.get(job_id)
+        try:
+            number, chunks = await self._store(rows, lines)
+        except BaseException:
+            await self._discard(rows)
+            raise
+        described: dict[str, Arg] = {
+            "state": "running",
+            "kind": kind,
+            "rows": number,
+            "chunks": chunks,
+            "created": time.time(),
+        }
+        described |= {name: value for name, value in (("head", head), ("scores", scores)) if value is not None}
+        fields = [part for pair in described.items() for part in pair]
+        await self._redis.script(START, [job, rows, self._keys.chunks], [job_id, chunks, self._keep, *fields])
+        return await self.get(job_id)
 
     async def _store(self, key: str, lines: AsyncIterable[str]) -> tuple[int, int]:
         """Rows and chunks."""
@@ -134,8 +158,7 @@ class BulkStore:
         chunk: list[str] = []
 
         async def store() -> None:
-            await self._redis("HSET", key, chunks, zlib.compress("\n".join(chunk).encode()))
-            await self._redis("EXPIRE", key, UPLOAD)
+            await self._redis.script(STORE, [key], [chunks, zlib.compress("\n".join(chunk).encode()), UPLOAD_S])
 
         async for line in lines:
             chunk.append(line)
@@ -152,7 +175,7 @@ class BulkStore:
     async def _discard(self, key: str) -> None:
         try:
             await self._redis("DEL", key)
-        except (RedisError, OSError):  # it expires by itself
+        except Unavailable:  # it expires by itself
             logs.event(LOG, "upload_not_discarded")
 
     async def get(self, job_id: str) -> BulkJob:
@@ -161,27 +184,26 @@ class BulkStore:
         Raises:
             NotFound: there is no such job, or not any more.
         """
-        with reachable():
-            flat = await self._redis("HGETALL", self._keys.bulk(job_id))
-            fields = {name.decode(): value.decode() for name, value in _pairs(flat)}
-            if "state" not in fields:
-                raise NotFound(f"there is no job {job_id}, or not any more", param="id")
-            rows = int(fields["rows"])
-            done = (
-                rows
-                if fields["state"] == "done"
-                else min(rows, ROWS * int(await self._redis("HLEN", self._keys.bulk(job_id, "results"))))
-            )
-            return BulkJob(
-                job_id,
-                fields["state"],
-                fields["kind"],
-                rows,
-                done,
-                float(fields["created"]),
-                fields.get("head"),
-                fields.get("scores"),
-            )
+        flat = await self._redis("HGETALL", self._keys.bulk(job_id))
+        fields = {name.decode(): value.decode() for name, value in _pairs(flat)}
+        if "state" not in fields:
+            raise NotFound(f"there is no job {job_id}, or not any more", param="id")
+        rows = int(fields["rows"])
+        done = (
+            rows
+            if fields["state"] == "done"
+            else min(rows, ROWS * int(await self._redis("HLEN", self._keys.bulk(job_id, "results"))))
+        )
+        return BulkJob(
+            job_id,
+            fields["state"],
+            fields["kind"],
+            rows,
+            done,
+            float(fields["created"]),
+            fields.get("head"),
+            fields.get("scores"),
+        )
 
     async def cancel(self, job_id: str) -> BulkJob:
         """Nothing more of it is computed; what was done is dropped. A job that is done stays so.
@@ -189,19 +211,19 @@ class BulkStore:
         Raises:
             NotFound: there is no such job.
         """
-        with reachable():
-            await self.get(job_id)
-            keys = [self._keys.bulk(job_id), self._keys.bulk(job_id, "rows"), self._keys.bulk(job_id, "results")]
-            await self._redis.script(CANCEL, keys, [])
-            return await self.get(job_id)
+        await self.get(job_id)
+        keys = [self._keys.bulk(job_id), self._keys.bulk(job_id, "rows"), self._keys.bulk(job_id, "results")]
+        await self._redis.script(CANCEL, keys, [])
+        return await self.get(job_id)
 
     async def results(self, job_id: str) -> AsyncIterator[str]:
         """The results, one JSON object a row, in the order of the rows."""
-        with reachable():
-            rows = (await self.get(job_id)).rows
-            for number in range(-(-rows // ROWS)):
-                data = await self._redis("HGET", self._keys.bulk(job_id, "results"), number)
-                yield zlib.decompress(data).decode() + "\n"
+        rows = (await self.get(job_id)).rows
+        for number in range(-(-rows // ROWS)):
+            data = await self._redis("HGET", self._keys.bulk(job_id, "results"), number)
+            if data is None:
+                raise NotFound(f"the results of job {job_id} were forgotten meanwhile", param="id")
+            yield zlib.decompress(data).decode() + "\n"
 
     async def take(self, replica: str) -> Chunk | None:
         """The next chunk, or one of a replica that is gone; None if none came within a second. Those of jobs that
@@ -212,17 +234,14 @@ class BulkStore:
                 "XAUTOCLAIM", self._keys.chunks, GROUP, replica, self._idle, "0", "COUNT", 1
             )
             if not claimed:
-                found = await self._redis(
-                    "XREADGROUP", "GROUP", GROUP, replica, "COUNT", 1, "BLOCK", 1000, "STREAMS", self._keys.chunks, ">"
-                )
+                command = ("XREADGROUP", "GROUP", GROUP, replica, "COUNT", 1, "BLOCK", BLOCK_MS)
+                found = await self._redis(*command, "STREAMS", self._keys.chunks, ">")
                 claimed = found[0][1] if found else []
-        except ResponseError as error:
-            if "NOGROUP" not in str(error):
-                raise
-            await self._redis("XGROUP", "CREATE", self._keys.chunks, GROUP, "0", "MKSTREAM")
+        except GroupLost:
+            await self._redis.ensure_group(self._keys.chunks, GROUP)
             return None
         for entry, fields in claimed:
-            if (chunk := await self._chunk(entry.decode(), dict(_pairs(fields)))) is not None:
+            if (chunk := await self._chunk(entry.decode(), dict(_pairs(fields or ())))) is not None:
                 return chunk
             await self._redis("XACK", self._keys.chunks, GROUP, entry)
             await self._redis("XDEL", self._keys.chunks, entry)
@@ -232,6 +251,14 @@ class BulkStore:
         """A sign of life for a chunk. One that somebody else took over meanwhile is done twice, and stored once."""
         await self._redis("XCLAIM", self._keys.chunks, GROUP, replica, 0, entry, "JUSTID")
 
+    async def give_back(self, replica: str, chunk: Chunk) -> None:
+        """Another replica may take it at once, as if this one had never had it. A store that is away learns of it by
+        the silence.
+        """
+        aged = ("IDLE", self._idle, "RETRYCOUNT", chunk.deliveries - 1, "JUSTID")
+        with suppress(Unavailable):
+            await self._redis("XCLAIM", self._keys.chunks, GROUP, replica, 0, chunk.entry, *aged)
+
     async def finish(
         self, chunk: Chunk, results: Sequence[Mapping[str, Any]], scored: Sequence[Mapping[str, Any]]
     ) -> None:
@@ -239,24 +266,28 @@ class BulkStore:
         only.
         """
         job = chunk.job
-        keys = [
-            self._keys.bulk(job.id), self._keys.bulk(job.id, "rows"), self._keys.bulk(job.id, "results"), self._keys.chunks,
-            self._keys.scores(job.scores or "-"),
-        ]  # fmt: skip
+        own = (self._keys.bulk(job.id), self._keys.bulk(job.id, "rows"), self._keys.bulk(job.id, "results"))
+        keys = [*own, self._keys.chunks, self._keys.scores(job.scores or "-")]
         data = zlib.compress("\n".join(json.dumps(row) for row in results).encode())
         rows = [json.dumps(row) for row in scored] if job.scores else []
         await self._redis.script(FINISH, keys, [GROUP, chunk.entry, chunk.number, data, MOST_SCORES, self._keep, *rows])
 
     async def _chunk(self, entry: str, fields: Mapping[bytes, bytes]) -> Chunk | None:
         try:
-            job = await self.get(fields[b"job"].decode())
-        except NotFound:
+            job, number = await self.get(fields[b"job"].decode()), int(fields[b"chunk"])
+        except (NotFound, KeyError, ValueError):
             return None
-        number = int(fields[b"chunk"])
         data = await self._redis("HGET", self._keys.bulk(job.id, "rows"), number)
         if job.state != "running" or data is None:
             return None
-        return Chunk(entry, job, number, tuple(zlib.decompress(data).decode().split("\n")))
+        deliveries = await self._redis.script(DELIVERIES, [self._keys.chunks], [GROUP, entry])
+        chunk = Chunk(entry, job, number, int(deliveries), ())
+        try:
+            rows = zlib.decompress(data).decode().split("\n")
+        except (zlib.error, UnicodeDecodeError) as error:  # each is an error then, and the job ends
+            logs.event(LOG, "chunk_unreadable", severity=logging.ERROR, error=error, job=job.id, chunk=number)
+            rows = [""] * chunk.size
+        return replace(chunk, rows=tuple(rows))
 
 
 def _pairs(reply: Any) -> list[tuple[bytes, bytes]]:

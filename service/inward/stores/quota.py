@@ -11,10 +11,10 @@ from collections.abc import Callable
 from typing import Protocol
 
 from inward.errors import OverQuota
-from inward.stores.connection import Connection, reachable
+from inward.stores.connection import Connection
 from inward.stores.keys import Keys
 
-MINUTE = 60
+MINUTE_S = 60
 
 
 class Quota(Protocol):
@@ -45,8 +45,8 @@ class MemoryQuota:
 
     async def spend(self, caller: str, tokens: int) -> None:
         now = self._clock()
-        if now // MINUTE != self._minute:
-            self._minute, self._used = int(now // MINUTE), {}
+        if now // MINUTE_S != self._minute:
+            self._minute, self._used = int(now // MINUTE_S), {}
         used = self._used.get(caller, 0)
         if used >= self._tokens:
             raise over_quota(self._tokens, now)
@@ -55,11 +55,13 @@ class MemoryQuota:
 
 def over_quota(tokens: int, now: float) -> OverQuota:
     """What a caller is told whose tokens are used up."""
-    return OverQuota(f"this key has used up its {tokens} tokens of this minute", retry_after=MINUTE - now % MINUTE)
+    left = MINUTE_S - now % MINUTE_S
+    return OverQuota(f"this key has used up its {tokens} tokens of this minute", retry_after=left)
 
 
 SPEND = """
--- KEYS: what a caller used in a minute.  ARGV: tokens a minute, tokens to spend, seconds to keep.  Gives 1 if there were some left.
+-- KEYS: what a caller used in a minute.  ARGV: tokens a minute, tokens to spend, seconds to keep.
+-- Gives 1 if there were some left.
 if tonumber(redis.call('GET', KEYS[1]) or '0') >= tonumber(ARGV[1]) then return 0 end
 redis.call('INCRBY', KEYS[1], ARGV[2])
 redis.call('EXPIRE', KEYS[1], ARGV[3])
@@ -77,8 +79,7 @@ class RedisQuota:
 
     async def spend(self, caller: str, tokens: int) -> None:
         now = self._clock()
-        key = self._keys.quota(caller, int(now // MINUTE))
-        with reachable():
-            left = await self._redis.script(SPEND, [key], [self._tokens, tokens, 2 * MINUTE])
+        key = self._keys.quota(caller, int(now // MINUTE_S))
+        left = await self._redis.script(SPEND, [key], [self._tokens, tokens, 2 * MINUTE_S])
         if not left:
             raise over_quota(self._tokens, now)

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from inward.stores.connection import Connection, reachable
+from inward.stores.connection import Connection
 from inward.stores.keys import Keys
 
 MOST_SCORES = 100_000
@@ -37,7 +37,4 @@ class ScoreStreams:
         Raises:
             Unavailable: Redis is away or full.
         """
-        with reachable():
-            await self._redis.script(
-                APPEND, [self._keys.scores(name)], [self._most, self._keep, *map(json.dumps, rows)]
-            )
+        await self._redis.script(APPEND, [self._keys.scores(name)], [self._most, self._keep, *map(json.dumps, rows)])

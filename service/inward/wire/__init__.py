@@ -1,4 +1,4 @@
-"""JSON that crosses the door: pydantic models of what the native routes take (``requests``) and give (``answers``)."""
+"""JSON as pydantic models: what the native routes take (``requests``) and give (``answers``)."""
 
 from inward.wire.answers import (
     Answer,
@@ -21,7 +21,6 @@ from inward.wire.answers import (
 from inward.wire.requests import (
     UNION_TAGS,
     ActivateRequest,
-    Asking,
     Chat,
     Item,
     MarginRequest,
@@ -30,6 +29,7 @@ from inward.wire.requests import (
     Pair,
     Parts,
     PolicyRequest,
+    PromptFields,
     RerankRequest,
     RewardRequest,
     Sampling,
@@ -44,7 +44,6 @@ __all__ = [
     "UNION_TAGS",
     "ActivateRequest",
     "Answer",
-    "Asking",
     "BestAgainstWorst",
     "Chat",
     "Element",
@@ -61,6 +60,7 @@ __all__ = [
     "Parts",
     "PolicyAnswer",
     "PolicyRequest",
+    "PromptFields",
     "Ranked",
     "RerankAnswer",
     "RerankRequest",

@@ -73,7 +73,11 @@ class Info(AdminAnswer):
     """Of the service."""
     model: str
     revision: str
+    path: str
+    """Of the model's folder, on the machine that computes."""
     fingerprint: str
+    concurrency: int
+    """Requests that are computed at once; more wait."""
     policy_version: str
     dtype: str
     device: str

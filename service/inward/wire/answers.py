@@ -1,4 +1,4 @@
-"""JSON that leaves through the door: what the native routes give."""
+"""What the native routes give, as pydantic models."""
 
 from __future__ import annotations
 

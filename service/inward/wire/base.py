@@ -6,6 +6,6 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Wire(BaseModel):
-    """Base of all models: descriptions from docstrings, nothing unknown."""
+    """Base of all models: frozen, descriptions from docstrings, nothing unknown."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)

@@ -1,7 +1,7 @@
 """JSON of other projects' clients: only the fields that are used here; whatever else they send is ignored.
 
 What ``/rerank`` and ``/score`` take in several dialects is told by the fields present. Answers are in
-``wire.foreign_answers``.
+``wire.compat_answers``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from inward.wire.requests import RerankRequest, ScoreRequest, Text
 HeadName = Annotated[str, Field(min_length=1, max_length=64)]
 Texts = Annotated[list[Text], Field(min_length=1)]
 Messages = Annotated[list[dict[str, Any]], Field(min_length=1)]
-FOREIGN_TAGS = frozenset({"as native", "as documents", "as texts", "as text pairs", "as one", "as many", "as object"})
+COMPAT_TAGS = frozenset({"as native", "as documents", "as texts", "as text pairs", "as one", "as many", "as object"})
 """Steps in the path of a pydantic error that are no field of the caller's JSON."""
 
 
@@ -30,7 +30,7 @@ TextOrMessages = Annotated[
 ]
 
 
-class Foreign(BaseModel):
+class CompatRequest(BaseModel):
     """Base of all: unknown fields are ignored."""
 
     model_config = ConfigDict(extra="ignore", use_attribute_docstrings=True)
@@ -42,14 +42,14 @@ class Foreign(BaseModel):
     """Cut text that is longer than the model takes."""
 
 
-class Named(Foreign):
+class ModelRequest(CompatRequest):
     """With the `model` that nearly every client sends."""
 
     model: str | None = None
     """Name of a head, or of anything."""
 
 
-class OpenRLHFRequest(Foreign):
+class OpenRLHFRequest(CompatRequest):
     """OpenRLHF's remote reward model: whole conversations, decoded with special tokens."""
 
     query: list[Text]
@@ -59,7 +59,7 @@ class OpenRLHFRequest(Foreign):
     labels: list[Any] | None = None
 
 
-class SlimeRequest(Foreign):
+class SlimeRequest(CompatRequest):
     """slime's and miles' remote reward model: one sample."""
 
     prompt: TextOrMessages
@@ -68,13 +68,13 @@ class SlimeRequest(Foreign):
     label: Any = None
 
 
-class LlamaFactoryRequest(Named):
+class LlamaFactoryRequest(ModelRequest):
     """LLaMA-Factory's reward model server: whole conversations, decoded with special tokens."""
 
     messages: Texts
 
 
-class ClassifyRequest(Named):
+class ClassifyRequest(ModelRequest):
     """vLLM's `/classify`, as verl calls it: whole conversations with the chat template applied."""
 
     input: TextOrTexts
@@ -96,7 +96,7 @@ Document = Annotated[
 ]
 
 
-class DocumentsRequest(Named):
+class DocumentsRequest(ModelRequest):
     """Rerank as Cohere, Jina and vLLM ask for it: the query is the prompt, the documents are the responses."""
 
     query: Text
@@ -112,7 +112,7 @@ class DocumentsRequest(Named):
         return [document if isinstance(document, str) else document.text for document in self.documents]
 
 
-class TextsRequest(Foreign):
+class TextsRequest(CompatRequest):
     """Rerank as text-embeddings-inference asks for it."""
 
     query: Text
@@ -122,7 +122,7 @@ class TextsRequest(Foreign):
     return_text: StrictBool | None = None
 
 
-class TextPairsRequest(Named):
+class TextPairsRequest(ModelRequest):
     """vLLM's `/score`: each query with each text, or the n-th with the n-th."""
 
     text_1: TextOrTexts | None = None

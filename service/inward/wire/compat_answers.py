@@ -1,4 +1,4 @@
-"""Answers in other projects' words; see ``wire.foreign`` for what they ask."""
+"""Answers in other projects' words; see ``wire.compat`` for what they ask."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 
-class Told(BaseModel):
+class CompatAnswer(BaseModel):
     """Base of all: descriptions from docstrings."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
-class OpenRLHFAnswer(Told):
+class OpenRLHFAnswer(CompatAnswer):
     """OpenRLHF's; numbers only, because it makes tensors of all of them."""
 
     rewards: list[float]
@@ -24,7 +24,7 @@ class OpenRLHFAnswer(Told):
     """`probability`, and `truncated` (0 or 1)."""
 
 
-class LlamaFactoryAnswer(Told):
+class LlamaFactoryAnswer(CompatAnswer):
     """LLaMA-Factory's."""
 
     id: str
@@ -45,7 +45,7 @@ class VerifyAnswer(BaseModel):
     """Raw score."""
 
 
-class PoolingUsage(Told):
+class PoolingUsage(CompatAnswer):
     """Tokens, as vLLM counts them for models that generate nothing."""
 
     prompt_tokens: int
@@ -53,7 +53,7 @@ class PoolingUsage(Told):
     completion_tokens: int = 0
 
 
-class Classified(Told):
+class Classified(CompatAnswer):
     """One text's score."""
 
     index: int
@@ -62,7 +62,7 @@ class Classified(Told):
     num_classes: int = 1
 
 
-class ClassifyAnswer(Told):
+class ClassifyAnswer(CompatAnswer):
     """vLLM's `/classify`."""
 
     id: str
@@ -73,7 +73,7 @@ class ClassifyAnswer(Told):
     usage: PoolingUsage
 
 
-class TextPairScore(Told):
+class TextPairScore(CompatAnswer):
     """One pair's score."""
 
     index: int
@@ -81,7 +81,7 @@ class TextPairScore(Told):
     score: float
 
 
-class TextPairsAnswer(Told):
+class TextPairsAnswer(CompatAnswer):
     """vLLM's `/score`."""
 
     id: str
@@ -92,13 +92,13 @@ class TextPairsAnswer(Told):
     usage: PoolingUsage
 
 
-class RankedText(Told):
+class RankedText(CompatAnswer):
     """A document's text."""
 
     text: str
 
 
-class RankedDocument(Told):
+class RankedDocument(CompatAnswer):
     """One document in its place."""
 
     index: int
@@ -107,33 +107,33 @@ class RankedDocument(Told):
     """In [0, 1]."""
 
 
-class RerankUsage(Told):
+class RerankUsage(CompatAnswer):
     """Tokens."""
 
     prompt_tokens: int
     total_tokens: int
 
 
-class ApiVersion(Told):
+class ApiVersion(CompatAnswer):
     """Of Cohere's API."""
 
     version: str
 
 
-class BilledUnits(Told):
+class BilledUnits(CompatAnswer):
     """Nobody is billed; Cohere's clients expect the number."""
 
     search_units: int = 1
 
 
-class RerankMeta(Told):
+class RerankMeta(CompatAnswer):
     """Cohere's."""
 
     api_version: ApiVersion
     billed_units: BilledUnits = BilledUnits()
 
 
-class DocumentsAnswer(Told):
+class DocumentsAnswer(CompatAnswer):
     """What Cohere, Jina and vLLM answer to a rerank; each of their clients finds its fields."""
 
     id: str
@@ -145,7 +145,7 @@ class DocumentsAnswer(Told):
     """Best first."""
 
 
-class TextRank(Told):
+class TextRank(CompatAnswer):
     """text-embeddings-inference's: one text in its place."""
 
     index: int
@@ -153,7 +153,7 @@ class TextRank(Told):
     text: str | None = None
 
 
-class VllmErrorDetail(Told):
+class VllmErrorDetail(CompatAnswer):
     """What went wrong; `code` is the status."""
 
     message: str
@@ -162,19 +162,19 @@ class VllmErrorDetail(Told):
     code: int
 
 
-class VllmError(Told):
+class VllmError(CompatAnswer):
     """vLLM's error body, and OpenAI's."""
 
     error: VllmErrorDetail
 
 
-class CohereError(Told):
+class CohereError(CompatAnswer):
     """Cohere's error body."""
 
     message: str
 
 
-class DocumentsError(Told):
+class DocumentsError(CompatAnswer):
     """Of paths that Cohere (`message`), Jina (`detail`) and vLLM (`error`) share."""
 
     message: str
@@ -182,14 +182,14 @@ class DocumentsError(Told):
     error: VllmErrorDetail
 
 
-class TextsError(Told):
+class TextsError(CompatAnswer):
     """text-embeddings-inference's error body."""
 
     error: str
     error_type: Literal["Validation", "Overloaded", "Unhealthy", "Backend"]
 
 
-class GymError(Told):
+class GymError(CompatAnswer):
     """NeMo Gym's error body."""
 
     detail: str

@@ -1,4 +1,4 @@
-"""JSON that crosses the door: what the native routes take.
+"""What the native routes take, as pydantic models.
 
 Two kinds of mistake are told apart. A wrong *shape* (a field missing, unknown or of the wrong type) is found here by
 pydantic and refuses the request. Unusable *content* (roles in a wrong order, half a surrogate pair, nothing to score)
@@ -35,7 +35,7 @@ UNION_TAGS = frozenset({"as text", "as chat"})
 RENAMED = {"scores": "append_to", "token_ids": "return_token_ids"}
 """Fields of ``/rerank`` under the names that they had, and those that they have."""
 MOST = 2**31 - 1
-"""Of whole numbers: what every part behind the door can hold."""
+"""Of whole numbers: what every part of the service can hold."""
 
 
 class Message(Wire):
@@ -102,7 +102,7 @@ class Scorable(Protocol):
         ...
 
 
-class Asking(Wire):
+class PromptFields(Wire):
     """What stands before the answer, in one of two forms."""
 
     prompt: TextOrChat | None = None
@@ -111,7 +111,7 @@ class Asking(Wire):
     """Chat messages, oldest first, instead of `prompt`."""
 
     @model_validator(mode="after")
-    def _one_form(self) -> Asking:
+    def _one_form(self) -> PromptFields:
         if self.prompt is None and self.messages is None:
             raise _at("prompt", "is missing; give `prompt`, or `messages`")
         if self.prompt is not None and self.messages is not None:
@@ -125,7 +125,7 @@ class Asking(Wire):
         return (_plain(self.prompt) if isinstance(self.prompt, list) else self.prompt or ""), "prompt"
 
 
-class Item(Asking):
+class Item(PromptFields):
     """One response to score: `prompt` and `response`, or `messages` that end with the assistant's."""
 
     response: Text | None = None
@@ -161,7 +161,7 @@ class Item(Asking):
         return Parts(prompt[:last], (prompt[last]["content"],), field, (f"messages.{last}.content",))
 
 
-class Pair(Asking):
+class Pair(PromptFields):
     """A preference pair: one prompt, the preferred and the other answer."""
 
     chosen: TextOrChat
@@ -286,8 +286,12 @@ class Sampling(Wire):
     """Texts that end an answer, and are not part of it."""
 
 
-class RerankRequest(Options, Asking):
-    """Candidate answers to one prompt, given or to be drawn, to be ranked."""
+class RerankRequest(Options, PromptFields):
+    """Candidate answers to one prompt, given or to be drawn, to be ranked.
+
+    Without a `head`, the first hybrid head ranks them, else the first LEGEND head, else the first ranker, unless the
+    server is set otherwise.
+    """
 
     candidates: Annotated[list[Text], Field(min_length=1)] | None = None
     """The answers to rank."""

@@ -7,10 +7,9 @@ import pytest
 from pyarrow import parquet
 
 from inward.offline.annotate import merge
-from inward.offline.annotate.asking import COLUMNS, Annotated
-from inward.offline.annotate.merge import Shape
-from inward.offline.data.files import find, format_of
-from inward.offline.data.layouts import LAYOUTS
+from inward.offline.annotate.merge import Shape, Table
+from inward.offline.annotate.scorer import COLUMNS, Annotated
+from inward_client.rows import LAYOUTS, DataError, PairReader, find, format_of
 
 ROWS = [{"prompt": f"p{n}", "chosen": "a", "rejected": "ö", "n": n} for n in range(5)]
 VALUES = {
@@ -27,8 +26,9 @@ KEPT = [0, 1, 3, 4]
 
 def merged(tmp_path, source, name, **shape):
     out = tmp_path / name
-    layout = LAYOUTS[shape.pop("layout", "trl")]
-    merge.write(source, lambda: iter(RESULTS), out, format_of(out), Shape(layout, {}, **shape), {"model": "m"})
+    looks = Shape(PairReader(LAYOUTS[shape.pop("layout", "trl")]), **shape)
+    schema = merge.schema_for(source, looks) if name.endswith(".parquet") else None
+    merge.write(Table(source, out, format_of(out), looks, schema), lambda: iter(RESULTS), {"model": "m"})
     assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".new")] == []
     return out
 
@@ -43,7 +43,7 @@ def test_json_lines_keep_their_fields_and_lose_only_the_rows_without_a_margin(tm
     out = merged(tmp_path, lines, "out.jsonl")
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["n"] for row in rows] == KEPT
-    assert rows[0] == {**ROWS[0], **RESULTS[0].columns}
+    assert rows[0] == {**ROWS[0], **RESULTS[0].columns, "label_probability": None}
     assert "ö" in out.read_text()
 
 
@@ -115,16 +115,105 @@ def test_a_prefix_stands_before_every_new_column(tmp_path, lines):
 def test_rows_left_out_are_written_with_their_reason_and_place(tmp_path, lines):
     out = tmp_path / "out.rejected.jsonl"
     assert merge.write_rejected([lines], lambda _: iter(RESULTS), out) == 1
-    assert json.loads(out.read_text()) == {"source": "in.jsonl", "row": 3, "reason": "too long", "content": ROWS[2]}
+    assert json.loads(out.read_text()) == {
+        "source": "in.jsonl", "row": 3, "where": "in.jsonl, line 3", "reason": "too long", "content": ROWS[2],
+    }  # fmt: skip
     assert merge.write_rejected([lines], lambda _: iter([RESULTS[0]] * 5), out) == 0
     assert not out.exists()
 
 
-def test_a_column_of_several_types_is_refused_for_parquet_and_kept_in_json_lines(tmp_path):
-    (tmp_path / "in.jsonl").write_text(
-        "".join(json.dumps({**row, "n": [1] if row["n"] else "x"}) + "\n" for row in ROWS)
+def put(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return find(path)[0]
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ([[1], "x", "x", "x", "x"], "'n' of row 2 holds a value of another type"),
+        ([1, 2, 2**64, 4, 5], "'n' of row 3 holds an integer that does not fit"),
+        ([0.5, 1, 2, 2**53 + 1, 3], "'n' of row 4 holds an integer that a column of fractions"),
+        (["a", "\ud800", "b", "c", "d"], "'n' of row 2 holds text that is not Unicode"),
+        ([{}, {}, {}, {}, {}], "'n' holds empty objects"),
+        ([{"a": [{}]}] * 5, "'n' holds empty objects"),
+    ],
+)
+def test_what_parquet_can_not_hold_is_found_without_any_result_and_kept_in_json_lines(tmp_path, values, said):
+    source = put(tmp_path / "in.jsonl", [{**row, "n": value} for row, value in zip(ROWS, values, strict=True)])
+    with pytest.raises(DataError, match=said) as error:
+        merge.schema_for(source, Shape(PairReader(LAYOUTS["trl"])))
+    assert "write JSON lines instead" in error.value.message
+    lines = merged(tmp_path, source, "out.jsonl").read_text().splitlines()
+    assert [json.loads(line)["n"] for line in lines] == [values[n] for n in KEPT]
+
+
+def test_types_that_change_between_pieces_of_a_file_are_found_as_well(tmp_path):
+    rows = [{"prompt": "p", "chosen": "a", "rejected": "b", "n": n if n < 1500 else str(n)} for n in range(2000)]
+    with pytest.raises(DataError, match=r"'n' .*write JSON lines instead"):
+        merge.schema_for(put(tmp_path / "in.jsonl", rows), Shape(PairReader(LAYOUTS["trl"])))
+
+
+def test_rows_that_hold_no_pair_do_not_decide_what_parquet_can_hold(tmp_path):
+    source = put(tmp_path / "in.jsonl", [*ROWS, {"prompt": "p", "n": {}}, {"n": "text"}])
+    assert merge.schema_for(source, Shape(PairReader(LAYOUTS["trl"]))).field("n").type == pa.int64()
+
+
+def test_a_type_that_parquet_lacks_is_named(tmp_path):
+    table = pa.table({"prompt": ["p"], "chosen": ["a"], "rejected": ["b"]})
+    table = table.append_column("every", pa.array([None], pa.month_day_nano_interval()))
+    with pa.OSFile(str(tmp_path / "in.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(DataError, match="'every' holds the type month_day_nano_interval"):
+        merge.schema_for(find(tmp_path / "in.arrow")[0], Shape(PairReader(LAYOUTS["trl"])))
+
+
+def test_types_without_kernels_pass_as_they_are(tmp_path):
+    table = pa.table(
+        {
+            "prompt": pa.array(["p"] * 5, pa.large_string()),
+            "chosen": pa.array(["a"] * 5, pa.string_view()),
+            "rejected": pa.array(["b"] * 5).dictionary_encode(),
+            "bytes": pa.array([b"\xff"] * 5, pa.binary_view()),
+            "n": pa.array([[n] for n in range(5)], pa.list_view(pa.int8())),
+        }
     )
-    (source,) = find(tmp_path / "in.jsonl")
-    with pytest.raises(Exception, match="write JSON lines instead"):
-        merged(tmp_path, source, "out.parquet")
-    assert json.loads(merged(tmp_path, source, "out.jsonl").read_text().splitlines()[1])["n"] == [1]
+    parquet.write_table(table, tmp_path / "in.parquet")
+    (source,) = find(tmp_path / "in.parquet")
+    got = parquet.read_table(merged(tmp_path, source, "out.parquet"))
+    assert [got.schema.field(name).type for name in table.schema.names] == [field.type for field in source.schema()]
+    assert got.column("n").to_pylist() == [[n] for n in KEPT]
+    row = json.loads(merged(tmp_path, source, "out.jsonl").read_text().splitlines()[0])
+    assert row["bytes"] == "/w=="
+
+
+ODD = [{**ROWS[n], "x": [float("nan"), float("inf"), 0.5, 1e999, {"a": [float("nan"), 1]}][n]} for n in range(5)]
+
+
+def test_json_lines_are_strict_json(tmp_path):
+    rows = [{**row, "big": 10**30, "half": "\ud800"} for row in ODD]
+    text = merged(tmp_path, put(tmp_path / "in.jsonl", rows), "out.jsonl").read_text(encoding="utf-8")
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    got = [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+    assert [row["x"] for row in got] == [None, None, None, {"a": [None, 1]}]
+    assert all((row["big"], row["half"]) == (10**30, "\ud800") for row in got)
+
+
+def test_nested_cells_of_a_csv_file_are_json(tmp_path):
+    rows = [{**row, "meta": {"a": [1, "ö", None]}, "half": "\ud800"} for row in ODD]
+    with merged(tmp_path, put(tmp_path / "in.jsonl", rows), "out.csv").open(encoding="utf-8", newline="") as file:
+        got = list(csv.DictReader(file))
+    assert [json.loads(row["meta"]) for row in got] == [{"a": [1, "ö", None]}] * 4
+    assert [row["x"] for row in got] == ["", "", "", '{"a": [null, 1]}']
+    assert got[0]["half"] == "\\ud800"
+
+
+def test_for_trl_the_context_stands_in_the_prompt_and_nowhere_else(tmp_path):
+    row = {"system": "Be brief.", "prompt": "q", "chosen": "a", "rejected": "b", "id": 1}
+    source = put(tmp_path / "in.jsonl", [row] * 5)
+    got = json.loads(merged(tmp_path, source, "out.jsonl", trl=True).read_text().splitlines()[0])
+    assert got["prompt"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "q"}]
+    assert got["chosen"] == [{"role": "assistant", "content": "a"}]
+    assert ("system" in got, got["id"]) == (False, 1)

@@ -4,11 +4,12 @@ import json
 import numpy as np
 import pytest
 
-from inward.offline.annotate.asking import Annotated, Annotator
 from inward.offline.annotate.page import page
+from inward.offline.annotate.scorer import Annotated, Annotator
 from inward.offline.annotate.summary import binned, histogram, shown, summarise, suspicious
-from inward.offline.data.files import find
-from inward.offline.data.layouts import LAYOUTS
+from inward_client.rows import LAYOUTS, PairReader, find
+
+READER = PairReader(LAYOUTS["trl"])
 
 MARGINS = [3.0, -1.0, None, 0.5, -4.0, 2.0]
 
@@ -40,10 +41,26 @@ def source(tmp_path):
 def test_a_summary_counts_flips_cuts_and_reasons():
     summary = summarise([*RESULTS, Annotated(None, "700 tokens, but the model takes 512")])
     assert (summary.rows, summary.annotated, summary.rejected, summary.flipped, summary.truncated) == (7, 5, 2, 2, 1)
-    assert summary.reasons == (("### tokens, but the model takes ###", 2),)
+    assert summary.reasons == (("612 tokens, but the model takes 512", 2),)
     assert summary.to_json()["label_agreement"] == pytest.approx(0.6)
     assert summary.to_json()["margin"]["mean"] == pytest.approx(0.1)
     assert "2 labels look flipped (40.0%)" in summary.text()
+
+
+def test_reasons_that_differ_by_a_name_are_not_one():
+    reasons = ["'response_0' is missing", "'response_1' is missing", "'x' must be 0 or 1", "'x' must be 0 or 1"]
+    summary = summarise([Annotated(None, reason) for reason in reasons])
+    assert set(summary.reasons) == {(reasons[0], 1), (reasons[1], 1), (reasons[2], 2)}
+
+
+def test_ties_are_neither_flipped_nor_suspicious(source):
+    tie = result(0.0)
+    tie.columns["label_agrees"] = None
+    summary = summarise([*RESULTS, tie])
+    assert (summary.annotated, summary.flipped, summary.ties) == (6, 2, 1)
+    assert summary.to_json()["label_agreement"] == pytest.approx(0.6)
+    assert "1 pairs are ties" in summary.text()
+    assert suspicious([source], {source.name: [tie] * 6}, READER, 3) == []
 
 
 def test_a_summary_of_nothing_is_no_division_by_zero():
@@ -59,10 +76,10 @@ def test_bars_count_everything_and_never_mix_the_signs(values):
     assert len(list(histogram(np.array(values, dtype=np.float32)))) == 15
 
 
-def test_the_most_suspicious_pairs_come_first_with_their_texts(source):
-    found = suspicious([source], {source.name: RESULTS}, LAYOUTS["trl"], {}, 3)
-    assert [one.columns["margin"] for one in found] == [-4.0, -1.0, 0.5]
-    assert [one.row for one in found] == [5, 2, 4]
+def test_pairs_that_contradict_their_labels_come_first_with_their_texts_and_no_others_are_suspicious(source):
+    found = suspicious([source], {source.name: RESULTS}, READER, 3)
+    assert [one.columns["margin"] for one in found] == [-4.0, -1.0]
+    assert [one.row for one in found] == [5, 2]
     assert found[0].pair.chosen == "good 4"
     assert "good 4" in shown(found[0]) and "row 5" in shown(found[0])
 
@@ -70,7 +87,7 @@ def test_the_most_suspicious_pairs_come_first_with_their_texts(source):
 def test_the_page_shows_them_and_runs_nothing_that_stands_in_the_data(source):
     head = {"name": "legend", "kind": "legend", "version": 1}
     annotator = Annotator("model<script>", "", "", "float32", "base", "t", head, None, "0")
-    found = suspicious([source], {source.name: RESULTS}, LAYOUTS["trl"], {}, 10)
+    found = suspicious([source], {source.name: RESULTS}, READER, 10)
     html = page("in.jsonl", annotator, summarise(RESULTS), found)
-    assert html.count("<article>") == 5
+    assert html.count("<article>") == 2
     assert "&lt;b&gt;question 4&lt;/b&gt;" in html and "<b>question" not in html and "model<script>" not in html

@@ -51,7 +51,7 @@ def test_each_response_is_scored_by_the_head_of_its_fold():
     judged = score_folds(heads, folds, examples)
     for head, (_, held_out) in zip(heads, folds, strict=True):
         np.testing.assert_allclose(
-            judged.scores_M[held_out], examples.states_MLD[held_out, 1] @ head.direction_D, rtol=1e-4, atol=1e-5
+            judged.scores_M[held_out], examples.states_MLD[held_out, 1] @ head.direction, rtol=1e-4, atol=1e-5
         )
 
 

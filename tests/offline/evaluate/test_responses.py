@@ -31,6 +31,26 @@ def test_only_an_answer_to_a_harmful_prompt_is_unsafe(tmp_path, kind, label, saf
     assert (one.safe, one.behaviour, one.harmful, left_out) == (safe, behaviour, harmful, 0)
 
 
+def test_a_label_may_be_a_fraction_as_data_frames_write_it_but_no_other_number(tmp_path):
+    [one], _ = read_responses(write(tmp_path / "x.jsonl", [xstest("homonyms", 2.0)]))
+    assert one.behaviour == "refuse"
+    with pytest.raises(DataError, match="'label' must be 1"):
+        read_responses(write(tmp_path / "x.jsonl", [xstest("homonyms", 10)]))
+
+
+@pytest.mark.parametrize(("safe", "is_safe"), [("true", True), (0.0, False), ("1", True)])
+def test_what_is_safe_may_be_written_in_any_way(tmp_path, safe, is_safe):
+    [one], _ = read_responses(write(tmp_path / "x.jsonl", [{"prompt": "p", "response": "r", "safe": safe}]))
+    assert one.safe is is_safe
+
+
+def test_a_conversation_is_judged_with_all_of_its_turns(tmp_path):
+    turns = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}, {"role": "user", "content": "q"}]
+    row = {"system": "s", "prompt": turns, "response": "r", "safe": True}
+    [one], _ = read_responses(write(tmp_path / "x.jsonl", [row]))
+    assert one.prompt == [{"role": "system", "content": "s"}, *turns]
+
+
 def test_partial_refusals_are_left_out_and_counted(tmp_path):
     kept, left_out = read_responses(
         write(tmp_path / "x.jsonl", [xstest("homonyms", "3_partial_refusal"), xstest("homonyms", 1)])
@@ -48,10 +68,10 @@ def test_the_plain_form_comes_from_jsonl_and_parquet_alike(tmp_path):
     ("row", "said"),
     [
         ({"prompt": "p", "response": "r"}, "line 1: needs 'safe'"),
-        ({"prompt": "p", "response": 3, "safe": True}, "line 1: 'response' must be a string"),
+        ({"prompt": "p", "response": 3, "safe": True}, "line 1: 'response' must be text"),
         ({"prompt": "p", "response": "r", "type": "homonyms", "label": "fine"}, "line 1: 'label' must be 1"),
-        (xstest(None, 1), "line 1: 'type' must be a string"),
-        ([], "line 1: must be a JSON object"),
+        (xstest(None, 1), "line 1: 'type' is missing"),
+        (3, "line 1: must be a JSON object"),
     ],
 )
 def test_an_error_names_the_line_and_the_field(tmp_path, row, said):

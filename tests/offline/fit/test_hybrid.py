@@ -2,7 +2,6 @@
 
 import io
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,22 +10,15 @@ from rich.console import Console
 from inward.errors import DataError
 from inward.offline.data.pairs import grouped_folds, load_pair_states
 from inward.offline.fit.hybrid import cross_validate, fit_hybrid
-from inward.offline.fit.joint import Joint
-from inward.offline.fit.probes import (
-    RECIPES,
-    Coordinates,
-    Recipe,
-    Standardisation,
-    auc,
-    fit_probe,
-    labels,
-    pair_accuracy,
-)
-from inward.offline.states.saved import PairStates
+from inward.offline.fit.joint import Joint, Training
+from inward.offline.fit.probes import auc, both, fit_layer, labels, pair_accuracy
+from inward.offline.states.saved import PairStates, save_states
+from inward.offline.states.stored import StoredPairs
 from inward.types import Reading
+from support.real_data import DATA
 
-LLAMA = Path(__file__).parents[2] / "../shared/data/llama2_7b_states.safetensors"
-QUICK = {"recipes": (Recipe("least_squares", 3.0),), "joint": Joint(steps=20), "folds": 3, "progress": False}
+LLAMA = DATA / "llama2_7b_states.safetensors"
+QUICK = {"shrinkage": (1.0,), "joint": Joint(steps=20), "folds": 3, "progress": False}
 SIGNAL = (0.0, 0.3, 1.0)
 
 
@@ -121,16 +113,105 @@ def test_one_prompt_is_too_few():
         fit_hybrid(replace(states, groups_N=np.zeros(5, dtype=np.int64)), **QUICK)
 
 
-def test_coordinates_are_exact_for_regularised_probes():
-    """Fewer rows than dimensions: the same probe as in all dimensions."""
+def test_in_the_span_of_few_rows_probes_are_the_same():
+    """Fewer rows than dimensions: the same outputs as in all dimensions."""
     states = pairs(n=12)
-    standardisation = Standardisation.fit(states)
-    coordinates = Coordinates.of(states, standardisation)
-    z = standardisation.apply(np.concatenate([states.chosen_NLD, states.rejected_NLD])) / np.sqrt(40)
-    for recipe in (Recipe("least_squares", 3.0), Recipe("logistic", 10.0), Recipe("logistic_pairs", 10.0)):
-        u = np.stack([fit_probe(points, recipe) for points in coordinates.points_LMR])
-        plain = np.stack([fit_probe(z[:, l].astype(np.float64), recipe) for l in range(3)]) / np.sqrt(40)
-        np.testing.assert_allclose(coordinates.weight(u), plain, rtol=0, atol=1e-2 * np.abs(plain).max())
+    folds = np.arange(12) % 3
+    spanned, full = (fit_layer(states, 2, folds, 3, (0.3, 3.0), span=span) for span in (True, False))
+    np.testing.assert_allclose(spanned.held_out_CM, full.held_out_CM, atol=2e-3)
+    np.testing.assert_allclose(spanned.difference_M, full.difference_M, atol=2e-3)
+    weights = np.einsum("dr,fcr->fcd", spanned.basis_DR, spanned.probe_FCR)
+    np.testing.assert_allclose(weights, full.probe_FCR, atol=2e-3 * np.abs(full.probe_FCR).max())
+
+
+def test_a_probe_is_the_ridge_regression_of_its_own_rows():
+    states = pairs(n=60)
+    folds = np.arange(60) % 3
+    layer = fit_layer(states, 2, folds, 3, (1.0,), span=False)
+    own = both(np.flatnonzero(folds != 0), 60)
+    z = ((np.concatenate([states.chosen_NLD, states.rejected_NLD])[:, 2] - layer.mean_D) / layer.scale_D)[own]
+    z = z.astype(np.float64) - z.mean(axis=0, dtype=np.float64)
+    covariance = z.T @ z / len(z)
+    ridge = np.linalg.solve(covariance + np.trace(covariance) / 40 * np.eye(40), z.T @ (labels(40) - 0.5))
+    probe = layer.probe_FCR[0, 0].astype(np.float64)
+    assert probe @ ridge / np.linalg.norm(probe) / np.linalg.norm(ridge) == pytest.approx(1, abs=1e-6)
+    assert (z @ probe).std() == pytest.approx(1, abs=1e-3)
+
+
+def test_a_fold_is_judged_by_probes_that_have_not_seen_it():
+    """Exchanging chosen and rejected of one fold turns its held-out outputs round, and no other probe's view of it."""
+    states = pairs(n=30)
+    folds = np.arange(30) % 3
+    first = folds == 0
+    turned = replace(
+        states,
+        chosen_NLD=np.where(first[:, None, None], states.rejected_NLD, states.chosen_NLD),
+        rejected_NLD=np.where(first[:, None, None], states.chosen_NLD, states.rejected_NLD),
+    )
+    one, two = (fit_layer(source, 2, folds, 3, (1.0,), span=False) for source in (states, turned))
+    np.testing.assert_allclose(two.probe_FCR[0], one.probe_FCR[0], atol=1e-4)
+    chosen, rejected = one.held_out_CM[:, :30], one.held_out_CM[:, 30:]
+    np.testing.assert_allclose(two.held_out_CM[:, :30][:, first], rejected[:, first], atol=1e-3)
+    np.testing.assert_allclose(two.held_out_CM[:, 30:][:, first], chosen[:, first], atol=1e-3)
+
+
+def test_states_in_a_file_give_the_same_head(tmp_path):
+    states = pairs(n=30, d=24)
+    save_states(states, tmp_path / "s.safetensors")
+    one, _ = fit_hybrid(states, **QUICK)
+    two, _ = fit_hybrid(StoredPairs.open(tmp_path / "s.safetensors"), **QUICK)
+    for name, tensor in one.tensors().items():
+        assert np.array_equal(tensor, two.tensors()[name])
+
+
+def test_states_that_are_not_held_in_memory_give_the_same_head(monkeypatch):
+    states = pairs(n=60, d=24)
+    one, _ = fit_hybrid(states, **QUICK)
+    monkeypatch.setattr("inward.offline.fit.joint.CACHE_BYTES", 0)
+    monkeypatch.setattr("inward.offline.fit.probes._ROWS_BYTES", 0)
+    monkeypatch.setattr("inward.offline.states.stored.BLOCK_BYTES", 4000)
+    two, _ = fit_hybrid(states, **QUICK)
+    for name, tensor in one.tensors().items():
+        np.testing.assert_allclose(tensor, two.tensors()[name], atol=1e-3 * max(1.0, float(np.abs(tensor).max())))
+
+
+def test_an_interrupted_fit_goes_on_where_it_was(tmp_path, monkeypatch):
+    states = pairs(n=60, d=24)
+    wanted, _ = fit_hybrid(states, **QUICK)
+    monkeypatch.setattr("inward.offline.fit.joint.CHECKPOINT_S", 0.0)
+    step, taken = Training._step, []
+
+    def dies(self, index):
+        if len(taken) == 12:
+            raise KeyboardInterrupt
+        taken.append(index)
+        step(self, index)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Training, "_step", dies)
+        fit_hybrid(states, **QUICK, cache=tmp_path)
+    layers = monkeypatch.context()
+    with layers as patch:
+        patch.setattr("inward.offline.fit.hybrid.fit_layer", None)  # probes are not fitted again
+        patch.setattr(Training, "_step", lambda self, index: (taken.append(index), step(self, index)))
+        got, _ = fit_hybrid(states, **QUICK, cache=tmp_path)
+    assert len(taken) == 12 + 10, "from the checkpoint at step 10"
+    for name, tensor in wanted.tensors().items():
+        assert np.array_equal(tensor, got.tensors()[name])
+
+
+def test_minibatches_of_many_pairs_learn_as_well():
+    states = pairs(n=300)
+    head, report = fit_hybrid(states, **{**QUICK, "joint": Joint(batch=32, steps=40)})
+    assert pair_accuracy(rewards(head, pairs(n=100, seed=7))) > 0.9 and report.accuracy > 0.9
+
+
+def test_rewards_of_different_prompts_stay_comparable():
+    """The margin loss alone lets the rewards of all responses drift together."""
+    states = pairs(n=60, signal=(0.1, 0.1, 0.3))
+    head, _ = fit_hybrid(states, **{**QUICK, "joint": Joint(steps=200, patience=100, tolerance=0.0)})
+    fresh = rewards(head, pairs(n=100, signal=(0.1, 0.1, 0.3), seed=7))
+    assert abs(fresh.mean()) < 0.35 * fresh.std()
 
 
 def test_cross_validation_does_not_learn_from_the_pairs_that_it_judges():
@@ -155,11 +236,7 @@ def test_report_prints_every_layer_and_a_verdict():
     console.print(report)
     text = console.export_text()
     assert "best single layer" in text and all(f"\n{layer} " in text for layer in (1, 2, 3))
-    assert report.metrics()["recipe"] == {"kind": "least_squares", "c": 3.0}
-
-
-def test_recipes_offer_every_kind():
-    assert {recipe.kind for recipe in RECIPES} == {"least_squares", "logistic", "svm", "logistic_pairs"}
+    assert report.metrics()["c"] == 1.0
 
 
 @pytest.mark.skipif(

@@ -22,8 +22,8 @@ def test_the_direction_is_the_unit_mean_difference():
     states = pair_states()
     head, _ = fit_legend(states, layer=2)
     mean = (states.chosen_NLD - states.rejected_NLD)[:, 1].mean(axis=0)
-    np.testing.assert_allclose(head.direction_D, mean / np.linalg.norm(mean), atol=1e-6)
-    assert head.direction_D[0] > 0.95, "the axis along which the states were made to differ"
+    np.testing.assert_allclose(head.direction, mean / np.linalg.norm(mean), atol=1e-6)
+    assert head.direction[0] > 0.95, "the axis along which the states were made to differ"
 
 
 def test_safer_chosen_answers_get_positive_margins():
@@ -48,12 +48,12 @@ def test_same_data_and_seed_give_the_same_head_and_rows_in_another_order_too():
     states = pair_states()
     head, report = fit_legend(states, layer="sweep", seed=3)
     again, report_again = fit_legend(states, layer="sweep", seed=3)
-    assert np.array_equal(head.direction_D, again.direction_D)
+    assert np.array_equal(head.direction, again.direction)
     assert (head.manifest.calibration, report) == (again.manifest.calibration, report_again)
     shuffled, report_shuffled = fit_legend(
         states.rows(np.random.default_rng(0).permutation(len(states))), layer="sweep", seed=3
     )
-    np.testing.assert_allclose(shuffled.direction_D, head.direction_D, atol=1e-6)
+    np.testing.assert_allclose(shuffled.direction, head.direction, atol=1e-6)
     assert report_shuffled.held_out == report.held_out
 
 
@@ -96,7 +96,7 @@ def test_validation_pairs_choose_the_layer_and_give_the_agreement():
     assert head.manifest.layers == (3,)
     assert report.held_out_rows < len(validation) / 2
     mean = (calibration.chosen_NLD - calibration.rejected_NLD)[:, 2].mean(axis=0)
-    np.testing.assert_allclose(head.direction_D, mean / np.linalg.norm(mean), atol=1e-6)
+    np.testing.assert_allclose(head.direction, mean / np.linalg.norm(mean), atol=1e-6)
 
 
 def test_a_margin_that_is_length_in_disguise_shows_in_the_report():

@@ -9,27 +9,11 @@ from inward.backbones.base import Capacity
 from inward.backbones.fake import FakeBackbone
 from inward.errors import DataError, InternalError
 from inward.offline.data.pairs import Pair, Response, ResponseList, prompt_groups
-from inward.offline.states.read import extract_lists, extract_pairs
+from inward.offline.states.moments import PairSums
+from inward.offline.states.read import extract_lists, extract_pairs, store_pairs, sum_pairs, sum_responses
 from inward.offline.states.saved import PairStates
-from inward.prompts import Prompts
 from inward.types import Group, Readout, Tap
-
-
-class DeadLetters:
-    """A tokenizer: one token a character."""
-
-    chat_template = None
-    bos_token = bos_token_id = None
-    eos_token = pad_token = unk_token = None
-    added_tokens_decoder = {}
-
-    def __call__(self, text, *, add_special_tokens):
-        return {"input_ids": [[1 + ord(c) % 200 for c in t] for t in text]}
-
-
-def prompts(max_tokens=500):
-    return Prompts(DeadLetters(), max_tokens=max_tokens, format="{prompt}: {response}")
-
+from support.letters import prompts
 
 PAIRS = [Pair(f"question {i // 3}", f"good {i}" + "!" * (i % 7), f"bad {i % 2}") for i in range(20)]
 FOLDERS = {"progress": False, "layers": (0, 2, 4)}
@@ -203,3 +187,75 @@ async def test_states_do_not_share_memory_needlessly():
     assert states.chosen_NLD.base is states.rejected_NLD.base, (
         "both halves are views of one array: nothing is held twice"
     )
+
+
+async def test_states_that_go_to_a_file_are_the_same(tmp_path):
+    backbone = FakeBackbone(tokens=120)
+    stored = await store_pairs(backbone, prompts(), PAIRS, tmp_path / "s.safetensors", position="eos", **FOLDERS)
+    wanted = await extract_pairs(backbone, prompts(), PAIRS, position="eos", **FOLDERS)
+    for mine, theirs in zip(stored.take(np.arange(20)), (wanted.chosen_NLD, wanted.rejected_NLD), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=1e-4)  # float16
+    assert (stored.layers, stored.position, stored.template) == (wanted.layers, "eos", wanted.template)
+    assert (stored.backbone, stored.data_hash) == (wanted.backbone, wanted.data_hash)
+    assert np.array_equal(stored.length_difference_N, wanted.length_difference_N)
+
+
+async def test_a_file_that_was_interrupted_is_gone_on_with(tmp_path):
+    backbone = FakeBackbone(tokens=120)
+    backbone.fail_on(lambda group: "question 6" in decoded(group))
+    path = tmp_path / "s.safetensors"
+    with pytest.raises(InternalError):
+        await store_pairs(backbone, prompts(), PAIRS, path, **FOLDERS)
+    backbone.fail_on(lambda group: False)
+    before = len(backbone.computed)
+    stored = await store_pairs(backbone, prompts(), PAIRS, path, **FOLDERS)
+    fresh = await store_pairs(FakeBackbone(tokens=120), prompts(), PAIRS, tmp_path / "fresh.safetensors", **FOLDERS)
+    assert 0 < len(backbone.computed) - before < 7, "what was done is not computed again"
+    np.testing.assert_array_equal(stored.take(np.arange(20))[0], fresh.take(np.arange(20))[0])
+
+
+@pytest.mark.parametrize("position", ["last", "eos", "mean"])
+async def test_sums_over_texts_are_those_of_their_states(position):
+    backbone = FakeBackbone(tokens=120)
+    summed = await sum_pairs(backbone, prompts(), PAIRS, position=position, most=9, **FOLDERS)
+    states = await extract_pairs(backbone, prompts(), PAIRS, position=position, **FOLDERS)
+    assert (summed.pairs, summed.prompts) == (20, 7)
+    for axis in range(3):
+        wanted = PairSums.of(states.chosen_NLD[:, axis], states.rejected_NLD[:, axis])
+        np.testing.assert_allclose(summed.sums(axis).mean_difference_D, wanted.mean_difference_D, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(
+            summed.sums(axis).moments.covariance_DD, wanted.moments.covariance_DD, rtol=1e-4, atol=1e-6
+        )
+    kept = set(summed.kept.groups_N)
+    members = np.flatnonzero([g in kept for g in states.groups_N])
+    assert 0 < len(members) < 20, "some prompts are kept, with all of their pairs"
+    np.testing.assert_allclose(summed.kept.chosen_NLD, states.chosen_NLD[members], rtol=1e-6)
+
+
+async def test_sums_that_were_interrupted_are_gone_on_with(tmp_path):
+    backbone = FakeBackbone(tokens=120)
+    backbone.fail_on(lambda group: "question 6" in decoded(group))
+    with pytest.raises(InternalError):
+        await sum_pairs(backbone, prompts(), PAIRS, checkpoint=tmp_path, **FOLDERS)
+    backbone.fail_on(lambda group: False)
+    before = len(backbone.computed)
+    summed = await sum_pairs(backbone, prompts(), PAIRS, checkpoint=tmp_path, **FOLDERS)
+    whole = await sum_pairs(FakeBackbone(tokens=120), prompts(), PAIRS, **FOLDERS)
+    assert 0 < len(backbone.computed) - before < 7
+    np.testing.assert_allclose(
+        summed.sums(1).moments.scatter_DD, whole.sums(1).moments.scatter_DD, rtol=1e-4, atol=1e-5
+    )
+    np.testing.assert_array_equal(summed.kept.chosen_NLD, whole.kept.chosen_NLD)
+
+
+async def test_responses_without_labels_give_mean_and_covariance():
+    rows = [(pair.prompt, (pair.chosen, pair.rejected)) for pair in PAIRS]
+    moments = await sum_responses(FakeBackbone(), prompts(), rows, **FOLDERS)
+    states = await extract_pairs(FakeBackbone(), prompts(), PAIRS, **FOLDERS)
+    both = np.concatenate([states.chosen_NLD, states.rejected_NLD])[:, 2].astype(np.float64)
+    np.testing.assert_allclose(moments[2].covariance_DD, np.cov(both.T, bias=True), rtol=1e-4, atol=1e-6)
+
+
+def decoded(group):
+    """The prompt of a group as text: its tokens are its characters, and one more."""
+    return "".join(chr(i - 1) for i in group.prompt_ids)

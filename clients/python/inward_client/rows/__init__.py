@@ -27,6 +27,7 @@ from inward_client.rows.layouts import (
     Pair,
     PairReader,
     get,
+    notes,
     paired,
     read_item,
     read_pair,
@@ -36,6 +37,7 @@ from inward_client.rows.layouts import (
     which,
 )
 from inward_client.rows.messages import Messages, Prompt, as_turns, messages, text
+from inward_client.rows.terminal import printable
 
 __all__ = [
     "AUTO",
@@ -60,7 +62,9 @@ __all__ = [
     "format_of",
     "get",
     "messages",
+    "notes",
     "paired",
+    "printable",
     "read_item",
     "read_pair",
     "read_prompt",

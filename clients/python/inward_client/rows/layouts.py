@@ -107,7 +107,8 @@ class PairReader:
         if stored and not self.parse_json:
             names = ", ".join(repr(self.rename.get(name, name)) for name in stored)
             told.append(
-                f"messages are stored as JSON text in {names} and are read as plain text: --parse-json reads them"
+                f"messages are stored as JSON text in {names} and are read as plain text: store them as lists, or give "
+                "--parse-json where there is that option"
             )
         return told
 
@@ -133,7 +134,7 @@ def recognise(
     counts = {layout.name: sum(layout.fits(row) for row in plain) for layout in LAYOUTS.values()}
     best = max(counts, key=lambda one: counts[one])
     if not counts[best] or 2 * counts[best] < len(rows):
-        found = ", ".join(sorted({repr(column)[1:-1] for row in rows for column in row})) or "none"
+        found = ", ".join(sorted({str(column) for row in rows for column in row})) or "none"
         known = "\n".join(f"  {layout.name:9} {layout.says}" for layout in LAYOUTS.values())
         raise DataError(
             f"no layout of preference pairs recognised; the columns are: {found}. Known are\n{known}\n"
@@ -151,6 +152,14 @@ def read_pair(row: Row) -> Pair:
     """
     fitting = next((layout for layout in LAYOUTS.values() if layout.fits(row)), LAYOUTS["trl"])
     return PairReader(fitting).pair(row)
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """What a reader of single rows should be told; see ``PairReader.notes``."""
+    try:
+        return recognise(rows).notes(rows)
+    except DataError:  # rows of several layouts
+        return []
 
 
 def read_prompt(row: Row) -> Prompt:

@@ -96,7 +96,8 @@ def joined(prompt: Prompt | None, before: Messages, column: str) -> Prompt | Non
     turns = as_turns(prompt)
     if same(turns, before):
         return prompt
-    if any(same(turns, before[i : i + len(turns)]) for i in range(len(before) - len(turns) + 1)):
+    start = next((i for i, turn in enumerate(before) if turn["role"] not in ("system", "developer")), len(before))
+    if any(same(turns, before[i : i + len(turns)]) for i in (0, start)):
         return before
     for shared in range(min(len(turns), len(before)), 0, -1):
         if same(turns[-shared:], before[:shared]):

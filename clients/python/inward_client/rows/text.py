@@ -283,5 +283,7 @@ def _lines_before(path: Path, error: UnicodeDecodeError) -> int:
 
 
 def _check_encoding(path: Path, head: bytes) -> None:
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in head[:2]:
+    even, odd = head[0:4:2], head[1:4:2]
+    zeros = b"\0\0" in (even, odd) and even != odd
+    if zeros or head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise DataError(f"{path} is not UTF-8 but UTF-16: iconv -f UTF-16 -t UTF-8 makes it that")

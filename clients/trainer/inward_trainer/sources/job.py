@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import time
+import logging
+import uuid
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,13 +13,23 @@ from inward_trainer.errors import DataError, ServiceError
 from inward_trainer.pairs import ScoredPair, read_row
 from inward_trainer.service import Service
 from inward_trainer.sources.rows import read_table
+from inward_trainer.stopping import Stopping
 
-POLL = 1.0
-"""Seconds between two looks at a job."""
+LOG = logging.getLogger(__name__)
+POLL_S = 1.0
+"""Between two looks at a job."""
+TOLD_POLLS = 10
+"""Looks between two lines in the log."""
 
 
 def pairs_of_job(
-    service: Service, path: Path, folder: Path, *, id: str | None = None, head: str | None = None
+    service: Service,
+    path: Path,
+    folder: Path,
+    *,
+    id: str | None = None,
+    head: str | None = None,
+    stopping: Stopping | None = None,
 ) -> list[ScoredPair]:
     """The pairs of ``path`` with what the job says of them; those that could not be scored are left out.
 
@@ -27,6 +38,7 @@ def pairs_of_job(
         folder: where the id of the job and its results are kept, so that a trainer that starts again asks for nothing
             twice.
         id: of the job; None uploads the rows as a new one.
+        stopping: ends the wait.
 
     Raises:
         DataError: the results are not those of these rows.
@@ -35,12 +47,18 @@ def pairs_of_job(
     rows = read_table(path)
     results = folder / "job-results.jsonl"
     if not results.is_file():
-        write_text(results, _fetched(service, rows, folder / "job", id, head))
+        pairs = [read_row(row, str(i)) for i, row in enumerate(rows)]
+        id = id or _uploaded(service, pairs, folder, head)
+        _wait(service, id, stopping or Stopping())
+        write_text(results, "".join(json.dumps(result) + "\n" for result in service.job_results(id)))
     scored = {result["index"]: result for result in map(json.loads, results.read_text("utf-8").splitlines())}
     if scored.keys() != set(range(len(rows))):
         raise DataError(
             f"the job has results of {len(scored)} rows, and {path} has {len(rows)}: give the file that was uploaded"
         )
+    lost = [str(i) for i, result in sorted(scored.items()) if result.get("error")]
+    if lost:
+        LOG.warning("%d rows can't be scored and are left out: %s", len(lost), ", ".join(lost))
     return [
         replace(read_row({**rows[i], **result}, str(i)), policy_version=result["policy_version"])
         for i, result in sorted(scored.items())
@@ -48,15 +66,24 @@ def pairs_of_job(
     ]
 
 
-def _fetched(service: Service, rows: list[dict[str, object]], note: Path, id: str | None, head: str | None) -> str:
-    if id is None and note.is_file():
-        id = note.read_text("utf-8")
-    if id is None:
-        texts = "\n".join(json.dumps(read_row(row, str(i)).texts()) for i, row in enumerate(rows))
-        id = service.create_job(texts.encode(), head)
-        write_text(note, id)
-    while (state := service.job(id)["state"]) == "running":
-        time.sleep(POLL)
-    if state != "done":
-        raise ServiceError(f"bulk job {id} is {state}")
-    return service.job_results(id)
+def _uploaded(service: Service, pairs: list[ScoredPair], folder: Path, head: str | None) -> str:
+    """Id of the job of these pairs, which is made once: the key is written down before, and the id after."""
+    note, key = folder / "job", folder / "job-key"
+    if note.is_file():
+        return note.read_text("utf-8")
+    if not key.is_file():
+        write_text(key, uuid.uuid4().hex)
+    id = service.create_job(pairs, key.read_text("utf-8"), head)
+    write_text(note, id)
+    return id
+
+
+def _wait(service: Service, id: str, stopping: Stopping) -> None:
+    looks = 0
+    while (job := service.job(id)).state == "running":
+        looks += 1
+        if looks % TOLD_POLLS == 0:
+            LOG.info("bulk job %s: %d of %d rows are scored", id, job.done, job.rows)
+        stopping.sleep(POLL_S)
+    if job.state != "done":
+        raise ServiceError(f"bulk job {id} is {job.state}")

@@ -1,15 +1,20 @@
-"""Pairs from JSONL or Parquet, in an order that a seed decides, epoch after epoch."""
+"""Pairs from a file, in an order that a seed decides, epoch after epoch."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from inward_client import rows
 from inward_trainer.errors import DataError
 from inward_trainer.pairs import Prompt, ScoredPair, read_row
 from inward_trainer.sources.base import Cursor, Order, Taken
+
+LOG = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Rows:
@@ -39,50 +44,42 @@ class Rows:
 
 
 def read_pairs(path: Path) -> list[ScoredPair]:
-    """All pairs of a file; a row's id is its number, from 0.
+    """All pairs of a file or folder, in any layout; a row's id is its number, from 0, among those that can be read.
 
     Raises:
-        DataError: the file or a row can't be used.
+        DataError: the file can't be used, or a score in it.
     """
     return [read_row(row, str(i)) for i, row in enumerate(read_table(path))]
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """The different prompts of a file (``prompt`` or ``messages`` of each row), in their order.
-
-    Raises:
-        DataError: the file or a row can't be used.
-    """
-    prompts: dict[str, Prompt] = {}
-    for i, row in enumerate(read_table(path)):
-        prompt = read_row({**row, "chosen": "", "rejected": ""}, str(i)).prompt
-        prompts.setdefault(json.dumps(prompt), prompt)
+    """The different prompts of a file, in their order; see ``read_table``."""
+    prompts = {json.dumps(prompt): prompt for prompt in _collected(path, rows.read_prompt)}
     return list(prompts.values())
 
 
 def read_table(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL or Parquet file.
+    """The rows of a file or folder that hold a pair. Others are left out, which the log says with the reason.
 
     Raises:
-        DataError: there is no such file, or a line is no JSON object.
+        DataError: there is no such file, or no row that can be read.
     """
-    if not path.is_file():
-        raise DataError(f"there is no file {path}")
-    if path.suffix == ".parquet":
-        import pyarrow.parquet as parquet
 
-        rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
-        return rows
-    return [
-        _line(path, number, line) for number, line in enumerate(path.read_text("utf-8").split("\n"), 1) if line.strip()
-    ]
+    def checked(row: dict[str, Any]) -> dict[str, Any]:
+        rows.read_pair(row)
+        return row
+
+    table = _collected(path, checked)
+    for note in rows.notes(table[: rows.LOOKED_AT]):
+        LOG.warning(note)
+    return table
 
 
-def _line(path: Path, number: int, line: str) -> dict[str, Any]:
+def _collected(path: Path, read: Callable[[dict[str, Any]], T]) -> list[T]:
     try:
-        row = json.loads(line)
-    except ValueError:
-        row = None
-    if not isinstance(row, dict):
-        raise DataError(f"{path}, line {number}: not a JSON object")
-    return row
+        found = rows.collect(path, read)
+    except rows.DataError as error:
+        raise DataError(error.message) from None
+    for warning in found.warnings():
+        LOG.warning(warning)
+    return found.values

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from inward_trainer.errors import DataError, ServiceError
+from inward_trainer.errors import DataError
 from inward_trainer.pairs import Prompt, ScoredPair
-from inward_trainer.service import Drawn, Service
+from inward_trainer.service import Draw, Drawn, Service
 from inward_trainer.sources.base import Cursor, Order, Taken
 
-LOG = logging.getLogger(__name__)
 SAMPLING = {"temperature": 1.4, "top_p": 0.95, "top_k": 8, "repetition_penalty": 1.2, "max_tokens": 256}
 """Those of arXiv 2503.10093."""
-UNUSABLE = frozenset({400, 413, 422})
-"""Statuses with which the service refuses a prompt, rather than us."""
 
 
 class Samples:
@@ -24,7 +20,7 @@ class Samples:
 
     Args:
         n: samples of each prompt.
-        head: hybrid head that ranks them and gives the confidence; None is the service's choice of a ranker.
+        head: hybrid head that ranks them and gives the confidence.
         epochs: how often each prompt is used; None is for ever.
     """
 
@@ -37,7 +33,7 @@ class Samples:
         *,
         n: int = 8,
         sampling: Mapping[str, Any] = SAMPLING,
-        head: str | None = None,
+        head: str,
         epochs: int | None = None,
         seed: int = 0,
     ) -> None:
@@ -50,41 +46,39 @@ class Samples:
         """One pair of each prompt whose samples differ in their scores; prompts that give none are passed over."""
         start = int(cursor or 0)
         while True:
-            places = self._order.after(start, n)
-            drawn = self._service.many(self._pair, list(enumerate(places, start)))
-            start += len(places)
-            if pairs := tuple(pair for pair in drawn if pair is not None):
+            draws = [self._draw(start + i, place) for i, place in enumerate(self._order.after(start, n))]
+            drawn = self._service.draw(draws, self._n, self._sampling, self._head)
+            found = [
+                best_against_worst(str(start + i), draw.prompt, one)
+                for i, (draw, one) in enumerate(zip(draws, drawn, strict=True))
+                if one is not None
+            ]
+            start += len(draws)
+            if pairs := tuple(pair for pair in found if pair is not None):
                 return Taken(pairs, start)
 
     def settle(self, receipts: Sequence[str]) -> None:
         """Nothing: nobody keeps samples."""
 
-    def _pair(self, numbered: tuple[int, int]) -> ScoredPair | None:
-        position, place = numbered
-        prompt = self._prompts[place]
-        sampling = self._sampling | {"seed": (1_000_003 * self._seed + position) % 2**32}
-        try:
-            drawn = self._service.draw(prompt, self._n, sampling, self._head)
-        except ServiceError as error:
-            if error.status not in UNUSABLE:
-                raise
-            LOG.warning("prompt %d is left out: %s", place, error)
-            return None
-        return best_against_worst(str(position), prompt, drawn) if drawn else None
+    def _draw(self, position: int, place: int) -> Draw:
+        return Draw(place, self._prompts[place], (1_000_003 * self._seed + position) % 2**32)
 
 
 def best_against_worst(id: str, prompt: Prompt, drawn: Drawn) -> ScoredPair | None:
     """The pair of the extremes; None where all samples score the same."""
-    if drawn.scores[0] <= drawn.scores[-1]:
+    best, worst = drawn.samples[0], drawn.samples[-1]
+    if best.score <= worst.score:
         return None
     return ScoredPair(
         id=id,
         prompt=prompt,
-        chosen=drawn.texts[0],
-        rejected=drawn.texts[-1],
+        chosen=best.text,
+        rejected=worst.text,
         confidence=drawn.confidence,
-        chosen_score=drawn.scores[0],
-        rejected_score=drawn.scores[-1],
-        finished=(drawn.finished[0], drawn.finished[-1]),
+        chosen_score=best.score,
+        rejected_score=worst.score,
+        finished=(best.finished, worst.finished),
         policy_version=drawn.policy_version,
+        chosen_ids=best.ids,
+        rejected_ids=worst.ids,
     )

@@ -12,21 +12,28 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import redis
 from redis.exceptions import ConnectionError, ResponseError, TimeoutError
 
-from inward_trainer.errors import DataError, TrainerError
+from inward_trainer.errors import DataError, OptionsError, TrainerError
 from inward_trainer.pairs import ScoredPair, read_row
 from inward_trainer.sources.base import Cursor, Ended, Taken
+from inward_trainer.stopping import Stopping
 
 LOG = logging.getLogger(__name__)
-BLOCK = 1000
-"""Milliseconds for which one read waits at the server."""
+BLOCK_MS = 1000
+"""For which one read waits at the server."""
 BEGINNING = "0"
+CLAIM_S = 30
+"""For which a consumer's name is a run's after the run was last heard of."""
+TOLD_S = 30.0
+"""Between two lines in the log while nothing comes."""
 
 
 class Stream:
@@ -37,31 +44,60 @@ class Stream:
         key: of the stream.
         group: consumers of one group share the entries among them.
         consumer: whose entries come back after a crash; two trainers of one group must differ in it.
+        run: the run that reads under this name.
         idle: seconds without an entry after which the stream counts as ended; None waits for ever.
         patience: seconds for which a Redis that does not answer is waited for.
+        stopping: ends waits.
+
+    Raises:
+        OptionsError: another run reads under this name.
     """
 
     live = True
 
     def __init__(
-        self, url: str, key: str, *, group: str, consumer: str, idle: float | None = None, patience: float = 600.0
+        self,
+        url: str,
+        key: str,
+        *,
+        group: str,
+        consumer: str,
+        run: str = "",
+        idle: float | None = None,
+        patience: float = 600.0,
+        stopping: Stopping | None = None,
     ) -> None:
-        self._redis: Any = redis.Redis.from_url(
-            url, decode_responses=True, socket_timeout=BLOCK / 1000 + 10, protocol=2
-        )
+        try:
+            self._redis: Any = redis.Redis.from_url(
+                url, decode_responses=True, socket_timeout=BLOCK_MS / 1000 + 10, protocol=2
+            )
+        except ValueError as error:
+            raise OptionsError(f"--redis-url: {error}") from None
         self._key, self._group, self._consumer = key, group, consumer
         self._idle, self._patience = idle, patience
-        self._recovered = False
+        self._stopping = stopping or Stopping()
+        self._recovered = self._begun = False
+        self._claim = _Claim(url, f"{key}:consumer:{group}:{consumer}", run or consumer)
+        self._ask(self._claimed)
 
     def close(self) -> None:
         """Leaves entries that were taken and not settled to the next trainer of this name."""
+        self._claim.close()
         self._redis.close()
 
     def take(self, n: int, cursor: Cursor) -> Taken:
-        """Those that an earlier process took and did not write down, then new ones."""
+        """Those that an earlier process took and did not write down, then new ones.
+
+        Raises:
+            OptionsError: nobody writes such a stream.
+            Stopped: somebody asked for it.
+        """
         last = str(cursor or BEGINNING)
+        self._wait_until_it_is_there()
         end = None if self._idle is None else time.monotonic() + self._idle
+        told = time.monotonic()
         while True:
+            self._stopping.check()
             entries = self._pending(n, last) or self._new(n)
             pairs, receipts = self._read(entries, last)
             if pairs:
@@ -70,11 +106,37 @@ class Stream:
                 last = max(last, entries[-1][0], key=_ordered)
             elif end is not None and time.monotonic() > end:
                 raise Ended
+            elif time.monotonic() > told + TOLD_S:
+                told = time.monotonic()
+                LOG.info("waiting for pairs: nothing new in %s", self._key)
 
     def settle(self, receipts: Sequence[str]) -> None:
         """Acknowledges them."""
         if receipts:
             self._ask(lambda: self._redis.xack(self._key, self._group, *receipts))
+
+    def _wait_until_it_is_there(self) -> None:
+        """A stream begins with its first entry. One that does not begin has another name, or no writer."""
+        patience = self._patience if self._idle is None else self._idle
+        end = time.monotonic() + patience
+        while not self._begun:
+            self._begun = bool(self._ask(lambda: self._redis.exists(self._key)))
+            if self._begun:
+                return
+            if time.monotonic() > end:
+                there = sorted(self._ask(lambda: list(self._redis.scan_iter("inward:{*}:scores:*", _type="stream"))))
+                raise OptionsError(
+                    f"nobody wrote to the stream {self._key} within {patience:.0f} s: see --stream, and --queue. "
+                    f"Streams there: {', '.join(there) or 'none'}"
+                )
+            self._stopping.sleep(min(1.0, patience))
+
+    def _claimed(self) -> None:
+        if not self._claim.take(self._stopping):
+            raise OptionsError(
+                f"another run, {self._claim.holder}, reads {self._key} as consumer {self._consumer} of group "
+                f"{self._group}: choose another --consumer"
+            )
 
     def _pending(self, n: int, last: str) -> list[Any]:
         if self._recovered:
@@ -88,7 +150,7 @@ class Stream:
 
     def _read_group(self, n: int, after: str) -> list[Any]:
         found = self._ask(
-            lambda: self._redis.xreadgroup(self._group, self._consumer, {self._key: after}, count=n, block=BLOCK)
+            lambda: self._redis.xreadgroup(self._group, self._consumer, {self._key: after}, count=n, block=BLOCK_MS)
         )
         return list(found[0][1]) if found else []
 
@@ -107,7 +169,7 @@ class Stream:
                 useless.append(entry)
                 continue
             try:
-                pairs.append(read_row(json.loads(fields["row"]), entry))
+                pairs.append(read_row(json.loads(fields["row"]), entry, as_scored=True))
             except (DataError, ValueError, KeyError) as error:
                 LOG.warning("entry %s is no pair and is left out: %s", entry, error)
                 useless.append(entry)
@@ -128,7 +190,8 @@ class Stream:
             except (ConnectionError, TimeoutError) as error:
                 if time.monotonic() + pause > end:
                     raise TrainerError(f"no answer from Redis for {self._patience:.0f} s: {error}") from None
-                time.sleep(pause)
+                LOG.info("Redis does not answer, and is asked again in %.1f s", pause)
+                self._stopping.sleep(pause)
                 pause = min(2 * pause, 5.0)
 
     def _create_group(self) -> None:
@@ -137,6 +200,49 @@ class Stream:
         except ResponseError as error:
             if "BUSYGROUP" not in str(error):
                 raise
+
+
+class _Claim:
+    """A consumer's name as one run's own: a key that lives for as long as somebody renews it.
+
+    A folder has one trainer at a time, so whoever comes with the run's own name is the run itself, started again.
+    """
+
+    def __init__(self, url: str, key: str, run: str) -> None:
+        self._redis: Any = redis.Redis.from_url(url, decode_responses=True, socket_timeout=10, protocol=2)
+        self._key, self._run = key, run
+        self._closed = threading.Event()
+        self._renewing: threading.Thread | None = None
+        self.holder = ""
+        """Who has it, where it is somebody else."""
+
+    def take(self, stopping: Stopping) -> bool:
+        """Whether it is this run's now; one that was killed lets go of it a little later."""
+        end = time.monotonic() + CLAIM_S + 1
+        while not self._redis.set(self._key, self._run, nx=True, ex=CLAIM_S):
+            self.holder = self._redis.get(self._key) or ""
+            if self.holder == self._run:
+                break
+            if time.monotonic() > end:
+                return False
+            stopping.sleep(0.5)
+        self._renewing = threading.Thread(target=self._renew, name="consumer-claim", daemon=True)
+        self._renewing.start()
+        return True
+
+    def close(self) -> None:
+        """Lets go of it."""
+        self._closed.set()
+        if self._renewing is not None:
+            self._renewing.join()
+            with suppress(redis.RedisError):
+                self._redis.delete(self._key)
+        self._redis.close()
+
+    def _renew(self) -> None:
+        while not self._closed.wait(CLAIM_S / 3):
+            with suppress(redis.RedisError):  # it comes back, or the entries are another's
+                self._redis.set(self._key, self._run, ex=CLAIM_S)
 
 
 def _ordered(entry: str) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from fastapi import APIRouter, Response
 
 from inward.api.answers import plain
-from inward.api.compat import RERANK, as_cohere, as_documents, family_route, judge_candidates
+from inward.api.compat import as_cohere, as_documents, route_with_errors, score_candidates
 from inward.api.errors import responses
 from inward.api.services import FromApp, Services
 from inward.wire.compat import DocumentsRequest, TextsRequest
@@ -27,9 +27,11 @@ from inward.wire.compat_answers import (
 )
 
 v1 = APIRouter(
-    route_class=family_route(lambda _: as_documents), responses=responses(DocumentsError), tags=["compatibility"]
+    route_class=route_with_errors(lambda _: as_documents), responses=responses(DocumentsError), tags=["compatibility"]
 )
-v2 = APIRouter(route_class=family_route(lambda _: as_cohere), responses=responses(CohereError), tags=["compatibility"])
+v2 = APIRouter(
+    route_class=route_with_errors(lambda _: as_cohere), responses=responses(CohereError), tags=["compatibility"]
+)
 
 
 @v1.post("/v1/rerank", response_model=DocumentsAnswer, summary="Rerank of Cohere's first API, Jina and vLLM")
@@ -55,33 +57,33 @@ async def rank_documents(
     """
     documents = request.texts()
     cut = truncate or request.truncate_prompt_tokens is not None
-    judged = await judge_candidates(services, request, RERANK, request.query, documents, "documents", truncate=cut)
+    result = await score_candidates(services, request, request.query, documents, "documents", truncate=cut)
     shown = texts if request.return_documents is None else request.return_documents
     results = [
         RankedDocument(
-            index=i, relevance_score=judged.units_N[i], document=RankedText(text=documents[i]) if shown else None
+            index=i, relevance_score=result.units_N[i], document=RankedText(text=documents[i]) if shown else None
         )
-        for i in _best_first(judged.scores_N)[: request.top_n or None]
+        for i in _best_first(result.scores_N)[: request.top_n or None]
     ]
     answer = DocumentsAnswer(
         id=f"rerank-{uuid.uuid4().hex}",
-        model=services.info()["model"],
-        usage=RerankUsage(prompt_tokens=judged.tokens, total_tokens=judged.tokens),
+        model=services.model,
+        usage=RerankUsage(prompt_tokens=result.tokens, total_tokens=result.tokens),
         meta=RerankMeta(api_version=ApiVersion(version=version)),
         results=results,
     )
-    return plain(answer.model_dump(exclude_none=True), headers=judged.headers())
+    return plain(answer.model_dump(exclude_none=True), headers=result.headers())
 
 
 async def rank_texts(services: Services, request: TextsRequest) -> Response:
     """Answers text-embeddings-inference's bare list."""
-    judged = await judge_candidates(services, request, RERANK, request.query, request.texts, "texts", truncate=False)
-    scores = judged.scores_N if request.raw_scores else judged.units_N
+    result = await score_candidates(services, request, request.query, request.texts, "texts", truncate=False)
+    scores = result.scores_N if request.raw_scores else result.units_N
     ranks = [
         TextRank(index=i, score=scores[i], text=request.texts[i] if request.return_text else None)
-        for i in _best_first(judged.scores_N)
+        for i in _best_first(result.scores_N)
     ]
-    return plain([rank.model_dump(exclude_none=True) for rank in ranks], headers=judged.headers())
+    return plain([rank.model_dump(exclude_none=True) for rank in ranks], headers=result.headers())
 
 
 def _best_first(scores_N: Sequence[float]) -> list[int]:

@@ -10,12 +10,12 @@ from typing import Any
 from fastapi import APIRouter, Response
 
 from inward.api.answers import plain
-from inward.api.compat import CompatScore, Whole, as_fastapi, as_inward, family_route, judge
+from inward.api.compat import CompatScores, Conversation, as_fastapi, as_inward, route_with_errors, score_conversations
 from inward.api.errors import RESPONSES, responses
 from inward.api.services import FromApp
 from inward.errors import InvalidField
 from inward.wire.compat import (
-    Foreign,
+    CompatRequest,
     LlamaFactoryRequest,
     OpenRLHFRequest,
     SlimeRequest,
@@ -25,8 +25,10 @@ from inward.wire.compat import (
 )
 from inward.wire.compat_answers import GymError, LlamaFactoryAnswer, OpenRLHFAnswer, VerifyAnswer
 
-router = APIRouter(route_class=family_route(lambda _: as_inward), responses=RESPONSES, tags=["compatibility"])
-gym = APIRouter(route_class=family_route(lambda _: as_fastapi), responses=responses(GymError), tags=["compatibility"])
+router = APIRouter(route_class=route_with_errors(lambda _: as_inward), responses=RESPONSES, tags=["compatibility"])
+gym = APIRouter(
+    route_class=route_with_errors(lambda _: as_fastapi), responses=responses(GymError), tags=["compatibility"]
+)
 
 
 @router.post("/get_reward", response_model=OpenRLHFAnswer, summary="OpenRLHF's remote reward model")
@@ -36,11 +38,13 @@ async def get_reward(request: OpenRLHFRequest, services: FromApp) -> Response:
     if prompts and len(prompts) != len(request.query):
         raise InvalidField(f"prompts has {len(prompts)} elements and query has {len(request.query)}", param="prompts")
     asked = [(query, prompts[i] if prompts else "") for i, query in enumerate(request.query)]
-    wholes = [Whole(*services.prompts.turns.split(query, prompt), rendered=True) for query, prompt in asked]
-    judged = await judge(services, request, "query", wholes, truncate=True)
-    logs = {"probability": list(judged.units_N), "truncated": [float(cut) for cut in judged.truncated_N]}
-    answer = OpenRLHFAnswer(rewards=list(judged.scores_N), scores=list(judged.units_N), extra_logs=logs)
-    return plain(answer.model_dump(), headers=judged.headers())
+    conversations = [
+        Conversation(*services.prompts.turns.split(query, prompt), rendered=True) for query, prompt in asked
+    ]
+    result = await score_conversations(services, request, "query", conversations, truncate=True)
+    logs = {"probability": list(result.units_N), "truncated": [float(cut) for cut in result.truncated_N]}
+    answer = OpenRLHFAnswer(rewards=list(result.scores_N), scores=list(result.units_N), extra_logs=logs)
+    return plain(answer.model_dump(), headers=result.headers())
 
 
 @router.post("/slime", response_model=float, summary="slime's and miles' remote reward model")
@@ -48,23 +52,21 @@ async def slime(request: SlimeRequest, services: FromApp) -> Response:
     """The answer is the bare number. A prompt in text counts as rendered if the chat template's turns are in it."""
     prompt, turns = request.prompt, services.prompts.turns
     if isinstance(prompt, str) and turns.is_rendered(prompt):
-        whole = Whole(*turns.split(prompt + request.response, prompt), rendered=True)
+        conversation = Conversation(*turns.split(prompt + request.response, prompt), rendered=True)
     else:
         asked = prompt if isinstance(prompt, str) else [message(m, f"prompt.{i}") for i, m in enumerate(prompt)]
-        whole = Whole(asked, turns.strip(request.response))
-    judged = await judge(services, request, "prompt", [whole], truncate=True)
-    return plain(judged.scores_N[0], headers=judged.headers())
+        conversation = Conversation(asked, turns.strip(request.response))
+    result = await score_conversations(services, request, "prompt", [conversation], truncate=True)
+    return plain(result.scores_N[0], headers=result.headers())
 
 
 @router.post("/llama-factory", response_model=LlamaFactoryAnswer, summary="LLaMA-Factory's reward model server")
 async def llama_factory(request: LlamaFactoryRequest, services: FromApp) -> Response:
     """Messages are whole conversations, decoded with special tokens; they are tokenised as they are."""
-    wholes = [Whole(*services.prompts.turns.split(text), rendered=True) for text in request.messages]
-    judged = await judge(services, request, "messages", wholes, truncate=True)
-    answer = LlamaFactoryAnswer(
-        id=f"reward-{uuid.uuid4().hex}", model=services.info()["model"], scores=list(judged.scores_N)
-    )
-    return plain(answer.model_dump(), headers=judged.headers())
+    conversations = [Conversation(*services.prompts.turns.split(text), rendered=True) for text in request.messages]
+    result = await score_conversations(services, request, "messages", conversations, truncate=True)
+    answer = LlamaFactoryAnswer(id=f"reward-{uuid.uuid4().hex}", model=services.model, scores=list(result.scores_N))
+    return plain(answer.model_dump(), headers=result.headers())
 
 
 @gym.post("/seed_session", summary="NeMo Gym's begin of a rollout", response_model=dict[str, Any])
@@ -78,11 +80,11 @@ async def verify(request: VerifyRequest, services: FromApp) -> Response:
     """The last message of the assistant is scored, after all messages before it; a refusal is what it says. Tool calls
     and images, which are no text, are refused. The request comes back with `reward`.
     """
-    judged = await _verified(request, services)
-    return plain({**request.model_dump(), "reward": judged.scores_N[0]}, headers=judged.headers())
+    result = await _verified(request, services)
+    return plain({**request.model_dump(), "reward": result.scores_N[0]}, headers=result.headers())
 
 
-async def _verified(request: VerifyRequest, services: FromApp) -> CompatScore:
+async def _verified(request: VerifyRequest, services: FromApp) -> CompatScores:
     params = request.responses_create_params
     turns = [
         *_turns(params.get("input"), "responses_create_params.input"),
@@ -92,10 +94,10 @@ async def _verified(request: VerifyRequest, services: FromApp) -> CompatScore:
         raise InvalidField("the response ends without a message of the assistant", param="response.output")
     if instructions := params.get("instructions"):
         turns.insert(0, {"role": "system", "content": str(instructions)})
-    named = Foreign(head=params.get("model")) if _is_head(services, params.get("model")) else Foreign()
+    named = CompatRequest(head=params.get("model")) if _is_head(services, params.get("model")) else CompatRequest()
     *before, last = turns
-    whole = Whole(before, services.prompts.turns.strip(last["content"]))
-    return await judge(services, named, "response", [whole], truncate=True)
+    conversation = Conversation(before, services.prompts.turns.strip(last["content"]))
+    return await score_conversations(services, named, "response", [conversation], truncate=True)
 
 
 def _turns(items: Any, where: str) -> list[dict[str, str]]:

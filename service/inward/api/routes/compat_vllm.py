@@ -8,7 +8,15 @@ import uuid
 from fastapi import APIRouter, Response
 
 from inward.api.answers import plain
-from inward.api.compat import POINTWISE, CompatScore, Whole, as_vllm, family_route, judge, judge_candidates
+from inward.api.compat import (
+    POINTWISE,
+    CompatScores,
+    Conversation,
+    as_vllm,
+    route_with_errors,
+    score_candidates,
+    score_conversations,
+)
 from inward.api.errors import responses
 from inward.api.services import FromApp, Services
 from inward.errors import InvalidField
@@ -22,25 +30,27 @@ from inward.wire.compat_answers import (
     VllmError,
 )
 
-router = APIRouter(route_class=family_route(lambda _: as_vllm), responses=responses(VllmError), tags=["compatibility"])
+router = APIRouter(
+    route_class=route_with_errors(lambda _: as_vllm), responses=responses(VllmError), tags=["compatibility"]
+)
 
 
 @router.post("/classify", response_model=ClassifyAnswer, summary="vLLM's classification, as verl calls it")
 async def classify(request: ClassifyRequest, services: FromApp) -> Response:
     """Inputs are whole conversations with the chat template applied. `use_activation: false` gives the raw score."""
     inputs = [request.input] if isinstance(request.input, str) else request.input
-    wholes = [Whole(*services.prompts.turns.split(text), rendered=True) for text in inputs]
-    judged = await judge(services, request, "input", wholes, truncate=False)
-    scores = judged.scores_N if request.use_activation is False else judged.units_N
-    head = judged.scored[0].heads[0].name
+    conversations = [Conversation(*services.prompts.turns.split(text), rendered=True) for text in inputs]
+    result = await score_conversations(services, request, "input", conversations, truncate=False)
+    scores = result.scores_N if request.use_activation is False else result.units_N
+    head = result.scored[0].heads[0].name
     answer = ClassifyAnswer(
         id=f"classify-{uuid.uuid4().hex}",
         created=int(time.time()),
-        model=services.info()["model"],
+        model=services.model,
         data=[Classified(index=i, label=head, probs=[score]) for i, score in enumerate(scores)],
-        usage=_usage(judged),
+        usage=_usage(result),
     )
-    return plain(answer.model_dump(), headers=judged.headers())
+    return plain(answer.model_dump(), headers=result.headers())
 
 
 @router.post("/v1/score", response_model=TextPairsAnswer, summary="vLLM's scores of text pairs")
@@ -60,23 +70,23 @@ async def score_text_pairs(services: Services, request: TextPairsRequest) -> Res
     first, second = _list(request.text_1, request.queries, "text_1"), _list(request.text_2, request.documents, "text_2")
     cut = request.truncate_prompt_tokens is not None
     if len(first) == 1 < len(second):
-        judged = await judge_candidates(services, request, POINTWISE, first[0], second, "text_2", truncate=cut)
+        result = await score_candidates(services, request, first[0], second, "text_2", truncate=cut, kinds=POINTWISE)
     elif len(first) == len(second):
-        wholes = [Whole(prompt, response) for prompt, response in zip(first, second, strict=True)]
-        judged = await judge(services, request, "text_2", wholes, truncate=cut)
+        conversations = [Conversation(prompt, response) for prompt, response in zip(first, second, strict=True)]
+        result = await score_conversations(services, request, "text_2", conversations, truncate=cut)
     else:
         raise InvalidField(
             f"text_1 has {len(first)} texts and text_2 has {len(second)}; give one, or as many", param="text_1"
         )
-    scores = judged.scores_N if request.use_activation is False else judged.units_N
+    scores = result.scores_N if request.use_activation is False else result.units_N
     answer = TextPairsAnswer(
         id=f"score-{uuid.uuid4().hex}",
         created=int(time.time()),
-        model=services.info()["model"],
+        model=services.model,
         data=[TextPairScore(index=i, score=score) for i, score in enumerate(scores)],
-        usage=_usage(judged),
+        usage=_usage(result),
     )
-    return plain(answer.model_dump(), headers=judged.headers())
+    return plain(answer.model_dump(), headers=result.headers())
 
 
 def _list(given: str | list[str] | None, other: str | list[str] | None, name: str) -> list[str]:
@@ -86,5 +96,5 @@ def _list(given: str | list[str] | None, other: str | list[str] | None, name: st
     return [texts] if isinstance(texts, str) else texts
 
 
-def _usage(judged: CompatScore) -> PoolingUsage:
-    return PoolingUsage(prompt_tokens=judged.tokens, total_tokens=judged.tokens)
+def _usage(result: CompatScores) -> PoolingUsage:
+    return PoolingUsage(prompt_tokens=result.tokens, total_tokens=result.tokens)

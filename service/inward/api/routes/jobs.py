@@ -93,16 +93,21 @@ async def _lines(stream: AsyncIterator[bytes], longest: int) -> AsyncIterator[st
         RequestError: a line is not UTF-8.
         TooLarge: a line has more than ``longest`` bytes.
     """
-    begun, number = b"", 0
+    begun, number = bytearray(), 1  # a line that is not ended yet; each byte of it is looked at once
     async for data in stream:
-        *ended, begun = (begun + data).split(b"\n")
-        for line in ended:
-            number += 1
+        first, *more = data.split(b"\n")
+        begun += first
+        if len(begun) > longest:
+            raise TooLarge(f"line {number} of the body is larger than {longest} bytes")
+        if not more:
+            continue
+        *whole, last = more
+        for line in (bytes(begun), *whole):
             if text := _text(line, number):
                 yield text
-        if len(begun) > longest:
-            raise TooLarge(f"line {number + 1} of the body is larger than {longest} bytes")
-    if text := _text(begun, number + 1):
+            number += 1
+        begun = bytearray(last)
+    if text := _text(bytes(begun), number):
         yield text
 
 

@@ -11,15 +11,14 @@ from fastapi import APIRouter, Response
 
 from inward.api import elements, scoring
 from inward.api.answers import scored
-from inward.api.compat import dialect_route
+from inward.api.compat import native_route
 from inward.api.errors import OVER_QUOTA, RESPONSES, responses
-from inward.api.live_ranking import stream_ranking
 from inward.api.ranking import rank
 from inward.api.routes.compat_rerank import rank_documents, rank_texts
 from inward.api.routes.compat_vllm import score_text_pairs
+from inward.api.score_streams import append_pair, stream
 from inward.api.services import FromApp
-from inward.api.streams import append_pair, stream
-from inward.types import Kind
+from inward.api.streamed_ranking import stream_ranking
 from inward.wire import (
     ErrorBody,
     MarginAnswer,
@@ -41,9 +40,7 @@ EVENTS: dict[str, Any] = {
     "content": {"text/event-stream": {"schema": {"type": "string", "description": "With `stream`."}}}
 }
 
-router = APIRouter(route_class=dialect_route(), responses=RESPONSES | OVER_QUOTA, tags=["scoring"])
-
-RERANK_KINDS: tuple[Kind, ...] = ("srr", "hybrid", "legend")
+router = APIRouter(route_class=native_route(), responses=RESPONSES | OVER_QUOTA, tags=["scoring"])
 
 
 @router.post("/margin", response_model=MarginAnswer, summary="Margins of preference pairs")
@@ -108,7 +105,7 @@ async def rerank(request: AnyRerank, services: FromApp) -> Response:
         return await rank_documents(services, request, version="1")
     if isinstance(request, TextsRequest):
         return await rank_texts(services, request)
-    head = scoring.find_head(services, request.head, RERANK_KINDS)
+    head = scoring.find_head(services, request.head or services.rerank_head, elements.RERANK_KINDS)
     rows = stream(services, request.append_to)
     if request.stream:
         return await stream_ranking(

@@ -122,7 +122,8 @@ def write_rejected(sources: Sequence[Source], results: Callable[[Source], Iterab
             for number, ((where, row), annotated) in rows:
                 if annotated.columns is None:
                     file = file or stack.enter_context(out.open("w", encoding="utf-8"))
-                    line: Row = {"source": source.name, "row": number, "where": where, "reason": annotated.error}
+                    line: Row = {"source": source.paths[0].name, "row": number, "where": where}
+                    line["reason"] = annotated.error
                     file.write(to_json(line | ({} if isinstance(row, DataError) else {"content": row})) + "\n")
                     rejected += 1
     if not rejected:

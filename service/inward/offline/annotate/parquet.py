@@ -158,6 +158,8 @@ def _blame(column: str, values: Sequence[Any], type: Any, start: int) -> None:
             most, said = middle, error
     if isinstance(said, OverflowError) or "too large" in str(said) or "out of range" in str(said):
         why = "an integer that does not fit into the column's 64 bits"
+    elif "exactly representable" in str(said):
+        why = "an integer that a column of fractions can't hold exactly"
     elif isinstance(said, UnicodeError):
         why = "text that is not Unicode (half of a surrogate pair)"
     else:

@@ -15,7 +15,6 @@ from tqdm import tqdm
 from inward import __version__
 from inward.files import write
 from inward.offline.annotate import merge
-from inward.offline.annotate.cells import printable
 from inward.offline.annotate.options import Options
 from inward.offline.annotate.page import page
 from inward.offline.annotate.plan import Plan, beside, plan
@@ -23,7 +22,7 @@ from inward.offline.annotate.scorer import Annotated, Annotator, OpenScorer, Sco
 from inward.offline.annotate.summary import Summary, Suspicious, shown, summarise, suspicious
 from inward.offline.annotate.work import Chunk, Cursor, Done, Progress, chunk_rows, chunks, do, identity
 from inward.offline.data import data_errors
-from inward_client.rows import Source
+from inward_client.rows import Source, printable
 
 ON_PAGE = 200
 """Pairs on the page."""

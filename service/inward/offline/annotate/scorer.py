@@ -7,6 +7,8 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+import httpx
+
 from inward import errors
 from inward.errors import SetupError, Unavailable
 from inward.offline.annotate.options import Options
@@ -142,18 +144,21 @@ class ServiceScorer:
     Args:
         head: name of the head; None takes the service's only one.
         truncate: cut text that is longer than the model takes, instead of refusing the row.
+        http: an httpx client to use instead of an own one.
     """
 
     tokens: int | None = None
 
-    def __init__(self, url: str, key: str | None, *, head: str | None, truncate: bool) -> None:
-        self._url, self._key, self._head, self._truncate = url, key, head, truncate
+    def __init__(
+        self, url: str, key: str | None, *, head: str | None, truncate: bool, http: httpx.AsyncClient | None = None
+    ) -> None:
+        self._url, self._key, self._head, self._truncate, self._http = url, key, head, truncate, http
         self._client = self._inward(PATIENCE)
         self._confidence_head: dict[str, Any] | None = None
 
     def _inward(self, retries: Retries) -> AsyncInward:
         try:
-            return AsyncInward(self._url, api_key=self._key or "", timeout=TIMEOUT_S, retries=retries)
+            return AsyncInward(self._url, api_key=self._key or "", timeout=TIMEOUT_S, retries=retries, http=self._http)
         except ValueError as error:
             raise SetupError(f"--url: {error}") from None
 

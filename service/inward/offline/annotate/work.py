@@ -12,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -150,7 +151,7 @@ class Progress:
         self.rows = 0
         """That are kept."""
         self._at: dict[int, tuple[int, int]] = {}
-        self._flushed_at = time.monotonic()
+        self._flushed_at = -math.inf  # the first chunk is written down at once
         self._lock = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

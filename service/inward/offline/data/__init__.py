@@ -4,15 +4,13 @@ adapters have, too.
 
 from __future__ import annotations
 
-import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from inward.errors import DataError
 from inward_client import rows
-
-LOG = logging.getLogger("inward.offline")
 
 
 @contextmanager
@@ -29,7 +27,7 @@ def data_errors() -> Iterator[None]:
 
 
 def told(found: rows.Collected[Any]) -> rows.Collected[Any]:
-    """``found``, after saying what was left out of it, and why."""
+    """``found``, after telling the user what was left out of it, and why."""
     for warning in found.warnings():
-        LOG.warning(warning)
+        print(f"note: {warning}", file=sys.stderr)
     return found

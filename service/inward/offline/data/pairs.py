@@ -50,7 +50,9 @@ __all__ = [
     "read_calibration",
     "read_lists",
     "read_pairs",
+    "read_texts",
     "save_states",
+    "whole_prompts",
 ]
 
 
@@ -86,7 +88,7 @@ class CalibrationRow:
 
 @data_errors()
 def read_pairs(path: Path, *, parse_json: bool = False) -> list[Pair]:
-    """The pairs of a file or folder, in any layout. Rows that can't be read are left out, which the log says.
+    """The pairs of a file or folder, in any layout. Rows that can't be read are left out, which standard error says.
 
     Args:
         parse_json: messages may be stored as JSON text.
@@ -115,6 +117,28 @@ def read_calibration(path: Path) -> list[CalibrationRow]:
         refusal, harmful = rows.get(row, "refusal"), rows.get(row, "harmful")
         pair = rows.paired(row, rows.read_prompt(row), refusal, harmful, ("refusal", "harmful"))
         return CalibrationRow(pair.prompt, harmful=pair.rejected, refusal=pair.chosen)
+
+    return told(rows.collect(Path(path), read)).values
+
+
+@data_errors()
+def read_texts(path: Path) -> list[tuple[Prompt, tuple[str, ...]]]:
+    """Prompts with their responses, whatever the file calls them, and whatever it says of them.
+
+    Rows have ``response``, ``responses``, ``harmful`` and ``refusal``, or are pairs in any layout; see ``read_pairs``.
+    """
+    if has_refusals(path):
+        return [(row.prompt, (row.refusal, row.harmful)) for row in read_calibration(path)]
+    firsts = (row for source in rows.find(Path(path)) for row in source.rows())
+    first = next((row for row in firsts if isinstance(row, dict)), {})
+    if not {"response", "responses"} & first.keys():
+        return [(pair.prompt, (pair.chosen, pair.rejected)) for pair in read_pairs(path)]
+
+    def read(row: rows.Row) -> tuple[Prompt, tuple[str, ...]]:
+        prompt = rows.read_prompt(row)
+        if "responses" not in row:
+            return prompt, (rows.text(rows.get(row, "response"), "'response'", "response"),)
+        return prompt, tuple(_said(one, i) for i, one in enumerate(rows.get(row, "responses")))
 
     return told(rows.collect(Path(path), read)).values
 
@@ -185,6 +209,14 @@ def grouped_folds(groups: ArrayLike, k: int, seed: int) -> list[tuple[Indices, I
     return [(np.sort(np.concatenate([p for p in parts if p is not held_out])), held_out) for held_out in parts]
 
 
+def whole_prompts(groups_N: Indices, most: int) -> Indices:
+    """About ``most`` rows: all those of some prompts, which a hash of the prompt chooses, not the order of the rows."""
+    if len(groups_N) <= most:
+        return np.arange(len(groups_N), dtype=np.int64)
+    parts = max(2, -(-len(groups_N) // most))
+    return grouped_split(groups_N, [1.0, parts - 1.0], 0)[0]
+
+
 def _response(value: Any, i: int) -> Response:
     said = value.get("text") if isinstance(value, dict) else None
     if said is None:
@@ -193,6 +225,12 @@ def _response(value: Any, i: int) -> Response:
     if safe is None:
         raise rows.DataError(f"'responses.{i}.safe' must be true or false", column=f"responses.{i}.safe")
     return Response(rows.text(said, f"'responses.{i}.text'", f"responses.{i}.text"), bool(safe))
+
+
+def _said(value: Any, i: int) -> str:
+    """The text of a response, whatever else is known of it."""
+    text = value.get("text") if isinstance(value, dict) else value
+    return rows.text(text, f"'responses.{i}'", f"responses.{i}")
 
 
 def _responses(value: Any) -> tuple[Response, ...]:

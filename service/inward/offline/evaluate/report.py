@@ -59,14 +59,14 @@ class Origin:
     data: str
 
 
-def read_rows(source: Source, path: Path, limit: int | None) -> Rows:
+def read_rows(source: Source, path: Path, limit: int | None, *, parse_json: bool = False) -> Rows:
     """The rows of a file; the first ``limit`` of them.
 
     Raises:
         DataError: names file, line and field.
     """
     if source == "pairs":
-        pairs = read_pairs(path)[:limit]
+        pairs = read_pairs(path, parse_json=parse_json)[:limit]
         both = (ResponseList(p.prompt, (Response(p.chosen, True), Response(p.rejected, False))) for p in pairs)
         return Rows(source, tuple(both), data_hash(pairs))
     if source == "lists":

@@ -38,7 +38,7 @@ class LabelledResponse:
 
 
 def read_responses(path: Path) -> tuple[list[LabelledResponse], int]:
-    """Reads a file or folder of rows. Rows that can't be read are left out, which the log says.
+    """Reads a file or folder of rows. Rows that can't be read are left out, which standard error says.
 
     Returns:
         The responses, and how many partial refusals were left out.

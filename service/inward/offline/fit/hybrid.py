@@ -1,15 +1,18 @@
-"""Fits hybrid heads (arXiv 2503.10093): a regularised probe per layer as warm start, then probes and gate jointly with
-a margin loss.
+"""Fits hybrid heads (arXiv 2503.10093): a whitened direction per layer as warm start, then probes and gate jointly.
 
-Everything that has to be chosen (kind and strength of the probes, weights of the layers at the start, number of joint
-steps) is chosen by cross-validation over prompts; the head that is kept is then fitted in the same way on all pairs.
-Rewards of held-out pairs along the way give the calibration and the report's figures.
+Everything that has to be chosen (strength of the shrinkage, weights of the layers at the start, number of joint steps)
+is chosen by cross-validation over prompts; the head that is kept is fitted in the same way on all pairs, in the same
+passes. The warm start needs running sums only and the joint training minibatches, so states may be in a file of any
+size. Rewards of held-out pairs along the way give the calibration and the report's figures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,34 +20,41 @@ import torch
 from rich.console import Group as Lines
 from rich.console import RenderableType
 from rich.table import Table
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from inward.errors import DataError
-from inward.heads.calibration import Deciles, MarginScale, Platt
+from inward.heads.calibration import Platt
 from inward.heads.hybrid import Gate, HybridHead
-from inward.offline.data.pairs import PairStates, grouped_folds
-from inward.offline.fit.joint import Joint, Parameters, train_jointly
-from inward.offline.fit.prepare import manifest
-from inward.offline.fit.probes import (
-    RECIPES,
-    Coordinates,
-    Doubles,
-    Recipe,
-    Standardisation,
-    auc,
-    fit_probes,
-    labels,
-    mean_difference,
-    pair_accuracy,
+from inward.offline.data.pairs import grouped_folds, whole_prompts
+from inward.offline.fit.joint import (
+    JUDGED_PAIRS,
+    Features,
+    Joint,
+    Parameters,
+    SpanFeatures,
+    StandardisedFeatures,
+    Training,
+    one_run,
 )
-from inward.offline.fit.reproducible import reproducible
+from inward.offline.fit.prepare import calibration, manifest
+from inward.offline.fit.probes import SHRINKAGE, LayerProbes, auc, both, fit_layer, labels, pair_accuracy
+from inward.offline.fit.reproducible import LARGE, reproducible
+from inward.offline.states.moments import Doubles
 from inward.offline.states.saved import Indices
+from inward.offline.states.stored import PairSource, Subset
 from inward.types import Floats
 
 SKILL_POWER = 4
-"""How sharply the start prefers layers whose probes do well alone: enough to leave out the shallow ones, not to pick
-a single one."""
-Folds = Sequence[tuple[Indices, Indices]]
+"""How sharply the start prefers layers whose probes do well alone: enough to leave out the shallow ones, not to pick a
+single one.
+"""
+SPAN_BYTES = 512 * 2**20
+"""Most memory for the coordinates of rows in their span; larger sets are worked with in all dimensions."""
+WIDE = 1024
+"""In wider layers a solve is dear, so that only every so many of them are asked for the shrinkage."""
+ASKED = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +75,14 @@ class HybridReport:
     """What ``inward fit hybrid`` prints and ``Manifest.fit["metrics"]`` keeps; figures are of held-out prompts in
     cross-validation.
 
-    Recipe, weights and number of steps were chosen on the same folds, so they flatter a little: ``cross_validate`` does
-    not.
+    Shrinkage, weights and number of steps were chosen on the same folds, so they flatter a little: ``cross_validate``
+    does not.
     """
 
     pairs: int
     prompts: int
-    recipe: Recipe
+    c: float
+    """Shrinkage of the warm start: lambda as a multiple of the mean variance of a standardised dimension."""
     steps: int
     accuracy: float
     """Pairs whose chosen response has the higher reward."""
@@ -87,12 +98,7 @@ class HybridReport:
 
     def metrics(self) -> dict[str, Any]:
         """As JSON."""
-        return {
-            **asdict(self),
-            "recipe": self.recipe._asdict(),
-            "best_layer": self.best_layer.layer,
-            "verdict": self.verdict,
-        }
+        return {**asdict(self), "best_layer": self.best_layer.layer, "verdict": self.verdict}
 
     @property
     def verdict(self) -> str:
@@ -101,17 +107,19 @@ class HybridReport:
         error = (best.accuracy * (1 - best.accuracy) / self.pairs) ** 0.5
         figures = f"accuracy {self.accuracy:.3f} against {best.accuracy:.3f}, AUC {self.auc:.3f} against {best.auc:.3f}"
         if self.accuracy > best.accuracy and self.auc > best.auc:
-            return f"beats its best single layer ({best.layer}): {figures}; one standard error of an accuracy is {error:.3f} here"
-        return (
-            f"does not beat its best single layer ({best.layer}) on every count: {figures}; that layer is the best of {len(self.layers)} "
-            f"picked on these same pairs, and one standard error of an accuracy is {error:.3f} here"
-        )
+            said = f"beats its best single layer ({best.layer}): {figures}; "
+        else:
+            said = (
+                f"does not beat its best single layer ({best.layer}) on every count: {figures}; that layer is the best "
+                f"of {len(self.layers)} picked on these same pairs, and "
+            )
+        return f"{said}one standard error of an accuracy is {error:.3f} here"
 
     def __rich__(self) -> RenderableType:
         facts = Table("hybrid reward", f"{self.pairs} pairs of {self.prompts} prompts", box=None, pad_edge=False)
         facts.add_row("pair accuracy, held out", f"{self.accuracy:.3f}  (warm start {self.warm_start_accuracy:.3f})")
         facts.add_row("AUC, held out", f"{self.auc:.3f}  (warm start {self.warm_start_auc:.3f})")
-        facts.add_row("probes", f"{self.recipe.kind}, C = {self.recipe.c:g}")
+        facts.add_row("shrinkage c", f"{self.c:g}")
         facts.add_row("joint steps", str(self.steps))
         table = Table("layer", "accuracy", "AUC", "mean difference", "its AUC", "weight", box=None, pad_edge=False)
         for row in self.layers:
@@ -121,93 +129,91 @@ class HybridReport:
 
 
 def fit_hybrid(
-    states: PairStates,
+    states: PairSource,
     *,
     name: str = "hybrid",
     gate: Gate = "sigmoid",
-    recipes: Sequence[Recipe] = RECIPES,
+    shrinkage: Sequence[float] = SHRINKAGE,
     joint: Joint | None = None,
     folds: int = 5,
     seed: int = 0,
+    cache: Path | None = None,
     progress: bool = True,
 ) -> tuple[HybridHead, HybridReport]:
     """Fits a hybrid head on all pairs.
 
     Args:
-        states: the head reads all of ``states.layers``, except the embedding (0).
+        states: the head reads all of their layers, except the embedding (0).
         gate: ``sigmoid``, or ``softmax`` as in the paper's text.
-        recipes: what the warm start chooses from.
+        shrinkage: what the warm start chooses from.
         joint: how the joint training goes.
         folds: of the cross-validation; fewer where there are fewer prompts.
-        progress: show a bar.
+        cache: folder for what is done already; give the same one to go on after an interruption.
+        progress: show bars.
 
     Raises:
         DataError: fewer than two prompts, or no layer but the embedding.
     """
     joint = joint or Joint()
-    states = _without_embedding(states)
+    axes = [axis for axis, layer in enumerate(states.layers) if layer > 0]
+    if not axes:
+        raise DataError("a hybrid head needs the states of at least one block; these are of the embedding only")
     prompts = len(np.unique(states.groups_N))
     parts = grouped_folds(states.groups_N, min(folds, prompts) if prompts > 1 else 2, seed)
-    with (
-        reproducible(seed),
-        tqdm(total=len(recipes) + len(parts) + 2, desc="fit hybrid", unit="run", disable=not progress) as bar,
-    ):
-        standardisation = Standardisation.fit(states)
-        coordinates = Coordinates.of(states, standardisation)
-        recipe, single_LM = _choose(coordinates, parts, recipes, seed, bar)
+    fold_N = np.empty(len(states), dtype=np.int64)
+    for fold, (_, held_out) in enumerate(parts):
+        fold_N[held_out] = fold
+    kept = cache / _key(states, gate, shrinkage, joint, len(parts), seed) if cache else None
+    with reproducible(seed, large=len(states) * len(axes) * states.width > LARGE):
+        span = 2 * len(states) <= states.width // 2 and 16 * len(axes) * len(states) ** 2 <= SPAN_BYTES
+        layers, c = _warm_start(states, axes, fold_N, len(parts), shrinkage, kept, span=span, progress=progress)
+        single_LM = np.stack([layer.held_out_CM[c] for layer in layers])
         weight_L = _layer_weights(single_LM, gate)
-        difference_LM = _crossfit(coordinates, parts, None, seed)
-        bar.update()
-        paths = []
-        for train, test in parts:
-            start = _warm_start(coordinates.rows(train), recipe, weight_L, seed)
-            paths.append(
-                train_jointly(start, coordinates.rows(train), gate, joint, joint.steps, coordinates.rows(test)).held_out
-            )
-            bar.update()
-        rewards_SM = _held_out(paths, parts, len(states))
-        best = 1 + int(np.argmin([_criterion(rewards_M) for rewards_M in rewards_SM[1:]]))
-        start = _warm_start(coordinates.points_LMR, recipe, weight_L, seed)
-        final = train_jointly(start, coordinates.points_LMR, gate, joint, best * joint.every).parameters
-        bar.update()
-    rewards_M = rewards_SM[best]
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        features: Features = (
+            SpanFeatures(layers, states.width, device) if span else StandardisedFeatures(states, layers, axes, device)
+        )
+        judged_N = whole_prompts(states.groups_N, JUDGED_PAIRS)
+        start = _parameters(layers, c, weight_L, len(parts) + 1, states.width, device)
+        training = Training(
+            features,
+            start,
+            fold_N,
+            judged_N,
+            gate,
+            joint,
+            _criterion,
+            seed=seed,
+            checkpoint=kept and kept / "joint.safetensors",
+        )
+        trained = training.run(progress=progress)
+    rewards_M = trained.held_out_M
+    share_L = weight_L / weight_L.sum()
     report = HybridReport(
         pairs=len(states),
         prompts=prompts,
-        recipe=recipe,
-        steps=best * joint.every,
+        c=shrinkage[c],
+        steps=trained.steps,
         accuracy=pair_accuracy(rewards_M),
         auc=auc(rewards_M),
-        warm_start_accuracy=pair_accuracy(rewards_SM[0]),
-        warm_start_auc=auc(rewards_SM[0]),
-        layers=tuple(
-            LayerSkill(layer, pair_accuracy(one), auc(one), pair_accuracy(difference), auc(difference), float(weight))
-            for layer, one, difference, weight in zip(
-                states.layers, single_LM, difference_LM, weight_L / weight_L.sum(), strict=True
-            )
-        ),
+        warm_start_accuracy=pair_accuracy(trained.start_M),
+        warm_start_auc=auc(trained.start_M),
+        layers=tuple(_skills([states.layers[axis] for axis in axes], layers, single_LM, share_L)),
     )
-    tensors: dict[str, Floats] = {
-        "probe_weight": coordinates.weight(final.probe_LR.double().numpy()).astype(np.float32),
-        "probe_bias": final.bias_L.numpy(),
-        "gate_weight": final.gate_LL.numpy(),
-        "mean": standardisation.mean_LD,
-        "scale": standardisation.scale_LD,
-    }
-    head_manifest = manifest(
+    own = manifest(
         name,
         "hybrid",
         states,
-        states.layers,
+        [states.layers[axis] for axis in axes],
         seed=seed,
-        calibration=_calibration(rewards_M),
+        calibration=calibration(rewards_M),
         metrics=report.metrics(),
         options={"gate": gate},
     )
-    return HybridHead.from_tensors(head_manifest, tensors), report
+    return HybridHead.from_tensors(own, _tensors(trained.parameters, layers, states.width)), report
 
 
-def cross_validate(states: PairStates, *, folds: int = 10, seed: int = 0, **options: Any) -> Doubles:
+def cross_validate(states: PairSource, *, folds: int = 10, seed: int = 0, **options: Any) -> Doubles:
     """``[2N]``: rewards of ``labels``' rows, each by a head fitted, choices included, without its prompt.
 
     Args:
@@ -215,59 +221,128 @@ def cross_validate(states: PairStates, *, folds: int = 10, seed: int = 0, **opti
     """
     rewards_M = np.empty(2 * len(states))
     for train, test in grouped_folds(states.groups_N, folds, seed):
-        head, _ = fit_hybrid(states.rows(train), seed=seed, progress=False, **options)
-        held_out = _without_embedding(states.rows(test))
-        both_MLD = np.concatenate([held_out.chosen_NLD, held_out.rejected_NLD])
+        head, _ = fit_hybrid(Subset(states, train), seed=seed, progress=False, **options)
+        axes = [states.layers.index(layer) for layer in head.manifest.layers]
+        both_MLD = np.concatenate(states.take(test, axes))
         weights_LD = np.stack([tap.weight_DK[:, 0] for tap in head.readout.taps if tap.weight_DK is not None])
         biases_L = np.concatenate([tap.bias_K for tap in head.readout.taps if tap.bias_K is not None])
-        rewards_M[_both(test, len(states))] = head.rewards(np.einsum("mld,ld->ml", both_MLD, weights_LD) + biases_L)[0]
+        values_ML = np.einsum("mld,ld->ml", both_MLD, weights_LD, optimize=True) + biases_L
+        rewards_M[both(test, len(states))] = head.rewards(values_ML)[0]
     return rewards_M
 
 
-def _warm_start(points_LMR: Doubles, recipe: Recipe, weight_L: Doubles, seed: int) -> Parameters:
-    """Probes fitted one by one and scaled to ``weight_L``, biases that centre them, and a gate that treats all
-    layers alike (V = 0).
+def _warm_start(
+    states: PairSource,
+    axes: Sequence[int],
+    fold_N: Indices,
+    folds: int,
+    shrinkage: Sequence[float],
+    kept: Path | None,
+    *,
+    span: bool,
+    progress: bool,
+) -> tuple[list[LayerProbes], int]:
+    """Every layer's probes, and which of the shrinkages does best on held-out prompts, on average over the layers.
+
+    Returns:
+        The probes; those of layers that were not asked hold one shrinkage, the chosen one, in the place of all.
     """
-    probe_LR, mean_L, std_L = _unit_probes(points_LMR, fit_probes(points_LMR, recipe, seed))
-    layers = len(points_LMR)
-    scale_L = weight_L / std_L
-    parameters = (probe_LR * scale_L[:, None], -mean_L * scale_L, np.zeros((layers, layers)))
-    return Parameters(*(torch.from_numpy(array).float() for array in parameters))
+    every = 1 if span or states.width <= WIDE else max(1, len(axes) // ASKED)
+    asked = list(range(len(axes)))[every - 1 :: every]
+    found: dict[int, LayerProbes] = {}
 
-
-def _unit_probes(points_LMR: Doubles, probe_LR: Doubles) -> tuple[Doubles, Doubles, Doubles]:
-    """The probes with the mean and standard deviation of their outputs on the rows that they were fitted on."""
-    output_LM = np.einsum("lmr,lr->lm", points_LMR, probe_LR, optimize=True)
-    return probe_LR, output_LM.mean(axis=1), np.maximum(output_LM.std(axis=1), 1e-12)
-
-
-def _crossfit(coordinates: Coordinates, parts: Folds, recipe: Recipe | None, seed: int) -> Doubles:
-    """``[L, 2N]``: each row's probe outputs, in units of their spread, by probes of folds that its prompt is not in.
-
-    No recipe: by the mean difference.
-    """
-    outputs_LM = np.empty(coordinates.points_LMR.shape[:2])
-    for train, test in parts:
-        points_LMR = coordinates.rows(train)
-        probe_LR = mean_difference(points_LMR) if recipe is None else fit_probes(points_LMR, recipe, seed)
-        probe_LR, mean_L, std_L = _unit_probes(points_LMR, probe_LR)
-        judged_LM = np.einsum("lmr,lr->lm", coordinates.rows(test), probe_LR, optimize=True)
-        outputs_LM[:, _both(test, coordinates.pairs)] = (judged_LM - mean_L[:, None]) / std_L[:, None]
-    return outputs_LM
-
-
-def _choose(
-    coordinates: Coordinates, parts: Folds, recipes: Sequence[Recipe], seed: int, bar: Any
-) -> tuple[Recipe, Doubles]:
-    """The recipe whose probes do best on held-out prompts, on average over the layers, and their held-out outputs."""
-    best, best_skill, outputs_LM = recipes[0], -np.inf, np.empty(0)
-    for recipe in recipes:
-        held_out_LM = _crossfit(coordinates, parts, recipe, seed)
-        skill = float(np.mean([pair_accuracy(one) + auc(one) for one in held_out_LM]))
-        if skill > best_skill:
-            best, best_skill, outputs_LM = recipe, skill, held_out_LM
+    def fit(l: int, c: Sequence[float], bar: Any) -> None:
+        path = kept and kept / f"layer-{states.layers[axes[l]]}-{len(c)}.safetensors"
+        found[l] = _kept_or(path) or fit_layer(states, axes[l], fold_N, folds, c, span=span)
+        if path and not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = path.with_name(f".{path.name}")
+            save_file(found[l].tensors(), unfinished)
+            unfinished.replace(path)
         bar.update()
-    return best, outputs_LM
+
+    with tqdm(total=len(axes), desc="fit probes", unit="layer", disable=not progress) as bar:
+        for l in asked:
+            fit(l, shrinkage, bar)
+        skill_C = np.mean([[pair_accuracy(one) + auc(one) for one in found[l].held_out_CM] for l in asked], axis=0)
+        c = int(skill_C.argmax())
+        for l in range(len(axes)):
+            if l not in found:
+                fit(l, [shrinkage[c]], bar)
+    return [found[l] if l in asked else _repeated(found[l], len(shrinkage)) for l in range(len(axes))], c
+
+
+def _repeated(layer: LayerProbes, times: int) -> LayerProbes:
+    """One shrinkage in the place of each."""
+    return replace(
+        layer,
+        probe_FCR=np.repeat(layer.probe_FCR, times, axis=1),
+        bias_FC=np.repeat(layer.bias_FC, times, axis=1),
+        held_out_CM=np.repeat(layer.held_out_CM, times, axis=0),
+    )
+
+
+def _kept_or(path: Path | None) -> LayerProbes | None:
+    if path is None or not path.is_file():
+        return None
+    try:
+        return LayerProbes.from_tensors(load_file(path))
+    except (SafetensorError, KeyError, OSError):  # it is written at once or not at all: by somebody else's hand
+        path.unlink()
+        return None
+
+
+def _key(states: PairSource, gate: Gate, shrinkage: Sequence[float], joint: Joint, folds: int, seed: int) -> str:
+    """What the fit depends on."""
+    facts = [
+        states.data_hash,
+        len(states),
+        states.layers,
+        states.position,
+        gate,
+        list(shrinkage),
+        asdict(joint),
+        folds,
+        seed,
+    ]
+    backbone = states.backbone.fingerprint if states.backbone else None
+    return "hybrid-" + hashlib.sha256(json.dumps([*facts, backbone]).encode()).hexdigest()[:16]
+
+
+def _parameters(
+    layers: Sequence[LayerProbes], c: int, weight_L: Doubles, runs: int, width: int, device: torch.device
+) -> Parameters:
+    """Probes fitted one by one and scaled to ``weight_L``, biases that centre them, and gates that treat all layers
+    alike (V = 0).
+    """
+    probes, biases = zip(*(one_run(layers, c, weight_L, run, width) for run in range(runs)), strict=True)
+    gate = np.zeros((runs, len(layers), len(layers)), dtype=np.float32)
+    return Parameters(*(torch.from_numpy(array).to(device) for array in (np.stack(probes), np.stack(biases), gate)))
+
+
+def _tensors(parameters: Parameters, layers: Sequence[LayerProbes], width: int) -> dict[str, Floats]:
+    """What ``head.safetensors`` holds, of the one run."""
+    probe_LR = parameters.probe[0].double().numpy() / (width * parameters.probe.shape[2]) ** 0.5
+    weights = [
+        one if layer.basis_DR is None else layer.basis_DR.astype(np.float64) @ one[: layer.basis_DR.shape[1]]
+        for one, layer in zip(probe_LR, layers, strict=True)
+    ]
+    return {
+        "probe_weight": np.stack(weights).astype(np.float32),
+        "probe_bias": parameters.bias[0].numpy(),
+        "gate_weight": parameters.gate[0].numpy(),
+        "mean": np.stack([layer.mean_D for layer in layers]),
+        "scale": np.stack([layer.scale_D for layer in layers]),
+    }
+
+
+def _skills(
+    numbers: Sequence[int], layers: Sequence[LayerProbes], single_LM: Doubles, share_L: Doubles
+) -> Iterator[LayerSkill]:
+    for number, layer, one, share in zip(numbers, layers, single_LM, share_L, strict=True):
+        difference = layer.difference_M
+        accuracies = pair_accuracy(one), auc(one), pair_accuracy(difference), auc(difference)
+        yield LayerSkill(number, *accuracies, float(share))
 
 
 def _layer_weights(single_LM: Doubles, gate: Gate) -> Doubles:
@@ -279,14 +354,6 @@ def _layer_weights(single_LM: Doubles, gate: Gate) -> Doubles:
     skill_L = np.maximum([auc(one) - 0.5 for one in single_LM], 1e-3) ** SKILL_POWER
     even = 0.5 if gate == "sigmoid" else 1 / len(skill_L)
     return np.asarray(skill_L / (even * (skill_L @ single_LM).std()))
-
-
-def _held_out(paths: Sequence[Doubles], parts: Folds, pairs: int) -> Doubles:
-    """``[S, 2N]``: the folds' held-out rewards, put together."""
-    rewards_SM = np.empty((len(paths[0]), 2 * pairs))
-    for path, (_, test) in zip(paths, parts, strict=True):
-        rewards_SM[:, _both(test, pairs)] = path
-    return rewards_SM
 
 
 def _criterion(rewards_M: Doubles) -> float:
@@ -304,42 +371,3 @@ def _criterion(rewards_M: Doubles) -> float:
 def _log_loss(x_M: Doubles, platt: Platt) -> float:
     logits_M = platt.slope * x_M + platt.intercept
     return float(np.mean(np.logaddexp(0, np.where(labels(len(x_M) // 2) > 0, -logits_M, logits_M))))
-
-
-def _calibration(rewards_M: Doubles) -> dict[str, Any]:
-    """Probabilities of a response and of a pair's label, tenths of the rewards and the scale of margins, from held-out
-    rewards.
-
-    A pair and the same pair turned round say the same, so the pair's curve is fitted on both and passes through 1/2 at
-    margin 0.
-    """
-    n = len(rewards_M) // 2
-    margins_N = rewards_M[:n] - rewards_M[n:]
-    pair = Platt.fit(np.concatenate([margins_N, -margins_N]), labels(n))
-    calibration: dict[str, Any] = {
-        "platt": Platt.fit(rewards_M, labels(n)).dump(),
-        "platt_pair": {"slope": pair.slope, "intercept": 0.0},
-    }
-    calibration |= Deciles.fit(rewards_M).dump()
-    try:
-        return calibration | MarginScale.fit(margins_N).dump()
-    except DataError:  # too few margins above zero for bins: the report tells how bad the head is
-        return calibration
-
-
-def _both(index: Indices, pairs: int) -> Indices:
-    """Rows of the chosen and then of the rejected responses of some pairs."""
-    return np.concatenate([index, index + pairs])
-
-
-def _without_embedding(states: PairStates) -> PairStates:
-    """Layer 0 is the embedding of the last token, which the reward does not use."""
-    kept = [axis for axis, layer in enumerate(states.layers) if layer > 0]
-    if not kept:
-        raise DataError("a hybrid head needs the states of at least one block; these are of the embedding only")
-    if len(kept) == len(states.layers):
-        return states
-    layers = tuple(states.layers[axis] for axis in kept)
-    return replace(
-        states, chosen_NLD=states.chosen_NLD[:, kept], rejected_NLD=states.rejected_NLD[:, kept], layers=layers
-    )

@@ -84,9 +84,9 @@ class LegendReport:
         facts.add_row("agreement, held out", f"{self.held_out:.3f}  ({self.held_out_rows} pairs)")
         facts.add_row("agreement, validation", f"{self.validation:.3f}")
         facts.add_row("agreement, train", f"{self.train:.3f}")
-        facts.add_row("Spearman(margin, length difference)", _or_unknown(self.spearman_length, "+.3f"))
+        facts.add_row("Spearman(margin, length difference)", or_unknown(self.spearman_length, "+.3f"))
         within = "" if self.length_matched_within is None else f"  (within {self.length_matched_within:.0f} tokens)"
-        facts.add_row("agreement, length-matched", _or_unknown(self.length_matched, ".3f") + within)
+        facts.add_row("agreement, length-matched", or_unknown(self.length_matched, ".3f") + within)
         low, high = self.stability_interval
         facts.add_row("direction under bootstrap, cosine", f"{self.stability:.3f}  (95 %: {low:.3f} to {high:.3f})")
         layers = Table("layer", "train", "validation", "mean/std", "", box=None, pad_edge=False)
@@ -137,7 +137,7 @@ def fit_legend(
     best = max(table, key=lambda row: (row.validation, row.separation))
     direction_D = _direction(_differences(states, best.layer))
     margins_N = _crossfitted(states, best.layer, folds, seed)
-    matched, within = _length_matched(margins_N, states.length_difference_N)
+    matched, within = length_matched(margins_N, states.length_difference_N)
     low, mean, high = _stability(states, best.layer, direction_D, bootstraps, seed)
     report = LegendReport(
         layer=best.layer,
@@ -145,9 +145,9 @@ def fit_legend(
         prompts=len(np.unique(states.groups_N)),
         train=best.train,
         validation=best.validation,
-        held_out=_agreement(_differences(last, best.layer) @ _direction(_differences(develop, best.layer))),
+        held_out=agreement(_differences(last, best.layer) @ _direction(_differences(develop, best.layer))),
         held_out_rows=len(last),
-        spearman_length=_spearman(margins_N, states.length_difference_N),
+        spearman_length=spearman(margins_N, states.length_difference_N),
         length_matched=matched,
         length_matched_within=within,
         stability=mean,
@@ -172,8 +172,9 @@ def constant_refusal(rows: Sequence[CalibrationRow | Pair]) -> list[str]:
     if len(rows) < 2 or len(chosen) > 1:
         return []
     return [
-        f"all {len(rows)} refusals are the same sentence ({chosen.pop()[:60]!r}): at the last token the direction then also encodes "
-        "'ends with this sentence'; refusals of several wordings, or a sweep on labelled validation pairs, show how much"
+        f"all {len(rows)} refusals are the same sentence ({chosen.pop()[:60]!r}): at the last token the direction "
+        "then also encodes 'ends with this sentence'; refusals of several wordings, or a sweep on labelled "
+        "validation pairs, show how much"
     ]
 
 
@@ -185,7 +186,7 @@ def _judge(train: PairStates, validation: PairStates | None, layer: int, folds: 
         _crossfitted(train, layer, folds, seed) if validation is None else _differences(validation, layer) @ direction_D
     )
     separation = float(judged_M.mean() / max(float(judged_M.std()), 1e-30))
-    return LayerAgreement(layer, _agreement(differences_ND @ direction_D), _agreement(judged_M), separation)
+    return LayerAgreement(layer, agreement(differences_ND @ direction_D), agreement(judged_M), separation)
 
 
 def _crossfitted(states: PairStates, layer: int, folds: int, seed: int) -> Doubles:
@@ -213,22 +214,22 @@ def _direction(differences_ND: Floats) -> Floats:
     return np.asarray(mean_D / length, dtype=np.float32)
 
 
-def _agreement(margins_N: Floats | Doubles) -> float:
+def agreement(margins_N: Floats | Doubles) -> float:
     return float((margins_N > 0).mean())
 
 
-def _spearman(margins_N: Doubles, length_difference_N: Doubles | None) -> float | None:
+def spearman(margins_N: Doubles, length_difference_N: Doubles | None) -> float | None:
     if length_difference_N is None or len(np.unique(length_difference_N)) < 2 or len(np.unique(margins_N)) < 2:
         return None
     return float(spearmanr(margins_N, length_difference_N).statistic)
 
 
-def _length_matched(margins_N: Doubles, length_difference_N: Doubles | None) -> tuple[float | None, float | None]:
+def length_matched(margins_N: Doubles, length_difference_N: Doubles | None) -> tuple[float | None, float | None]:
     """Agreement on the quarter of the pairs with the most equal lengths, and how unequal these are."""
     if length_difference_N is None:
         return None, None
     within = float(np.quantile(np.abs(length_difference_N), 0.25, method="lower"))
-    return _agreement(margins_N[np.abs(length_difference_N) <= within]), within
+    return agreement(margins_N[np.abs(length_difference_N) <= within]), within
 
 
 def _stability(
@@ -246,5 +247,5 @@ def _stability(
     return float(low), float(cosines_B.mean()), float(high)
 
 
-def _or_unknown(value: float | None, form: str) -> str:
+def or_unknown(value: float | None, form: str) -> str:
     return "unknown" if value is None else format(value, form)

@@ -1,4 +1,4 @@
-"""The manifest of a freshly fitted head."""
+"""The manifest of a freshly fitted head, and its calibration."""
 
 from __future__ import annotations
 
@@ -7,9 +7,16 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from inward import __version__
+from inward.errors import DataError
 from inward.heads.base import BackboneRef, Manifest
-from inward.offline.states.saved import ListStates, PairStates
+from inward.heads.calibration import Deciles, MarginScale, Platt
+from inward.offline.fit.probes import labels
+from inward.offline.states.saved import ListStates
+from inward.offline.states.stored import PairSource
 from inward.types import Kind
 
 UNKNOWN = "unknown"
@@ -19,9 +26,10 @@ UNKNOWN = "unknown"
 def manifest(
     name: str,
     kind: Kind,
-    states: PairStates | ListStates,
+    states: PairSource | ListStates,
     layers: Sequence[int],
     *,
+    rows: int | None = None,
     seed: int,
     calibration: Mapping[str, Any],
     metrics: Mapping[str, Any],
@@ -31,6 +39,7 @@ def manifest(
 
     Args:
         layers: those that the head reads, out of ``states.layers``.
+        rows: that it was fitted on, where ``states`` are only some of them.
     """
     return Manifest(
         name=name,
@@ -46,10 +55,33 @@ def manifest(
         calibration=dict(calibration),
         fit={
             "data": states.data_hash,
-            "rows": len(states),
+            "rows": len(states) if rows is None else rows,
             "seed": seed,
             "versions": {"inward": __version__, "numpy": version("numpy"), "torch": version("torch")},
             "metrics": dict(metrics),
         },
         options=dict(options or {}),
     )
+
+
+def calibration(scores_M: NDArray[np.float64]) -> dict[str, Any]:
+    """Probabilities of a response and of a pair's label, tenths of the scores and the scale of margins.
+
+    A pair and the same pair turned round say the same, so the pair's curve is fitted on both and passes through 1/2 at
+    margin 0.
+
+    Args:
+        scores_M: ``[2N]``, of chosen and then of rejected responses, held out from the fit.
+    """
+    n = len(scores_M) // 2
+    margins_N = scores_M[:n] - scores_M[n:]
+    pair = Platt.fit(np.concatenate([margins_N, -margins_N]), labels(n))
+    found: dict[str, Any] = {
+        "platt": Platt.fit(scores_M, labels(n)).dump(),
+        "platt_pair": {"slope": pair.slope, "intercept": 0.0},
+    }
+    found |= Deciles.fit(scores_M).dump()
+    try:
+        return found | MarginScale.fit(margins_N).dump()
+    except DataError:  # too few margins above zero for bins: the report tells how bad the head is
+        return found

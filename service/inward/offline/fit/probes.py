@@ -1,106 +1,99 @@
-"""Linear probes, one a layer, fitted where there are far fewer rows than dimensions.
+"""Linear probes of single layers: what they see, how they are judged, and the closed form that a hybrid starts from.
 
-States are standardised and divided by sqrt(D), so that a row has length near 1 at every layer and width and one scale
-of regularisation means the same everywhere. An L2-regularised linear model is a combination of its rows, so fitting
-happens in coordinates on the span of the rows: as exact as in D dimensions and much cheaper.
+States are standardised; where a set is small they are rotated into the span of its rows, which loses nothing and is
+cheaper. The probe of a layer is the whitened direction (``whitening``) of its standardised states, the same as ridge
+regression on the labels, so that running sums are all it takes: of every fold, for a probe that has not seen it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import cho_factor, cho_solve
 from scipy.stats import rankdata
-from sklearn.linear_model import LogisticRegression
-from sklearn.svm import LinearSVC
 
-from inward.offline.states.saved import PairStates
+from inward.offline.states.moments import Doubles, Moments, PairSums
+from inward.offline.states.saved import Indices
+from inward.offline.states.stored import PairSource, blocks
 from inward.types import Floats
 
-Doubles = NDArray[np.float64]
-Kind = Literal["least_squares", "logistic", "svm", "logistic_pairs"]
-
-
-class Recipe(NamedTuple):
-    """How probes are fitted: the kind of linear model, and C, the inverse strength of its L2 regularisation."""
-
-    kind: Kind
-    c: float
-
-
-RECIPES = (
-    *(Recipe("least_squares", c) for c in (1.0, 3.0, 10.0)),
-    *(Recipe("logistic", c) for c in (10.0, 30.0)),
-    *(Recipe("svm", c) for c in (0.3, 1.0, 3.0)),
-    Recipe("logistic_pairs", 30.0),
-)
-"""What the warm start chooses from, by cross-validation."""
+SHRINKAGE = (0.3, 1.0, 3.0, 10.0, 30.0)
+"""The c that are tried: lambda as a multiple of the mean variance of a standardised dimension."""
+_ROWS_BYTES = 256 * 2**20
+"""States of one layer that are held while its sums are made; more are read again."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Standardisation:
-    """Mean and standard deviation of every dimension of every layer, over chosen and rejected states together."""
+class LayerProbes:
+    """One layer's probes for every run: those without fold 0, 1, … K - 1, and the one of all pairs.
 
-    mean_LD: Floats
-    scale_LD: Floats
+    Features are standardised states, or, with ``basis_DR``, their coordinates in the span of the rows.
+    """
 
-    @classmethod
-    def fit(cls, states: PairStates) -> Self:
-        """In float64: float16 states reach norms whose squares overflow it. A dimension that never varies gets scale
-        1.
-        """
-        both = np.concatenate([states.chosen_NLD, states.rejected_NLD])
-        mean = both.mean(axis=0, dtype=np.float64)
-        scale = np.stack([both[:, l].std(axis=0, dtype=np.float64) for l in range(both.shape[1])])
-        floor = 1e-6 * np.median(scale, axis=1, keepdims=True)
-        return cls(mean.astype(np.float32), np.where(scale > floor, scale, 1.0).astype(np.float32))
+    mean_D: Floats
+    scale_D: Floats
+    basis_DR: Floats | None
+    points_MR: Floats | None
+    """All rows' features, chosen then rejected, where there is a basis."""
+    probe_FCR: Floats
+    """For each run and c: outputs have standard deviation 1 on the run's own rows."""
+    bias_FC: Floats
+    """And mean 0."""
+    held_out_CM: Doubles
+    """Outputs of the probes on the rows that they have not seen."""
+    difference_M: Doubles
+    """The same of the mean difference."""
 
-    def apply(self, states_NLD: Floats) -> Floats:
-        return (states_NLD - self.mean_LD) / self.scale_LD
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Coordinates:
-    """Rows in an orthonormal basis of their span: the first N are chosen states, the next N the rejected ones."""
-
-    points_LMR: Doubles
-    """``[L, 2N, R]``, standardised and divided by sqrt(D)."""
-    basis_LDR: Floats | None
-    """None where there are more rows than dimensions: then the coordinates are the dimensions themselves."""
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        """To be kept in a file."""
+        none = np.empty((0, 0), dtype=np.float32)
+        return {
+            name: none if (value := getattr(self, name)) is None else np.ascontiguousarray(value)
+            for name in self.__dataclass_fields__
+        }
 
     @classmethod
-    def of(cls, states: PairStates, standardisation: Standardisation) -> Self:
-        z_MLD = standardisation.apply(np.concatenate([states.chosen_NLD, states.rejected_NLD]))
-        z_MLD /= np.float32(np.sqrt(z_MLD.shape[2]))
-        m, layers, d = z_MLD.shape
-        if m >= d:
-            return cls(z_MLD.transpose(1, 0, 2).astype(np.float64), None)
-        points, basis = np.zeros((layers, m, m)), np.zeros((layers, d, m), dtype=np.float32)
-        for l in range(layers):
-            z_MD = np.ascontiguousarray(z_MLD[:, l])
-            square, vectors = np.linalg.eigh((z_MD @ z_MD.T).astype(np.float64))
-            kept = square > square[-1] * 1e-6
-            length = np.sqrt(square[kept])
-            points[l][:, kept] = vectors[:, kept] * length
-            basis[l][:, kept] = z_MD.T @ (vectors[:, kept] / length).astype(np.float32)
-        return cls(points, basis)
+    def from_tensors(cls, tensors: Mapping[str, NDArray[Any]]) -> LayerProbes:
+        """The other way round."""
+        return cls(**{name: tensors[name] if tensors[name].size else None for name in cls.__dataclass_fields__})  # type: ignore[arg-type]
 
-    @property
-    def pairs(self) -> int:
-        return len(self.points_LMR[0]) // 2
 
-    def rows(self, index: NDArray[np.int64]) -> Doubles:
-        """Points ``[L, 2n, R]`` of some of the pairs."""
-        return self.points_LMR[:, np.concatenate([index, index + self.pairs])]
+def fit_layer(
+    source: PairSource, axis: int, fold_N: Indices, folds: int, shrinkage: Sequence[float], *, span: bool
+) -> LayerProbes:
+    """Fits one layer's probes.
 
-    def weight(self, u_LR: Doubles) -> Doubles:
-        """``[L, D]``: the weights on standardised states that ``u_LR`` stands for."""
-        if self.basis_LDR is None:
-            return np.asarray(u_LR / np.sqrt(u_LR.shape[1]))
-        return np.asarray(np.einsum("ldr,lr->ld", self.basis_LDR, u_LR) / np.sqrt(self.basis_LDR.shape[1]))
+    Args:
+        axis: which entry of ``source.layers``.
+        fold_N: the fold of each pair, 0 to ``folds`` - 1; all pairs of a prompt are in one.
+        span: rotate into the span of the rows: for fewer rows than dimensions.
+    """
+    rows = _Rows(source, axis)
+    if span:
+        return _in_span(rows, fold_N, folds, shrinkage)
+    parts = [PairSums.empty(source.width) for _ in range(folds)]
+    for index, chosen_ND, rejected_ND in rows:
+        for k, part in enumerate(parts):
+            own = fold_N[index] == k
+            part.add(chosen_ND[own], rejected_ND[own])
+    whole = _merged(parts)
+    assert whole.moments.scatter_DD is not None
+    mean_D, scale_D = _standardisation(whole.moments)
+    probe_FCD, bias_FC = _solve(parts, whole, mean_D, scale_D, source.width, shrinkage)
+    held_out_CM = np.empty((len(shrinkage) + 1, 2 * len(source)))
+    for index, chosen_ND, rejected_ND in rows:
+        for k in range(folds):
+            own = fold_N[index] == k
+            for side, states_ND in enumerate((chosen_ND, rejected_ND)):
+                z_ND = (states_ND[own] - mean_D) / scale_D
+                held_out_CM[:, index[own] + side * len(source)] = (z_ND @ probe_FCD[k].T + bias_FC[k]).T
+    return LayerProbes(
+        mean_D, scale_D, None, None, probe_FCD[:, :-1], bias_FC[:, :-1], held_out_CM[:-1], held_out_CM[-1]
+    )
 
 
 def labels(pairs: int) -> Doubles:
@@ -108,41 +101,9 @@ def labels(pairs: int) -> Doubles:
     return np.concatenate([np.ones(pairs), np.zeros(pairs)])
 
 
-def fit_probe(points_MR: Doubles, recipe: Recipe, seed: int = 0) -> Doubles:
-    """The direction ``[R]`` of one layer's probe, of any length, without intercept.
-
-    ``least_squares`` is ridge regression on the labels (a least-squares SVM), ``logistic`` and ``svm`` classify single
-    responses, ``logistic_pairs`` classifies differences of a pair.
-    """
-    n = len(points_MR) // 2
-    kind, c = recipe
-    if kind == "least_squares":
-        return _ridge(points_MR, labels(n) - 0.5, c)
-    if kind == "logistic_pairs":
-        difference = points_MR[:n] - points_MR[n:]
-        rows, model = (
-            np.concatenate([difference, -difference]),
-            LogisticRegression(C=c, fit_intercept=False, max_iter=500),
-        )
-    else:
-        rows = points_MR
-        model = (
-            LogisticRegression(C=c, max_iter=500)
-            if kind == "logistic"
-            else LinearSVC(C=c, max_iter=10_000, random_state=seed)
-        )
-    return np.asarray(model.fit(rows, labels(n)).coef_[0], dtype=np.float64)
-
-
-def fit_probes(points_LMR: Doubles, recipe: Recipe, seed: int = 0) -> Doubles:
-    """``fit_probe`` at every layer: ``[L, R]``."""
-    return np.stack([fit_probe(points_MR, recipe, seed) for points_MR in points_LMR])
-
-
-def mean_difference(points_LMR: Doubles) -> Doubles:
-    """The baseline: chosen minus rejected, averaged, ``[L, R]``."""
-    n = points_LMR.shape[1] // 2
-    return np.asarray(points_LMR[:, :n].mean(axis=1) - points_LMR[:, n:].mean(axis=1))
+def both(index: Indices, pairs: int) -> Indices:
+    """Rows of the chosen and then of the rejected responses of some pairs."""
+    return np.concatenate([index, index + pairs])
 
 
 def pair_accuracy(scores: Sequence[float] | Doubles) -> float:
@@ -159,10 +120,99 @@ def auc(scores: Sequence[float] | Doubles) -> float:
     return float((rankdata(s)[:n].sum() - n * (n + 1) / 2) / (n * n))
 
 
-def _ridge(rows_MR: Doubles, target_M: Doubles, c: float) -> Doubles:
-    """Minimises ``|Xw - y|^2 + |w|^2 / c`` with centred rows, on the smaller side."""
-    x_MR = rows_MR - rows_MR.mean(axis=0)
-    m, r = x_MR.shape
-    if m < r:
-        return np.asarray(x_MR.T @ np.linalg.solve(x_MR @ x_MR.T + np.eye(m) / c, target_M))
-    return np.asarray(np.linalg.solve(x_MR.T @ x_MR + np.eye(r) / c, x_MR.T @ target_M))
+class _Rows:
+    """One layer's rows, block by block, as often as wanted; kept if they are few."""
+
+    def __init__(self, source: PairSource, axis: int) -> None:
+        self.source, self._axis = source, axis
+        few = 8 * len(source) * source.width <= _ROWS_BYTES
+        self._kept = list(self._read()) if few else None
+
+    def __iter__(self) -> Iterator[tuple[Indices, Floats, Floats]]:
+        return iter(self._kept) if self._kept is not None else self._read()
+
+    def _read(self) -> Iterator[tuple[Indices, Floats, Floats]]:
+        for index, chosen, rejected in blocks(self.source, [self._axis]):
+            yield index, chosen[:, 0], rejected[:, 0]
+
+
+def _in_span(rows: _Rows, fold_N: Indices, folds: int, shrinkage: Sequence[float]) -> LayerProbes:
+    parts = list(rows)
+    chosen_ND, rejected_ND = (np.concatenate([part[side] for part in parts]) for side in (1, 2))
+    x_MD = np.concatenate([chosen_ND, rejected_ND])
+    n, width = len(chosen_ND), x_MD.shape[1]
+    mean_D = x_MD.mean(axis=0, dtype=np.float64).astype(np.float32)
+    scale_D = _floored(x_MD.std(axis=0, dtype=np.float64))
+    z_MD = (x_MD - mean_D) / scale_D
+    square_M, vectors_MM = np.linalg.eigh((z_MD @ z_MD.T).astype(np.float64))
+    kept = square_M > square_M[-1] * 1e-6
+    length_R = np.sqrt(square_M[kept])
+    points_MR = vectors_MM[:, kept] * length_R
+    sums = []
+    for k in range(folds):
+        own = fold_N == k
+        sums.append(PairSums.empty(len(length_R)))
+        sums[k].add(points_MR[:n][own], points_MR[n:][own])
+    whole = _merged(sums)
+    unit = np.ones(len(length_R), dtype=np.float32)
+    probe_FCR, bias_FC = _solve(sums, whole, np.zeros_like(unit), unit, width, shrinkage)
+    held_out_CM = np.empty((len(shrinkage) + 1, 2 * n))
+    for k in range(folds):
+        own = both(np.flatnonzero(fold_N == k), n)
+        held_out_CM[:, own] = (points_MR[own] @ probe_FCR[k].T + bias_FC[k]).T
+    basis_DR = (z_MD.T @ (vectors_MM[:, kept] / length_R).astype(np.float32)).astype(np.float32)
+    return LayerProbes(
+        mean_D,
+        scale_D,
+        basis_DR,
+        points_MR.astype(np.float32),
+        probe_FCR[:, :-1],
+        bias_FC[:, :-1],
+        held_out_CM[:-1],
+        held_out_CM[-1],
+    )
+
+
+def _merged(parts: Sequence[PairSums]) -> PairSums:
+    whole = PairSums.empty(len(parts[0].difference_D))
+    for part in parts:
+        whole.moments.merge(part.moments)
+        whole.difference_D = whole.difference_D + part.difference_D
+        whole.pairs += part.pairs
+    return whole
+
+
+def _standardisation(moments: Moments) -> tuple[Floats, Floats]:
+    """Mean and standard deviation of every dimension, over chosen and rejected states together."""
+    return moments.mean_D.astype(np.float32), _floored(np.sqrt(np.maximum(np.diag(moments.covariance_DD), 0)))
+
+
+def _floored(scale_D: Doubles) -> Floats:
+    """A dimension that never varies gets scale 1."""
+    return np.where(scale_D > 1e-6 * np.median(scale_D), scale_D, 1.0).astype(np.float32)
+
+
+def _solve(
+    parts: Sequence[PairSums], whole: PairSums, mean_R: Floats, scale_R: Floats, width: int, shrinkage: Sequence[float]
+) -> tuple[Floats, Floats]:
+    """Probes ``[F, C + 1, R]`` and biases ``[F, C + 1]`` of every run; the last of each is the mean difference."""
+    probes, biases = [], []
+    for part in [*parts, None]:
+        moments = whole.moments if part is None else whole.moments.without(part.moments)
+        pairs = whole.pairs - (part.pairs if part else 0)
+        v_R = (whole.difference_D - (part.difference_D if part else 0)) / max(pairs, 1) / scale_R
+        s_RR = np.asarray(moments.covariance_DD, dtype=np.float64) / np.outer(scale_R, scale_R)
+        shift_R = (moments.mean_D - mean_R) / scale_R
+        diagonal_R = np.diag(s_RR).copy()
+        probe_CR = []
+        for c in shrinkage:
+            np.fill_diagonal(s_RR, diagonal_R + c * diagonal_R.sum() / width)
+            probe_CR.append(cho_solve(cho_factor(s_RR, check_finite=False), v_R, check_finite=False))
+        np.fill_diagonal(s_RR, diagonal_R)
+        probe_CR.append(v_R)
+        stacked_CR = np.stack(probe_CR)
+        spread_C = np.sqrt(np.maximum(((stacked_CR @ s_RR) * stacked_CR).sum(axis=1), 1e-300))
+        stacked_CR /= np.maximum(spread_C, 1e-12)[:, None]
+        probes.append(stacked_CR.astype(np.float32))
+        biases.append((-stacked_CR @ shift_R).astype(np.float32))
+    return np.stack(probes), np.stack(biases)

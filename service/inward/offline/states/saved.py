@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from inward.errors import DataError
 from inward.heads.base import BackboneRef
@@ -31,6 +33,7 @@ from inward.types import Floats, Position
 Indices = NDArray[np.int64]
 NEAR_DUPLICATE = 0.999
 """Cosine of two middle-layer states from which on their rows are taken for one prompt."""
+_ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,6 +63,22 @@ class PairStates:
 
     def __len__(self) -> int:
         return len(self.chosen_NLD)
+
+    @property
+    def width(self) -> int:
+        """Of the residual stream."""
+        return int(self.chosen_NLD.shape[2])
+
+    def take(self, index: Indices, axes: Sequence[int] | None = None) -> tuple[Floats, Floats]:
+        """See ``stored.PairSource``."""
+        if axes is not None and len(axes) == 1:  # not all layers of the rows for the sake of one
+            axis = slice(axes[0], axes[0] + 1)
+            chosen, rejected, axes = self.chosen_NLD[index, axis], self.rejected_NLD[index, axis], None
+        else:
+            chosen, rejected = self.chosen_NLD[index], self.rejected_NLD[index]
+        if axes is not None:
+            chosen, rejected = chosen[:, list(axes)], rejected[:, list(axes)]
+        return chosen.astype(np.float32, copy=False), rejected.astype(np.float32, copy=False)
 
     def at(self, layer: int) -> tuple[Floats, Floats]:
         """Chosen and rejected states ``[N, D]`` of one layer.
@@ -185,7 +204,8 @@ def load_states(path: Path) -> PairStates | ListStates:
         return _lists(tensors, layers, origin)
     except KeyError as error:
         raise DataError(
-            f"{path} lacks the tensor {error}: it needs layers with chosen and rejected, or with prompt, candidates, group and safe"
+            f"{path} lacks the tensor {error}: it needs layers with chosen and rejected, or with prompt, candidates, "
+            "group and safe"
         ) from None
     except (DataError, TypeError, ValueError) as error:
         raise DataError(f"{path}: {error}") from None
@@ -211,22 +231,22 @@ def near_duplicates(states_ND: Floats, threshold: float = NEAR_DUPLICATE) -> Ind
     """``[N]``: one number for rows linked by a cosine above ``threshold``, made of their content, not of their
     order.
     """
-    unit_ND = states_ND.astype(np.float64)
-    unit_ND -= unit_ND.mean(axis=0)  # deep layers share one large component, which alone makes all cosines nearly 1
-    unit_ND /= np.maximum(np.linalg.norm(unit_ND, axis=1, keepdims=True), 1e-30)
-    linked_NN = unit_ND @ unit_ND.T > threshold
+    unit_ND = states_ND - states_ND.mean(axis=0, dtype=np.float64)  # deep layers share one large component, which alone
+    unit_ND /= np.maximum(np.linalg.norm(unit_ND, axis=1, keepdims=True), 1e-30)  # makes all cosines nearly 1
+    unit_ND = unit_ND.astype(np.float32)
+    linked = [
+        np.argwhere(unit_ND[start : start + _ROWS_AT_ONCE] @ unit_ND.T > threshold) + np.array([start, 0])
+        for start in range(0, len(unit_ND), _ROWS_AT_ONCE)
+    ]
+    row_E, other_E = np.concatenate(linked or [np.empty((0, 2), dtype=np.int64)]).T
+    links = coo_array((np.ones(len(row_E), dtype=np.int8), (row_E, other_E)), shape=(len(unit_ND),) * 2)
     key_N = np.array(
         [int.from_bytes(hashlib.sha256(row.tobytes()).digest()[:8], "big") >> 1 for row in states_ND], dtype=np.int64
     )
-    label_N = key_N
-    while True:  # the smallest key of a linked row spreads until nothing changes
-        spread_N = np.array(
-            [label_N[linked].min(initial=label) for linked, label in zip(linked_NN, label_N, strict=True)],
-            dtype=np.int64,
-        )
-        if (spread_N == label_N).all():
-            return spread_N
-        label_N = spread_N
+    count, part_N = connected_components(links, directed=False)
+    smallest = np.full(count, np.iinfo(np.int64).max)
+    np.minimum.at(smallest, part_N, key_N)
+    return np.asarray(smallest[part_N])
 
 
 def _pairs(tensors: Mapping[str, NDArray[Any]], layers: tuple[int, ...], origin: dict[str, Any]) -> PairStates:
@@ -240,7 +260,7 @@ def _pairs(tensors: Mapping[str, NDArray[Any]], layers: tuple[int, ...], origin:
         layers,
         near_duplicates(chosen_NLD[:, len(layers) // 2]) if group is None else group.astype(np.int64),
         None if difference is None else difference.astype(np.float64),
-        **{**origin, "data_hash": origin.get("data_hash") or _hash(chosen_NLD, rejected_NLD)},
+        **{**origin, "data_hash": origin.get("data_hash") or hash_rows((chosen_NLD, rejected_NLD))},
     )
 
 
@@ -255,7 +275,7 @@ def _lists(tensors: Mapping[str, NDArray[Any]], layers: tuple[int, ...], origin:
         tensors["safe"].astype(np.bool_),
         layers,
         near_duplicates(prompt_GLD[:, len(layers) // 2]) if group_G is None else group_G.astype(np.int64),
-        **{**origin, "data_hash": origin.get("data_hash") or _hash(prompt_GLD, candidates_MLD, group_M)},
+        **{**origin, "data_hash": origin.get("data_hash") or hash_rows((prompt_GLD, candidates_MLD, group_M))},
     )
 
 
@@ -290,7 +310,8 @@ def _check(name: str, tensor: NDArray[Any], shape: tuple[int, ...]) -> None:
         )
 
 
-def _hash(*tensors: NDArray[Any]) -> str:
+def hash_rows(tensors: Iterable[NDArray[Any]]) -> str:
+    """What stands for the data where nobody says: SHA-256 of the numbers, in order, however they are cut."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(np.ascontiguousarray(tensor).tobytes())

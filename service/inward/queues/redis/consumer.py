@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import os
 import socket
@@ -13,15 +14,13 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from redis.exceptions import RedisError, ResponseError
-
 from inward import codec, logs, metrics
-from inward.errors import InternalError
+from inward.errors import InternalError, Unavailable
 from inward.queues.base import Closed
 from inward.queues.redis import scripts
-from inward.queues.redis.producer import MOST_REPLIES
-from inward.stores.connection import Arg, Connection, passing, unavailable
-from inward.stores.keys import GROUP, Keys
+from inward.queues.redis.producer import MOST_REPLIES, REPLIES_S
+from inward.stores.connection import Arg, Connection, GroupLost
+from inward.stores.keys import FORGOTTEN_S, GROUP, Keys
 from inward.types import Failed, Job, Outcome
 
 LOG = logs.logger("queues.redis")
@@ -46,6 +45,7 @@ class RedisConsumer:
         max_deliveries: workers that a job may end before it is given up.
         about: who this worker is, as bytes for whoever looks at ``Keys.worker``; asked at every sign of life.
         ttl: seconds without a sign of life after which this worker counts as gone.
+        wait: seconds of one wait for jobs.
         clock: monotonic seconds.
     """
 
@@ -58,13 +58,16 @@ class RedisConsumer:
         max_deliveries: int = 3,
         about: Callable[[], bytes] = lambda: b"",
         ttl: float = 10.0,
+        wait: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.worker = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self.away: str | None = None
         """Why Redis is not to be had; None while it is."""
+        self.refused: str | None = None
+        """Why this worker may take no jobs: the queue is served with another backbone."""
         self._redis, self._keys = connection, keys
-        self._idle, self._ttl, self._max_deliveries = idle, ttl, max_deliveries
+        self._idle, self._ttl, self._wait, self._max_deliveries = idle, ttl, wait, max_deliveries
         self._about, self._clock = about, clock
         self._claims: dict[str, Job] = {}  # taken and neither settled nor lost
         self._held: deque[Job] = deque()  # claimed and not yet given to the worker
@@ -74,31 +77,54 @@ class RedisConsumer:
         self._tokens_per_job = 256.0
         self._rounds = 0
         self._closed = False
-        self._keeping: asyncio.Task[None] | None = None
+        self._welcome = asyncio.Event()  # we are known, and may take jobs
+
+    @property
+    def problem(self) -> str | None:
+        """Why no jobs are taken."""
+        return self.away or self.refused or (None if self._welcome.is_set() else "waiting for Redis")
 
     async def open(self) -> None:
-        """Makes the worker known and keeps it so. Waits for a Redis that is away.
-
-        Raises:
-            RedisError: Redis refuses us (password, rights).
-        """
+        """Makes the worker known. Waits for a Redis that is away or refuses us."""
         await self._until_there(self._join)
         await self._until_there(self.publish)
-        self._keeping = asyncio.create_task(self._keep())
+
+    async def keep(self) -> None:
+        """``open``, and keeps the worker and its claims alive for good. Has to run as long as the worker does."""
+        await self.open()
+        while True:
+            await asyncio.sleep(min(self._idle, self._ttl) / 3)
+            await self.live()
+
+    async def live(self) -> None:
+        """One sign of life, and of every claim. A Redis that is away learns of it next time."""
+        try:
+            await self._renew()
+            await self.publish()
+        except Unavailable as error:
+            self._failed(error)
 
     async def take(self, tokens: int) -> list[Job]:
         while True:
-            if self._closed and not self._held:
-                raise Closed
             if not self._closed:
-                if self._forgetful:
-                    await self._until_there(self._recall)
-                if orphans := await self._until_there(self._reclaim):
-                    return orphans
-                await self._until_there(lambda: self._fetch(tokens))
-            if self._held:
-                return self._first(tokens)
-            self._forgetful = True  # nothing to do: a good moment to look
+                await self._welcome.wait()
+            if jobs := await self.look(tokens):
+                return jobs
+            if self._closed:
+                raise Closed
+
+    async def look(self, tokens: int) -> list[Job]:
+        """What ``take`` would give now, after a moment's wait; perhaps nothing."""
+        if not self._closed and self.refused is None:
+            if self._forgetful:
+                await self._until_there(self._recall)
+            if orphans := await self._until_there(self._reclaim):
+                return orphans
+            await self._until_there(lambda: self._fetch(tokens))
+        if self._held:
+            return self._first(tokens)
+        self._forgetful = True  # nothing to do: a good moment to look
+        return []
 
     async def wanted(self, jobs: Sequence[Job]) -> list[Job]:
         """Asks Redis: a claim may be lost, a job abandoned, a replica dead."""
@@ -122,7 +148,8 @@ class RedisConsumer:
         replicas, number = _numbered(job.reply_to for job, _ in claimed)
         keys = [*self._keys.book, *(key for r in replicas for key in (self._keys.replies(r), self._keys.alive(r)))]
         args = [arg for job, data in claimed for arg in (job.id, number[job.reply_to], data)]
-        await self._until_there(lambda: self._redis.script(scripts.SETTLE, keys, [GROUP, MOST_REPLIES, *args]))
+        kept = (MOST_REPLIES, REPLIES_S, FORGOTTEN_S)
+        await self._until_there(lambda: self._redis.script(scripts.SETTLE, keys, [GROUP, *kept, *args]))
         for job, _ in claimed:
             self._drop(job.id)
 
@@ -141,19 +168,17 @@ class RedisConsumer:
     async def close(self) -> None:
         """No more are taken by this worker; those that wait in Redis are for others, or for its successor."""
         self._closed = True
+        self._welcome.set()  # nobody waits to be let in any more
 
     async def leave(self) -> None:
-        """Gives back what is left and goes; call it after ``close``, when the worker's loop has ended."""
-        self._closed = True
-        if self._keeping is not None:
-            self._keeping.cancel()
-            await asyncio.gather(self._keeping, return_exceptions=True)
+        """Gives back what is left and goes; call it after ``close``, when the worker's loop and ``keep`` have ended."""
+        await self.close()
         try:
             if self._claims:
                 await self._redis.script(scripts.REQUEUE, self._keys.book, [GROUP, self.worker, *self._claims])
-            await self._redis("ZREM", self._keys.workers, self.worker)
-            await self._redis("DEL", self._keys.worker(self.worker))
-        except (RedisError, OSError) as error:  # what is left is taken over once it is idle
+            keys = [self._keys.served, self._keys.workers, self._keys.worker(self.worker)]
+            await self._redis.script(scripts.LEAVE, keys, [self._keys.backbone, self.worker])
+        except Unavailable as error:  # what is left is taken over once it is idle
             self._failed(error)
 
     # Taking. A job is held from the moment that it is claimed: Redis may go away at the next command.
@@ -181,8 +206,8 @@ class RedisConsumer:
                 count = self._jobs_in(room)
                 if await self._read([stream], count) < count:  # no more are there
                     break
-        if not self._held:
-            wait = min(1.0, max(0.01, self._reclaim_at - self._clock()))
+        if not self._held and self._wait:
+            wait = min(self._wait, max(0.01, self._reclaim_at - self._clock()))
             await self._read(self._keys.streams, self._jobs_in(tokens), block=math.ceil(wait * 1000))
 
     def _jobs_in(self, tokens: int) -> int:
@@ -204,9 +229,13 @@ class RedisConsumer:
             *streams,
             *(">" for _ in streams),
         )
-        came = [fields for _, entries in await self._redis(*command) or () for _, fields in entries]
-        for fields in came:
-            if (job := await self._understood(fields, 1)) is not None:
+        came = [(stream, *found) for stream, entries in await self._redis(*command) or () for found in entries]
+        for stream, entry, fields in came:
+            if not fields.keys() >= {b"id", b"to", b"job"}:
+                logs.event(LOG, "entry_unreadable", severity=logging.ERROR, worker=self.worker)
+                await self._redis("XACK", stream, GROUP, entry)
+                await self._redis("XDEL", stream, entry)
+            elif (job := await self._understood(fields, 1)) is not None:
                 self._held.append(job)
                 self._tokens_per_job += 0.1 * (job.group.tokens - self._tokens_per_job)
         return len(came)
@@ -258,6 +287,7 @@ class RedisConsumer:
         try:
             job = replace(
                 codec.decode_job(fields[b"job"]),
+                id=job_id,
                 reply_to=replica,
                 deliveries=deliveries,
                 alone=1 < deliveries >= self._max_deliveries,
@@ -273,7 +303,8 @@ class RedisConsumer:
         logs.event(LOG, "job_given_up", job=job_id, deliveries=deliveries, reason=reason)
         outcome = codec.encode(Failed(job_id, InternalError.code, f"this item could not be scored: {reason}"))
         keys = [*self._keys.book, self._keys.dead, self._keys.replies(replica), self._keys.alive(replica)]
-        args: list[Arg] = [GROUP, self.worker, MOST_LETTERS, job_id, reason, deliveries, outcome, MOST_REPLIES]
+        args: list[Arg] = [GROUP, self.worker, MOST_LETTERS, FORGOTTEN_S, job_id, reason, deliveries, outcome]
+        args += (MOST_REPLIES, REPLIES_S, self._keys.backbone)
         if await self._redis.script(scripts.BURY, keys, args):
             metrics.DEAD_LETTERS_TOTAL.inc()
 
@@ -282,16 +313,6 @@ class RedisConsumer:
         metrics.CLAIMED_JOBS.set(len(self._claims))
 
     # Staying alive
-
-    async def _keep(self) -> None:
-        """Renews the claims and gives signs of life."""
-        while True:
-            await asyncio.sleep(min(self._idle, self._ttl) / 3)
-            try:
-                await self._renew()
-                await self.publish()
-            except (RedisError, OSError) as error:
-                self._failed(error)
 
     async def _renew(self) -> None:
         ids = list(self._claims)
@@ -310,42 +331,51 @@ class RedisConsumer:
     async def _join(self) -> None:
         """The consumer group is there; those of its members that left long ago are forgotten."""
         for stream in self._keys.streams:
-            try:
-                await self._redis("XGROUP", "CREATE", stream, GROUP, "0", "MKSTREAM")
-            except ResponseError as error:
-                if "BUSYGROUP" not in str(error):
-                    raise
+            await self._redis.ensure_group(stream, GROUP)
             await self._redis.script(scripts.DISMISS, [stream], [GROUP, 3_600_000])
 
     async def publish(self) -> None:
-        """Gives a sign of life, with ``about`` as it is now."""
-        keys = [self._keys.workers, self._keys.worker(self.worker)]
-        await self._redis.script(scripts.ENLIST, keys, [self.worker, round(self._ttl * 1000), self._about()])
+        """Gives a sign of life, with ``about`` as it is now; ``refused`` says whether it was taken."""
+        ours = self._keys.backbone
+        keys = [self._keys.served, self._keys.workers, self._keys.worker(self.worker)]
+        args: list[Arg] = [ours, self.worker, round(self._ttl * 1000), self._about(), FORGOTTEN_S]
+        served = (
+            await self._redis.script(scripts.ENLIST, [*keys, *self._keys.lasting, *self._keys.book], args)
+        ).decode()
         self._there()
+        if served == ours:
+            self.refused = None
+            self._welcome.set()
+            return
+        if self.refused is None:
+            logs.event(LOG, "worker_refused", severity=logging.ERROR, worker=self.worker, served=served, ours=ours)
+        self.refused = (
+            f"the queue {self._keys.name!r} is served with other weights, dtype or template ({served}; ours: {ours}): "
+            "give all workers of a queue the same --model, --revision, --dtype and --template, or this one a --queue "
+            "of its own"
+        )
+        if not self._closed:
+            self._welcome.clear()
 
     async def _until_there(self, call: Callable[[], Awaitable[T]]) -> T:
-        """``call``, again and again while Redis is away or full, or has lost the group."""
+        """``call``, again and again while Redis is away or full, refuses us, or has lost the group."""
         pause = 0.05
         while True:
             try:
                 result: T = await call()
                 self._there()
                 return result
-            except (RedisError, OSError) as error:
-                lost_group = "NOGROUP" in str(error)
-                if not passing(error) and not lost_group:
-                    raise
+            except Unavailable as error:
                 self._failed(error)
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, 1.0)
-                if lost_group:
+                if isinstance(error, GroupLost):
                     await self._until_there(self._join)
 
-    def _failed(self, error: BaseException) -> None:
-        problem = unavailable(error).message
+    def _failed(self, error: Unavailable) -> None:
         if self.away is None:
-            logs.event(LOG, "redis_away", worker=self.worker, reason=problem, exception=type(error).__name__)
-        self.away = problem
+            logs.event(LOG, "redis_away", worker=self.worker, reason=error.message)
+        self.away = error.message
         metrics.REDIS_UP.set(0)
         self._forgetful = True
         self._reclaim_at = self._clock() + self._idle  # claims of others aged while they could not be renewed either

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
 
 from inward import codec
+from inward.errors import NotFound, SetupError
 from inward.stores.connection import Connection
 from inward.stores.keys import Keys
 from inward.types import Job
@@ -20,6 +23,8 @@ class DeadLetter:
     reason: str
     deliveries: int
     data: bytes
+    backbone: str | None = None
+    """What the queue was served with when it was given up."""
 
     @property
     def job(self) -> Job | None:
@@ -29,9 +34,19 @@ class DeadLetter:
         except codec.Unreadable:
             return None
 
+    def described(self) -> dict[str, Any]:
+        """What `list` prints of it: no text."""
+        job = self.job
+        given_up = datetime.fromtimestamp(int(self.entry.partition("-")[0]) / 1000, UTC)
+        return {
+            "entry": self.entry, "given_up": given_up.isoformat(timespec="seconds"), "job": self.job_id,
+            "deliveries": self.deliveries, "reason": self.reason,
+            "heads": list(job.heads) if job else None, "tokens": job.group.tokens if job else None,
+        }  # fmt: skip
+
 
 class DeadLetters:
-    """The dead letters of one queue. Raises ``RedisError`` where Redis is away."""
+    """The dead letters of one queue. Raises ``Unavailable`` where Redis is away."""
 
     def __init__(self, connection: Connection, keys: Keys) -> None:
         self._redis, self._keys = connection, keys
@@ -46,9 +61,26 @@ class DeadLetters:
                 fields[b"reason"].decode(errors="replace"),
                 int(fields[b"deliveries"]),
                 fields[b"job"],
+                fields[b"backbone"].decode() if b"backbone" in fields else None,
             )
             for entry, fields in found
         ]
+
+    async def chosen(self, entries: Sequence[str], *, everything: bool = False) -> list[DeadLetter]:
+        """Those of these entries.
+
+        Raises:
+            NotFound: an entry isn't there.
+            SetupError: none is named.
+        """
+        if not entries and not everything:
+            raise SetupError("name the entries as `inward dead-letters list` prints them, or say --all")
+        there = {letter.entry: letter for letter in await self.all()}
+        if missing := [entry for entry in entries if entry not in there]:
+            raise NotFound(
+                f"there is no dead letter {missing[0]}; `inward dead-letters list` prints those that there are"
+            )
+        return list(there.values()) if everything else [there[entry] for entry in entries]
 
     async def drop(self, entries: Sequence[str]) -> int:
         """Deletes letters; how many of them there were."""

@@ -10,20 +10,23 @@ import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from redis.exceptions import RedisError
-
 from inward import codec, logs, metrics
 from inward.errors import EngineDead, Overloaded, Unavailable
 from inward.queues.redis import scripts
 from inward.queues.throughput import Throughput
-from inward.stores.connection import Arg, Connection, passing, unavailable
-from inward.stores.keys import GROUP, Keys
-from inward.types import Job, Outcome
+from inward.stores.connection import Arg, Connection, Full, Refused
+from inward.stores.keys import FORGOTTEN_S, GROUP, Keys
+from inward.types import Failed, Job, Outcome
 
 LOG = logs.logger("queues.redis")
 MOST_REPLIES = 100_000
 """Kept for one replica; it deletes what it has read."""
+REPLIES_S = 600
+"""For which replies are kept that nobody reads: their replica was killed."""
+BLOCK_MS = 1000
+"""Of one wait for replies."""
 UNBOUNDED = 2**62
+MOVED = "the workers were replaced by those of another backbone; send it again"
 
 
 @dataclass(slots=True)
@@ -69,25 +72,31 @@ class RedisProducer:
         self._held = 0
         self._done: int | None = None
         self._closed = False
-        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def served(self) -> str:
+        """The backbone that the queue is served with, as far as we know."""
+        return self._keys.backbone
 
     @property
     def open_jobs(self) -> int:
         """Jobs of this replica that are not answered yet."""
         return len(self._waiting)
 
-    async def open(self) -> None:
-        """Starts to listen for answers and to give signs of life. Redis may be away: ``away`` says so, and it is tried
-        again.
+    async def keep_living(self) -> None:
+        """Gives signs of life. Has to run as long as the replica does, and so has ``keep_receiving``."""
+        while True:
+            await asyncio.sleep(self._beat)
+            await self.live()
 
-        Raises:
-            RedisError: Redis refuses us (password, rights).
-        """
-        try:
-            await self._live()
-        except (RedisError, OSError) as error:
-            self._failed(error)
-        self._tasks = [asyncio.create_task(self._keep_living()), asyncio.create_task(self._read())]
+    async def keep_receiving(self) -> None:
+        """Hands out answers as they come."""
+        while True:
+            try:
+                await self.receive(block=BLOCK_MS)
+            except Unavailable as error:
+                self._failed(error)
+                await asyncio.sleep(self._beat / 2)
 
     async def submit(self, jobs: Sequence[Job]) -> list[Awaitable[Outcome]]:
         if self._closed:
@@ -105,9 +114,8 @@ class RedisProducer:
         except BaseException as error:  # it may have been admitted all the same
             self._forget(jobs)
             self._leaving |= {job.id for job in jobs}
-            if isinstance(error, RedisError | OSError):
+            if isinstance(error, Unavailable):
                 self._failed(error)
-                raise unavailable(error) from error
             raise
         if not admitted:
             self._forget(jobs)
@@ -136,19 +144,16 @@ class RedisProducer:
         self._closed = True
 
     async def leave(self) -> None:
-        """Abandons what is still open and goes; call it after ``close``, when the last caller is answered."""
+        """Abandons what is still open and goes; call it when the last caller is answered and its loops have ended."""
         await self.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.abandon(list(self._waiting))
         try:
             await self._redis("DEL", self._keys.alive(self.replica), self._keys.replies(self.replica))
-        except (RedisError, OSError) as error:  # they expire by themselves
+        except Unavailable as error:  # they expire by themselves
             self._failed(error)
 
     async def _send(self, jobs: Sequence[Job], max_tokens: int) -> tuple[bool, int]:
-        args: list[Arg] = [max_tokens]
+        args: list[Arg] = [max_tokens, FORGOTTEN_S]
         for job in jobs:
             args += (
                 1 if job.priority == "interactive" else 2,
@@ -165,26 +170,35 @@ class RedisProducer:
         try:
             if leaving:
                 args = [arg for job_id in leaving for arg in (job_id, 0, "")]
-                await self._redis.script(scripts.SETTLE, self._keys.book, [GROUP, 0, *args])
+                await self._redis.script(scripts.SETTLE, self._keys.book, [GROUP, 0, 0, FORGOTTEN_S, *args])
                 self._leaving.difference_update(leaving)
-        except (RedisError, OSError) as error:
+        except Unavailable as error:
             self._failed(error)
 
-    async def _keep_living(self) -> None:
-        while True:
-            await asyncio.sleep(self._beat)
-            try:
-                await self._live()
-            except (RedisError, OSError) as error:
-                self._failed(error)
+    async def live(self) -> None:
+        """One sign of life; and where Redis may have forgotten something of ours, a reconciliation. A Redis that is
+        away learns of it next time.
+        """
+        try:
+            await self._live()
+        except Unavailable as error:
+            self._failed(error)
 
     async def _live(self) -> None:
-        """A sign of life; and where Redis may have forgotten something of ours, a reconciliation."""
-        keys = [*self._keys.book, self._keys.alive(self.replica), self._keys.workers, self._keys.dead]
-        beat = await self._redis.script(scripts.BEAT, keys, [round(self._ttl * 1000), GROUP])
-        lived, jobs, tokens, done, workers, letters, *streams = beat
+        keys = [
+            *self._keys.book,
+            self._keys.alive(self.replica),
+            self._keys.workers,
+            self._keys.dead,
+            self._keys.served,
+        ]
+        args: list[Arg] = [round(self._ttl * 1000), GROUP, FORGOTTEN_S]
+        beat = await self._redis.script(scripts.BEAT, [*keys, *self._keys.lasting], args)
+        lived, served, jobs, tokens, done, workers, letters, *streams = beat
         self._observe(jobs, tokens, done)
         self.workers = workers
+        if workers and served and served.decode() != self._keys.backbone:
+            self._move(served.decode())
         if not lived or self._suspect:
             await self._reconcile()
             self._suspect = False
@@ -199,6 +213,17 @@ class RedisProducer:
             metrics.STREAM_LAG.labels(stream=name).set(there - claimed)
             metrics.STREAM_PENDING.labels(stream=name).set(claimed)
 
+    def _move(self, served: str) -> None:
+        """The queue is served with another backbone: what waits for the former one is refused, so that nobody gets an
+        answer of both.
+        """
+        logs.event(LOG, "queue_moved", replica=self.replica, backbone=served, jobs=len(self._waiting))
+        self._keys = self._keys.of(served)
+        waiting, self._waiting = self._waiting, {}
+        for job_id, entry in waiting.items():
+            if not entry.answer.done():
+                entry.answer.set_result(Failed(job_id, Unavailable.code, MOVED))
+
     async def _reconcile(self) -> None:
         """Sends again what we wait for and Redis neither has nor has answered.
 
@@ -208,7 +233,7 @@ class RedisProducer:
         ids = [job_id for job_id, entry in self._waiting.items() if entry.admitted]
         places = await self._redis("HMGET", self._keys.book[0], *ids) if ids else []
         missing = [job_id for job_id, place in zip(ids, places, strict=True) if place is None]
-        while missing and await self._receive():
+        while missing and await self.receive():
             pass
         lost = [self._waiting[job_id].job for job_id in missing if job_id in self._waiting]
         if lost:
@@ -216,16 +241,13 @@ class RedisProducer:
             metrics.RESUBMITTED_TOTAL.inc(len(lost))
             await self._send(lost, UNBOUNDED)
 
-    async def _read(self) -> None:
-        while True:
-            try:
-                await self._receive(block=1000)
-            except (RedisError, OSError) as error:
-                self._failed(error)
-                await asyncio.sleep(self._beat / 2)
+    async def receive(self, block: int | None = None) -> int:
+        """Hands out the answers that have come, and deletes them; their number. Reading one twice changes nothing.
+        With ``block`` it waits so many milliseconds for the first one.
 
-    async def _receive(self, block: int | None = None) -> int:
-        """Hands out the answers that have come, and deletes them; their number. Reading one twice changes nothing."""
+        Raises:
+            Unavailable: Redis is away.
+        """
         stream = self._keys.replies(self.replica)
         waiting = () if block is None else ("BLOCK", block)
         found = await self._redis("XREAD", "COUNT", 512, *waiting, "STREAMS", stream, "0")
@@ -250,14 +272,13 @@ class RedisProducer:
         for job in jobs:
             self._waiting.pop(job.id, None)
 
-    def _failed(self, error: BaseException) -> None:
-        problem = unavailable(error).message
+    def _failed(self, error: Unavailable) -> None:
         self._suspect = True
-        if "full" in problem:  # it answers, and answering jobs empties it
+        if isinstance(error, Full):  # it answers, and answering jobs empties it
             return
-        if self.away is None or not passing(error):
-            logs.event(LOG, "redis_away", replica=self.replica, reason=problem, passing=passing(error))
-        self.away = problem
+        if self.away is None or isinstance(error, Refused):
+            logs.event(LOG, "redis_away", replica=self.replica, reason=error.message)
+        self.away = error.message
         metrics.REDIS_UP.set(0)
 
     def _observe(self, jobs: int, tokens: int, done: int) -> None:

@@ -1,6 +1,6 @@
 """``/rerank`` with ``"stream": true``: each answer as soon as it is drawn and scored, and the ranking in the end.
 
-Every answer is a job of its own, so nothing else in the house knows of streaming: deadlines, hang-ups and several
+Every answer is a job of its own, so nothing else in the service knows of streaming: deadlines, hang-ups and several
 workers are those of any other job, and a seed gives answer ``i`` the seed ``seed + i``, as vLLM does within one job.
 """
 
@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import replace
 
-from inward.api.candidates import Candidate, Candidates, Generation, answered, drawing, score_one
+from inward.api.candidates import Candidate, Candidates, Generation, answered, generation, score_one
 from inward.api.events import EventStream, event
 from inward.api.ranking import one_ranked, ranking
 from inward.api.scoring import Deadline, charge
 from inward.api.services import Services
 from inward.errors import InwardError, Unavailable
+from inward.intake import Coming
 from inward.types import Group, HeadRef, Scored, Scores, Timing, Usage
 from inward.wire import RerankAnswer, RerankRequest
 
@@ -32,34 +33,37 @@ async def stream_ranking(
         InwardError: nothing has begun; what goes wrong later is an event ``error``.
     """
     deadline = Deadline(request.timeout, services.limits.timeout_s)
-    asked = await drawing(services, request)
-    spec = asked.spec
+    wanted = await generation(services, request)
+    spec = wanted.spec
     alone = [replace(spec, n=1, seed=None if spec.seed is None else (spec.seed + i) % 2**32) for i in range(spec.n)]
-    groups = [Group(asked.prompt_ids, sampling=one) for one in alone]
+    groups = [Group(wanted.prompt_ids, sampling=one) for one in alone]
     await charge(services, groups)
     outcomes = await services.intake.stream(groups, heads=(head.name,), timeout=deadline.left)
-    return EventStream(_events(services, request, asked, outcomes, deadline, finish))
+    events = _events(services, request, wanted, outcomes, deadline, finish)
+    await anext(events)  # a generator that was never begun would not close ``outcomes`` when it is closed
+    return EventStream(events)
 
 
 async def _events(
     services: Services,
     request: RerankRequest,
-    asked: Generation,
-    outcomes: AsyncGenerator[tuple[int, Scored | InwardError], None],
+    wanted: Generation,
+    outcomes: Coming,
     deadline: Deadline,
     finish: Callable[[RerankAnswer], Awaitable[None]],
 ) -> AsyncGenerator[str, None]:
     drawn: dict[int, Scored] = {}
     try:
+        yield ""  # begun
         async for i, scored in _successes(outcomes):
             drawn[i] = scored
-            yield event("sample", one_ranked(i, _candidate(scored), request, asked.truncated))
+            yield event("sample", one_ranked(i, _candidate(scored), request, wanted.truncated))
     finally:
         await outcomes.aclose()
     all_drawn = [drawn[i] for i in range(len(drawn))]
-    if len({(scored.heads, scored.policy_version) for scored in all_drawn}) > 1:
+    if len({scored.version for scored in all_drawn}) > 1:
         raise Unavailable("the head or the policy was switched during this stream; send it again", retry_after=1.0)
-    found = await _found(services, asked, all_drawn, deadline)
+    found = await _found(services, wanted, all_drawn, deadline)
     answer, _ = await ranking(services, request, found, deadline)
     await finish(answer)
     yield event("result", answer)
@@ -79,17 +83,17 @@ def _candidate(scored: Scored) -> Candidate:
     return bare if scored.scores[0].listwise else answered(scored, 0, bare)
 
 
-async def _found(services: Services, asked: Generation, drawn: Sequence[Scored], deadline: Deadline) -> Candidates:
+async def _found(services: Services, wanted: Generation, drawn: Sequence[Scored], deadline: Deadline) -> Candidates:
     """All answers as one list, which a listwise head has still to see."""
     samples = tuple(scored.samples[0] for scored in drawn)
     together = _together(drawn)
     if together.scores[0].listwise:
-        listed = Group(asked.prompt_ids, tuple(sample.ids for sample in samples))
+        listed = Group(wanted.prompt_ids, tuple(sample.ids for sample in samples))
         read = await score_one(services, listed, together.heads[0].name, deadline)
-        if (read.heads, read.policy_version) != (together.heads, together.policy_version):
+        if read.version != together.version:
             raise Unavailable("the head or the policy was switched during this stream; send it again", retry_after=1.0)
         together = replace(read, samples=samples, usage=together.usage)
-    return asked.found(together)
+    return wanted.found(together)
 
 
 def _together(drawn: Sequence[Scored]) -> Scored:

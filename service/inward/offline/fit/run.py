@@ -1,0 +1,313 @@
+"""``inward fit``: from rows or saved states, through the model where states are wanted, to a head and its report."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import ValidationError
+
+from inward.backbones.base import Backbone
+from inward.errors import DataError, SetupError
+from inward.heads.base import Head
+from inward.heads.pooling import Pool
+from inward.offline.data.pairs import (
+    CalibrationRow,
+    Pair,
+    has_refusals,
+    read_calibration,
+    read_lists,
+    read_pairs,
+    read_texts,
+)
+from inward.offline.fit.hybrid import fit_hybrid
+from inward.offline.fit.legend import constant_refusal, fit_legend
+from inward.offline.fit.pool import fit_pool
+from inward.offline.fit.srr import fit_srr
+from inward.offline.fit.whitened import Choice, Evidence, FromStates, fit_whitened
+from inward.offline.states.moments import Moments
+from inward.offline.states.read import extract_lists, extract_pairs, store_pairs, sum_pairs, sum_responses
+from inward.offline.states.saved import ListStates, PairStates, load_list_states, load_pair_states, save_states
+from inward.offline.states.stored import PairSource, StoredPairs, blocks, in_memory
+from inward.prompts import Prompts
+
+T = TypeVar("T")
+WithModel = Callable[[Callable[[Backbone, Prompts], Awaitable[T]]], T]
+"""Loads the model, gives it to a function, and closes it."""
+Fitted = tuple[Head, Any]
+"""A head, and a report that can be printed."""
+
+
+def fit(args: Namespace, with_model: WithModel[Any], cache: Path) -> Fitted:
+    """Fits a head of ``args.kind``.
+
+    Args:
+        args: as ``commands.fit`` parses them.
+        cache: folder for what is finished of a pass through the model, so that the same command goes on after a stop.
+
+    Raises:
+        DataError, SetupError: rows or options that no head can be fitted with.
+    """
+    if args.pool:
+        return _with_pool(args, with_model, cache)
+    match args.kind:
+        case "legend" if args.direction == "whitened":
+            return _whitened(args, with_model, cache)
+        case "legend":
+            return _legend(args, with_model, cache)
+        case "hybrid":
+            return _hybrid(args, with_model, cache)
+        case _:
+            return _srr(args, with_model, cache)
+
+
+def _with_pool(args: Namespace, with_model: WithModel[Any], cache: Path) -> Fitted:
+    """A head of any pointwise kind, fitted at its position, whose token scores are pooled."""
+    if args.kind == "srr":
+        raise SetupError("an srr head ranks whole responses against each other: --pool is for legend and hybrid heads")
+    if args.states:
+        raise SetupError("--pool needs --pairs: saved states are of one position, a pool reads every token")
+    try:
+        Pool.parse(args.pool, layer=0)
+    except ValueError as error:
+        raise SetupError(f"--pool {args.pool}: {_first(error)}") from None
+    files, warnings = _pairs(args)
+
+    def head(states: PairSource) -> Fitted:
+        if args.kind == "hybrid":
+            return fit_hybrid(states, name=args.name, gate=args.gate, seed=args.seed)
+        if args.direction == "mean":
+            layer = _single(args.layer or "last")
+            return fit_legend(in_memory(states), name=args.name, layer=layer, seed=args.seed, warnings=warnings)
+        choice = _choice(args.layer or "sum", states.layers)
+        return fit_whitened(FromStates.of(states), name=args.name, layer=choice, seed=args.seed, warnings=warnings)
+
+    async def use(backbone: Backbone, prompts: Prompts) -> Fitted:
+        where = {"layers": numbers(args.layers, backbone.info.layers), "position": args.position}
+        path = args.save_states or cache / "states.safetensors"
+        states = await store_pairs(backbone, prompts, files[0], path, **where, final_norm=args.kind == "legend")
+        return await fit_pool(backbone, prompts, files[0], states, head, args.pool, seed=args.seed)
+
+    fitted: Fitted = with_model(use)
+    return fitted
+
+
+def _first(error: ValueError) -> str:
+    """What is wrong, in a line."""
+    if isinstance(error, ValidationError):
+        one = error.errors()[0]
+        return f"{'.'.join(map(str, one['loc'])) or 'pool'}: {one['msg']}"
+    return str(error)
+
+
+def _legend(args: Namespace, with_model: WithModel[Any], cache: Path) -> Fitted:
+    layer = args.layer or "last"
+    chosen = _single(layer)
+    if args.covariance:
+        raise SetupError("--covariance is for --direction whitened: a mean difference needs none")
+    warnings: list[str] = []
+    validation = None
+    if args.states:
+        states = load_pair_states(args.states)
+        if args.validation:
+            raise SetupError("--validation needs --pairs: with --states, give states that hold all pairs")
+    else:
+        files, warnings = _pairs(args)
+        layers = args.layers if layer == "sweep" or args.layers != "all" else layer
+
+        async def extract(backbone: Backbone, prompts: Prompts) -> list[PairStates]:
+            where = {"layers": numbers(layers, backbone.info.layers), "position": args.position, "final_norm": True}
+            return [await extract_pairs(backbone, prompts, pairs, **where, cache=cache) for pairs in files]
+
+        states, *more = with_model(extract)
+        validation = more[0] if more else None
+        if args.save_states:
+            save_states(states, args.save_states)
+    return fit_legend(
+        states,
+        name=args.name,
+        layer=chosen,
+        validation=validation,
+        seed=args.seed,
+        warnings=warnings,
+    )
+
+
+def _whitened(args: Namespace, with_model: WithModel[Any], cache: Path) -> Fitted:
+    layer = args.layer or "sum"
+    _choice(layer, (0,))
+    if args.states and args.validation:
+        raise SetupError("--validation needs --pairs: with --states, give states that hold all pairs")
+    files, warnings = ([], []) if args.states else _pairs(args)
+    if warnings and not args.covariance:
+        warnings.append(
+            "S is made of these refusals as well, which hardly vary: --covariance FILE takes it from others"
+        )
+    evidence, validation, covariance = (
+        (FromStates.of(StoredPairs.open(args.states)), None, None)
+        if args.states
+        else with_model(lambda backbone, prompts: _sums(args, layer, files, cache, backbone, prompts))
+    )
+    if args.covariance and _is_states(args.covariance):
+        covariance = _moments(StoredPairs.open(args.covariance), evidence.kept)
+    elif args.covariance and covariance is None:
+        covariance = with_model(lambda backbone, prompts: _response_sums(args, evidence.kept, cache, backbone, prompts))
+    return fit_whitened(
+        evidence,
+        name=args.name,
+        layer=_choice(layer, evidence.kept.layers),
+        covariance=covariance,
+        covariance_of="the pairs themselves" if covariance is None else Path(args.covariance).name,
+        validation=validation,
+        seed=args.seed,
+        progress=True,
+        warnings=warnings,
+    )
+
+
+def _single(layer: str) -> int | Literal["sweep"] | None:
+    """``--layer`` of the published direction."""
+    if layer == "sweep":
+        return "sweep"
+    if layer != "last" and not layer.isdigit():
+        raise SetupError(f"--layer {layer}: a number, last or sweep; a sum of layers is for --direction whitened")
+    return None if layer == "last" else int(layer)
+
+
+def _choice(layer: str, layers: Sequence[int]) -> Choice:
+    """``--layer`` of a whitened direction."""
+    match layer:
+        case "sum":
+            return "sum"
+        case "sweep":
+            return "sweep"
+        case "last":
+            return layers[-1]
+        case _ if layer.isdigit():
+            return int(layer)
+    raise SetupError(f"--layer {layer}: a number, last, sweep or sum")
+
+
+async def _sums(
+    args: Namespace, layer: str, files: Sequence[Sequence[Pair]], cache: Path, backbone: Backbone, prompts: Prompts
+) -> tuple[Evidence, PairSource | None, Sequence[Moments] | None]:
+    """Evidence, validation states and covariance from texts, with one loading of the model."""
+    depth = backbone.info.layers
+    chosen = numbers(args.layers if args.layers != "all" or layer in ("sum", "sweep") else layer, depth)
+    where: dict[str, Any] = {"layers": chosen, "position": args.position, "final_norm": True}
+    evidence: Evidence
+    if args.save_states:
+        evidence = FromStates.of(await store_pairs(backbone, prompts, files[0], args.save_states, **where))
+    else:
+        evidence = await sum_pairs(backbone, prompts, files[0], **where, checkpoint=cache)
+    validation = None
+    if len(files) > 1:
+        validation = await store_pairs(backbone, prompts, files[1], cache / "validation.safetensors", **where)
+    if not args.covariance or _is_states(args.covariance):
+        return evidence, validation, None
+    return evidence, validation, await _response_sums(args, evidence.kept, cache, backbone, prompts)
+
+
+async def _response_sums(
+    args: Namespace, like: PairSource, cache: Path, backbone: Backbone, prompts: Prompts
+) -> Sequence[Moments]:
+    return await sum_responses(
+        backbone,
+        prompts,
+        read_texts(args.covariance),
+        layers=like.layers,
+        position=like.position,
+        final_norm=like.final_norm,
+        checkpoint=cache,
+    )
+
+
+def _moments(states: StoredPairs, like: PairSource) -> list[Moments]:
+    """Of all responses in a file of states, at the layers that are fitted."""
+    if states.position != like.position or states.width != like.width:
+        raise DataError(
+            f"{states.path} holds states of width {states.width} at position {states.position!r}, the pairs have "
+            f"{like.width} at {like.position!r}: the covariance must be of the same model, read at the same position"
+        )
+    if missing := [k for k in like.layers if k not in states.layers]:
+        raise DataError(f"{states.path} lacks layers {', '.join(map(str, missing))}: choose others with --layers")
+    found = []
+    for layer in like.layers:
+        moments = Moments.empty(states.width)
+        for _, chosen, rejected in blocks(states, [states.layers.index(layer)]):
+            moments.add(chosen[:, 0])
+            moments.add(rejected[:, 0])
+        found.append(moments)
+    return found
+
+
+def _hybrid(args: Namespace, with_model: WithModel[Any], cache: Path) -> Fitted:
+    if args.states:
+        return fit_hybrid(StoredPairs.open(args.states), name=args.name, gate=args.gate, seed=args.seed, cache=cache)
+    pairs = read_pairs(args.rows, parse_json=args.parse_json)[: args.limit]
+    path = args.save_states or cache / "states.safetensors"
+
+    async def store(backbone: Backbone, prompts: Prompts) -> StoredPairs:
+        layers = numbers(args.layers, backbone.info.layers)
+        return await store_pairs(backbone, prompts, pairs, path, layers=layers, position=args.position)
+
+    return fit_hybrid(with_model(store), name=args.name, gate=args.gate, seed=args.seed, cache=cache)
+
+
+def _srr(args: Namespace, with_model: WithModel[Any], cache: Path) -> Fitted:
+    states = load_list_states(args.states) if args.states else _states_of_lists(args, with_model, cache)
+    layer = args.layer or "0.25"
+    if layer == "sweep":
+        return fit_srr(states, name=args.name, layer="sweep", seed=args.seed)
+    try:
+        number = float(layer) if "." in layer else int(layer)
+    except ValueError:
+        raise SetupError(f"--layer {layer}: a number, a fraction such as 0.25, or sweep") from None
+    return fit_srr(states, name=args.name, layer=number, seed=args.seed)
+
+
+def _states_of_lists(args: Namespace, with_model: WithModel[Any], cache: Path) -> ListStates:
+    lists = read_lists(args.rows)[: args.limit]
+
+    async def extract(backbone: Backbone, prompts: Prompts) -> ListStates:
+        layers = numbers(args.layers, backbone.info.layers)
+        return await extract_lists(backbone, prompts, lists, layers=layers, position=args.position, cache=cache)
+
+    states: ListStates = with_model(extract)
+    if args.save_states:
+        save_states(states, args.save_states)
+    return states
+
+
+def _pairs(args: Namespace) -> tuple[list[list[Pair]], list[str]]:
+    """The pairs of the file to fit on, and of the one to validate on, and what is to be warned of."""
+    rows: Sequence[Pair | CalibrationRow] = (
+        read_calibration(args.rows) if has_refusals(args.rows) else read_pairs(args.rows, parse_json=args.parse_json)
+    )
+    rows = rows[: args.limit]
+    files = [[row.pair if isinstance(row, CalibrationRow) else row for row in rows]]
+    if args.validation:
+        files.append(read_pairs(args.validation, parse_json=args.parse_json))
+    return files, constant_refusal(rows)
+
+
+def numbers(text: str, depth: int) -> list[int]:
+    """Layer numbers; the embedding (0) is not among ``all``, since it knows one token only.
+
+    Raises:
+        DataError: neither a list of numbers nor one of the words.
+    """
+    if text == "all":
+        return list(range(1, depth + 1))
+    if text == "last":
+        return [depth]
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise DataError(f"layers {text!r}: all, last, or numbers from 0 to {depth} such as 8,12,16") from None
+
+
+def _is_states(path: Path) -> bool:
+    return path.suffix == ".safetensors"

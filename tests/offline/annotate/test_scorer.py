@@ -1,0 +1,180 @@
+import json
+from types import SimpleNamespace
+
+import httpx
+import pytest
+
+from inward.errors import NotFound, SetupError, Unavailable
+from inward.offline.annotate.scorer import COLUMNS, PATIENCE, RowScorer, ServiceScorer
+from inward_client.rows import Pair
+
+PAIRS = [Pair("p", f"chosen {n}", "r") for n in range(9)]
+HEAD = {"name": "legend", "kind": "legend", "version": 2}
+HYBRID = {"name": "second", "kind": "hybrid", "version": 5}
+BY = {"head": HEAD, "policy_version": "base", "confidence_head": None}
+INFO = {
+    "model": "m", "revision": "r", "fingerprint": "f", "dtype": "float32", "template": "t", "version": "0.1.0",
+    "policy_version": "base", "heads": [],
+}  # fmt: skip
+
+
+def margins(pairs):
+    """As the route answers: a margin made of the text's last number."""
+    given = {
+        "error": None,
+        "truncated": False,
+        "margin_scaled": 0.5,
+        "bin": 1.0,
+        "chosen_score": 1.0,
+        "rejected_score": 0.0,
+    }
+    return [
+        {**given, "margin": float(pair["chosen"].split()[-1]), "label_agrees": True, "confidence": None}
+        for pair in pairs
+    ]
+
+
+def answered(request):
+    pairs = json.loads(request.content)["pairs"]
+    by = {"model": "m", "policy_version": "base", "head": HEAD}
+    return httpx.Response(200, json={**by, "margins": margins(pairs)})
+
+
+def refused(status, message="no", param=None, **headers):
+    error = {"message": message, "param": param, "code": "deadline_exceeded" if status == 504 else ""}
+    return httpx.Response(status, json={"error": error}, headers=headers)
+
+
+@pytest.fixture
+def ask(monkeypatch):
+    """Has ``handler`` answer; waits are written down instead of waited."""
+    waits = []
+
+    async def sleep(seconds):
+        waits.append(seconds)
+
+    monkeypatch.setattr("inward_client.aio.asyncio.sleep", sleep)
+    monkeypatch.setattr("inward_client.aio.time", SimpleNamespace(monotonic=lambda: 1.0 + sum(waits)))
+
+    async def ask(handler, pairs=PAIRS):
+        async with httpx.AsyncClient(transport=httpx.MockTransport(handler)) as client:
+            return await ServiceScorer("http://service", None, head="legend", truncate=False, http=client).annotate(
+                pairs
+            )
+
+    ask.waits = waits
+    return ask
+
+
+async def test_results_come_in_order_with_all_columns_and_name_who_gave_them(ask):
+    results, by = await ask(answered)
+    assert [one.columns["margin"] for one in results] == list(range(9))
+    assert set(results[0].columns) == set(COLUMNS)
+    assert results[0].columns["margin_bin"] == 1.0
+    assert by == BY
+
+
+async def test_a_row_that_the_service_refuses_harms_itself_only(ask):
+    def handler(request):
+        bad = any(pair["chosen"] == "chosen 6" for pair in json.loads(request.content)["pairs"])
+        return refused(422, "chosen 6 is bad", param="pairs.0.chosen") if bad else answered(request)
+
+    results, by = await ask(handler)
+    assert [one.columns and one.columns["margin"] for one in results] == [0, 1, 2, 3, 4, 5, None, 7, 8]
+    assert results[6].error == "chosen 6 is bad"
+    assert by == BY
+
+
+@pytest.mark.parametrize("status", [413, 504])
+async def test_what_is_too_much_at_once_is_asked_in_parts(ask, status):
+    def handler(request):
+        return refused(status) if len(json.loads(request.content)["pairs"]) > 2 else answered(request)
+
+    results, _ = await ask(handler)
+    assert [one.columns["margin"] for one in results] == list(range(9))
+
+
+async def test_overload_and_broken_connections_are_waited_for_as_long_as_the_service_says(ask):
+    answers = [refused(503, **{"retry-after": "7"}), httpx.ConnectError("refused"), refused(500)]
+
+    def handler(request):
+        if not answers:
+            return answered(request)
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    results, _ = await ask(handler)
+    assert len(results) == 9
+    assert 7 <= ask.waits[0] < 9
+    assert len(ask.waits) == 3
+
+
+async def test_a_service_that_stays_away_ends_the_job_and_says_that_nothing_is_lost(ask):
+    with pytest.raises(Unavailable, match="what is done is kept"):
+        await ask(lambda request: refused(503, "starting"))
+    assert 0.9 * PATIENCE.patience < sum(ask.waits) <= PATIENCE.patience
+
+
+@pytest.mark.parametrize("status", [401, 404])
+async def test_no_key_and_no_such_head_end_the_job_at_once(ask, status):
+    with pytest.raises(SetupError, match="no such thing"):
+        await ask(lambda request: refused(status, "no such thing"))
+    assert not ask.waits
+
+
+async def test_who_annotates_is_asked_first_and_the_head_of_the_confidence_is_the_one_that_gave_it():
+    def handler(request):
+        if request.url.path == "/info":
+            return httpx.Response(200, json=INFO)
+        by = {"model": "m", "policy_version": "base"}
+        if request.url.path == "/reward":
+            return httpx.Response(200, json={**by, "head": HYBRID, "rewards": [{"margin": 1.0}]})
+        return httpx.Response(200, json={**by, "head": HEAD, "margins": [{"margin": 1.0, "confidence": 0.75}]})
+
+    async with httpx.AsyncClient(transport=httpx.MockTransport(handler)) as client:
+        scorer = ServiceScorer("http://service", None, head=None, truncate=False, http=client)
+        annotator = await scorer.annotator()
+        _, by = await scorer.annotate(PAIRS[:1])
+    assert (annotator.head, annotator.confidence_head, annotator.model) == (HEAD, HYBRID, "m")
+    assert by == {**BY, "confidence_head": HYBRID}
+
+
+async def test_an_address_that_is_none_is_refused():
+    with pytest.raises(SetupError, match="must begin with http"):
+        ServiceScorer("service:8080", None, head=None, truncate=False)
+
+
+class Row:
+    """As ``api.rows`` gives it."""
+
+    def __init__(self, margin=None, error=None):
+        self.by = None if error else BY
+        self._body = {"margin": margin, "error": error and {"message": error}, "truncated": False, "bin": 0.5}
+
+    def body(self):
+        return self._body
+
+
+async def test_rows_that_are_scored_in_this_process_come_the_same_way():
+    sent = []
+
+    async def score(rows):
+        sent.extend(rows)
+        return [Row(error="too long") if row["chosen"] == "chosen 1" else Row(2.0) for row in rows]
+
+    scorer = RowScorer(score, INFO, 4096)
+    assert (await scorer.annotator()).head == HEAD
+    results, by = await scorer.annotate(PAIRS[:3])
+    assert sent[1:] == [pair.body() for pair in PAIRS[:3]]
+    assert [one.error for one in results] == [None, "too long", None]
+    assert (results[0].columns["margin"], results[0].columns["margin_bin"], by) == (2.0, 0.5, BY)
+
+
+async def test_no_such_head_in_this_process_is_refused_before_anything_is_read():
+    async def score(rows):
+        raise NotFound("no head 'nobody'")
+
+    with pytest.raises(SetupError, match="nobody"):
+        await RowScorer(score, INFO, None).annotator()
