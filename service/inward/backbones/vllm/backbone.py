@@ -22,7 +22,7 @@ from inward.backbones.tokenizer import end_ids, ending_configs, load_tokenizer
 from inward.backbones.vllm.engine import Engine, built_for
 from inward.backbones.vllm.generation import Generation, Text, feed, lora_request
 from inward.backbones.vllm.layout import Columns, ColumnTable, Policy, ReadRequest, Want, WideLayout, readings
-from inward.backbones.vllm.protocol import INSTALL, INSTALL_WIDE, NORM, TAKE, plain
+from inward.backbones.vllm.protocol import INSTALL, INSTALL_WIDE, NORM, PLACE_COLUMNS, TABLE_COLUMNS, TAKE, plain
 from inward.errors import InternalError, InvalidField, SetupError
 from inward.types import BackboneInfo, Floats, Group, GroupReading, Ids, Readout, Sample, SamplingSpec, Tap
 
@@ -280,6 +280,13 @@ class VllmBackbone:
         new = [readout for readout in readouts if readout not in self._table]
         parts = self._table.place(readouts)
         if parts is None:
+            if all(tap.weight_DK is not None for readout in readouts for tap in readout.taps):
+                log.warning(
+                    "the heads of one call need more numbers a token than are kept for cached tokens (%d, of one layer "
+                    "%d): they are read without the prefix cache, which is slower",
+                    TABLE_COLUMNS,
+                    PLACE_COLUMNS,
+                )
             layout = WideLayout(next(self._wide_numbers), readouts, layers=self.info.layers, width=self.info.width)
             try:
                 await self._engine.rpc(INSTALL_WIDE, layout.number, layout.width, plain(layout.parts))
