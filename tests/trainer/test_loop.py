@@ -284,7 +284,7 @@ def test_a_run_that_only_gets_worse_ends_early_publishes_and_stays_ended(world, 
     fake, run = world
     pairs = write_rows(tmp_path / "eval.jsonl", [row | {"confidence": 0.9} for row in rows(3)])
     losses = iter([0.7, 0.5, 0.6, 0.55, 0.4, 0.3])
-    monkeypatch.setattr(loop.FedTrainer, "judge", lambda self, rows, seen=losses: [(next(seen), 1.0)] * len(rows))
+    monkeypatch.setattr(loop.FedTrainer, "pair_losses", lambda self, rows, seen=losses: [(next(seen), 1.0)] * len(rows))
     run = run.model_copy(
         update={"eval_pairs": pairs, "stop_after": 2, "publish_every": 1, "steps": 6, "held_out": None}
     )

@@ -80,7 +80,7 @@ def test_every_checkpoint_is_judged_and_the_best_is_kept(policy, tmp_path):
 def test_the_loss_of_a_pair_is_that_of_its_difference(policy, tmp_path):
     run = options(policy, tmp_path, margins="none")
     model = rm.load_model(rm.AutoModelForSequenceClassification, policy, run, num_labels=1)
-    (loss, margin), (other, _) = rm.judge(model, [([1, 5, 9], [1, 7]), ([1, 7], [1, 5, 9])])
+    (loss, margin), (other, _) = rm.pair_losses(model, [([1, 5, 9], [1, 7]), ([1, 7], [1, 5, 9])])
     assert loss == pytest.approx(float(-torch.nn.functional.logsigmoid(torch.tensor(margin))), rel=1e-5)
     assert other == pytest.approx(loss + margin, rel=1e-4)
 
@@ -165,7 +165,7 @@ def test_a_run_that_is_stopped_and_killed_ends_as_one_that_is_not(policy, tmp_pa
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(rm.Steps, "on_step_begin", stop)
+        patch.setattr(rm.RewardLoop, "on_step_begin", stop)
         assert rm.run(again) == 128 + signal.SIGINT
         assert "rm: stopped by SIGINT, step 2 of 8 is kept" in capsys.readouterr().err
         assert not (again.out / "final").exists()

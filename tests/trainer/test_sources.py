@@ -7,10 +7,10 @@ import pytest
 from inward_trainer.errors import DataError, OptionsError, ServiceError, Stopped
 from inward_trainer.pairs import ScoredPair, read_row
 from inward_trainer.sources import Ended
+from inward_trainer.sources.file import FilePairs, read_pairs, read_prompts
 from inward_trainer.sources.job import pairs_of_job
-from inward_trainer.sources.rows import Rows, read_pairs, read_prompts
-from inward_trainer.sources.samples import Samples
-from inward_trainer.sources.stream import Stream
+from inward_trainer.sources.samples import SampledPairs
+from inward_trainer.sources.stream import StreamedPairs
 from inward_trainer.stopping import Stopping
 from support.fake_inward import FakeInward, score, service, service_of
 from support.small_policy import rows, write_rows
@@ -35,13 +35,13 @@ def drain(source, n, cursor=None):
 
 def test_every_epoch_has_every_row_once_in_an_order_of_its_own(tmp_path):
     pairs = read_pairs(write_rows(tmp_path / "pairs.jsonl", rows(10)))
-    ids = drain(Rows(pairs, epochs=3, seed=1), 4)
+    ids = drain(FilePairs(pairs, epochs=3, seed=1), 4)
     epochs = [ids[i : i + 10] for i in (0, 10, 20)]
     assert all(sorted(epoch, key=int) == [str(i) for i in range(10)] for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
-    assert drain(Rows(pairs, epochs=3, seed=1), 7) == ids, "whatever is taken at once"
-    assert drain(Rows(pairs, epochs=3, seed=1), 4, cursor=12) == ids[12:], "from wherever a run goes on"
-    assert drain(Rows(pairs, epochs=1, seed=2), 10) != ids[:10]
+    assert drain(FilePairs(pairs, epochs=3, seed=1), 7) == ids, "whatever is taken at once"
+    assert drain(FilePairs(pairs, epochs=3, seed=1), 4, cursor=12) == ids[12:], "from wherever a run goes on"
+    assert drain(FilePairs(pairs, epochs=1, seed=2), 10) != ids[:10]
 
 
 def test_parquet_is_read_as_well(tmp_path):
@@ -105,7 +105,7 @@ def test_samples_are_best_against_worst_of_the_current_policy():
     fake = FakeInward()
     fake.policies.append("run-000002")
     with service(fake) as asked:
-        taken = Samples(asked, ["Birds?", "Boats?", "Locks?"], n=4, head="hybrid", seed=3).take(3, None)
+        taken = SampledPairs(asked, ["Birds?", "Boats?", "Locks?"], n=4, head="hybrid", seed=3).take(3, None)
     assert {pair.prompt for pair in taken.pairs} == {"Birds?", "Boats?", "Locks?"}
     for pair in taken.pairs:
         assert (pair.chosen_score, pair.rejected_score) == (score(pair.chosen), score(pair.rejected))
@@ -115,7 +115,7 @@ def test_samples_are_best_against_worst_of_the_current_policy():
 
 def test_the_same_place_draws_the_same_samples_and_another_one_others():
     with service(FakeInward()) as asked:
-        source = Samples(asked, ["Birds?"], n=4, head="hybrid")
+        source = SampledPairs(asked, ["Birds?"], n=4, head="hybrid")
         first, again, next_epoch = source.take(1, None), source.take(1, None), source.take(1, 1)
     assert first == again
     assert first.pairs[0].chosen != next_epoch.pairs[0].chosen
@@ -134,7 +134,7 @@ def test_what_the_policy_wrote_is_kept_as_it_wrote_it():
 
     fake.answer = with_ids
     with service(fake) as asked:
-        (pair,) = Samples(asked, ["Birds?"], n=4, head="hybrid").take(1, None).pairs
+        (pair,) = SampledPairs(asked, ["Birds?"], n=4, head="hybrid").take(1, None).pairs
     assert (pair.chosen_ids, pair.rejected_ids, pair.finished) == ((0, 7), (3, 7), (True, False))
     assert ScoredPair.from_json(json.loads(json.dumps(pair.to_json()))) == pair
 
@@ -153,7 +153,7 @@ def test_prompts_that_give_no_pair_are_passed_over():
 
     fake.answer = answer
     with service(fake) as asked:
-        source = Samples(asked, ["too long", "all the same", "Birds?"], n=4, head="hybrid", epochs=1)
+        source = SampledPairs(asked, ["too long", "all the same", "Birds?"], n=4, head="hybrid", epochs=1)
         assert len(drain(source, 1)) == 1
 
 
@@ -225,7 +225,9 @@ def stream(redis_server):
     opened = []
 
     def open(consumer="trainer", idle=0.2, **more):
-        opened.append(Stream(redis_server.url, KEY, **{"group": "g", "consumer": consumer, "idle": idle, **more}))
+        opened.append(
+            StreamedPairs(redis_server.url, KEY, **{"group": "g", "consumer": consumer, "idle": idle, **more})
+        )
         return opened[-1]
 
     yield open
@@ -324,7 +326,7 @@ def test_what_is_no_pair_or_was_trimmed_is_passed_over(redis_server, stream):
 
 def test_a_redis_that_is_away_for_a_moment_is_waited_for(own_redis):
     server = own_redis(appendonly="yes", appendfsync="always")
-    source = Stream(server.url, KEY, group="g", consumer="trainer", idle=30, patience=60)
+    source = StreamedPairs(server.url, KEY, group="g", consumer="trainer", idle=30, patience=60)
     with server.client() as client:
         entries = append(client, 2)
     first = source.take(1, None)

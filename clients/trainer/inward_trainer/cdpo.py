@@ -32,13 +32,13 @@ from inward_trainer.options import CdpoOptions
 from inward_trainer.pairs import ScoredPair
 from inward_trainer.policy import Publisher
 from inward_trainer.processes import agreed
-from inward_trainer.runs import Run, find_run, go_on, locked, new_run, stopped
+from inward_trainer.runs import Run, find_run, go_on, locked, new_run, say_stopped
 from inward_trainer.service import POINTWISE, Info, Service
 from inward_trainer.sources import Source
+from inward_trainer.sources.file import FilePairs, read_pairs, read_prompts
 from inward_trainer.sources.job import pairs_of_job
-from inward_trainer.sources.rows import Rows, read_pairs, read_prompts
-from inward_trainer.sources.samples import Samples
-from inward_trainer.sources.stream import Stream
+from inward_trainer.sources.samples import SampledPairs
+from inward_trainer.sources.stream import StreamedPairs
 from inward_trainer.stopping import Stopping
 from inward_trainer.tokens import Tokeniser
 
@@ -70,7 +70,7 @@ def run(options: CdpoOptions) -> int:
         try:
             return _run(options, config, stopping, stack)
         except Stopped as stop:
-            return stopped("cdpo", options, stop, config.max_steps)
+            return say_stopped("cdpo", options, stop, config.max_steps)
 
 
 def check(options: CdpoOptions) -> None:
@@ -186,7 +186,7 @@ def _evaluation(
     pairs: Sequence[ScoredPair] = agreed(parts.main.eval_pairs if parts else None, processes)
     rows = rows_of(pairs, tokeniser, confidence)
     return Evaluation(
-        lambda places: trainer.judge([rows[place] for place in places]),
+        lambda places: trainer.pair_losses([rows[place] for place in places]),
         len(rows),
         trainer.save_model,
         parts.main.log if parts else None,
@@ -354,7 +354,7 @@ class _Parts:
         """The source, and how many pairs one epoch of it has at most; 0 where it has no end."""
         options = self._options
         if options.source == "stream":
-            stream = Stream(
+            stream = StreamedPairs(
                 str(options.redis_url),
                 stream_key(options, self._served),
                 group=options.group,
@@ -369,7 +369,7 @@ class _Parts:
         if options.source == "samples":
             assert self._service is not None and options.prompts is not None
             prompts = read_prompts(options.prompts)
-            samples = Samples(
+            samples = SampledPairs(
                 self._service,
                 prompts,
                 n=options.samples,
@@ -388,7 +388,7 @@ class _Parts:
         else:
             pairs = read_pairs(options.pairs)
         pairs = fitting(pairs, self._model.tokeniser, options.max_length)
-        return Rows(pairs, seed=options.seed), len(pairs)
+        return FilePairs(pairs, seed=options.seed), len(pairs)
 
 
 def _service(options: CdpoOptions, stopping: Stopping, stack: ExitStack) -> Service | None:

@@ -21,7 +21,7 @@ from inward_trainer.processes import agreed
 from inward_trainer.statistics import estimates
 
 LOG = logging.getLogger(__name__)
-Judge = Callable[[Sequence[int]], Sequence[tuple[float, float]]]
+PairLosses = Callable[[Sequence[int]], Sequence[tuple[float, float]]]
 """Places of pairs → loss and margin (reward of chosen minus reward of rejected) of each."""
 
 
@@ -39,7 +39,7 @@ class Evaluation:
     """Every process judges its share of the pairs; the main one writes down what comes of it.
 
     Args:
-        judge: this process's model.
+        pair_losses: this process's model.
         pairs: how many there are.
         save: writes the model to a folder; called by all processes.
         log: None in all processes but the main one.
@@ -49,7 +49,7 @@ class Evaluation:
 
     def __init__(
         self,
-        judge: Judge,
+        pair_losses: PairLosses,
         pairs: int,
         save: Callable[[str], Any],
         log: Log | None,
@@ -59,7 +59,7 @@ class Evaluation:
         rank: int,
         processes: int,
     ) -> None:
-        self._judge, self._pairs, self._save, self._log, self._best = judge, pairs, save, log, best
+        self._pair_losses, self._pairs, self._save, self._log, self._best = pair_losses, pairs, save, log, best
         self._stop_after, self._rank, self._processes = stop_after, rank, processes
 
     def __call__(self, step: int) -> bool:
@@ -78,7 +78,7 @@ class Evaluation:
         share = -(-self._pairs // self._processes)
         mine = range(self._rank * share, (self._rank + 1) * share)
         # all processes do the same number of passes, as sharded models need; what is past the end is the last pair's
-        judged = self._judge([min(place, self._pairs - 1) for place in mine])
+        judged = self._pair_losses([min(place, self._pairs - 1) for place in mine])
         found = list(zip(mine, judged, strict=True))
         everywhere = dict(gather_object(found) if self._processes > 1 else found)
         pairs = [everywhere[place] for place in range(self._pairs)]

@@ -80,8 +80,8 @@ class SourceOptions(_Options):
     """file: --pairs. job: --pairs, scored by a bulk job. stream: the service's, in Redis. samples: the policy's own,
     for --prompts."""
     pairs: Path | None = None
-    """JSONL or Parquet with prompt, chosen, rejected, and confidence, chosen_score, rejected_score where they are
-    known already."""
+    """Pairs in any layout (JSON lines, JSON, CSV, Parquet, a folder; also gzipped), with confidence, chosen_score,
+    rejected_score where they are known already."""
     job: str | None = None
     """Id of a bulk job that scored --pairs; without it one is made."""
     epochs: int = Field(1, ge=1)
@@ -102,7 +102,7 @@ class SourceOptions(_Options):
     """Seconds without a new pair after which a stream counts as ended; by default never. A stream that nobody writes
     is an error after as long, or after --patience."""
     prompts: Path | None = None
-    """JSONL or Parquet with prompts to sample from."""
+    """Prompts to sample from, in any file of rows."""
     samples: int = Field(8, ge=2)
     """Samples of each prompt, of which the best and the worst make a pair."""
     sampling: JsonObject = Field(default_factory=lambda: dict(SAMPLING))
@@ -199,7 +199,7 @@ class OnlineOptions(_Options):
     update_lr: float = Field(1e-3, gt=0, le=1)
     """Its learning rate."""
     held_out: Path | None = None
-    """Prompts (JSONL or Parquet) of which every version draws one sample each, to be scored by both heads."""
+    """Prompts of which every version draws one sample each, to be scored by both heads."""
     held_out_prompts: int = Field(64, ge=1)
     """How many of them."""
 
@@ -238,7 +238,7 @@ class MarginOptions(_Options):
     """pairs and margins"""
 
     pairs: Path | None = None
-    """JSONL or Parquet with prompt, chosen, rejected, and perhaps margin."""
+    """Pairs in any layout (JSON lines, JSON, CSV, Parquet, a folder; also gzipped), and perhaps their margin."""
     margins: Literal["bin", "margin_scaled", "constant", "none", "column"] = "bin"
     """bin (0 to 1), margin_scaled: of the service. constant: the mean of the bins for all. column: the rows' own
     `margin`."""

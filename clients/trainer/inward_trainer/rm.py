@@ -32,9 +32,9 @@ from inward_trainer.models import checkpoints, configuration, load_model, load_t
 from inward_trainer.options import RewardOptions
 from inward_trainer.pairs import ScoredPair, read_row
 from inward_trainer.processes import agreed
-from inward_trainer.runs import Run, find_run, go_on, locked, new_run, stopped
+from inward_trainer.runs import Run, find_run, go_on, locked, new_run, say_stopped
 from inward_trainer.service import Service
-from inward_trainer.sources.rows import read_pairs, read_table
+from inward_trainer.sources.file import read_pairs, read_table
 from inward_trainer.statistics import estimates
 from inward_trainer.stopping import Stopping
 from inward_trainer.tokens import Tokeniser
@@ -43,7 +43,7 @@ LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class MarginPair:
     """One pair as it is trained on."""
 
     id: str
@@ -79,11 +79,11 @@ def run(options: RewardOptions) -> int:
         try:
             return _run(options, options.pairs, config, stopping, stack)
         except Stopped as stop:
-            return stopped("rm", options, stop, config.max_steps)
+            return say_stopped("rm", options, stop, config.max_steps)
 
 
 @torch.no_grad()
-def judge(model: Any, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, float]]:
+def pair_losses(model: Any, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, float]]:
     """Loss (without a margin) and difference of rewards of each pair; one text at a time, so that no padding can
     matter.
     """
@@ -96,7 +96,7 @@ def judge(model: Any, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tupl
     return found
 
 
-class Steps(TrainerCallback):  # type: ignore[misc]
+class RewardLoop(TrainerCallback):  # type: ignore[misc]
     """What happens between the steps: the log, whole checkpoints, the end if somebody asks for it."""
 
     def __init__(
@@ -154,14 +154,14 @@ def _run(options: RewardOptions, path: Path, config: RewardConfig, stopping: Sto
     rows, checkpoint = agreed((rows, checkpoint), processes)
     trainer = build_trainer(options, config, folder, tokenizer, rows)
     evaluate = _evaluation(options, trainer, log, tokeniser)
-    steps = Steps(log, stopping, trainer.accelerator.wait_for_everyone, evaluate)
-    trainer.add_callback(steps)
+    loop = RewardLoop(log, stopping, trainer.accelerator.wait_for_everyone, evaluate)
+    trainer.add_callback(loop)
     if log is not None and options.report_to:
         log.report = partial(Trainer.log, trainer)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if steps.signal is not None:
+    if loop.signal is not None:
         config.max_steps = trainer.state.max_steps
-        raise Stopped(steps.signal)
+        raise Stopped(loop.signal)
     trainer.save_model(str(options.out / "final"))
     if is_main:
         tokenizer.save_pretrained(options.out / "final")
@@ -182,7 +182,7 @@ def _report(options: RewardOptions, pairs: int, trainer: Any, tokeniser: Tokenis
     report: dict[str, Any] = {"pairs": pairs, "margins": options.margins}
     if options.held_out is not None:
         held_out = [_texts(tokeniser, read_row(row, str(i))) for i, row in enumerate(read_table(options.held_out))]
-        found = judge(trainer.accelerator.unwrap_model(trainer.model), held_out)
+        found = pair_losses(trainer.accelerator.unwrap_model(trainer.model), held_out)
         right = estimates("held_out", {"accuracy": [float(margin > 0) for _, margin in found]})
         report |= {"held_out_pairs": len(held_out)} | {name.replace("/", "_"): one for name, one in right.items()}
     write_text(options.out / "report.json", json.dumps(report, indent=2) + "\n")
@@ -199,7 +199,7 @@ def _evaluation(
     if not pairs:
         raise DataError(f"--eval-pairs: {options.eval_pairs} has no pair that can be used")
     return Evaluation(
-        lambda places: judge(trainer.model, [pairs[place] for place in places]),
+        lambda places: pair_losses(trainer.model, [pairs[place] for place in places]),
         len(pairs),
         trainer.save_model,
         log,
@@ -210,7 +210,7 @@ def _evaluation(
     )
 
 
-def read_rows(options: RewardOptions, path: Path, tokeniser: Tokeniser, service: Service | None) -> list[Row]:
+def read_rows(options: RewardOptions, path: Path, tokeniser: Tokeniser, service: Service | None) -> list[MarginPair]:
     """The pairs that are trained on, with their margins; ``dropped.jsonl`` has the ids of the others, and why.
 
     The service is asked once: a run that goes on has the margins that it began with, in ``margins.jsonl``.
@@ -226,7 +226,7 @@ def read_rows(options: RewardOptions, path: Path, tokeniser: Tokeniser, service:
     for pair in pairs:
         if pair.id in dropped:
             continue
-        row = Row(pair.id, *_texts(tokeniser, pair), margins[pair.id])
+        row = MarginPair(pair.id, *_texts(tokeniser, pair), margins[pair.id])
         if row.longest > options.max_length:
             dropped[pair.id] = f"{row.longest} tokens, more than --max-length {options.max_length}"
         else:
@@ -239,12 +239,12 @@ def read_rows(options: RewardOptions, path: Path, tokeniser: Tokeniser, service:
         raise DataError(f"no pair is left to train on; {options.out / 'dropped.jsonl'} says why")
     if options.margins == "constant":
         mean = fmean(row.margin for row in rows if row.margin is not None)
-        rows = [Row(row.id, row.chosen_ids, row.rejected_ids, mean) for row in rows]
+        rows = [MarginPair(row.id, row.chosen_ids, row.rejected_ids, mean) for row in rows]
     return rows
 
 
 def build_trainer(
-    options: RewardOptions, config: RewardConfig, folder: Path, tokenizer: Any, rows: Sequence[Row]
+    options: RewardOptions, config: RewardConfig, folder: Path, tokenizer: Any, rows: Sequence[MarginPair]
 ) -> RewardTrainer:
     """The model with its score head, in TRL's trainer. The head is random: the same for every run of a seed, so that
     margins of different kinds begin alike.

@@ -99,7 +99,7 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def stopped(command: str, options: ModelOptions, stop: Stopped, steps: int) -> int:
+def say_stopped(command: str, options: ModelOptions, stop: Stopped, steps: int) -> int:
     """Says how far the run came and how it goes on; the exit status that a signal's end has."""
     checkpoint = last_checkpoint(checkpoints(options))
     done = f"step {step_of(checkpoint)} of {steps} is kept" if checkpoint else "before the first checkpoint"

@@ -82,7 +82,7 @@ class CdpoTrainer(DPOTrainer):  # type: ignore[misc]
         self._signature_columns = [*known, *(name for name in (COLUMN, *SCORES) if name not in known)]
 
     @torch.no_grad()
-    def judge(self, rows: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
+    def pair_losses(self, rows: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
         """Loss and ``z`` of each row, which is as the collator takes it, with the policy as it is now."""
         was_training, size = self.model.training, self.args.per_device_eval_batch_size
         found: list[tuple[float, float]] = []

@@ -12,7 +12,7 @@ from inward_trainer.durable import write_text
 from inward_trainer.errors import DataError, ServiceError
 from inward_trainer.pairs import ScoredPair, read_row
 from inward_trainer.service import Service
-from inward_trainer.sources.rows import read_table
+from inward_trainer.sources.file import read_table
 from inward_trainer.stopping import Stopping
 
 LOG = logging.getLogger(__name__)

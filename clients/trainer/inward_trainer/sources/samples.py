@@ -14,7 +14,7 @@ SAMPLING = {"temperature": 1.4, "top_p": 0.95, "top_k": 8, "repetition_penalty":
 """Those of arXiv 2503.10093."""
 
 
-class Samples:
+class SampledPairs:
     """The cursor is the number of prompts used, over all epochs. The same seed draws the same samples of the same
     policy.
 

@@ -36,7 +36,7 @@ TOLD_S = 30.0
 """Between two lines in the log while nothing comes."""
 
 
-class Stream:
+class StreamedPairs:
     """See the module. The cursor is the id of the last entry taken.
 
     Args:

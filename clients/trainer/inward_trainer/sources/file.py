@@ -17,7 +17,7 @@ LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class Rows:
+class FilePairs:
     """The cursor is the number of pairs given, over all epochs.
 
     Args:
