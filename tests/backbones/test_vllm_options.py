@@ -28,7 +28,8 @@ INT8 = {
     "ignore": ["lm_head"],
     "config_groups": {"group_0": {
         "targets": ["Linear"], "output_activations": None,
-        "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False, "observer": "minmax"},
+        "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False,
+                    "observer": "minmax"},
         "input_activations": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
     }},
 }  # fmt: skip

@@ -9,7 +9,6 @@ import sys
 import time
 
 import pytest
-from inward.offline.annotate.asking import COLUMNS
 from pyarrow import parquet
 
 from inward import logs
