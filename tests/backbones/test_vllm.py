@@ -163,7 +163,8 @@ def test_concurrent_calls_get_their_own_answers_while_heads_change(
     readouts = [
         (Readout((Tap(2, "mean", rng.normal(size=(WIDTH, 2)).astype(np.float32)),)), HEADS[0]) for _ in range(4)
     ]
-    answers = together(*(lambda g=g, i=i: backbone.read([g], readouts[i % 4]) for i, g in enumerate(groups)))  # type: ignore[misc]
+    reads = [lambda g=g, i=i: backbone.read([g], readouts[i % 4]) for i, g in enumerate(groups)]  # type: ignore[misc]
+    answers = together(*reads)
     for i, (group, answer) in enumerate(zip(groups, answers, strict=True)):
         assert worst_error(answer, read(reference, [group], readouts[i % 4])) <= TOLERANCE
     assert held(backbone)[:2] == [0, 0]
