@@ -90,7 +90,7 @@ def test_the_command_line_names_a_pool_and_its_parameters():
     assert Pool.parse("max_rolling:window=20") == Pool(name="max_rolling", window=20)
     assert Pool.parse("attention", layer=7) == Pool(name="attention", layer=7)
     for wrong in ("max", "topk:k=0", "topk:q=1", "mean:window"):
-        with pytest.raises(ValueError, match="pool|name|k|window|q"):
+        with pytest.raises(ValueError, match=r"pool|name|k|window|q"):
             Pool.parse(wrong)
 
 
@@ -134,7 +134,7 @@ def test_a_trained_pool_reads_a_number_more_of_every_token(tmp_path):
     weight = np.random.default_rng(5).normal(size=4).astype(np.float32)
     tensors = {**legend().tensors(), "pool_weight": weight, "pool_bias": np.array([0.5], np.float32)}
     head = LegendHead.from_tensors(manifest(pool={"name": "attention", "layer": 2}), tensors)
-    own, extra = head.readout.taps
+    _own, extra = head.readout.taps
     assert (extra.layer, extra.weight_DK.shape, float(extra.bias_K[0])) == (2, (4, 1), 0.5)
     (both,) = tokens(6, k=2)
     (score,) = head.score(Reading(np.zeros((1, 2), np.float32), (both,))).scores_N

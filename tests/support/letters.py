@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from inward.prompts import Prompts
 
 
@@ -11,7 +13,7 @@ class Letters:
     chat_template = None
     bos_token = bos_token_id = None
     eos_token = pad_token = unk_token = None
-    added_tokens_decoder = {}
+    added_tokens_decoder: ClassVar = {}
 
     def __call__(self, text, *, add_special_tokens):
         return {"input_ids": [[1 + ord(c) % 200 for c in t] for t in text]}

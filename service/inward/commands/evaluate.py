@@ -33,7 +33,8 @@ EPILOG = """examples:
   inward evaluate --cross-validate hybrid --states states.safetensors
 
 Pairs: prompt, chosen, rejected. Lists: prompt, responses: [{"text", "safe"}, …].
-Responses: prompt, response, safe; or, as XSTest has them, prompt, response, type, label (1 compliance, 2 refusal, 3 partial)."""
+Responses: prompt, response, safe; or, as XSTest has them, prompt, response, type, label (1 compliance, 2 refusal,
+3 partial)."""
 POSITIONS: dict[Kind, Position] = {"legend": "last", "hybrid": "eos", "srr": "last"}
 
 
@@ -41,7 +42,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "evaluate",
         help=COMMANDS["evaluate"],
-        description="Judges a head on pairs, lists, labelled responses or saved states: every figure with its 95 % interval, resampled by "
+        description="Judges a head on pairs, lists, labelled responses or saved states: every figure with its 95 % "
+        "interval, resampled by "
         "prompt, beside length, mean difference, a logistic probe, TF-IDF and stable rank.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -61,7 +63,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         const="like",
         choices=["like", *get_args(Kind)],
         metavar="KIND",
-        help="judge heads that are refitted on the other folds: of the kind of --head, or of KIND (legend, hybrid, srr)",
+        help="judge heads that are refitted on the other folds: of the kind of --head, or of KIND (legend, hybrid, "
+        "srr)",
     )
     parser.add_argument("--json", action="store_true", help="the whole report as JSON on standard output")
     parser.add_argument(
