@@ -18,7 +18,7 @@ from inward.offline.annotate.scorer import COLUMNS
 from support import real_data as real
 from support.serving import serve, write_model
 
-FAKE = ("--backbone", "fake")
+FAKE = ("--model", "toy", "--backbone", "fake")
 
 
 @pytest.fixture(autouse=True)
