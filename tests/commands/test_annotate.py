@@ -191,7 +191,7 @@ def test_real_pairs_of_both_published_kinds(tmp_path, capsys):
     for name, layout in (("hh_harmless_pairs.jsonl", "hh"), ("pku_saferlhf_pairs.jsonl", "trl")):
         rows = real.rows(name, 40)
         out = tmp_path / f"{layout}.parquet"
-        assert annotate(write(tmp_path / name, rows), out) == 0
+        assert annotate(write(tmp_path / name, rows), out, "--model", "toy") == 0
         assert parquet.read_table(out).num_rows == 40
         assert json.loads(parquet.read_schema(out).metadata[b"inward"])["layout"] == layout
 
