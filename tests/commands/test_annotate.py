@@ -135,7 +135,7 @@ def test_another_head_or_input_is_not_mixed_with_what_is_done(tmp_path, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("inward.offline.annotate.run.Job._finish", stop)
+        patched.setattr("inward.offline.annotate.run.Annotation._finish", stop)
         assert annotate(path, tmp_path / "out.jsonl", *FAKE) == 130
     assert annotate(path, tmp_path / "out.jsonl", *FAKE, "--head", "hybrid") == 2
     assert "--restart" in capsys.readouterr().err
