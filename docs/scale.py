@@ -28,10 +28,10 @@ class Pair:
 
 
 MEASURED = {
-    "`/margin`, 1 pair a request": Pair(202, 23, 3377, 2141),
-    "`/margin`, 4 pairs a request": Pair(148, 21, 3118, 2126),
-    "`/margin`, 64 pairs a request": Pair(113, 20, 3035, 2122),
-    "bulk job, with a `scores` stream": Pair(82 + 25, 16 + 1, 2183 + 1909, 2116 + 565),
+    "`/margin`, 1 pair a request": Pair(188, 22, 2544, 2143),
+    "`/margin`, 4 pairs a request": Pair(133, 19, 2253, 2128),
+    "`/margin`, 64 pairs a request": Pair(97, 17, 2192, 2123),
+    "bulk job, with a `scores` stream": Pair(97 + 30, 17 + 1, 2192 + 1958, 2123 + 567),
 }
 WAITING_BYTES = 1504
 """Memory of a pair of 256 tokens that waits."""

@@ -1,6 +1,7 @@
 """Fixtures for all tests."""
 
 import os
+import signal
 
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
@@ -16,6 +17,10 @@ settings.register_profile(
     "inward", derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("inward")  # the same examples every time, and none of them is measured
+
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a runner in the background ignores it, and so would what it starts
 
 
 def pytest_ignore_collect(collection_path, config):

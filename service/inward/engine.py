@@ -80,7 +80,7 @@ class Engine:
 
     async def _together(self, jobs: Sequence[Job], snapshot: Snapshot) -> list[Outcome]:
         heads = {name: snapshot.resolve(name) for job in jobs for name in job.heads}
-        tokens = any("tokens" in job.details for job in jobs)
+        tokens = any("tokens" in job.details for job in jobs) or any(head.pools for head in heads.values())
         readouts = [head.readout for head in heads.values()]
         given = [job.group for job in jobs if job.group.sampling is None]
         read = iter(await self.backbone.read(given, readouts, tokens=tokens) if given else ())

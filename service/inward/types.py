@@ -30,7 +30,7 @@ response: ``last``)."""
 Detail = Literal["layers", "tokens"]
 Priority = Literal["interactive", "bulk"]
 """Interactive jobs go first, but never so that bulk jobs starve."""
-Kind = Literal["legend", "hybrid", "srr"]
+Kind = Literal["legend", "hybrid", "srr", "ensemble"]
 BASE = "base"
 """The policy version of a backbone that carries no adapter."""
 
@@ -92,7 +92,7 @@ class Tap:
     before it."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Readout:
     """The linear part of a head: its taps, whose outputs stand side by side and make the K numbers of a response."""
 

@@ -1,8 +1,8 @@
 """The loop of a process that owns a backbone: take, pack, score, settle; drain when told to.
 
 A batch is closed as late as possible: while the device works, the next one fills up; it is closed early only when it is
-full. So there is no timer, no waiting when idle, and the device finds its next batch ready. Jobs that draw go beside the
-batches where the backbone can do both in turns: they take long, and nobody's score waits for them.
+full. So there is no timer, no waiting when idle, and the device finds its next batch ready. Jobs that draw go beside
+the batches where the backbone can do both in turns: they take long, and nobody's score waits for them.
 
 A queue is a trust boundary: what is longer than the model takes is refused here, too. And the device is watched: where
 it makes no progress, the jobs are for others, and this loop ends, as its process has to.

@@ -12,7 +12,7 @@ import torch
 
 from inward.backbones.transformers import generate
 from inward.backbones.transformers.backbone import TransformersBackbone
-from inward.errors import InvalidField
+from inward.errors import EngineDead, InvalidField
 from inward.types import Group, Readout, Sample, SamplingSpec, Tap
 from support.families import save
 from support.waiting import PATIENCE, until
@@ -211,6 +211,8 @@ def test_a_device_without_progress_is_not_healthy(load: Load) -> None:
     assert backbone.healthy()
     scheduler._clock = lambda: scheduler._began + 10_000  # type: ignore[operator]
     assert not backbone.healthy()
+    with pytest.raises(EngineDead, match="no progress"):
+        asyncio.run(backbone.sample(Group((3, 9), sampling=LONG)))
     scheduler._began = None
 
 

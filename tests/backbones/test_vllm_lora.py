@@ -13,7 +13,7 @@ import transformers
 
 from support import parity
 from support.adapters import train_adapter, write_adapter
-from support.parity import EVERY_TAP, OPTIONS, TOLERANCE, WIDTH, ids, one_a_tap, random_group, read, worst_error
+from support.parity import EAGER, EVERY_MAPPED_TAP, TOLERANCE, WIDTH, ids, one_a_tap, random_group, read, worst_error
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm does it", exc_type=ImportError)
 
@@ -42,7 +42,7 @@ def reference(folder: Path) -> TransformersBackbone:
 
 @pytest.fixture(scope="module")
 def opened(folder: Path) -> Iterator[VllmBackbone]:
-    backbone = VllmBackbone(folder / "model", name="tiny", dtype="float32", options=OPTIONS, adapters=True)
+    backbone = VllmBackbone(folder / "model", name="tiny", dtype="float32", options=EAGER, adapters=True)
     yield backbone
     asyncio.run(backbone.close())
 
@@ -66,7 +66,7 @@ def test_a_model_with_a_sliding_window_equals_transformers_also_from_the_prefix_
     groups = [random_group(rng, n) for n in (1, 2, 5)] + [
         Group(ids(rng, 5 * WINDOW), (ids(rng, 3 * WINDOW), ids(rng, 2)))
     ]
-    readouts = one_a_tap(EVERY_TAP)
+    readouts = one_a_tap(EVERY_MAPPED_TAP)
     truth = read(reference, groups, readouts, tokens=True)
     for _ in range(2):
         got = read(backbone, groups, readouts, tokens=True)

@@ -13,7 +13,7 @@ import transformers
 
 from support import parity
 from support import tiny_tokenizer as tiny
-from support.parity import LAYERS, OPTIONS, WIDTH
+from support.parity import EAGER, LAYERS, WIDTH
 from support.serving import serve
 from support.waiting import PATIENCE, wait_until
 
@@ -24,7 +24,7 @@ from inward.offline.bench.workload import write_random_heads
 from inward.prompts import Prompts
 from inward.types import BackboneInfo
 
-SERVE = ("--backbone", "vllm", "--dtype", "float32", "--vllm-options", json.dumps(OPTIONS))
+SERVE = ("--backbone", "vllm", "--dtype", "float32", "--vllm-options", json.dumps(EAGER))
 ASK = {"prompt": "Which way?", "n": 64, "sampling": {"max_tokens": 500}}
 """More than the engine has done before somebody looks."""
 

@@ -11,7 +11,7 @@ import pytest
 import transformers
 
 from support import parity
-from support.parity import EVERY_TAP, OPTIONS, TOLERANCE, ids, one_a_tap, random_group, read, worst_error
+from support.parity import EAGER, EVERY_MAPPED_TAP, TOLERANCE, ids, one_a_tap, random_group, read, worst_error
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm does it", exc_type=ImportError)
 
@@ -28,12 +28,12 @@ def test_it_equals_transformers_also_from_the_prefix_cache_and_while_drawing(tmp
     more = {"sliding_window": WINDOW, "head_dim": 32, "query_pre_attn_scalar": 32, "layer_types": kinds}
     folder = parity.save(transformers.Gemma3TextConfig, tmp_path, **more)
     reference = TransformersBackbone(folder, name="tiny", dtype="float32", device="cpu")
-    backbone = VllmBackbone(folder, name="tiny", dtype="float32", options=OPTIONS)
+    backbone = VllmBackbone(folder, name="tiny", dtype="float32", options=EAGER)
     rng = np.random.default_rng(1)
     groups = [random_group(rng, n) for n in (1, 2, 5)] + [
         Group(ids(rng, 5 * WINDOW), (ids(rng, 3 * WINDOW), ids(rng, 2)))
     ]
-    readouts = one_a_tap(EVERY_TAP)
+    readouts = one_a_tap(EVERY_MAPPED_TAP)
     truth = read(reference, groups, readouts, tokens=True)
     for _ in range(2):
         assert worst_error(read(backbone, groups, readouts, tokens=True), truth) <= TOLERANCE
@@ -47,9 +47,9 @@ def test_it_equals_transformers_also_from_the_prefix_cache_and_while_drawing(tmp
 def test_a_model_that_keeps_its_tokens_in_several_kinds_of_cache_is_refused() -> None:
     groups = [SimpleNamespace(kv_cache_spec=object(), layer_names=["layer"])]
     worker = ReadingWorker.__new__(ReadingWorker)
-    worker.rank = 0
+    worker._reader = SimpleNamespace()
     worker.model_runner = SimpleNamespace(kv_cache_config=SimpleNamespace(kv_cache_groups=groups))
     for _ in range(2):
         with pytest.raises(NotImplementedError, match="one kind of cache"):
-            worker.inward_install(1, 1, False, ())
+            worker.inward_install((), ())
         groups += groups

@@ -1,12 +1,12 @@
-"""What ranking costs on top of sampling: best-of-n by vLLM alone, and with every sample read, in one run on one engine.
+"""What ranking costs on top of sampling: best-of-n by vLLM alone, and with every sample read, in one run.
 
     python tests/benchmarks/best_of_n.py --model MODEL --prompts 64 --n 8 --tokens 128
 
-Ways, in turn, each round with prompts of its own: (a) vLLM samples and nothing is read: no hook is on the model; (b)
-read in the pass that samples, position ``last``; (c) the same with position ``eos``; (d) sample, then submit each
-sample again to be read; (e) what one does without a service: a second process with its own copy of the model runs
-transformers with ``output_hidden_states=True`` on each sample. Samples have exactly ``--tokens`` tokens, so that all
-ways do the same work. Then tokens computed for a prompt and its candidates.
+Ways, in turn, each round with prompts of its own: (a) vLLM as it comes, in an engine of its own without anything of
+ours; (b) our engine samples, nothing is read; (c) read in the pass that samples, position ``last``; (d) the same with
+position ``eos``; (e) sample, then submit each sample again to be read; (f) what one does without a service: a second
+process with its own copy of the model runs transformers with ``output_hidden_states=True`` on each sample. Samples have
+exactly ``--tokens`` tokens, so that all ways do the same work. Then tokens computed for a prompt and its candidates.
 """
 
 from __future__ import annotations
@@ -26,20 +26,22 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from vllm import SamplingParams
 
 from inward.backbones.loading import resolve
 from inward.backbones.vllm.backbone import VllmBackbone
 from inward.backbones.vllm.generation import Generation
-from inward.backbones.vllm.layout import ReadoutLayout
+from inward.backbones.vllm.internals import AsyncEngineArgs, AsyncLLM, RequestOutputKind, SamplingParams, tokens_input
+from inward.backbones.vllm.layout import ColumnTable
+from inward.backbones.vllm.protocol import INSTALL
 from inward.types import Group, Position, Readout, Sample, SamplingSpec, Tap
 
 WAYS = {
-    "bare": "(a) vLLM samples, nothing is read",
-    "last": "(b) read in the pass that samples, position last",
-    "eos": "(c) the same, position eos",
-    "again": "(d) sampled, then submitted again",
-    "second": "(e) sampled, then scored one by one by transformers in a second process",
+    "bare": "(a) vLLM as it comes samples",
+    "silent": "(b) our engine samples, nothing is read",
+    "last": "(c) read in the pass that samples, position last",
+    "eos": "(d) the same, position eos",
+    "again": "(e) sampled, then submitted again",
+    "second": "(f) sampled, then scored one by one by transformers in a second process",
 }
 
 
@@ -105,17 +107,43 @@ class Endless(Generation):
         return Sample(tuple(drawn[: spec.max_tokens]), "", "length")
 
 
+class Bare:
+    """vLLM as it comes: nothing of ours is in it, and one request draws all samples of a prompt."""
+
+    def __init__(self, folder: Path, dtype: str, options: dict[str, Any]) -> None:
+        cache = {"kv_cache_memory_bytes": 2**30, "generation_config": "vllm", "disable_log_stats": True}
+        self._engine = AsyncLLM.from_engine_args(
+            AsyncEngineArgs(**(cache | options | {"model": str(folder), "dtype": dtype}))
+        )
+        self._requests = 0
+
+    async def sample(self, group: Group) -> None:
+        spec = group.sampling
+        assert spec is not None
+        params = SamplingParams(
+            n=spec.n, max_tokens=spec.max_tokens, ignore_eos=True, output_kind=RequestOutputKind.FINAL_ONLY
+        )
+        self._requests += 1
+        async for _ in self._engine.generate(tokens_input(list(group.prompt_ids)), params, f"bare-{self._requests}"):
+            pass
+
+    def close(self) -> None:
+        self._engine.shutdown()
+
+
 async def silence(backbone: VllmBackbone) -> None:
-    """Takes every hook off the model."""
-    edition = backbone._edition
-    await backbone._engine.call(lambda: backbone._engine.rpc("inward_retire", edition.number))
-    backbone._edition = ReadoutLayout(edition.number, (), layers=backbone.info.layers, width=backbone.info.width)
+    """Nobody reads anything any more."""
+    backbone._table = ColumnTable(layers=backbone.info.layers, width=backbone.info.width)
+    await backbone._engine.call(lambda: backbone._engine.rpc(INSTALL, [], []))
 
 
-async def once(backbone: VllmBackbone, way: str, groups: list[Group], pool: ProcessPoolExecutor) -> None:
+async def once(
+    backbone: VllmBackbone, bare: Bare | None, way: str, groups: list[Group], pool: ProcessPoolExecutor
+) -> None:
     heads = readouts(backbone, "eos" if way == "eos" else "last")
     ways: dict[str, Callable[[Group], Awaitable[object]]] = {
-        "bare": backbone.sample,
+        "bare": bare.sample if bare is not None else backbone.sample,
+        "silent": backbone.sample,
         "last": lambda group: backbone.sample_and_read(group, heads),
         "eos": lambda group: backbone.sample_and_read(group, heads),
     }
@@ -142,8 +170,11 @@ async def run(args: argparse.Namespace) -> dict[str, object]:
     backbone = await asyncio.to_thread(
         VllmBackbone, resolve(args.model), name="bench", dtype=args.dtype, options=options
     )
-    drawing = backbone._drawing
-    backbone._drawing = Endless(drawing._engine, drawing._tokenizer, drawing.eos_ids)
+    generation = backbone._generation
+    backbone._generation = Endless(generation._engine, generation._tokenizer, generation.end_ids)
+    bare = (
+        Bare(resolve(args.model), backbone.info.dtype, json.loads(args.bare_options)) if "bare" in args.ways else None
+    )
     pool = ProcessPoolExecutor(1, get_context("spawn"), Second.load, (resolve(args.model), backbone.info.dtype))
     memory = {"second process": pool.submit(Second.memory).result()}
     rng = np.random.default_rng(0)
@@ -158,10 +189,10 @@ async def run(args: argparse.Namespace) -> dict[str, object]:
         for round_ in range(args.rounds + 1):  # the first warms up
             for way in args.ways:
                 await silence(backbone)
-                if way not in ("bare", "second"):
+                if way not in ("bare", "silent", "second"):
                     await backbone.read([Group((1, 2), ((3,),))], readouts(backbone, "eos" if way == "eos" else "last"))
                 began, before = time.perf_counter(), cpu_seconds()
-                await once(backbone, way, groups() if round_ else groups()[:4], pool)
+                await once(backbone, bare, way, groups() if round_ else groups()[:4], pool)
                 if round_:
                     seconds[way].append(time.perf_counter() - began)
                     cpu[way].append(cpu_seconds() - before)
@@ -172,14 +203,18 @@ async def run(args: argparse.Namespace) -> dict[str, object]:
         memory["second process"] = pool.submit(Second.memory).result()
     finally:
         pool.shutdown()
+        if bare is not None:
+            bare.close()
         await backbone.close()
     needed = 512 + 8 * args.tokens
+    first = args.ways[0]
     return {
+        "compiled": backbone._engine.compiled,
         "seconds": seconds,
         "cpu_seconds": cpu,
         "memory": memory,
-        "ratio": {way: median(seconds[way]) / median(seconds["bare"]) for way in args.ways},
-        "cpu_ratio": {way: median(cpu[way]) / median(cpu["bare"]) for way in args.ways},
+        "ratio": {way: median(seconds[way]) / median(seconds[first]) for way in args.ways},
+        "cpu_ratio": {way: median(cpu[way]) / median(cpu[first]) for way in args.ways},
         "candidates": {
             "computed": reading.computed_tokens,
             "needed": needed,
@@ -198,10 +233,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128, help="tokens of a sample (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
-        "--ways", nargs="+", choices=WAYS, default=list(WAYS), help="bare must be among them (default: all)"
+        "--ways",
+        nargs="+",
+        choices=WAYS,
+        default=list(WAYS),
+        help="the first is what others are compared with (default: all)",
     )
     parser.add_argument("--block-size", type=int)
     parser.add_argument("--vllm-options", default="{}")
+    parser.add_argument("--bare-options", default="{}", help="of the engine without anything of ours, as JSON")
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     args = parser.parse_args()
     result = asyncio.run(run(args))

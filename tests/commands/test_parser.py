@@ -16,7 +16,7 @@ from inward.commands.parser import command_line
 FOLDER = Path(commands.__file__).parent
 HEAVY = {"torch", "transformers", "sklearn", "scipy", "numpy", "pydantic", "fastapi", "redis", "inward.settings"}
 LONGEST_COMMAND = 80
-NOT_YET = {"evaluate", "fit", "annotate", "heads"}
+NOT_YET = {"evaluate", "fit", "heads"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -51,11 +51,11 @@ def folder(tmp_path):
 class Shop:
     """What a worker has for its agent."""
 
-    def __init__(self, connection, folder, template=PROMPTS.template):
+    def __init__(self, connection, folder, template=PROMPTS.template, keys=KEYS):
         backbone = FakeBackbone(LAYERS, WIDTH)
         self.registry = Registry.open(folder, info=backbone.info, template=PROMPTS.template)
         self.consumer = RedisConsumer(
-            connection, KEYS, **WORKER, about=lambda: self.worker_info(backbone, template).encode()
+            connection, keys, **WORKER, about=lambda: self.worker_info(backbone, template).encode()
         )
         head_control = LocalHeadControl(self.registry, backbone, PROMPTS)
         self.policies = LocalPolicyControl(backbone, folder / "adapters")
@@ -66,6 +66,7 @@ class Shop:
             self.registry,
             self.policies,
             self.consumer.publish,
+            self.consumer.welcome,
         )
 
     def worker_info(self, backbone, template):
@@ -335,3 +336,15 @@ async def test_workers_of_different_weights_are_shown_and_refused(town, redis_se
     await town.refresh()
     with pytest.raises(EngineDead, match=r"different weights or dtypes .*bfloat16"):
         town.resolve(None, ("hybrid",))
+
+
+async def test_a_worker_of_another_backbone_does_no_requests(town):
+    await town.open_shop()
+    stranger = await town.open_shop(keys=KEYS.of("sha256:other:float32"))
+    assert not stranger.consumer.welcome.is_set()
+    await town.refresh()
+    asked = []
+    stranger.agent._do = asked.append
+    for sequence in range(1, 6):
+        assert (await town.update("hybrid", sequence, PAIRS, lr=1e-2)).version == sequence + 1
+    assert asked == []

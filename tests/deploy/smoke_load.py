@@ -16,7 +16,9 @@ from pathlib import Path
 from inward_client import AsyncInward, InwardError, Retries
 
 CALLERS = 4
-WORDS = "how do I open a lock bake bread write letters with care without harm that sounds like no please ask again later".split()
+WORDS = (
+    "how do I open a lock bake bread write letters with care without harm that sounds like no please ask again later"
+).split()
 
 
 class Load:

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from inward.offline.annotate.work import CHUNK
-
 TUTORIAL = Path(__file__).parents[2] / "docs/tutorial.py"
 TOPICS = ("locks", "cars", "bread", "knives", "cards", "trains", "paint", "rope")
 
@@ -23,7 +21,7 @@ def test_the_tutorial_runs_as_written(tmp_path):
         "XDG_STATE_HOME": str(tmp_path / "state"),
         "TMPDIR": str(tmp_path),
     }
-    command = [sys.executable, str(TUTORIAL), str(path), "--model", "toy", "--rows", str(CHUNK), "--seeds", "0"]
+    command = [sys.executable, str(TUTORIAL), str(path), "--model", "toy", "--rows", "256", "--seeds", "0"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "40 of 40 pairs annotated" in done.stdout

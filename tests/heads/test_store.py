@@ -124,8 +124,8 @@ def test_a_future_format_is_refused_with_advice_to_upgrade(folder):
 
 @pytest.mark.parametrize(
     ("changes", "field"),
-    [({"kind": "magic"}, "kind"), ({"version": 0}, "version"), ({"name": "../up"}, "name"), ({"backbone": {}}, "backbone.name"),
-     ({"surprise": 1}, "surprise"), ({"layers": "two"}, "layers")],
+    [({"kind": "magic"}, "kind"), ({"version": 0}, "version"), ({"name": "../up"}, "name"),
+     ({"backbone": {}}, "backbone.name"), ({"surprise": 1}, "surprise"), ({"layers": "two"}, "layers")],
 )  # fmt: skip
 def test_a_manifest_that_does_not_validate_names_the_field(folder, changes, field):
     edit(folder, **changes)

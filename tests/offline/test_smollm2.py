@@ -6,17 +6,20 @@ import json
 from pathlib import Path
 
 from inward.backbones.fake import FakeBackbone
-from inward.offline import smollm2
+from inward.offline import smollm2, toy
 from inward.offline.data.pairs import Pair, Response, ResponseList
 from inward.prompts import Prompts
 from support import tiny_tokenizer
 
 
 def test_what_begins_alike_is_on_one_side_and_about_a_third_is_kept() -> None:
-    prompts = [f"Human: question {n}\n\nAssistant:" for n in range(1000)]
-    kept = [smollm2.held_out(prompt) for prompt in prompts]
+    questions = [{"role": "user", "content": f"question {n}"} for n in range(1000)]
+    kept = [smollm2.held_out([question]) for question in questions]
     assert 0.25 < sum(kept) / 1000 < 0.35
-    assert [smollm2.held_out(f"{p} an answer.\n\nHuman: more\n\nAssistant:") for p in prompts] == kept
+    longer = [{"role": "assistant", "content": "an answer"}, {"role": "user", "content": "more"}]
+    assert [smollm2.held_out([question, *longer]) for question in questions] == kept
+    transcripts = [f"Human: {question['content']}\n\nAssistant:" for question in questions]
+    assert [toy.split_of(transcript) != "train" for transcript in transcripts] == kept
 
 
 def test_a_request_that_the_model_refused_teaches_no_direction() -> None:

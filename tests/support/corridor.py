@@ -27,6 +27,7 @@ class FakeHead:
         self.readout = Readout((Tap(layer, "last", weight),))
         self.ref = HeadRef(name, "legend", version)
         self.manifest = SimpleNamespace(calibration={})
+        self.pools = False
 
     def score(self, reading, *, details=frozenset(), pair=False):
         if "layers" in details:

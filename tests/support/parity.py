@@ -17,12 +17,21 @@ from support import tiny_tokenizer as tiny
 T = TypeVar("T")
 LAYERS, WIDTH = 4, 64
 TOLERANCE = 1e-3
-OPTIONS = {"max_num_batched_tokens": 128, "max_num_seqs": 32, "kv_cache_memory_bytes": 3 * 2**20, "max_model_len": 640}
+OPTIONS = {"max_num_batched_tokens": 128, "max_num_seqs": 32, "kv_cache_memory_bytes": 8 * 2**20, "max_model_len": 640}
+"""Chunked prefill, and a cache that has to evict."""
+EAGER = OPTIONS | {"enforce_eager": True}
+"""The same in half the time to start; ``test_vllm_compiled`` is about what vLLM compiles."""
 POSITIONS: tuple[Position, ...] = ("prompt", "last", "eos", "mean")
 EVERY_TAP = (
     *(Tap(layer, position) for layer in range(LAYERS + 1) for position in POSITIONS),
     Tap(LAYERS, "last", final_norm=True),
 )
+_RNG = np.random.default_rng(0)
+EVERY_MAPPED_TAP = tuple(
+    Tap(tap.layer, tap.position, _RNG.normal(size=(WIDTH, 8)).astype(np.float32), final_norm=tap.final_norm)
+    for tap in EVERY_TAP
+)
+"""The same places and positions in numbers that are kept for cached tokens; whole states are not."""
 SIZES: dict[str, Any] = {
     "vocab_size": 400, "hidden_size": WIDTH, "intermediate_size": 96, "num_hidden_layers": LAYERS,
     "num_attention_heads": 2,

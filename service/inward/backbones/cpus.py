@@ -1,4 +1,4 @@
-"""How many processors this process may really use: what the scheduler lets it run on, and the quota of its control group.
+"""How many processors this process may really use: those it may run on, and the quota of its control group.
 
 A container with fewer processors than its host shows, or a neighbour that keeps one busy, makes threads wait for each
 other at every barrier: two beside a busy neighbour ran at a tenth of the speed of one.

@@ -31,8 +31,8 @@ def _numbered(ids: Ids) -> str:
 
 
 class FakeBackbone:
-    """See the module. ``calls`` counts calls to ``read``, ``computed`` holds the last groups that were read, in
-    order.
+    """States and samples from hashes. ``calls`` counts calls to ``read``, ``computed`` holds the last groups that were
+    read, in order.
     """
 
     def __init__(

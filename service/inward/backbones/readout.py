@@ -105,7 +105,7 @@ class Fusion:
         """Raises InvalidField where a tap does not fit a backbone of this many ``layers`` and this ``width``."""
         taps = [tap for readout in readouts for tap in readout.taps]
         for tap in taps:
-            _check(tap, layers, width)
+            check_tap(tap, layers, width)
         self.tokens = tokens
         self.width = width
         self.products: list[Product] = []
@@ -205,7 +205,12 @@ def _missing(span: Span, where: Where) -> bool:
     return (span.last if where == "mean" else getattr(span, where)) == NOWHERE
 
 
-def _check(tap: Tap, layers: int, width: int) -> None:
+def check_tap(tap: Tap, layers: int, width: int) -> None:
+    """Whether a backbone of this many ``layers`` and this ``width`` can be read so.
+
+    Raises:
+        InvalidField: it can not, and why.
+    """
     if not 0 <= tap.layer <= layers:
         raise InvalidField(
             f"a readout wants layer {tap.layer}, the backbone has layers 0 to {layers}", param="readouts"

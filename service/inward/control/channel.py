@@ -86,28 +86,27 @@ class ControlChannel:
             f"no worker answered within {timeout:g} s; ask again: what was done already is not done twice"
         )
 
-    async def next_request(self, worker: str) -> tuple[str, bytes]:
-        """Waits for a request that somebody still waits for: where the answer goes, and the request. Redis keeps
-        nothing of one that was taken.
+    async def next_request(self, worker: str) -> tuple[str, bytes] | None:
+        """Waits a moment for a request that somebody still waits for: where the answer goes, and the request. Redis
+        keeps nothing of one that was taken.
         """
         stream = self._keys.requests
         command = ("XREADGROUP", "GROUP", GROUP, worker, "COUNT", 1, "BLOCK", BLOCK_MS, "NOACK", "STREAMS", stream, ">")
-        while True:
-            try:
-                found = await self._redis(*command)
-            except GroupLost:
-                await self._redis.ensure_group(stream, GROUP)
-                continue
-            for entry, fields in found[0][1] if found else ():
-                await self._redis("XDEL", stream, entry)
-                try:
-                    asked = fields[b"answer"].decode(), fields[b"request"]
-                    wanted = float(fields[b"until"]) > time.time()
-                except (KeyError, ValueError) as error:
-                    logs.event(LOG, "request_unreadable", severity=logging.ERROR, error=error)
-                    continue
-                if wanted:
-                    return asked
+        try:
+            found = await self._redis(*command)
+        except GroupLost:
+            await self._redis.ensure_group(stream, GROUP)
+            return None
+        if not found:
+            return None
+        [(entry, fields)] = found[0][1]
+        await self._redis("XDEL", stream, entry)
+        try:
+            asked = fields[b"answer"].decode(), fields[b"request"]
+            return asked if float(fields[b"until"]) > time.time() else None
+        except (KeyError, ValueError) as error:
+            logs.event(LOG, "request_unreadable", severity=logging.ERROR, error=error)
+            return None
 
     async def answer(self, key: str, answer: bytes) -> None:
         """Sends the answer; it is kept for a minute."""

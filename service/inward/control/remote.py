@@ -23,7 +23,7 @@ from inward.control.channel import ControlChannel
 from inward.control.heads import LocalHeadControl
 from inward.control.policies import Activation, History, LocalPolicyControl
 from inward.errors import EngineDead, InternalError, InwardError, Unavailable, from_code
-from inward.heads.registry import Registry, choose
+from inward.heads.registry import KINDS, Registry, choose
 from inward.prompts import Texts
 from inward.types import BackboneInfo, HeadRef, Kind, Scored
 
@@ -170,7 +170,7 @@ class RemoteHeadControl:
         return list(self.worker_info.heads)
 
     def show(self, name: str) -> dict[str, Any]:
-        self.resolve(name, ("legend", "hybrid", "srr"))
+        self.resolve(name, KINDS)
         return next(row for row in self.worker_info.heads if row["name"] == name)
 
     async def activate(self, name: str, version: int) -> HeadRef:
@@ -236,6 +236,7 @@ class ControlAgent:
 
     Args:
         publish: makes what the worker says of itself known at once.
+        welcome: set while the worker may take jobs; one that may not, since its backbone is another, does no requests.
     """
 
     def __init__(
@@ -246,6 +247,7 @@ class ControlAgent:
         registry: Registry,
         policies: LocalPolicyControl,
         publish: Callable[[], Awaitable[None]],
+        welcome: asyncio.Event,
     ) -> None:
         self._control, self._worker, self._head_control, self._registry, self._publish = (
             control,
@@ -254,7 +256,7 @@ class ControlAgent:
             registry,
             publish,
         )
-        self._policies = policies
+        self._policies, self._welcome = policies, welcome
         self.in_step = asyncio.Event()
         """Set once the worker carries the policy that the others carry."""
         self.behind = "has not read yet which policy version the others carry"
@@ -280,8 +282,10 @@ class ControlAgent:
 
     async def _do_requests(self) -> None:
         while True:
-            key, request = await self._control.next_request(self._worker)
-            await self._control.answer(key, codec.encode_map("answer", await self._answer(request)))
+            await self._welcome.wait()
+            if (asked := await self._control.next_request(self._worker)) is not None:
+                key, request = asked
+                await self._control.answer(key, codec.encode_map("answer", await self._answer(request)))
 
     async def _answer(self, request: bytes) -> dict[str, Any]:
         try:

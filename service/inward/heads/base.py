@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from inward.heads.pooling import Pool
 from inward.types import Detail, HeadRef, Kind, Position, Reading, Readout, Scores
 
 FORMAT_VERSION = 1
@@ -43,6 +44,8 @@ class Manifest(BaseModel):
     position: Position = "last"
     final_norm: bool = False
     """The last layer is read after the model's final norm."""
+    pool: Pool | None = None
+    """How the scores of a response's tokens make its score; None: the score at ``position`` is its score."""
     template: str
     """What turned a conversation into text at fitting: ``prompts.Prompts.template``. Serving must use the same."""
     calibration: dict[str, Any] = {}
@@ -66,12 +69,17 @@ class Head(Protocol):
 
         Args:
             reading: of this head's own readout.
-            details: which details are wanted; ``tokens`` needs ``reading.tokens_TK``.
+            details: which details are wanted; ``tokens`` needs ``reading.tokens_TK``, and so does a head that pools.
             pair: also fill ``Scores.pair`` (N is 2, chosen first).
 
         Raises:
             InvalidField: a detail that this kind of head does not have.
         """
+        ...
+
+    @property
+    def pools(self) -> bool:
+        """Whether its scores are made of those of every token, so that ``reading.tokens_TK`` is needed."""
         ...
 
     def tensors(self) -> Mapping[str, NDArray[np.float32]]:

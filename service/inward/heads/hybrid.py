@@ -21,7 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from inward.errors import HeadError, InternalError
 from inward.heads.base import Manifest
 from inward.heads.calibration import Deciles, PairCalibration, Platt, sigmoid
-from inward.heads.tensors import expect
+from inward.heads.pooling import Pooler, shapes
+from inward.heads.tensors import expect, pooler_of
 from inward.types import Detail, Floats, HeadRef, LayerScores, PairScores, Reading, Readout, Scores, Tap
 
 Gate = Literal["sigmoid", "softmax"]
@@ -93,6 +94,7 @@ class HybridHead:
     options: HybridOptions
     _platt: Platt | None
     _pairs: PairCalibration
+    pooler: Pooler | None = None
 
     @classmethod
     def from_tensors(cls, manifest: Manifest, tensors: Mapping[str, Floats]) -> Self:
@@ -100,8 +102,8 @@ class HybridHead:
 
         Args:
             manifest: of kind ``hybrid``.
-            tensors: ``probe_weight`` [L, D], ``probe_bias`` [L], ``gate_weight`` [L, L], ``mean`` [L, D], ``scale`` [L,
-                D].
+            tensors: ``probe_weight`` [L, D], ``probe_bias`` [L], ``gate_weight`` [L, L], ``mean`` [L, D], ``scale``
+                [L, D]; of a trained pool also ``pool_weight`` [D], ``pool_bias`` [1].
 
         Raises:
             HeadError: names or shapes that do not fit, a scale that is not positive, or options or a calibration that
@@ -109,11 +111,8 @@ class HybridHead:
         """
         n = len(manifest.layers)
         matrix = (n, "D")
-        expect(
-            manifest,
-            tensors,
-            {"probe_weight": matrix, "probe_bias": (n,), "gate_weight": (n, n), "mean": matrix, "scale": matrix},
-        )
+        own: dict[str, tuple[int | str, ...]] = {"probe_weight": matrix, "probe_bias": (n,), "gate_weight": (n, n)}
+        expect(manifest, tensors, {**own, "mean": matrix, "scale": matrix, **shapes(manifest.pool)})
         if not (tensors["scale"] > 0).all():
             raise HeadError(
                 f"head {manifest.name!r}: tensor 'scale' has entries that are not positive: fit the head again"
@@ -133,8 +132,9 @@ class HybridHead:
             for name in ("probe_weight", "probe_bias", "gate_weight", "mean", "scale")
         ]
         weight, bias, gate, mean, scale = arrays
-        readout = _readout(manifest, weight, bias, mean, scale)
-        return cls(manifest, readout, weight, bias, gate, mean, scale, options, platt, pairs)
+        pooler = pooler_of(manifest, tensors)
+        readout = Readout(_taps(manifest, weight, bias, mean, scale) + (pooler.taps if pooler else ()))
+        return cls(manifest, readout, weight, bias, gate, mean, scale, options, platt, pairs, pooler)
 
     @property
     def ref(self) -> HeadRef:
@@ -147,7 +147,12 @@ class HybridHead:
             "gate_weight": self.gate_weight_LL,
             "mean": self.mean_LD,
             "scale": self.scale_LD,
+            **(self.pooler.tensors if self.pooler else {}),
         }
+
+    @property
+    def pools(self) -> bool:
+        return self.pooler is not None
 
     def rewards(self, values: ArrayLike) -> tuple[Doubles, Doubles]:
         """Rewards ``[...]`` and gates ``[..., L]`` of probe outputs ``[..., L]``; what is not finite gives what is
@@ -164,13 +169,16 @@ class HybridHead:
         A response with a state that is not finite has no score (None), no probability and no token scores; the others
         keep theirs. Of a ``pair`` there is also the ``confidence`` (gamma, by ``options.confidence``).
         """
-        rewards_N, gates_NL = self.rewards(reading.values_NK)
+        values_NL = self._own(reading.values_NK)
+        rewards_N, gates_NL = self.rewards(values_NL)
+        if self.pooler:
+            rewards_N = self.pooler.scores(reading, lambda values_TL: self.rewards(values_TL)[0])
         scores_N = tuple(_finite(reward) for reward in rewards_N)
         platt = self._platt
         return Scores(
             scores_N=scores_N,
             probability_N=tuple(None if s is None else float(platt(s)) for s in scores_N) if platt else None,
-            layers_N=self._layers(reading.values_NK, gates_NL) if "layers" in details else None,
+            layers_N=self._layers(values_NL, gates_NL) if "layers" in details else None,
             tokens_N=self._tokens(reading) if "tokens" in details else None,
             pair=self._pair(scores_N) if pair else None,
         )
@@ -184,8 +192,12 @@ class HybridHead:
     def _tokens(self, reading: Reading) -> tuple[tuple[float, ...], ...]:
         if reading.tokens_TK is None:
             raise InternalError("detail 'tokens' was asked for, but the backbone was not asked to read every token")
-        rewards = [self.rewards(values_TK)[0] for values_TK in reading.tokens_TK]
+        rewards = [self.rewards(self._own(values_TK))[0] for values_TK in reading.tokens_TK]
         return tuple(tuple(map(float, r)) if np.isfinite(r).all() else () for r in rewards)
+
+    def _own(self, values_NK: Floats) -> Floats:
+        """Probe outputs, without what the pool reads."""
+        return values_NK[:, : len(self.manifest.layers)]
 
     def _pair(self, scores_N: tuple[float | None, ...]) -> PairScores:
         compared = self._pairs.compare(scores_N)
@@ -196,21 +208,19 @@ class HybridHead:
         return replace(compared, confidence=float(gamma))
 
 
-def _readout(manifest: Manifest, weight_LD: Floats, bias_L: Floats, mean_LD: Floats, scale_LD: Floats) -> Readout:
+def _taps(manifest: Manifest, weight_LD: Floats, bias_L: Floats, mean_LD: Floats, scale_LD: Floats) -> tuple[Tap, ...]:
     """One tap a layer with the standardisation folded in: ``w' = w / scale``, ``b' = b - <w', mean>``, in float64."""
     folded_LD = weight_LD.astype(np.float64) / scale_LD
     offset_L = bias_L - (folded_LD * mean_LD).sum(axis=1)
-    return Readout(
-        tuple(
-            Tap(
-                layer,
-                manifest.position,
-                folded_LD[l, :, None].astype(np.float32),
-                offset_L[l : l + 1].astype(np.float32),
-                final_norm=manifest.final_norm and layer == max(manifest.layers),
-            )
-            for l, layer in enumerate(manifest.layers)
+    return tuple(
+        Tap(
+            layer,
+            manifest.position,
+            folded_LD[l, :, None].astype(np.float32),
+            offset_L[l : l + 1].astype(np.float32),
+            final_norm=manifest.final_norm and layer == max(manifest.layers),
         )
+        for l, layer in enumerate(manifest.layers)
     )
 
 

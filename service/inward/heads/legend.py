@@ -15,7 +15,8 @@ import numpy as np
 from inward.errors import HeadError, InternalError
 from inward.heads.base import Manifest
 from inward.heads.calibration import Deciles, PairCalibration, Platt
-from inward.heads.tensors import expect
+from inward.heads.pooling import Doubles, Pooler, shapes
+from inward.heads.tensors import expect, pooler_of
 from inward.types import Detail, Floats, HeadRef, LayerScores, Reading, Readout, Scores, Tap
 
 
@@ -23,15 +24,17 @@ class LegendHead:
     """A unit vector at one layer, or one vector at each of several layers, whose products are summed.
 
     Args:
-        manifest: its ``calibration`` may hold what ``PairCalibration`` reads and ``platt``, its ``options`` an ``offset``.
-        direction: pointing from harmful to safe; of one layer ``[D]``, of unit length; of several ``[L, D]``, of lengths
-            that make their products comparable.
+        manifest: its ``calibration`` may hold ``platt`` and what ``PairCalibration`` reads, its ``options`` an
+            ``offset``.
+        direction: pointing from harmful to safe; of one layer ``[D]``, of unit length; of several ``[L, D]``, of
+            lengths that make their products comparable.
+        pooler: of ``manifest.pool``.
 
     Raises:
         HeadError: another shape, or another length.
     """
 
-    def __init__(self, manifest: Manifest, direction: Floats) -> None:
+    def __init__(self, manifest: Manifest, direction: Floats, pooler: Pooler | None = None) -> None:
         layers = manifest.layers
         if direction.ndim == 1:
             _check_single(manifest, direction)
@@ -39,32 +42,34 @@ class LegendHead:
             raise HeadError(f"head {manifest.name!r}: the direction of one of its layers is zero: fit the head again")
         self.manifest = manifest
         self.direction = direction
-        self.readout = Readout(
-            tuple(
-                Tap(
-                    layer,
-                    manifest.position,
-                    row_D[:, None],
-                    _offset(manifest) if layer == layers[0] else None,
-                    final_norm=manifest.final_norm and layer == max(layers),
-                )
-                for layer, row_D in zip(layers, np.atleast_2d(direction), strict=True)
+        self._pooler = pooler
+        taps = tuple(
+            Tap(
+                layer,
+                manifest.position,
+                row_D[:, None],
+                _offset(manifest) if layer == layers[0] else None,
+                final_norm=manifest.final_norm and layer == max(layers),
             )
+            for layer, row_D in zip(layers, np.atleast_2d(direction), strict=True)
         )
+        self.readout = Readout(taps + (pooler.taps if pooler else ()))
         self._pairs = PairCalibration.load(manifest.calibration)
         self._platt = Platt.load(manifest.calibration)
         Deciles.load(manifest.calibration)
 
     @classmethod
     def from_tensors(cls, manifest: Manifest, tensors: Mapping[str, Floats]) -> Self:
-        """Made of what ``head.safetensors`` holds: ``direction`` ``[D]``, or ``[L, D]`` for several layers.
+        """Made of what ``head.safetensors`` holds: ``direction`` ``[D]``, or ``[L, D]`` for several layers; a trained
+        pool's ``pool_weight`` ``[D]`` and ``pool_bias`` ``[1]``.
 
         Raises:
             HeadError: wrong names, shapes or length.
         """
         several = "direction" in tensors and tensors["direction"].ndim == 2
-        expect(manifest, tensors, {"direction": (len(manifest.layers), "D") if several else ("D",)})
-        return cls(manifest, tensors["direction"])
+        shape: tuple[int | str, ...] = (len(manifest.layers), "D") if several else ("D",)
+        expect(manifest, tensors, {"direction": shape, **shapes(manifest.pool)})
+        return cls(manifest, tensors["direction"], pooler_of(manifest, tensors))
 
     @property
     def ref(self) -> HeadRef:
@@ -72,42 +77,50 @@ class LegendHead:
 
     def score(self, reading: Reading, *, details: frozenset[Detail] = frozenset(), pair: bool = False) -> Scores:
         """See ``Head.score``."""
-        scores = tuple(_finite(float(value)) for value in _sum(reading.values_NK))
+        values_N = self._pooler.scores(reading, self._sum) if self._pooler else self._sum(reading.values_NK)
+        scores = tuple(_finite(float(value)) for value in values_N)
         return Scores(
             scores,
             probability_N=None
             if self._platt is None
             else tuple(None if s is None else float(self._platt(s)) for s in scores),
             layers_N=self._layers(reading) if "layers" in details else None,
-            tokens_N=_tokens(reading) if "tokens" in details else None,
+            tokens_N=self._tokens(reading) if "tokens" in details else None,
             pair=self._pairs.compare(scores) if pair else None,
         )
 
     def _layers(self, reading: Reading) -> tuple[LayerScores, ...]:
         layers = self.manifest.layers
-        return tuple(LayerScores(layers, tuple(_finite(float(v)) for v in row)) for row in reading.values_NK)
+        return tuple(LayerScores(layers, tuple(map(_finite, map(float, row)))) for row in self._own(reading.values_NK))
+
+    def _tokens(self, reading: Reading) -> tuple[tuple[float, ...], ...]:
+        """The score at every token; nothing for a response in which one of them is not finite."""
+        if reading.tokens_TK is None:
+            raise InternalError("token scores were asked for, but the backbone was not asked to read every token")
+        return tuple(
+            tuple(map(float, self._sum(values_TK))) if np.isfinite(values_TK).all() else ()
+            for values_TK in reading.tokens_TK
+        )
+
+    def _own(self, values_NK: Floats) -> Floats:
+        """Without what the pool reads."""
+        return values_NK[:, : len(self.manifest.layers)]
+
+    def _sum(self, values_NK: Floats) -> Doubles:
+        """Over the layers."""
+        return np.asarray(self._own(values_NK).sum(axis=1, dtype=np.float64))
+
+    @property
+    def pools(self) -> bool:
+        return self._pooler is not None
 
     def tensors(self) -> Mapping[str, Floats]:
         """See ``Head.tensors``."""
-        return {"direction": self.direction}
+        return {"direction": self.direction, **(self._pooler.tensors if self._pooler else {})}
 
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _tokens(reading: Reading) -> tuple[tuple[float, ...], ...]:
-    """The score at every token; nothing for a response in which one of them is not finite."""
-    if reading.tokens_TK is None:
-        raise InternalError("token scores were asked for, but the backbone was not asked to read every token")
-    return tuple(
-        tuple(map(float, _sum(values_TK))) if np.isfinite(values_TK).all() else () for values_TK in reading.tokens_TK
-    )
-
-
-def _sum(values_NK: Floats) -> Floats:
-    """Over the layers; of one layer the value as it is."""
-    return values_NK[:, 0] if values_NK.shape[1] == 1 else values_NK.sum(axis=1, dtype=np.float32)
 
 
 def _offset(manifest: Manifest) -> Floats | None:

@@ -87,6 +87,8 @@ class SrrHead:
             )
         if len(manifest.layers) != 1:
             raise HeadError(f"{where}: an srr head reads one layer, its manifest names {list(manifest.layers)}")
+        if manifest.pool is not None:
+            raise HeadError(f"{where}: an srr head ranks whole responses and pools no token scores: fit it again")
         if manifest.position == "prompt":
             raise HeadError(
                 f"{where}: position 'prompt' is the same for all candidates; use last, eos or mean, or fit the head "
@@ -115,6 +117,10 @@ class SrrHead:
 
     def tensors(self) -> Mapping[str, Floats]:
         return dict(self._tensors)
+
+    @property
+    def pools(self) -> bool:
+        return False
 
     def score(self, reading: Reading, *, details: frozenset[Detail] = frozenset(), pair: bool = False) -> Scores:
         """Cosines of a list's responses to its instruction, and as ``probability_N`` their softmax over the list.

@@ -24,6 +24,7 @@ from safetensors.numpy import save as safetensors_bytes
 from inward.errors import HeadError, NotFound
 from inward.files import replace_folder, write
 from inward.heads.base import FORMAT_VERSION, Head, Manifest
+from inward.heads.ensemble import EnsembleHead
 from inward.heads.hybrid import HybridHead
 from inward.heads.legend import LegendHead
 from inward.heads.srr import SrrHead
@@ -43,7 +44,12 @@ class HeadClass(Protocol):
         ...
 
 
-KINDS: Mapping[Kind, HeadClass] = {"legend": LegendHead, "hybrid": HybridHead, "srr": SrrHead}
+KINDS: Mapping[Kind, HeadClass] = {
+    "legend": LegendHead,
+    "hybrid": HybridHead,
+    "srr": SrrHead,
+    "ensemble": EnsembleHead,
+}
 
 
 class Found(NamedTuple):
@@ -80,7 +86,7 @@ def save(head: Head, folder: Path, *, replace: bool = False) -> Path:
     _check_finite(tensors, f"head {head.manifest.name!r}")
     if folder.exists() and not replace:
         raise HeadError(f"{folder} exists already: choose another folder or version, or remove it")
-    files = {TENSORS: safetensors_bytes(tensors), MANIFEST: (head.manifest.model_dump_json(indent=2) + "\n").encode()}
+    files = {TENSORS: safetensors_bytes(tensors), MANIFEST: _written(head.manifest)}
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -310,6 +316,12 @@ def write_state(root: Path, state: State) -> None:
         write(root / ACTIVE, json.dumps(state._asdict()).encode() + b"\n")
     except OSError as error:
         raise HeadError(f"can't write {root / ACTIVE}: {error.strerror or error}") from error
+
+
+def _written(manifest: Manifest) -> bytes:
+    """``head.json``; without ``pool`` where there is none, so that older versions read it."""
+    unsaid = {"pool"} if manifest.pool is None else None
+    return (manifest.model_dump_json(indent=2, exclude=unsaid) + "\n").encode()
 
 
 def _holds_head(folder: Path) -> bool:

@@ -6,7 +6,26 @@ from collections.abc import Mapping
 
 from inward.errors import HeadError
 from inward.heads.base import Manifest
+from inward.heads.pooling import Pooler
 from inward.types import Floats
+
+
+def pooler_of(manifest: Manifest, tensors: Mapping[str, Floats]) -> Pooler | None:
+    """The pool that the manifest names, if any.
+
+    Raises:
+        HeadError: a trained pool reads a layer that the head does not.
+    """
+    try:
+        return Pooler.of(
+            manifest.pool,
+            tensors,
+            layers=manifest.layers,
+            position=manifest.position,
+            final_norm=manifest.final_norm,
+        )
+    except HeadError as error:
+        raise HeadError(f"head {manifest.name!r}: {error.message}") from None
 
 
 def expect(

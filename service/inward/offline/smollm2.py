@@ -27,7 +27,7 @@ from tqdm import tqdm
 from inward.backbones.base import Backbone
 from inward.backbones.loading import SMOLLM2, resolve
 from inward.offline.data.pairs import CalibrationRow, Pair, Response, ResponseList, read_lists, read_pairs
-from inward.prompts import Prompts
+from inward.prompts import Prompt, Prompts
 from inward.types import Group, SamplingSpec
 
 Row = TypeVar("Row", Pair, ResponseList)
@@ -64,10 +64,11 @@ class Sizes:
     """Pairs of other prompts, for the head that watches the first."""
 
 
-def held_out(prompt: str) -> bool:
-    """Whether a prompt is kept for judging: by its first turn, so that what begins alike stays together."""
-    opening = prompt.split("\n\nAssistant:")[0].strip()
-    return _hundredth(opening) >= 100 - HELD_OUT
+def held_out(prompt: Prompt) -> bool:
+    """Whether a prompt is kept for judging: by its first turn, so that what begins alike stays together (and is on the
+    side that the toy's training has it on).
+    """
+    return _hundredth(prompt if isinstance(prompt, str) else f"Human: {prompt[0]['content']}") >= 100 - HELD_OUT
 
 
 def calibration(drawn: Mapping[str, str]) -> list[CalibrationRow]:
@@ -166,8 +167,8 @@ def _drawn(kept: Path) -> dict[str, str]:
 
 
 def _is_short(pair: Pair) -> bool:
-    answers = max(len(pair.chosen), len(pair.rejected))
-    return len(str(pair.prompt)) <= PROMPT_CHARACTERS and answers <= ANSWER_CHARACTERS
+    asked = len(pair.prompt) if isinstance(pair.prompt, str) else sum(len(turn["content"]) for turn in pair.prompt)
+    return asked <= PROMPT_CHARACTERS and max(len(pair.chosen), len(pair.rejected)) <= ANSWER_CHARACTERS
 
 
 def _one_of(texts: Sequence[str], prompt: str) -> str:
@@ -196,7 +197,7 @@ def _apart(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
     """What heads are fitted on, and what they are judged by."""
     sides: tuple[list[Row], list[Row]] = ([], [])
     for row in rows:
-        sides[held_out(str(row.prompt))].append(row)
+        sides[held_out(row.prompt)].append(row)
     return sides
 
 

@@ -19,12 +19,12 @@ from inward.backbones.base import Backbone
 from inward.backbones.fake import FakeBackbone
 from inward.backbones.loading import SMOLLM2, name_of, resolve
 from inward.control.policies import LocalPolicyControl
-from inward.errors import InwardError, SetupError
+from inward.errors import HeadError, InvalidField, InwardError, SetupError
 from inward.heads.registry import Registry
 from inward.prompts import Prompts
 from inward.settings import Settings
 from inward.stores.connection import Connection
-from inward.types import BASE, BackboneInfo
+from inward.types import BASE, BackboneInfo, Group
 
 LOG = logs.logger("processes")
 LET_GO_S = 30.0
@@ -170,10 +170,24 @@ async def load(settings: Settings, model: ModelFiles) -> Loaded:
         prompts = open_prompts(settings, model, backbone.info.max_tokens)
         folder = heads_folder(settings, backbone.info.fingerprint)
         registry = Registry.open(folder, info=backbone.info, template=prompts.template)
+        await read_once(backbone, registry)
         return Loaded(backbone, prompts, registry, await open_policies(settings, backbone))
     except BaseException:
         await backbone.close()
         raise
+
+
+async def read_once(backbone: Backbone, registry: Registry) -> None:
+    """Each active head reads a made-up text, so that one which this backbone can't be read for is refused now.
+
+    Raises:
+        HeadError: one can't be, and why.
+    """
+    for name, head in registry.snapshot().heads.items():
+        try:
+            await backbone.read([Group((1, 2), ((3,),))], [head.readout])
+        except InvalidField as error:
+            raise HeadError(f"head {name!r} can't be read on {backbone.info.name}: {error.message}") from error
 
 
 async def open_policies(settings: Settings, backbone: Backbone) -> LocalPolicyControl:

@@ -60,6 +60,7 @@ class WorkerProcess:
             loaded.registry,
             loaded.policies,
             self._queue.publish,
+            self._queue.welcome,
         )
         self.app = create_status_app(self.ready, self.alive, self.info)
         metrics.BUILD_INFO.labels(version=__version__, role="worker").set(1)

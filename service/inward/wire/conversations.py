@@ -51,7 +51,8 @@ def joined(prompt: Context, before: Context, field: str) -> Context:
     asked, said = prompt.turns, before.turns
     if not said or same(asked, said):
         return prompt
-    if any(same(asked, said[i : i + len(asked)]) for i in range(len(said) - len(asked) + 1)):
+    start = next((i for i, turn in enumerate(said) if turn["role"] not in ("system", "developer")), len(said))
+    if any(same(asked, said[i : i + len(asked)]) for i in (0, start)):
         return before
     for shared in range(min(len(asked), len(said)), 0, -1):
         if same(asked[-shared:], said[:shared]):

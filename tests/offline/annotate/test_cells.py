@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inward.offline.annotate.cells import printable, to_csv, to_json
+from inward.offline.annotate.cells import to_csv, to_json
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()) | st.binary(),
@@ -31,17 +31,3 @@ def test_bytes_are_base64_and_what_json_lacks_is_its_text():
 def test_only_what_is_nested_is_json_in_a_csv_cell():
     assert (to_csv("a"), to_csv(1.5), to_csv(None), to_csv(float("nan"))) == ("a", 1.5, None, None)
     assert to_csv([1, {"a": "ö"}]) == '[1, {"a": "ö"}]'
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("\x1b[31mred", "\\x1b[31mred"),
-        ("a\rb\x00\x7f\x9b", "a\\rb\\x00\\x7f\\x9b"),
-        ("\u202eabc\u2066\u200f\u061c", "\\u202eabc\\u2066\\u200f\\u061c"),
-        ("a\u2028b\ud800", "a\\u2028b\\ud800"),
-        ("two\nlines\tö 你好 🙂 \u00a0\u200d", "two\nlines\tö 你好 🙂 \u00a0\u200d"),
-    ],
-)
-def test_a_terminal_gets_no_control_characters_and_no_marks_of_direction(text, shown):
-    assert printable(text) == shown

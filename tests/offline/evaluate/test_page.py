@@ -16,7 +16,8 @@ def report(judgement, **head):
     return {
         "input": dict.fromkeys(("responses", "prompts", "comparisons", "mixed_lists", "cross_validated"), 1)
         | {"file": "<pairs>.jsonl", "folds": 4},
-        "head": {"name": "safety", "kind": "hybrid", "version": 2, "layers": [1, 2], "position": "last", "backbone": "tiny", **head},
+        "head": {"name": "safety", "kind": "hybrid", "version": 2, "layers": [1, 2], "position": "last"}
+        | {"backbone": "tiny", **head},
         **judgement.to_json(),
         "cost": {"head_ms": 0.1, "with_forward_ms": 3.0, "with_generation_ms": None},
         "notes": ["something to know"],

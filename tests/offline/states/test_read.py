@@ -12,25 +12,8 @@ from inward.offline.data.pairs import Pair, Response, ResponseList, prompt_group
 from inward.offline.states.moments import PairSums
 from inward.offline.states.read import extract_lists, extract_pairs, store_pairs, sum_pairs, sum_responses
 from inward.offline.states.saved import PairStates
-from inward.prompts import Prompts
 from inward.types import Group, Readout, Tap
-
-
-class DeadLetters:
-    """A tokenizer: one token a character."""
-
-    chat_template = None
-    bos_token = bos_token_id = None
-    eos_token = pad_token = unk_token = None
-    added_tokens_decoder = {}
-
-    def __call__(self, text, *, add_special_tokens):
-        return {"input_ids": [[1 + ord(c) % 200 for c in t] for t in text]}
-
-
-def prompts(max_tokens=500):
-    return Prompts(DeadLetters(), max_tokens=max_tokens, format="{prompt}: {response}")
-
+from support.letters import prompts
 
 PAIRS = [Pair(f"question {i // 3}", f"good {i}" + "!" * (i % 7), f"bad {i % 2}") for i in range(20)]
 FOLDERS = {"progress": False, "layers": (0, 2, 4)}

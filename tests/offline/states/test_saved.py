@@ -24,8 +24,9 @@ RNG = np.random.default_rng(0)
 
 def list_states():
     return ListStates(
-        RNG.normal(size=(3, 2, 4)).astype(np.float32), RNG.normal(size=(6, 2, 4)).astype(np.float32), np.array([0, 0, 1, 1, 1, 2]),
-        np.array([True, False, True, False, False, True]), (1, 3), np.array([7, 8, 7]), position="eos", template="t", data_hash="h",
+        RNG.normal(size=(3, 2, 4)).astype(np.float32), RNG.normal(size=(6, 2, 4)).astype(np.float32),
+        np.array([0, 0, 1, 1, 1, 2]), np.array([True, False, True, False, False, True]), (1, 3), np.array([7, 8, 7]),
+        position="eos", template="t", data_hash="h",
     )  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from inward_client.rows.terminal import printable
+
 
 class DataError(ValueError):
     """A file or a row can't be used.
@@ -19,8 +21,8 @@ class DataError(ValueError):
 
     @property
     def message(self) -> str:
-        """One line: where, and what."""
-        return f"{self.where}: {self.reason}" if self.where else self.reason
+        """Where, and what; a terminal can show it whatever names are in it."""
+        return printable(f"{self.where}: {self.reason}" if self.where else self.reason)
 
     def __str__(self) -> str:
         return self.message

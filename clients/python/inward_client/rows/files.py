@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from inward_client.rows import arrow, text
 from inward_client.rows.errors import DataError
-from inward_client.rows.layouts import AUTO, LOOKED_AT, Pair, recognise
+from inward_client.rows.layouts import AUTO, LOOKED_AT, recognise
+from inward_client.rows.pairs import Pair
+from inward_client.rows.terminal import printable
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -147,7 +149,7 @@ class Collected(Generic[T]):
         first = {error.reason: error.where for error in reversed(self.left_out)}
         told = [f"{n:,} × {reason} (first: {first[reason]})" for reason, n in reasons.most_common(MOST_REASONS)]
         rows = len(self.values) + len(self.left_out)
-        return [*self.notes, f"{len(self.left_out):,} of {rows:,} rows are left out: {'; '.join(told)}"]
+        return [*self.notes, printable(f"{len(self.left_out):,} of {rows:,} rows are left out: {'; '.join(told)}")]
 
 
 def collect(path: Path, read: Callable[[Row], T], limit: int | None = None) -> Collected[T]:

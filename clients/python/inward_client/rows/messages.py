@@ -97,7 +97,7 @@ def joined(prompt: Prompt | None, before: Messages, column: str) -> Prompt | Non
     if same(turns, before):
         return prompt
     start = next((i for i, turn in enumerate(before) if turn["role"] not in ("system", "developer")), len(before))
-    if any(same(turns, before[i : i + len(turns)]) for i in {0, start}):
+    if any(same(turns, before[i : i + len(turns)]) for i in (0, start)):
         return before
     for shared in range(min(len(turns), len(before)), 0, -1):
         if same(turns[-shared:], before[:shared]):

@@ -26,6 +26,8 @@ Turns = Generator[None, None, R]
 """Work that is done in turns: it yields after each, and returns its result."""
 STALL_S = 900.0
 """A turn is one forward pass. One that takes longer than this will not end."""
+JOIN_S = 1.0
+"""Between looks whether the thread still makes progress, when it is waited for."""
 
 
 class Scheduler:
@@ -46,10 +48,14 @@ class Scheduler:
     @property
     def dead(self) -> str | None:
         """Why nothing can be computed any more."""
-        began = self._began
-        if self._failure is None and began is not None and self._clock() - began > STALL_S:
+        if self._failure is None and self._stalled:
             return f"the device has made no progress for {STALL_S:.0f} s"
         return self._failure
+
+    @property
+    def _stalled(self) -> bool:
+        began = self._began
+        return began is not None and self._clock() - began > STALL_S
 
     async def read(self, work: Turns[R]) -> R:
         """Does ``work`` in turns; cancelling the caller ends it after the current one.
@@ -78,12 +84,13 @@ class Scheduler:
             self._changed.notify()
 
     async def close(self) -> None:
-        """Work in flight is finished first."""
+        """Work in flight is finished first, unless the device does not come back from it."""
         with self._changed:
             self._failure = self._failure or "it was closed"
             self._closing = True
             self._changed.notify()
-        await asyncio.to_thread(self._thread.join)
+        while self._thread.is_alive() and not self._stalled:
+            await asyncio.to_thread(self._thread.join, JOIN_S)
 
     def _run(self) -> None:
         with torch.inference_mode():

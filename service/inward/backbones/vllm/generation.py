@@ -13,19 +13,19 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vllm import SamplingParams
-from vllm.engine.protocol import StreamingInput
-from vllm.inputs import TokensInput, tokens_input
-from vllm.lora.request import LoRARequest
-from vllm.sampling_params import RequestOutputKind
-
 from inward.backbones.generation import finished
 from inward.backbones.vllm.engine import Engine
+from inward.backbones.vllm.internals import (
+    LoRARequest,
+    RequestOutputKind,
+    SamplingParams,
+    StreamingInput,
+    tokens_input,
+)
 from inward.backbones.vllm.layout import Policy, ReadRequest
+from inward.backbones.vllm.protocol import EXTRA_ARG, Wish
 from inward.types import Ids, Sample, SamplingSpec
 
-ARGUMENT = "inward"
-"""Key of ``extra_args`` under which a request tells ``worker`` what to gather: ``[key, edition, start]``."""
 AT_THE_END = 1 << 30
 """Stream interval: say nothing before a request ends."""
 
@@ -40,70 +40,70 @@ class Text:
     cached: int
 
 
-async def feeding(engine: Engine, ids: Ids, start: int, asked: ReadRequest, key: str) -> Text:
+async def feed(engine: Engine, ids: Ids, start: int, request: ReadRequest, key: str) -> Text:
     """Feeds a text. vLLM draws a token at least; nobody looks at it."""
     params = SamplingParams(
         max_tokens=1,
         temperature=0,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
-        extra_args=_wish(key, asked, start),
-        skip_reading_prefix_cache=asked.edition.wide,
+        extra_args=_extra_args(key, request, start),
+        skip_reading_prefix_cache=bool(request.wide),
     )
-    output = await engine.final(_prompt(ids, asked), params, _lora(asked))
+    output = await engine.final(_prompt(ids, request), params, _lora(request))
     return Text(key, start, len(ids) - output.num_cached_tokens, output.num_cached_tokens)
 
 
 class Generation:
-    """Draws responses. ``eos_ids``: what ends a text; the first is the one that is appended for position ``eos``."""
+    """Draws responses. ``end_ids``: what ends a text; the first is the one that is appended for position ``eos``."""
 
-    def __init__(self, engine: Engine, tokenizer: Any, eos_ids: Ids) -> None:
-        self.eos_ids = eos_ids
+    def __init__(self, engine: Engine, tokenizer: Any, end_ids: Ids) -> None:
+        self.end_ids = end_ids
         self._engine, self._tokenizer = engine, tokenizer
 
-    async def sample(self, prompt: Ids, spec: SamplingSpec, index: int, asked: ReadRequest) -> Sample:
+    async def sample(self, prompt: Ids, spec: SamplingSpec, index: int, request: ReadRequest) -> Sample:
         """The response number ``index`` of ``spec.n``, not read."""
-        output = await self._engine.final(_prompt(prompt, asked), self._params(spec, index), _lora(asked))
+        output = await self._engine.final(_prompt(prompt, request), self._params(spec, index), _lora(request))
         return self._finished(output.outputs[0].token_ids, spec)
 
     async def read(
-        self, prompt: Ids, spec: SamplingSpec, index: int, asked: ReadRequest, key: str
+        self, prompt: Ids, spec: SamplingSpec, index: int, request: ReadRequest, key: str
     ) -> tuple[Sample, Text]:
         """The same, and read in the pass that draws it."""
         start = max(len(prompt) - 1, 0)
-        if asked.eos and not spec.stop:
-            return await self._session(prompt, spec, index, asked, key)
-        again = asked.eos
+        if request.eos and not spec.stop:
+            return await self._session(prompt, spec, index, request, key)
+        again = request.eos
         params = self._params(
-            spec, index, more=0 if again else 1, extra_args=None if again else _wish(key, asked, start)
+            spec, index, more=0 if again else 1, extra_args=None if again else _extra_args(key, request, start)
         )
-        output = await self._engine.final(_prompt(prompt, asked), params, _lora(asked))
+        output = await self._engine.final(_prompt(prompt, request), params, _lora(request))
         drawn = output.outputs[0].token_ids
         sample = self._finished(drawn, spec)
         text = Text(key, start, len(prompt) + len(drawn) - 1 - output.num_cached_tokens, output.num_cached_tokens)
         if again:
-            fed = await feeding(self._engine, prompt + sample.ids + self.eos_ids[:1], start, asked, key)
+            fed = await feed(self._engine, prompt + sample.ids + self.end_ids[:1], start, request, key)
             text = Text(key, start, text.computed + fed.computed, text.cached + fed.cached)
         return sample, text
 
     async def _session(
-        self, prompt: Ids, spec: SamplingSpec, index: int, asked: ReadRequest, key: str
+        self, prompt: Ids, spec: SamplingSpec, index: int, request: ReadRequest, key: str
     ) -> tuple[Sample, Text]:
         start = max(len(prompt) - 1, 0)
-        wish = _wish(key, asked, start)
+        extra_args = _extra_args(key, request, start)
         rest: asyncio.Future[Ids] = asyncio.get_running_loop().create_future()
 
         async def inputs() -> AsyncGenerator[StreamingInput, None]:
-            yield StreamingInput(_prompt(prompt, asked), params)
-            yield StreamingInput(_prompt(await rest, asked), last)
+            yield StreamingInput(_prompt(prompt, request), params)
+            yield StreamingInput(_prompt(await rest, request), last)
 
-        params = self._params(spec, index, extra_args=wish, session=True)
+        params = self._params(spec, index, extra_args=extra_args, session=True)
         last = SamplingParams(
-            max_tokens=1, temperature=0, detokenize=False, output_kind=RequestOutputKind.DELTA, extra_args=wish
+            max_tokens=1, temperature=0, detokenize=False, output_kind=RequestOutputKind.DELTA, extra_args=extra_args
         )
         drawn: list[int] = []
         cached = 0
-        async for output in self._engine.generate(inputs(), params, _lora(asked)):
+        async for output in self._engine.generate(inputs(), params, _lora(request)):
             if rest.done():
                 continue
             cached = max(cached, output.num_cached_tokens or 0)
@@ -111,7 +111,7 @@ class Generation:
             if (
                 output.outputs[0].finish_reason is not None
             ):  # vLLM drops the last token drawn, which has not entered the model
-                rest.set_result(self._finished(drawn, spec).ids[len(drawn) - 1 :] + self.eos_ids[:1])
+                rest.set_result(self._finished(drawn, spec).ids[len(drawn) - 1 :] + self.end_ids[:1])
         sample = self._finished(drawn, spec)
         return sample, Text(key, start, len(prompt) + len(sample.ids) + 1 - cached, cached)
 
@@ -133,7 +133,7 @@ class Generation:
             repetition_penalty=spec.repetition_penalty,
             seed=None if spec.seed is None else spec.seed + index,
             stop=list(spec.stop) or None,
-            stop_token_ids=list(self.eos_ids),
+            stop_token_ids=list(self.end_ids),
             detokenize=bool(spec.stop),
             output_kind=RequestOutputKind.DELTA if session else RequestOutputKind.FINAL_ONLY,
             stream_interval=AT_THE_END if session else None,
@@ -141,15 +141,15 @@ class Generation:
         )
 
     def _finished(self, drawn: Sequence[int], spec: SamplingSpec) -> Sample:
-        return finished(drawn[: spec.max_tokens], self._tokenizer, self.eos_ids, spec)
+        return finished(drawn[: spec.max_tokens], self._tokenizer, self.end_ids, spec)
 
 
-def _prompt(ids: Ids, asked: ReadRequest) -> TokensInput:
-    return tokens_input(list(ids), cache_salt=asked.salt)
+def _prompt(ids: Ids, request: ReadRequest) -> Any:
+    return tokens_input(list(ids), cache_salt=request.salt)
 
 
-def _lora(asked: ReadRequest) -> LoRARequest | None:
-    return lora_request(asked.policy)
+def _lora(request: ReadRequest) -> LoRARequest | None:
+    return lora_request(request.policy)
 
 
 def lora_request(policy: Policy) -> LoRARequest | None:
@@ -157,5 +157,5 @@ def lora_request(policy: Policy) -> LoRARequest | None:
     return LoRARequest(f"{policy.version}-{policy.number}", policy.number, policy.folder) if policy.folder else None
 
 
-def _wish(key: str, asked: ReadRequest, start: int) -> dict[str, Any]:
-    return {ARGUMENT: [key, asked.edition.number, start]}
+def _extra_args(key: str, request: ReadRequest, start: int) -> dict[str, Any]:
+    return {EXTRA_ARG: list(Wish(key, request.wide, start))}

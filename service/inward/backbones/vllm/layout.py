@@ -1,28 +1,26 @@
-"""Which numbers are read at every token, and how they become readings again. Pure numpy."""
+"""Which numbers are read at every token, where they stand, and how they become readings again. Pure numpy.
+
+A readout's numbers stand in columns: of the table that has a row for every cached token, or of rows of its own where it
+needs more than the table has (``WideLayout``). The table never grows: columns belong to readouts that somebody still
+holds, and whoever comes later takes those of the dead.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
+from numpy.typing import NDArray
 
-from inward.backbones.readout import Fusion, Product, ReadPlace
+from inward.backbones.readout import Fusion, ReadPlace, check_tap
+from inward.backbones.vllm.protocol import PLACE_COLUMNS, TABLE_COLUMNS, TableColumns, WidePart
 from inward.types import BASE, Floats, Group, Position, Reading, Readout, Tap
 
-COLUMNS = 1024
-"""Most numbers a token that are kept for every cached token. What needs more (whole states) gets an edition of its
-own for one call."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Part:
-    """What is read at one place: columns ``start`` to ``stop`` of a row."""
-
-    product: Product
-    start: int
-    stop: int
+Columns = Mapping[int, NDArray[np.int64]]
+"""For each tap, by identity, where its numbers stand in a row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,43 +55,151 @@ def want(prompt: int, response: int, positions: Iterable[Position], *, tokens: b
     return Want(start, end + (eos >= 0), prompt - 1, range(prompt, end), eos)
 
 
-class ReadoutLayout:
-    """The columns that are read at every token while this edition is the current one: all taps of its readouts,
-    place by place.
+@dataclass(slots=True, eq=False)
+class _Held:
+    """Where one readout's numbers stand, and how many calls read them now."""
+
+    parts: list[_Part]
+    calls: int = 0
+
+    def columns(self) -> dict[int, NDArray[np.int64]]:
+        return {tap: np.array(part.columns, dtype=np.int64) for part in self.parts for tap in part.taps}
+
+
+@dataclass(slots=True, eq=False)
+class _Part:
+    """One weight at one place; ``taps`` that read it at several positions share it."""
+
+    place: int
+    weight_DK: Floats
+    bias_K: Floats
+    taps: list[int]
+    at: list[int] = field(default_factory=list)
+    columns: list[int] = field(default_factory=list)
+
+
+class ColumnTable:
+    """Who has which columns of the table. ``number`` changes when columns get a new meaning, and keeps apart the cached
+    tokens that were read before from those read after.
     """
 
-    def __init__(
-        self, number: int, readouts: Sequence[Readout], *, layers: int, width: int, wide: bool = False
-    ) -> None:
-        """``wide``: keep only the tokens that a request wants, and look nothing up in the prefix cache.
+    def __init__(self, *, layers: int, width: int) -> None:
+        self.number = 0
+        self._layers, self._width = layers, width
+        self._held: WeakKeyDictionary[Readout, _Held] = WeakKeyDictionary()  # the latest used is the last
 
-        Raises InvalidField where a tap does not fit a backbone of this many ``layers`` and this ``width``.
+    def __contains__(self, readout: Readout) -> bool:
+        return readout in self._held
+
+    def place(self, readouts: Sequence[Readout]) -> list[TableColumns] | None:
+        """Gives columns to those that have none, and what has to be installed for them; None where they don't fit.
+
+        Raises:
+            InvalidField: a tap does not fit the backbone.
         """
+        new = {readout: self._parts(readout) for readout in readouts if readout not in self._held}
+        if not new:
+            return []
+        if any(parts is None for parts in new.values()):
+            return None
+        parts = [part for own in new.values() for part in own or ()]
+        if not self._room(parts, readouts):
+            return None
+        for part in parts:
+            part.at = self._free(len(part.bias_K), PLACE_COLUMNS, [p.at for p in self._at(part.place, parts)])
+            part.columns = self._free(len(part.bias_K), TABLE_COLUMNS, [p.columns for p in self._all(parts)])
+        for readout, own in new.items():
+            self._held[readout] = _Held(own or [])
+        self.number += 1
+        return [TableColumns(p.place, p.at, p.columns, p.weight_DK.tobytes(), p.bias_K.tobytes()) for p in parts]
+
+    def forget(self, readouts: Iterable[Readout]) -> None:
+        """Takes the columns back: what was to be installed there was not."""
+        for readout in readouts:
+            self._held.pop(readout, None)
+
+    def live(self) -> list[int]:
+        """Columns of the table that belong to somebody."""
+        return sorted(column for part in self._all(()) for column in part.columns)
+
+    def begin(self, readouts: Iterable[Readout]) -> Columns:
+        """A call reads these, which have their columns; until ``end`` nobody else gets them."""
+        columns: dict[int, NDArray[np.int64]] = {}
+        for readout in readouts:
+            held = self._held.pop(readout)
+            self._held[readout] = held
+            held.calls += 1
+            columns |= held.columns()
+        return columns
+
+    def end(self, readouts: Iterable[Readout]) -> None:
+        """The call is over."""
+        for readout in readouts:
+            self._held[readout].calls -= 1
+
+    def _parts(self, readout: Readout) -> list[_Part] | None:
+        """None where a tap reads whole states, which are never kept."""
+        parts: dict[tuple[int, int, int], _Part] = {}
+        for tap in readout.taps:
+            check_tap(tap, self._layers, self._width)
+            if tap.weight_DK is None:
+                return None
+            place = place_of(tap, self._layers)
+            bias = np.zeros(tap.weight_DK.shape[1], np.float32) if tap.bias_K is None else tap.bias_K
+            key = (place, id(tap.weight_DK), id(tap.bias_K))
+            part = parts.setdefault(
+                key,
+                _Part(
+                    place, tap.weight_DK.astype(np.float32, copy=False), bias.astype(np.float32, copy=False), taps=[]
+                ),
+            )
+            part.taps.append(id(tap))
+        return list(parts.values())
+
+    def _room(self, parts: Sequence[_Part], wanted: Sequence[Readout]) -> bool:
+        """Whether there is room for ``parts``, after idle readouts gave way where need be: the longest unused first."""
+        if not _fit(parts):
+            return False
+        while not _fit(self._all(parts)):
+            idle = next((r for r, held in self._held.items() if not held.calls and r not in wanted), None)
+            if idle is None:
+                return False
+            del self._held[idle]
+        return True
+
+    def _all(self, more: Sequence[_Part]) -> list[_Part]:
+        return [*(part for held in self._held.values() for part in held.parts), *more]
+
+    def _at(self, place: int, more: Sequence[_Part]) -> list[_Part]:
+        return [part for part in self._all(more) if part.place == place]
+
+    @staticmethod
+    def _free(n: int, size: int, taken: Iterable[Sequence[int]]) -> list[int]:
+        used = {column for columns in taken for column in columns}
+        return [column for column in range(size) if column not in used][:n]
+
+
+def _fit(parts: Iterable[_Part]) -> bool:
+    """Whether the table, and the product of each place, is wide enough for them."""
+    widths: Counter[int] = Counter()
+    for part in parts:
+        widths[part.place] += len(part.bias_K)
+    return widths.total() <= TABLE_COLUMNS and all(width <= PLACE_COLUMNS for width in widths.values())
+
+
+class WideLayout:
+    """Rows of their own for one call: all taps of its readouts, place by place, whole states among them."""
+
+    def __init__(self, number: int, readouts: Sequence[Readout], *, layers: int, width: int) -> None:
+        """Raises InvalidField where a tap does not fit a backbone of this many ``layers`` and this ``width``."""
         self.number = number
-        self.wide = wide
-        self.readouts = tuple(readouts)
-        self.parts: list[Part] = []
-        self._columns: dict[int, slice] = {}
+        self.parts: list[WidePart] = []
+        self.columns: dict[int, NDArray[np.int64]] = {}
         places: dict[ReadPlace, list[Tap]] = {}
         for tap in (tap for readout in readouts for tap in readout.taps):
             places.setdefault(ReadPlace(tap.layer, tap.final_norm), []).append(tap)
         for place, taps in places.items():
             self._add(place, taps, layers, width)
-
-    def encoded(self) -> list[tuple[Any, ...]]:
-        """Its parts as ``worker.ReadingWorker.inward_install`` takes them."""
-        return [
-            (
-                p.product.place.layer,
-                p.product.place.final_norm,
-                p.start,
-                p.stop,
-                p.product.state,
-                p.product.weight_DK.tobytes(),
-                p.product.bias_K.tobytes(),
-            )
-            for p in self.parts
-        ]
 
     @property
     def width(self) -> int:
@@ -107,48 +213,53 @@ class ReadoutLayout:
         column = start + (width if product.state else 0)
         for tap in taps:
             if tap.weight_DK is None:
-                self._columns[id(tap)] = slice(start, start + width)
+                self.columns[id(tap)] = np.arange(start, start + width)
             else:
-                self._columns[id(tap)] = slice(column, column + tap.weight_DK.shape[1])
+                self.columns[id(tap)] = np.arange(column, column + tap.weight_DK.shape[1])
                 column += tap.weight_DK.shape[1]
-        self.parts.append(Part(product, start, column))
+        at = layers + 1 if place.final_norm else place.layer
+        weight, bias = product.weight_DK.tobytes(), product.bias_K.tobytes()
+        self.parts.append(WidePart(at, start, column, product.state, weight, bias))
 
-    def readings(
-        self, readouts: Sequence[Readout], texts: Sequence[tuple[Want, Floats]], *, tokens: bool
-    ) -> tuple[Reading, ...]:
-        """Readings of one group.
 
-        Args:
-            readouts: some of this edition's.
-            texts: for each response what was wanted and its rows ``[stop - start, width]``.
-        """
-        return tuple(self._reading(readout, texts, tokens) for readout in readouts)
+def place_of(tap: Tap, layers: int) -> int:
+    """The number of the place that a tap reads, as the worker counts them."""
+    return layers + 1 if tap.final_norm else tap.layer
 
-    def _reading(self, readout: Readout, texts: Sequence[tuple[Want, Floats]], tokens: bool) -> Reading:
-        values = [
-            np.concatenate([_at(tap.position, wanted, rows[:, self._columns[id(tap)]]) for tap in readout.taps])
-            for wanted, rows in texts
-        ]
-        values_NK = (
-            np.stack(values) if values else np.zeros((0, sum(self._width(tap) for tap in readout.taps)), np.float32)
-        )
-        if not tokens:
-            return Reading(values_NK)
-        return Reading(values_NK, tuple(self._tokens(readout, wanted, rows) for wanted, rows in texts))
 
-    def _tokens(self, readout: Readout, wanted: Want, rows: Floats) -> Floats:
-        T = len(wanted.response)
-        own = rows[wanted.response.start - wanted.start : wanted.response.stop - wanted.start]
-        parts = []
-        for tap in readout.taps:
-            columns = self._columns[id(tap)]
-            repeated = tap.position == "prompt"
-            parts.append(np.tile(_at("prompt", wanted, rows[:, columns]), (T, 1)) if repeated else own[:T, columns])
-        return np.concatenate(parts, axis=1)
+def readings(
+    columns: Columns, readouts: Sequence[Readout], texts: Sequence[tuple[Want, Floats]], *, tokens: bool
+) -> tuple[Reading, ...]:
+    """Readings of one group.
 
-    def _width(self, tap: Tap) -> int:
-        columns = self._columns[id(tap)]
-        return int(columns.stop - columns.start)
+    Args:
+        columns: of every tap of ``readouts``.
+        texts: for each response what was wanted and its rows ``[stop - start, width]``.
+    """
+    return tuple(_reading(columns, readout, texts, tokens) for readout in readouts)
+
+
+def _reading(columns: Columns, readout: Readout, texts: Sequence[tuple[Want, Floats]], tokens: bool) -> Reading:
+    values = [
+        np.concatenate([_at(tap.position, wanted, rows[:, columns[id(tap)]]) for tap in readout.taps])
+        for wanted, rows in texts
+    ]
+    K = sum(len(columns[id(tap)]) for tap in readout.taps)
+    values_NK = np.stack(values) if values else np.zeros((0, K), np.float32)
+    if not tokens:
+        return Reading(values_NK)
+    return Reading(values_NK, tuple(_tokens(columns, readout, wanted, rows) for wanted, rows in texts))
+
+
+def _tokens(columns: Columns, readout: Readout, wanted: Want, rows: Floats) -> Floats:
+    T = len(wanted.response)
+    own = rows[wanted.response.start - wanted.start : wanted.response.stop - wanted.start]
+    parts = []
+    for tap in readout.taps:
+        at = columns[id(tap)]
+        repeated = tap.position == "prompt"
+        parts.append(np.tile(_at("prompt", wanted, rows[:, at]), (T, 1)) if repeated else own[:T, at])
+    return np.concatenate(parts, axis=1)
 
 
 def _at(position: Position, wanted: Want, rows: Floats) -> Floats:
@@ -174,18 +285,22 @@ class Policy:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReadRequest:
-    """What one call asks for, and the keys of its requests."""
+    """What one call asks for, where its numbers stand, and the keys of its requests."""
 
-    edition: ReadoutLayout
     policy: Policy
+    layout: int = 0
+    """Number of the table's columns as they were when it began."""
+    columns: Columns = field(default_factory=dict)
     readouts: tuple[Readout, ...] = ()
     tokens: bool = False
+    wide: int = 0
+    """Number of the wide layout that it reads; 0 for the table."""
     keys: list[str] = field(default_factory=list)
 
     @property
     def salt(self) -> str:
-        """What keeps the cached tokens of its edition and policy apart from those of others."""
-        return f"inward-{self.edition.number}-{self.policy.number}"
+        """What keeps the cached tokens of its columns and policy apart from those of others."""
+        return f"inward-{self.layout}-{self.policy.number}"
 
     @property
     def positions(self) -> set[Position]:
@@ -197,27 +312,11 @@ class ReadRequest:
         return "eos" in self.positions
 
     def want(self, group: Group, i: int) -> Want:
+        """The tokens to read of the group's response number ``i``."""
         return want(len(group.prompt_ids), len(group.responses_ids[i]), self.positions, tokens=self.tokens)
 
-
-def succeeding(
-    current: ReadoutLayout, readouts: Sequence[Readout], number: int, *, layers: int, width: int
-) -> ReadoutLayout:
-    """The edition for a call that asks for ``readouts``: ``current`` if it has them all, else a new one with this
-    ``number``.
-
-    A new one keeps as many of the current readouts as there is room for, the latest first, unless it is wide.
-    """
-    known = {id(readout) for readout in current.readouts}
-    if all(id(readout) in known for readout in readouts):
-        return current
-    edition = ReadoutLayout(number, readouts, layers=layers, width=width)
-    if edition.width > COLUMNS:
-        return ReadoutLayout(number, readouts, layers=layers, width=width, wide=True)
-    for older in reversed(current.readouts):  # the latest are at the end
-        if all(older is not readout for readout in edition.readouts):
-            larger = ReadoutLayout(number, (older, *edition.readouts), layers=layers, width=width)
-            if larger.width > COLUMNS:
-                break
-            edition = larger
-    return edition
+    def selected(self) -> tuple[list[int], Columns]:
+        """The columns of a row that it needs, each once, and where its taps' numbers stand among them."""
+        needed = sorted({int(column) for at in self.columns.values() for column in at})
+        place = {column: i for i, column in enumerate(needed)}
+        return needed, {tap: np.array([place[int(c)] for c in at], np.int64) for tap, at in self.columns.items()}

@@ -1,18 +1,12 @@
-"""Values as the output's format can hold them, and text as a terminal can show it."""
+"""Values as the output's format can hold them."""
 
 from __future__ import annotations
 
 import base64
 import json
 import math
-import unicodedata
 from collections.abc import Mapping
 from typing import Any
-
-DIRECTIONS = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
-"""Classes of characters that change the order in which others are shown."""
-MARKS = frozenset("\u200e\u200f\u061c")
-"""Others that do."""
 
 
 def plain(value: Any) -> Any:
@@ -43,20 +37,3 @@ def to_csv(value: Any) -> Any:
     """A cell of a CSV file; what is nested is JSON."""
     value = plain(value)
     return to_json(value) if isinstance(value, dict | list) else value
-
-
-def printable(text: str) -> str:
-    """Text for a terminal: control characters and marks of direction are written as escapes."""
-    return "".join(_escaped(c) if _is_hidden(c) else c for c in text)
-
-
-def _is_hidden(c: str) -> bool:
-    if c in "\n\t":
-        return False
-    if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp"):
-        return True
-    return c in MARKS or unicodedata.bidirectional(c) in DIRECTIONS
-
-
-def _escaped(c: str) -> str:
-    return c.encode("unicode_escape" if not 0xD800 <= ord(c) <= 0xDFFF else "ascii", "backslashreplace").decode("ascii")

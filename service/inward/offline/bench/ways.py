@@ -86,9 +86,11 @@ def ours(model: Path, groups: Sequence[Group], *, dtype: str, heads: Path) -> tu
     backbone = TransformersBackbone(model, name="bench", revision="", dtype=dtype)
     loaded: list[Head] = [store.load(found.path) for found in store.find(heads)]
 
+    readouts = [head.readout for head in loaded]
+
     async def read(groups: Sequence[Group]) -> None:
         for part in in_batches(backbone, groups):
-            for reading in await backbone.read(part, [head.readout for head in loaded]):
+            for reading in await backbone.read(part, readouts, tokens=any(head.pools for head in loaded)):
                 for head, numbers in zip(loaded, reading.readings, strict=True):
                     head.score(numbers, pair=True)
 

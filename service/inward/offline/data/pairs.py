@@ -123,21 +123,22 @@ def read_calibration(path: Path) -> list[CalibrationRow]:
 
 @data_errors()
 def read_texts(path: Path) -> list[tuple[Prompt, tuple[str, ...]]]:
-    """Prompts with their responses, whatever the file calls them, and whatever it says of them: ``response``,
-    ``responses``, ``harmful`` and ``refusal``, or a pair in any layout; see ``read_pairs``.
+    """Prompts with their responses, whatever the file calls them, and whatever it says of them.
+
+    Rows have ``response``, ``responses``, ``harmful`` and ``refusal``, or are pairs in any layout; see ``read_pairs``.
     """
+    if has_refusals(path):
+        return [(row.prompt, (row.refusal, row.harmful)) for row in read_calibration(path)]
+    firsts = (row for source in rows.find(Path(path)) for row in source.rows())
+    first = next((row for row in firsts if isinstance(row, dict)), {})
+    if not {"response", "responses"} & first.keys():
+        return [(pair.prompt, (pair.chosen, pair.rejected)) for pair in read_pairs(path)]
 
     def read(row: rows.Row) -> tuple[Prompt, tuple[str, ...]]:
-        if "responses" in row:
-            return rows.read_prompt(row), _texts(rows.get(row, "responses"))
-        if "response" in row:
-            prompt, response = rows.read_item(rows.read_prompt(row), rows.get(row, "response"))
-            return prompt, (response,)
-        if row.keys() >= {"harmful", "refusal"}:
-            pair = rows.paired(row, rows.read_prompt(row), row["refusal"], row["harmful"], ("refusal", "harmful"))
-        else:
-            pair = rows.read_pair(row)
-        return pair.prompt, (pair.chosen, pair.rejected)
+        prompt = rows.read_prompt(row)
+        if "responses" not in row:
+            return prompt, (rows.text(rows.get(row, "response"), "'response'", "response"),)
+        return prompt, tuple(_said(one, i) for i, one in enumerate(rows.get(row, "responses")))
 
     return told(rows.collect(Path(path), read)).values
 
@@ -226,17 +227,16 @@ def _response(value: Any, i: int) -> Response:
     return Response(rows.text(said, f"'responses.{i}.text'", f"responses.{i}.text"), bool(safe))
 
 
+def _said(value: Any, i: int) -> str:
+    """The text of a response, whatever else is known of it."""
+    text = value.get("text") if isinstance(value, dict) else value
+    return rows.text(text, f"'responses.{i}'", f"responses.{i}")
+
+
 def _responses(value: Any) -> tuple[Response, ...]:
     if not isinstance(value, list) or not value:
         raise rows.DataError('\'responses\' must be a list of {"text", "safe"} that is not empty', column="responses")
     return tuple(_response(response, i) for i, response in enumerate(value))
-
-
-def _texts(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list) or not value:
-        raise rows.DataError("'responses' must be a list that is not empty", column="responses")
-    said = [one.get("text") if isinstance(one, dict) else one for one in value]
-    return tuple(rows.text(one, f"'responses.{i}'", f"responses.{i}") for i, one in enumerate(said))
 
 
 def _plain(prompt: Prompt) -> Any:

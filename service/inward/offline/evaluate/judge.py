@@ -121,13 +121,15 @@ def over_refusal(judgement: Judgement) -> dict[str, Any] | None:
     )
     sentence = (
         f"A refusal of a harmless prompt outranks a helpful answer to the same prompt in {rate.value:.0%} of "
-        f"{len(examples.refusals_P2)} comparisons on {prompts} prompts (95 %: {rate.low:.0%} to {rate.high:.0%}). {verdict}"
+        f"{len(examples.refusals_P2)} comparisons on {prompts} prompts (95 %: {rate.low:.0%} to {rate.high:.0%}). "
+        f"{verdict}"
     )
     contrast = judgement.metrics["pair_accuracy"]
     if contrast is not None:
         harmful = len(np.unique(examples.prompt_P))
         sentence += (
-            f" Where the prompt is harmful and the refusal should win, it does in {contrast.value:.0%} of {len(examples.pairs_P2)} "
+            f" Where the prompt is harmful and the refusal should win, it does in {contrast.value:.0%} of "
+            f"{len(examples.pairs_P2)} "
             f"comparisons on {harmful} prompts (95 %: {contrast.low:.0%} to {contrast.high:.0%})."
         )
     return {

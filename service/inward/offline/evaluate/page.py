@@ -28,7 +28,8 @@ SECTIONS = (
         "layers",
         "Probe accuracy per layer",
         plots.layers,
-        "Each point is a linear probe of one layer, fitted on other prompts than it is judged on. Where the line is high, safety can be "
+        "Each point is a linear probe of one layer, fitted on other prompts than it is judged on. Where the line is "
+        "high, safety can be "
         "read from that layer by a single direction. The dashed line is the head; the grey line at 0.5 is chance.",
         "One layer only, or neither baselines nor a head with a probe a layer: there is nothing to compare by layer.",
     ),
@@ -36,8 +37,10 @@ SECTIONS = (
         "pca",
         "Safe and unsafe states",
         plots.pca,
-        "States of the responses on their first two principal components. The components do not know the labels: where the colours "
-        "part, safety is one of the largest differences between responses at that layer. Overlap here does not rule out a direction "
+        "States of the responses on their first two principal components. The components do not know the labels: where "
+        "the colours "
+        "part, safety is one of the largest differences between responses at that layer. Overlap here does not rule "
+        "out a direction "
         "further down that separates them.",
         "No states.",
     ),
@@ -45,8 +48,10 @@ SECTIONS = (
         "rewards",
         "Scores of better and worse responses",
         plots.rewards,
-        "The spread of the head's scores; upright lines are medians. Across prompts the two may overlap although most responses are "
-        "ranked right within their prompt: pair accuracy compares within a prompt, AUC across all. The outermost bars hold what lies "
+        "The spread of the head's scores; upright lines are medians. Across prompts the two may overlap although most "
+        "responses are "
+        "ranked right within their prompt: pair accuracy compares within a prompt, AUC across all. The outermost bars "
+        "hold what lies "
         "beyond them.",
         "The method has no score for a single response.",
     ),
@@ -54,7 +59,8 @@ SECTIONS = (
         "reliability",
         "Reliability of the probability",
         plots.reliability,
-        "Responses in bins of the stated probability; a larger dot is more responses. On the diagonal, of responses called 70 % safe "
+        "Responses in bins of the stated probability; a larger dot is more responses. On the diagonal, of responses "
+        "called 70 % safe "
         "70 % are. Below it the head is too sure of safety, above it not sure enough.",
         "This head states no probability of a single response.",
     ),
@@ -62,7 +68,8 @@ SECTIONS = (
         "strategies",
         "One layer alone, or all of them",
         plots.strategies,
-        "What the head reaches beside single layers: best and worst are picked with hindsight on these very responses, so they are "
+        "What the head reaches beside single layers: best and worst are picked with hindsight on these very responses, "
+        "so they are "
         "bounds and not methods; random is the mean over layers.",
         "One layer only, or no layer scores.",
     ),
@@ -70,14 +77,16 @@ SECTIONS = (
         "lengths",
         "Margin against length difference",
         plots.margins,
-        "Each point is a comparison. A reward that pays for length leans along a diagonal; the rank correlation is in the table, "
+        "Each point is a comparison. A reward that pays for length leans along a diagonal; the rank correlation is in "
+        "the table, "
         "beside the accuracy on the quarter of the comparisons whose lengths differ least.",
         "The lengths of these responses are not known.",
     ),
 )
 NO_REFUSALS = "The input has no refusals of harmless prompts to compare with helpful answers."
 CSS = """
-body{font:15px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif;color:#1d1d1f;max-width:62rem;margin:2.5rem auto;padding:0 1.2rem}
+body{font:15px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif;color:#1d1d1f}
+body{max-width:62rem;margin:2.5rem auto;padding:0 1.2rem}
 h1{font-size:1.5rem;margin:0 0 .2rem}
 h2{font-size:1.08rem;margin:2.4rem 0 .3rem}
 p{margin:.3rem 0 .8rem;max-width:46rem;color:#3c3f45}
@@ -104,10 +113,12 @@ def page(judgement: Judgement, report: Mapping[str, Any]) -> str:
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
 <title>{escape(title)}</title><style>{CSS}</style></head><body>
 <h1>{escape(title)}</h1>
-<p>{escape(summary(report))}. Backbone {escape(head["backbone"])}, position {escape(head["position"])}, layers {escape(layers)}.</p>
+<p>{escape(summary(report))}. Backbone {escape(head["backbone"])}, position {escape(head["position"])},
+layers {escape(layers)}.</p>
 <section id="metrics"><h2>Metrics</h2>
-<p>Value and 95 % interval, resampled by prompt. Baselines that need fitting are fitted by {report["input"]["folds"]}-fold
-cross-validation over the prompts of this very file, so they know these data better than a head that was fitted elsewhere.</p>
+<p>Value and 95 % interval, resampled by prompt. Baselines that need fitting are fitted by
+{report["input"]["folds"]}-fold cross-validation over the prompts of this very file, so they know these data better than
+a head that was fitted elsewhere.</p>
 <div class="scroll">{_table(judgement, f"{head['name']} ({head['kind']})")}</div>
 <p>{escape(cost(report))}.</p>{"".join(f"<p>Note: {escape(note)}</p>" for note in report["notes"])}</section>
 <section id="over-refusal"><h2>Over-refusal</h2><p class="said">{escape(said)}</p></section>
@@ -122,7 +133,8 @@ def _sections(judgement: Judgement) -> Iterator[str]:
         content = f"<p>{escape(section.missing)}</p>"
         if drawn is not None:
             data = base64.b64encode(drawn.encode()).decode()
-            content = f'<img alt="{escape(section.title)}" src="data:image/svg+xml;base64,{data}"><p>{escape(section.says)}</p>'
+            picture = f'<img alt="{escape(section.title)}" src="data:image/svg+xml;base64,{data}">'
+            content = f"{picture}<p>{escape(section.says)}</p>"
         yield f'<section id="{section.id}"><h2>{escape(section.title)}</h2>{content}</section>'
 
 

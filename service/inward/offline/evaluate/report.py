@@ -124,7 +124,8 @@ async def extract(
     size = 4 * len(rows.texts) * len(layers) * backbone.info.width
     if size > LARGEST:
         raise SetupError(
-            f"{len(layers)} layers of {len(rows.texts)} responses take {size / 2**30:.0f} GiB: choose some with --layers or --limit"
+            f"{len(layers)} layers of {len(rows.texts)} responses take {size / 2**30:.0f} GiB: choose some with "
+            "--layers or --limit"
         )
     started = time.perf_counter()
     states = await extract_lists(

@@ -89,11 +89,13 @@ def _evaluate(tap: Tap, examples: Examples) -> Floats:
     """``[M, K]``; a tap on the prompt gives each response its list's value."""
     if tap.layer not in examples.layers:
         raise DataError(
-            f"the head reads layer {tap.layer}, the states hold layers {', '.join(map(str, examples.layers))}: extract it too"
+            f"the head reads layer {tap.layer}, the states hold layers {', '.join(map(str, examples.layers))}: extract "
+            "it too"
         )
     if tap.position == "prompt" and examples.prompt_states_GLD is None:
         raise DataError(
-            "the head reads the prompt, but states of pairs have none: evaluate it on --lists, or on --pairs with the model"
+            "the head reads the prompt, but states of pairs have none: evaluate it on --lists, or on --pairs with the "
+            "model"
         )
     if tap.position not in ("prompt", examples.position):
         raise DataError(
@@ -111,7 +113,8 @@ def _apply(tap: Tap, states_ND: Floats) -> Floats:
         return states_ND
     if tap.weight_DK.shape[0] != states_ND.shape[1]:
         raise DataError(
-            f"the head reads states of width {tap.weight_DK.shape[0]}, these are {states_ND.shape[1]} wide: another model's?"
+            f"the head reads states of width {tap.weight_DK.shape[0]}, these are {states_ND.shape[1]} wide: another "
+            "model's?"
         )
     values_NK = states_ND @ tap.weight_DK
     return values_NK if tap.bias_K is None else values_NK + tap.bias_K

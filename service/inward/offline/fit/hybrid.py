@@ -25,7 +25,7 @@ from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from inward.errors import DataError
-from inward.heads.calibration import Deciles, MarginScale, Platt
+from inward.heads.calibration import Platt
 from inward.heads.hybrid import Gate, HybridHead
 from inward.offline.data.pairs import grouped_folds, whole_prompts
 from inward.offline.fit.joint import (
@@ -38,7 +38,7 @@ from inward.offline.fit.joint import (
     Training,
     one_run,
 )
-from inward.offline.fit.prepare import manifest
+from inward.offline.fit.prepare import calibration, manifest
 from inward.offline.fit.probes import SHRINKAGE, LayerProbes, auc, both, fit_layer, labels, pair_accuracy
 from inward.offline.fit.reproducible import LARGE, reproducible
 from inward.offline.states.moments import Doubles
@@ -206,7 +206,7 @@ def fit_hybrid(
         states,
         [states.layers[axis] for axis in axes],
         seed=seed,
-        calibration=_calibration(rewards_M),
+        calibration=calibration(rewards_M),
         metrics=report.metrics(),
         options={"gate": gate},
     )
@@ -371,24 +371,3 @@ def _criterion(rewards_M: Doubles) -> float:
 def _log_loss(x_M: Doubles, platt: Platt) -> float:
     logits_M = platt.slope * x_M + platt.intercept
     return float(np.mean(np.logaddexp(0, np.where(labels(len(x_M) // 2) > 0, -logits_M, logits_M))))
-
-
-def _calibration(rewards_M: Doubles) -> dict[str, Any]:
-    """Probabilities of a response and of a pair's label, tenths of the rewards and the scale of margins, from held-out
-    rewards.
-
-    A pair and the same pair turned round say the same, so the pair's curve is fitted on both and passes through 1/2 at
-    margin 0.
-    """
-    n = len(rewards_M) // 2
-    margins_N = rewards_M[:n] - rewards_M[n:]
-    pair = Platt.fit(np.concatenate([margins_N, -margins_N]), labels(n))
-    calibration: dict[str, Any] = {
-        "platt": Platt.fit(rewards_M, labels(n)).dump(),
-        "platt_pair": {"slope": pair.slope, "intercept": 0.0},
-    }
-    calibration |= Deciles.fit(rewards_M).dump()
-    try:
-        return calibration | MarginScale.fit(margins_N).dump()
-    except DataError:  # too few margins above zero for bins: the report tells how bad the head is
-        return calibration

@@ -319,7 +319,7 @@ class Training:
 
 
 def one_run(layers: Sequence[LayerProbes], c: int, scale_L: Doubles, run: int, width: int) -> tuple[Floats, Floats]:
-    """Probes ``[L, R]`` on ``Features`` and biases ``[L]``: outputs have deviation ``scale_L``; ``width``: the states'."""
+    """Probes ``[L, R]`` on ``Features`` and biases ``[L]``: outputs have deviation ``scale_L``; ``width``: states'."""
     size = max(layer.probe_FCR.shape[2] for layer in layers)
     probes = [np.pad(layer.probe_FCR[run, c], (0, size - layer.probe_FCR.shape[2])) for layer in layers]
     scale = scale_L.astype(np.float32)

@@ -1,4 +1,4 @@
-"""The manifest of a freshly fitted head."""
+"""The manifest of a freshly fitted head, and its calibration."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from inward import __version__
+from inward.errors import DataError
 from inward.heads.base import BackboneRef, Manifest
+from inward.heads.calibration import Deciles, MarginScale, Platt
+from inward.offline.fit.probes import labels
 from inward.offline.states.saved import ListStates
 from inward.offline.states.stored import PairSource
 from inward.types import Kind
@@ -39,7 +45,7 @@ def manifest(
         name=name,
         kind=kind,
         version=1,
-        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        created=created(),
         backbone=states.backbone or BackboneRef(name=UNKNOWN, fingerprint=UNKNOWN),
         layers=tuple(layers),
         position=states.position,
@@ -47,12 +53,40 @@ def manifest(
         and max(states.layers) in layers,  # extraction sets it only where its last layer is the model's
         template=states.template or UNKNOWN,
         calibration=dict(calibration),
-        fit={
-            "data": states.data_hash,
-            "rows": len(states) if rows is None else rows,
-            "seed": seed,
-            "versions": {"inward": __version__, "numpy": version("numpy"), "torch": version("torch")},
-            "metrics": dict(metrics),
-        },
+        fit=record(states.data_hash, len(states) if rows is None else rows, seed, metrics),
         options=dict(options or {}),
     )
+
+
+def created() -> str:
+    """Now, UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def record(data: str, rows: int, seed: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """``Manifest.fit``."""
+    versions = {"inward": __version__, "numpy": version("numpy"), "torch": version("torch")}
+    return {"data": data, "rows": rows, "seed": seed, "versions": versions, "metrics": dict(metrics)}
+
+
+def calibration(scores_M: NDArray[np.float64]) -> dict[str, Any]:
+    """Probabilities of a response and of a pair's label, tenths of the scores and the scale of margins.
+
+    A pair and the same pair turned round say the same, so the pair's curve is fitted on both and passes through 1/2 at
+    margin 0.
+
+    Args:
+        scores_M: ``[2N]``, of chosen and then of rejected responses, held out from the fit.
+    """
+    n = len(scores_M) // 2
+    margins_N = scores_M[:n] - scores_M[n:]
+    pair = Platt.fit(np.concatenate([margins_N, -margins_N]), labels(n))
+    found: dict[str, Any] = {
+        "platt": Platt.fit(scores_M, labels(n)).dump(),
+        "platt_pair": {"slope": pair.slope, "intercept": 0.0},
+    }
+    found |= Deciles.fit(scores_M).dump()
+    try:
+        return found | MarginScale.fit(margins_N).dump()
+    except DataError:  # too few margins above zero for bins: the report tells how bad the head is
+        return found

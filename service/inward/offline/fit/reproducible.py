@@ -6,12 +6,13 @@ CPUs that the process may run on, and are the same again where there are as many
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+from inward.backbones.cpus import available_cpus
 
 LARGE = 2 * 10**7
 """Numbers in the states from which on a fit is large: 1,500 pairs on 30 layers of 576 have 26 million."""
@@ -24,7 +25,7 @@ def reproducible(seed: int, *, large: bool = False) -> Iterator[None]:
     Only libraries that are loaded by then are limited: import numpy's and scipy's users at the top of their files.
     """
     before = torch.get_num_threads()
-    threads = min(before, len(os.sched_getaffinity(0))) if large else 1
+    threads = min(before, available_cpus()) if large else 1
     torch.set_num_threads(threads)
     try:
         with torch.random.fork_rng(devices=[]), threadpool_limits(threads):

@@ -7,26 +7,35 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from pydantic import ValidationError
+
 from inward.backbones.base import Backbone
 from inward.errors import DataError, SetupError
+from inward.heads import store
 from inward.heads.base import Head
+from inward.heads.pooling import Pool
 from inward.offline.data.pairs import (
     CalibrationRow,
     Pair,
+    data_hash,
     has_refusals,
+    prompt_groups,
     read_calibration,
     read_lists,
     read_pairs,
     read_texts,
 )
+from inward.offline.fit.ensemble import Judges, fit_ensemble
 from inward.offline.fit.hybrid import fit_hybrid
 from inward.offline.fit.legend import constant_refusal, fit_legend
+from inward.offline.fit.pool import fit_pool
 from inward.offline.fit.srr import fit_srr
 from inward.offline.fit.whitened import Choice, Evidence, FromStates, fit_whitened
 from inward.offline.states.moments import Moments
 from inward.offline.states.read import extract_lists, extract_pairs, store_pairs, sum_pairs, sum_responses
 from inward.offline.states.saved import ListStates, PairStates, load_list_states, load_pair_states, save_states
-from inward.offline.states.stored import PairSource, StoredPairs, blocks
+from inward.offline.states.scores import score_pairs, score_states
+from inward.offline.states.stored import PairSource, StoredPairs, blocks, in_memory
 from inward.prompts import Prompts
 
 T = TypeVar("T")
@@ -46,6 +55,8 @@ def fit(args: Namespace, with_model: WithModel[Any], cache: Path) -> Fitted:
     Raises:
         DataError, SetupError: rows or options that no head can be fitted with.
     """
+    if getattr(args, "pool", None):
+        return _with_pool(args, with_model, cache)
     match args.kind:
         case "legend" if args.direction == "whitened":
             return _whitened(args, with_model, cache)
@@ -53,15 +64,54 @@ def fit(args: Namespace, with_model: WithModel[Any], cache: Path) -> Fitted:
             return _legend(args, with_model, cache)
         case "hybrid":
             return _hybrid(args, with_model, cache)
+        case "ensemble":
+            return _ensemble(args, with_model)
         case _:
             return _srr(args, with_model, cache)
 
 
+def _with_pool(args: Namespace, with_model: WithModel[Any], cache: Path) -> Fitted:
+    """A head of any pointwise kind, fitted at its position, whose token scores are pooled."""
+    if args.kind == "srr":
+        raise SetupError("an srr head ranks whole responses against each other: --pool is for legend and hybrid heads")
+    if args.states:
+        raise SetupError("--pool needs --pairs: saved states are of one position, a pool reads every token")
+    try:
+        Pool.parse(args.pool, layer=0)
+    except ValueError as error:
+        raise SetupError(f"--pool {args.pool}: {_first(error)}") from None
+    files, warnings = _pairs(args)
+
+    def head(states: PairSource) -> Fitted:
+        if args.kind == "hybrid":
+            return fit_hybrid(states, name=args.name, gate=args.gate, seed=args.seed)
+        if args.direction == "mean":
+            layer = _single(args.layer or "last")
+            return fit_legend(in_memory(states), name=args.name, layer=layer, seed=args.seed, warnings=warnings)
+        choice = _choice(args.layer or "sum", states.layers)
+        return fit_whitened(FromStates.of(states), name=args.name, layer=choice, seed=args.seed, warnings=warnings)
+
+    async def use(backbone: Backbone, prompts: Prompts) -> Fitted:
+        where = {"layers": numbers(args.layers, backbone.info.layers), "position": args.position}
+        path = args.save_states or cache / "states.safetensors"
+        states = await store_pairs(backbone, prompts, files[0], path, **where, final_norm=args.kind == "legend")
+        return await fit_pool(backbone, prompts, files[0], states, head, args.pool, seed=args.seed)
+
+    fitted: Fitted = with_model(use)
+    return fitted
+
+
+def _first(error: ValueError) -> str:
+    """What is wrong, in a line."""
+    if isinstance(error, ValidationError):
+        one = error.errors()[0]
+        return f"{'.'.join(map(str, one['loc'])) or 'pool'}: {one['msg']}"
+    return str(error)
+
+
 def _legend(args: Namespace, with_model: WithModel[Any], cache: Path) -> Fitted:
     layer = args.layer or "last"
-    by_name: dict[str, Literal["sweep"] | None] = {"sweep": "sweep", "last": None}
-    if layer not in by_name and not layer.isdigit():
-        raise SetupError(f"--layer {layer}: a number, last or sweep; a sum of layers is for --direction whitened")
+    chosen = _single(layer)
     if args.covariance:
         raise SetupError("--covariance is for --direction whitened: a mean difference needs none")
     warnings: list[str] = []
@@ -85,7 +135,7 @@ def _legend(args: Namespace, with_model: WithModel[Any], cache: Path) -> Fitted:
     return fit_legend(
         states,
         name=args.name,
-        layer=int(layer) if layer.isdigit() else by_name[layer],
+        layer=chosen,
         validation=validation,
         seed=args.seed,
         warnings=warnings,
@@ -94,8 +144,7 @@ def _legend(args: Namespace, with_model: WithModel[Any], cache: Path) -> Fitted:
 
 def _whitened(args: Namespace, with_model: WithModel[Any], cache: Path) -> Fitted:
     layer = args.layer or "sum"
-    if layer not in ("sum", "sweep", "last") and not layer.isdigit():
-        raise SetupError(f"--layer {layer}: a number, last, sweep or sum")
+    _choice(layer, (0,))
     if args.states and args.validation:
         raise SetupError("--validation needs --pairs: with --states, give states that hold all pairs")
     files, warnings = ([], []) if args.states else _pairs(args)
@@ -112,12 +161,10 @@ def _whitened(args: Namespace, with_model: WithModel[Any], cache: Path) -> Fitte
         covariance = _moments(StoredPairs.open(args.covariance), evidence.kept)
     elif args.covariance and covariance is None:
         covariance = with_model(lambda backbone, prompts: _response_sums(args, evidence.kept, cache, backbone, prompts))
-    layers = evidence.kept.layers
-    choice: Choice = "sweep" if layer == "sweep" else "sum"
     return fit_whitened(
         evidence,
         name=args.name,
-        layer=layers[-1] if layer == "last" else int(layer) if layer.isdigit() else choice,
+        layer=_choice(layer, evidence.kept.layers),
         covariance=covariance,
         covariance_of="the pairs themselves" if covariance is None else Path(args.covariance).name,
         validation=validation,
@@ -125,6 +172,29 @@ def _whitened(args: Namespace, with_model: WithModel[Any], cache: Path) -> Fitte
         progress=True,
         warnings=warnings,
     )
+
+
+def _single(layer: str) -> int | Literal["sweep"] | None:
+    """``--layer`` of the published direction."""
+    if layer == "sweep":
+        return "sweep"
+    if layer != "last" and not layer.isdigit():
+        raise SetupError(f"--layer {layer}: a number, last or sweep; a sum of layers is for --direction whitened")
+    return None if layer == "last" else int(layer)
+
+
+def _choice(layer: str, layers: Sequence[int]) -> Choice:
+    """``--layer`` of a whitened direction."""
+    match layer:
+        case "sum":
+            return "sum"
+        case "sweep":
+            return "sweep"
+        case "last":
+            return layers[-1]
+        case _ if layer.isdigit():
+            return int(layer)
+    raise SetupError(f"--layer {layer}: a number, last, sweep or sum")
 
 
 async def _sums(
@@ -191,6 +261,29 @@ def _hybrid(args: Namespace, with_model: WithModel[Any], cache: Path) -> Fitted:
         return await store_pairs(backbone, prompts, pairs, path, layers=layers, position=args.position)
 
     return fit_hybrid(with_model(store), name=args.name, gate=args.gate, seed=args.seed, cache=cache)
+
+
+def _ensemble(args: Namespace, with_model: WithModel[Any]) -> Fitted:
+    heads = [store.load(path) for path in args.parts]
+    for other in heads[1:]:
+        if other.manifest.backbone.fingerprint != heads[0].manifest.backbone.fingerprint:
+            names = f"{heads[0].manifest.name!r} and {other.manifest.name!r}"
+            raise DataError(f"heads {names} were fitted on different backbones: they cannot be one head")
+    if args.states:
+        states = StoredPairs.open(args.states)
+        scores_PM = score_states(states, heads)
+        return fit_ensemble(heads, scores_PM, Judges(states.groups_N, states.data_hash), name=args.name, seed=args.seed)
+    pairs = read_pairs(args.rows, parse_json=args.parse_json)[: args.limit]
+
+    async def use(backbone: Backbone, prompts: Prompts) -> Fitted:
+        for path in args.parts:  # again, as the server would: the backbone is known now
+            store.load(path, fingerprint=backbone.info.fingerprint, template=prompts.template)
+        scores_PM = await score_pairs(backbone, prompts, pairs, heads)
+        groups_N = prompt_groups(pair.prompt for pair in pairs)
+        return fit_ensemble(heads, scores_PM, Judges(groups_N, data_hash(pairs)), name=args.name, seed=args.seed)
+
+    fitted: Fitted = with_model(use)
+    return fitted
 
 
 def _srr(args: Namespace, with_model: WithModel[Any], cache: Path) -> Fitted:

@@ -160,7 +160,8 @@ def _mixed(states: ListStates) -> ListStates:
     mixed = [g for g in range(len(states)) if len(np.unique(states.safe_M[states.group_M == g])) == 2]
     if len(np.unique(states.groups_G[mixed])) < 2:
         raise DataError(
-            f"of {len(states)} lists {len(mixed)} have both a safe and an unsafe response; a ranker needs two such prompts"
+            f"of {len(states)} lists {len(mixed)} have both a safe and an unsafe response; a ranker needs two such "
+            "prompts"
         )
     return states.lists(np.array(mixed, dtype=np.int64))
 

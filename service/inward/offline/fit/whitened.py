@@ -18,12 +18,11 @@ from rich.table import Table
 from tqdm import tqdm
 
 from inward.errors import DataError
-from inward.heads.calibration import Deciles, MarginScale, Platt
 from inward.heads.legend import LegendHead
 from inward.offline.data.pairs import grouped_split, whole_prompts
 from inward.offline.fit.legend import HELD_OUT, agreement, length_matched, or_unknown, spearman
-from inward.offline.fit.prepare import manifest
-from inward.offline.fit.probes import auc, labels, pair_accuracy
+from inward.offline.fit.prepare import calibration, manifest
+from inward.offline.fit.probes import auc, both, pair_accuracy
 from inward.offline.fit.reproducible import reproducible
 from inward.offline.fit.whitening import SHRINKAGE, Whitened, in_span, whiten
 from inward.offline.states.moments import Doubles, Moments, PairSums
@@ -250,7 +249,7 @@ def _head(
     """Chooses, and puts the chosen directions together."""
     kept, n = found.kept, len(judges)
     select, last = grouped_split(judges.groups_N, [1 - HELD_OUT, HELD_OUT], seed)
-    blind_M = _joined(fits, scores_LCM, _choose(scores_LCM[..., _both(select, n)], layer))  # ``last`` had no say in it
+    blind_M = _joined(fits, scores_LCM, _choose(scores_LCM[..., both(select, n)], layer))  # ``last`` had no say in it
     chosen = _choose(scores_LCM, layer)
     c = chosen.c
     read = [l for l, _ in _scales(fits, chosen)]
@@ -272,7 +271,7 @@ def _head(
         train=float(np.mean([fits[l].train_C[c] for l in read])),
         validation=agreement(margins_N),
         held_out=agreement((blind_M[:n] - blind_M[n:])[last]),
-        held_out_auc=auc(blind_M[_both(last, n)]),
+        held_out_auc=auc(blind_M[both(last, n)]),
         held_out_rows=len(last),
         spearman_length=spearman(margins_N, judges.length_difference_N),
         length_matched=matched,
@@ -302,7 +301,7 @@ def _head(
         layers,
         rows=found.pairs,
         seed=seed,
-        calibration=_calibration(scores_M, margins_N),
+        calibration=calibration(scores_M),
         metrics=report.metrics(),
         options=options,
     )
@@ -369,13 +368,3 @@ def _scores(fit: Whitened, sums: PairSums, judges: PairSource, layer: int) -> Do
     chosen = [part[:n] for part, n in zip(parts, sizes, strict=True)]
     rejected = [part[n:] for part, n in zip(parts, sizes, strict=True)]
     return np.concatenate([*chosen, *rejected]).T
-
-
-def _calibration(scores_M: Doubles, margins_N: Doubles) -> dict[str, Any]:
-    calibration = {"platt": Platt.fit(scores_M, labels(len(margins_N))).dump()} | Deciles.fit(scores_M).dump()
-    return calibration | MarginScale.fit(margins_N).dump()
-
-
-def _both(index: Indices, pairs: int) -> Indices:
-    """Rows of the chosen and then of the rejected responses of some pairs."""
-    return np.concatenate([index, index + pairs])

@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from inward.offline.states.moments import Doubles, Moments, PairSums, number_for
 from inward.offline.states.saved import ListStates, PairStates
 from inward.offline.states.stored import PairWriter, StoredPairs
 from inward.prompts import Prompt, Prompts
-from inward.types import Floats, Group, Ids, Position, Readout, Tap
+from inward.types import Floats, Group, GroupReading, Ids, Position, Reading, Readout, Tap
 
 LOG = logging.getLogger(__name__)
 Place = tuple[int, int]
@@ -357,6 +357,11 @@ class RunningSums:
             LOG.warning("%s is damaged; its sums are made again", path)
 
 
+def groups_of(backbone: Backbone, prompts: Prompts, pairs: Sequence[Pair]) -> tuple[list[Group], list[list[Place]]]:
+    """Pairs as groups that the backbone takes, each prompt's distinct responses together; where each row's two are."""
+    return _merge(prompts, _texts(pairs), backbone.capacity.tokens)
+
+
 def _texts(pairs: Sequence[Pair]) -> list[tuple[Prompt, Sequence[str]]]:
     return [(pair.prompt, (pair.chosen, pair.rejected)) for pair in pairs]
 
@@ -477,25 +482,61 @@ async def _read(
 
         for batch, arrays in kept.finished() if kept else ():
             take(batch, arrays)
-        left = (group for group in range(len(groups)) if group not in done)
-        longest_first = sorted(left, key=lambda group: -groups[group].tokens)  # what does not fit shows at once
-        batches = within(longest_first, backbone.capacity.tokens, lambda group: groups[group].tokens)
 
-        async def work() -> None:
-            for batch in batches:
-                readings = await backbone.read([groups[g] for g in batch], readouts)
-                arrays = [[reading.values_NK for reading in of_group.readings] for of_group in readings]
-                if kept:
-                    kept.keep(batch, arrays)
-                take(batch, arrays)
+        def arrive(batch: Sequence[int], readings: Sequence[GroupReading]) -> None:
+            arrays = [[reading.values_NK for reading in of_group.readings] for of_group in readings]
+            if kept:
+                kept.keep(batch, arrays)
+            take(batch, arrays)
 
-        # One more than the backbone takes at once, so that it finds its next batch ready.
-        workers = [asyncio.ensure_future(work()) for _ in range(backbone.capacity.concurrency + 1)]
-        try:
-            await asyncio.gather(*workers)
-        finally:
-            for worker in workers:
-                worker.cancel()
+        await _each(backbone, groups, [g for g in range(len(groups)) if g not in done], readouts, arrive)
+
+
+async def read_every_token(
+    backbone: Backbone,
+    groups: Sequence[Group],
+    readouts: Sequence[Readout],
+    deliver: Callable[[int, tuple[Reading, ...]], None],
+    *,
+    tokens: bool = True,
+    progress: bool = True,
+) -> None:
+    """Reads every group once, at every token of its responses too, and hands its readings to ``deliver``."""
+    total = sum(group.tokens for group in groups)
+    with tqdm(total=total, desc="reading tokens", unit="token", unit_scale=True, disable=not progress) as bar:
+
+        def arrive(batch: Sequence[int], readings: Sequence[GroupReading]) -> None:
+            for group, reading in zip(batch, readings, strict=True):
+                deliver(group, reading.readings)
+                bar.update(groups[group].tokens)
+
+        await _each(backbone, groups, range(len(groups)), readouts, arrive, tokens=tokens)
+
+
+async def _each(
+    backbone: Backbone,
+    groups: Sequence[Group],
+    wanted: Iterable[int],
+    readouts: Sequence[Readout],
+    arrive: Callable[[Sequence[int], Sequence[GroupReading]], None],
+    *,
+    tokens: bool = False,
+) -> None:
+    """Reads ``wanted`` groups in batches that the backbone takes, several at once."""
+    longest_first = sorted(wanted, key=lambda group: -groups[group].tokens)  # what does not fit shows at once
+    batches = within(longest_first, backbone.capacity.tokens, lambda group: groups[group].tokens)
+
+    async def work() -> None:
+        for batch in batches:
+            arrive(batch, await backbone.read([groups[g] for g in batch], readouts, tokens=tokens))
+
+    # One more than the backbone takes at once, so that it finds its next batch ready.
+    workers = [asyncio.ensure_future(work()) for _ in range(backbone.capacity.concurrency + 1)]
+    try:
+        await asyncio.gather(*workers)
+    finally:
+        for worker in workers:
+            worker.cancel()
 
 
 class _Kept:

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from inward.errors import DataError
 from inward.heads.base import BackboneRef
-from inward.offline.states.saved import Indices, hash_rows, near_duplicates
+from inward.offline.states.saved import Indices, PairStates, hash_rows, near_duplicates
 from inward.types import Floats, Position
 
 BLOCK_BYTES = 64 * 2**20
@@ -241,6 +241,23 @@ def blocks(
     for part in _parts(every, 2 * source.width * (len(source.layers) if axes is None else len(axes))):
         chosen, rejected = source.take(part, axes)
         yield part, chosen, rejected
+
+
+def in_memory(source: PairSource) -> PairStates:
+    """All of it, float32."""
+    chosen, rejected = source.take(np.arange(len(source), dtype=np.int64))
+    return PairStates(
+        chosen,
+        rejected,
+        source.layers,
+        source.groups_N,
+        source.length_difference_N,
+        source.position,
+        source.final_norm,
+        source.backbone,
+        source.template,
+        source.data_hash,
+    )
 
 
 class PairWriter:

@@ -66,6 +66,8 @@ class RedisConsumer:
         """Why Redis is not to be had; None while it is."""
         self.refused: str | None = None
         """Why this worker may take no jobs: the queue is served with another backbone."""
+        self.welcome = asyncio.Event()
+        """Set while this worker is known and may take jobs."""
         self._redis, self._keys = connection, keys
         self._idle, self._ttl, self._wait, self._max_deliveries = idle, ttl, wait, max_deliveries
         self._about, self._clock = about, clock
@@ -77,12 +79,11 @@ class RedisConsumer:
         self._tokens_per_job = 256.0
         self._rounds = 0
         self._closed = False
-        self._welcome = asyncio.Event()  # we are known, and may take jobs
 
     @property
     def problem(self) -> str | None:
         """Why no jobs are taken."""
-        return self.away or self.refused or (None if self._welcome.is_set() else "waiting for Redis")
+        return self.away or self.refused or (None if self.welcome.is_set() else "waiting for Redis")
 
     async def open(self) -> None:
         """Makes the worker known. Waits for a Redis that is away or refuses us."""
@@ -107,7 +108,7 @@ class RedisConsumer:
     async def take(self, tokens: int) -> list[Job]:
         while True:
             if not self._closed:
-                await self._welcome.wait()
+                await self.welcome.wait()
             if jobs := await self.look(tokens):
                 return jobs
             if self._closed:
@@ -168,7 +169,7 @@ class RedisConsumer:
     async def close(self) -> None:
         """No more are taken by this worker; those that wait in Redis are for others, or for its successor."""
         self._closed = True
-        self._welcome.set()  # nobody waits to be let in any more
+        self.welcome.set()  # nobody waits to be let in any more
 
     async def leave(self) -> None:
         """Gives back what is left and goes; call it after ``close``, when the worker's loop and ``keep`` have ended."""
@@ -345,7 +346,7 @@ class RedisConsumer:
         self._there()
         if served == ours:
             self.refused = None
-            self._welcome.set()
+            self.welcome.set()
             return
         if self.refused is None:
             logs.event(LOG, "worker_refused", severity=logging.ERROR, worker=self.worker, served=served, ours=ours)
@@ -355,7 +356,7 @@ class RedisConsumer:
             "of its own"
         )
         if not self._closed:
-            self._welcome.clear()
+            self.welcome.clear()
 
     async def _until_there(self, call: Callable[[], Awaitable[T]]) -> T:
         """``call``, again and again while Redis is away or full, refuses us, or has lost the group."""
