@@ -3,6 +3,7 @@ import errno
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from inward.stores.keys import Keys
 from inward_trainer.__main__ import main, mendable, parser
@@ -122,6 +123,14 @@ def test_an_error_that_can_be_mended_is_one_line(words, said, capsys, tmp_path):
     ("error", "said"),
     [
         (OSError(errno.ENOSPC, "No space left on device", "out/log.jsonl"), "the disk is full (out/log.jsonl)"),
+        (
+            SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            "the disk is full;",
+        ),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:668] PytorchStreamWriter failed writing file"),
+            "disk is full",
+        ),
         (PermissionError(errno.EACCES, "Permission denied", "/run.json"), "/run.json can't be written or read"),
         (ModuleNotFoundError("no", name="trackio"), "pip install trackio"),
         (torch.OutOfMemoryError("CUDA out of memory"), "a smaller --batch-size"),

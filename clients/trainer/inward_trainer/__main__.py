@@ -48,6 +48,10 @@ Every option may also be given as INWARD_TRAIN_<NAME>, or in a recipe: --recipe 
 """
 
 
+FULL = ("No space left on device", "PytorchStreamWriter failed writing")
+"""What safetensors and torch say, whose errors are not the system's."""
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     top = argparse.ArgumentParser(
@@ -104,8 +108,10 @@ def mendable(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, ModuleNotFoundError):
         return f"a package is missing: pip install {error.name}"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full ({error.filename or error.strerror}); the same command goes on when there is room"
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or any(said in str(error) for said in FULL):
+        where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
+        return f"the disk is full{where}; the same command goes on when there is room"
     if isinstance(error, PermissionError):
         return f"{error.filename} can't be written or read: {error.strerror}"
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for this
