@@ -15,16 +15,7 @@ from inward_trainer.logs import read_log
 from support.fake_inward import FakeInward, served
 from support.small_policy import options, rows, write_policy, write_rows
 
-LAUNCH = [
-    sys.executable,
-    "-m",
-    "torch.distributed.run",
-    "--standalone",
-    "--nproc-per-node",
-    "2",
-    "-m",
-    "inward_trainer",
-]
+LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "inward_trainer"]
 
 
 def launched(**options):
