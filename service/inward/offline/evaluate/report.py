@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -18,25 +17,22 @@ from inward.backbones.base import Backbone
 from inward.batching import within
 from inward.errors import DataError, SetupError
 from inward.heads.base import Head
-from inward.heads.ensemble import EnsembleHead
 from inward.offline.data import data_errors
-from inward.offline.data.pairs import Response, ResponseList, data_hash, grouped_folds, read_lists, read_pairs
+from inward.offline.data.pairs import Response, ResponseList, data_hash, read_lists, read_pairs
 from inward.offline.evaluate.baselines import stable_rank
 from inward.offline.evaluate.examples import Examples, Source, comparisons, of_lists, of_pairs
 from inward.offline.evaluate.responses import LabelledResponse, read_responses
 from inward.offline.evaluate.statistics import Doubles, Indices
+from inward.offline.fit.like import Like, fit_like
 from inward.offline.states.read import extract_lists
 from inward.offline.states.saved import ListStates, PairStates
-from inward.offline.states.scores import score_states
 from inward.prompts import Prompts
-from inward.types import Group, Kind, Position, Readout, Tap
+from inward.types import Group, Position, Readout, Tap
 from inward_client import rows as rows_module
 
 LARGEST = 8 * 2**30
 """Bytes of states that are held in memory."""
 Folds = Sequence[tuple[Indices, Indices]]
-Like = Kind | Literal["whitened"]
-"""What can be fitted: a kind of head, or a legend head with a whitened direction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,48 +236,7 @@ def _fit(like: Like, head: Head | None, examples: Examples, origin: Origin, trai
         lists = origin.states.lists(np.unique(examples.list_M[train]))
         layer: int | str = head.manifest.layers[0] if head else "sweep"
         return fit_srr(lists, layer=layer, seed=seed, baselines=False, progress=False)[0]  # type: ignore[arg-type]
-    return _fit_pairs(like, head, _pairs(examples, origin, train), seed)
-
-
-def _fit_pairs(like: Like, head: Head | None, pairs: PairStates, seed: int) -> Head:
-    if like == "ensemble":
-        if not isinstance(head, EnsembleHead):
-            raise SetupError("to refit an ensemble, name one with --head: its parts say what to fit")
-        return _refit_ensemble(head, pairs, seed)
-    if like == "legend":
-        from inward.offline.fit.legend import fit_legend
-
-        return fit_legend(pairs, layer=head.manifest.layers[0] if head else "sweep", seed=seed)[0]
-    if like == "whitened":
-        from inward.offline.fit.whitened import FromStates, fit_whitened
-
-        single = head is not None and len(head.manifest.layers) == 1
-        layer = head.manifest.layers[0] if single and head else "sum"
-        return fit_whitened(FromStates.of(pairs), layer=layer, bootstraps=1, seed=seed)[0]  # type: ignore[arg-type]
-    from inward.heads.hybrid import HybridHead
-    from inward.offline.fit.hybrid import fit_hybrid
-
-    gate = head.options.gate if isinstance(head, HybridHead) else "sigmoid"
-    return fit_hybrid(pairs, gate=gate, seed=seed, progress=False)[0]
-
-
-def _refit_ensemble(head: EnsembleHead, pairs: PairStates, seed: int) -> Head:
-    """Its parts fitted on all of the pairs, weighed by parts that were fitted on two thirds and judged on the rest."""
-    from inward.offline.fit.ensemble import Judges, fit_ensemble
-
-    def parts(some: PairStates) -> list[Head]:
-        return [_fit_pairs(_like_part(part), part, some, seed) for part in head.parts]
-
-    n = len(pairs)
-    scores_PM = np.empty((len(head.parts), 2 * n))
-    for train, held_out in grouped_folds(pairs.groups_N, 3, seed):
-        rows = np.concatenate([held_out, held_out + n])
-        scores_PM[:, rows] = score_states(pairs.rows(held_out), parts(pairs.rows(train)))
-    return fit_ensemble(parts(pairs), scores_PM, Judges(pairs.groups_N, ""), seed=seed)[0]
-
-
-def _like_part(part: Head) -> Like:
-    return "whitened" if part.manifest.options.get("direction") == "whitened" else part.manifest.kind
+    return fit_like(like, head, _pairs(examples, origin, train), seed=seed)
 
 
 def _pairs(examples: Examples, origin: Origin, train: Indices) -> PairStates:

@@ -23,7 +23,6 @@ from inward.offline.evaluate.guard import Calibration, operations
 from inward.offline.evaluate.judge import Judgement, judge
 from inward.offline.evaluate.metrics import by_part
 from inward.offline.evaluate.report import (
-    Like,
     Origin,
     Rows,
     extract,
@@ -35,6 +34,7 @@ from inward.offline.evaluate.report import (
 )
 from inward.offline.evaluate.scoring import Judged, of_texts, score, score_folds
 from inward.offline.evaluate.statistics import Doubles
+from inward.offline.fit.like import Like, like_of
 from inward.offline.states.saved import PairStates, load_states
 from inward.offline.states.scores import check_readable, score_groups
 from inward.prompts import Prompts
@@ -295,9 +295,7 @@ def _like(args: Namespace, head: Head | None) -> Like:
         chosen: Like = args.cross_validate
         return chosen
     assert head is not None
-    if head.manifest.options.get("direction") == "whitened":
-        return "whitened"
-    return head.manifest.kind
+    return like_of(head)
 
 
 def _position(args: Namespace, head: Head | None) -> Position:
