@@ -92,6 +92,15 @@ toy: .venv/installed
 	$(BIN)/inward fit hybrid --model toy --pairs out/toy/validation.jsonl --out $(TOY)/heads/hybrid --replace
 	$(BIN)/inward fit srr --model toy --lists $(LISTS) --layer sweep --out $(TOY)/heads/srr --replace
 
+# Fits the heads for SmolLM2 anew: first rows (the model draws some of the answers, which takes a while), then the heads.
+SMOLLM2_HEADS := service/inward/models/smollm2/heads
+demo: .venv/installed .venv/smollm2
+	$(BIN)/python -m inward.offline.smollm2 --pairs $(PAIRS) --lists $(LISTS) --harmful $(HARMFUL) --harmless $(HARMLESS) --out out/smollm2
+	$(BIN)/inward fit legend --pairs out/smollm2/calibration.jsonl --layer sweep --validation out/smollm2/validation.jsonl --out $(SMOLLM2_HEADS)/legend --replace
+	$(BIN)/inward fit legend --direction whitened --pairs out/smollm2/pairs.jsonl --position mean --layer sum --out $(SMOLLM2_HEADS)/legend-whitened --replace
+	$(BIN)/inward fit hybrid --pairs out/smollm2/pairs.jsonl --position mean --out $(SMOLLM2_HEADS)/hybrid --replace
+	$(BIN)/inward fit srr --lists out/smollm2/lists.jsonl --layer sweep --out $(SMOLLM2_HEADS)/srr --replace
+
 clean:
 	rm -rf .venv .venv-vllm* .venv-deploy
 
