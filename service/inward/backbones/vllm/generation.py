@@ -20,6 +20,7 @@ from inward.backbones.vllm.internals import (
     RequestOutputKind,
     SamplingParams,
     StreamingInput,
+    has,
     tokens_input,
 )
 from inward.backbones.vllm.layout import Policy, ReadRequest
@@ -27,7 +28,7 @@ from inward.backbones.vllm.protocol import EXTRA_ARG, Wish
 from inward.types import Ids, Sample, SamplingSpec
 
 AT_THE_END = 1 << 30
-"""Stream interval: say nothing before a request ends."""
+"""Stream interval: say nothing before a request ends. Older versions of vLLM tell of every token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +137,8 @@ class Generation:
             stop_token_ids=list(self.end_ids),
             detokenize=bool(spec.stop),
             output_kind=RequestOutputKind.DELTA if session else RequestOutputKind.FINAL_ONLY,
-            stream_interval=AT_THE_END if session else None,
             extra_args=extra_args,
+            **({"stream_interval": AT_THE_END} if session and has("SamplingParams", "stream_interval") else {}),
         )
 
     def _finished(self, drawn: Sequence[int], spec: SamplingSpec) -> Sample:

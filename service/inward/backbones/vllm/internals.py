@@ -17,7 +17,9 @@ from inward.errors import SetupError
 
 log = logging.getLogger(__name__)
 OLDEST, NEWEST = 26, 33
-"""Minor versions (0.x) that are known to work."""
+"""Minor versions (0.x) that have every name."""
+TRIED = (32,)
+"""Minor versions whose numbers were compared (``make test-vllm``)."""
 NAMES = {
     # in our process
     "AsyncEngineArgs": "vllm.engine.arg_utils.AsyncEngineArgs",
@@ -73,18 +75,26 @@ def check() -> None:
     missing = [path for path in (NAMES | _here()).values() if not _there(path)]
     for path, fields in FIELDS.items():
         known = _fields(path)
-        missing += [f"{path}.{field}" for field in fields.split() if known is not None and field not in known]
+        missing += [path] if known is None else [f"{path}.{field}" for field in fields.split() if field not in known]
     worker = _here()["Worker"]
     if worker not in missing:
         missing += [f"{worker}.{name}" for name in METHODS.split() if not hasattr(_found(worker), name)]
     if missing:
         raise SetupError(
-            f"vLLM {version} lacks {', '.join(missing)}, which Inward needs to read it: install a vLLM from 0.{OLDEST} "
-            f"to 0.{NEWEST}, or take --backbone transformers"
+            f"vLLM {version} lacks {', '.join(dict.fromkeys(missing))}, which Inward needs to read it: install a vLLM "
+            f"from 0.{OLDEST} to 0.{NEWEST}, or take --backbone transformers"
         )
     minor = re.match(r"0\.(\d+)", version)
-    if minor is None or not OLDEST <= int(minor[1]) <= NEWEST:
-        log.warning("vLLM %s was not tried with Inward, which knows 0.%d to 0.%d", version, OLDEST, NEWEST)
+    if minor is None or int(minor[1]) not in TRIED:
+        tried = ", ".join(f"0.{number}" for number in TRIED)
+        log.warning(
+            "vLLM %s was not tried with Inward (%s was); it has all that is needed, so it is used", version, tried
+        )
+
+
+def has(name: str, field: str) -> bool:
+    """Whether a class among ``NAMES`` declares this field, which older versions lack."""
+    return field in (_fields(NAMES[name]) or ())
 
 
 def _here() -> dict[str, str]:
@@ -128,12 +138,13 @@ def _there(path: str) -> bool:
 
 
 def _fields(path: str) -> set[str] | None:
-    """Names that a class declares; None where it is not there, which is told of itself."""
+    """Names that a class declares; None where it is not there."""
     try:
         cls = _found(path)
     except ImportError:
-        return set()
-    return {name for base in cls.__mro__ for name in (*vars(base), *vars(base).get("__annotations__", ()))}
+        return None
+    known = {name for base in cls.__mro__ for name in (*vars(base), *vars(base).get("__annotations__", ()))}
+    return known | set(getattr(cls, "__struct_fields__", ()))
 
 
 def _client_error() -> Any:
