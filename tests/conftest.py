@@ -33,7 +33,8 @@ def pytest_ignore_collect(collection_path, config):
 @pytest.hookimpl(tryfirst=True)  # before -m chooses by them
 def pytest_collection_modifyitems(items):
     for item in items:
-        for mark in markers.of_test(markers.of_module(item.path), item.fixturenames):
+        parameters = item.name.partition("[")[2]
+        for mark in markers.of_test(markers.of_module(item.path), item.fixturenames, parameters):
             item.add_marker(mark)
 
 

@@ -52,7 +52,7 @@ def queue(request):
 
 
 @asynccontextmanager
-async def house(queue):
+async def api(queue):
     """A client of the app on ``queue``, whose worker runs, and its backbone."""
     backbone = FakeBackbone()
     registry = FakeRegistry(FakeHead("harmless"), FakeHead("helpful"))
@@ -72,7 +72,7 @@ def text_of(spans):
 
 
 async def test_a_request_is_one_trace_from_its_caller_to_the_worker(spans, queue):
-    async with house(queue) as (client, _):
+    async with api(queue) as (client, _):
         answer = await client.post("/margin", json={"pairs": PAIRS}, headers={"traceparent": CALLER})
         assert answer.status_code == 200
         ended = await until(lambda: len(spans()) == 4 and spans())
@@ -103,7 +103,7 @@ async def test_a_request_is_one_trace_from_its_caller_to_the_worker(spans, queue
 
 
 async def test_a_trace_holds_nothing_of_what_was_sent_even_where_it_fails(spans, queue):
-    async with house(queue) as (client, backbone):
+    async with api(queue) as (client, backbone):
         backbone.fail_on(lambda group: True)
         assert (await client.post("/margin", json={"pairs": PAIRS})).status_code == 500
         for path, body in {

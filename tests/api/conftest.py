@@ -4,5 +4,5 @@ from support.fake_services import FakeServices
 
 
 @pytest.fixture
-def house() -> FakeServices:
+def api() -> FakeServices:
     return FakeServices()

@@ -98,11 +98,11 @@ async def test_keys_of_a_file_are_rotated_without_a_restart(tmp_path):
 
     async def opens(*keys):
         return [
-            (await house.get("/heads", headers={"authorization": f"Bearer {key}"})).status_code == 200 for key in keys
+            (await api.get("/heads", headers={"authorization": f"Bearer {key}"})).status_code == 200 for key in keys
         ]
 
     file.write_text("# ours\n old \n\n")
-    house = FakeServices(keys=frozenset({"fixed"}), keys_file=file)
+    api = FakeServices(keys=frozenset({"fixed"}), keys_file=file)
     assert await opens("fixed", "old", "new", "# ours", "") == [True, True, False, False, False]
     file.write_text("old\nnew\n")
     assert await opens("fixed", "old", "new") == [True, True, True]
@@ -114,11 +114,11 @@ async def test_keys_of_a_file_are_rotated_without_a_restart(tmp_path):
 async def test_a_file_of_keys_that_is_away_or_empty_for_a_moment_changes_nothing(tmp_path):
     file = tmp_path / "keys"
     file.write_text("one")
-    house = FakeServices(keys_file=file)
+    api = FakeServices(keys_file=file)
     for change in (file.unlink, file.touch, lambda: file.write_text("# none\n")):
         change()
-        assert (await house.get("/heads")).status_code == 401
-        assert (await house.get("/heads", headers={"authorization": "Bearer one"})).status_code == 200
+        assert (await api.get("/heads")).status_code == 401
+        assert (await api.get("/heads", headers={"authorization": "Bearer one"})).status_code == 200
 
 
 @pytest.mark.parametrize("content", [None, "", "# nothing\n"])

@@ -39,44 +39,44 @@ async def each(rows):
 async def opened(redis_server):
     """A store in Redis and a house of fakes whose routes use it."""
     connection = Connection(redis_server.url, timeout=PATIENCE)
-    house = FakeServices()
-    house.store = BulkStore(connection, KEYS, keep=PATIENCE, idle=PATIENCE)
-    object.__setattr__(house.services, "jobs", house.store)
-    yield house
+    api = FakeServices()
+    api.store = BulkStore(connection, KEYS, keep=PATIENCE, idle=PATIENCE)
+    object.__setattr__(api.services, "jobs", api.store)
+    yield api
     await connection.close()
 
 
 @asynccontextmanager
-async def running(house, **options):
-    task = asyncio.create_task(BulkRunner(house.store, house.services, **{"idle": PATIENCE, **options}).run())
+async def running(api, **options):
+    task = asyncio.create_task(BulkRunner(api.store, api.services, **{"idle": PATIENCE, **options}).run())
     yield
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
 
 
-async def finished(house, job_id):
+async def finished(api, job_id):
     async def ended():
-        job = (await house.get(f"/jobs/{job_id}")).json()
+        job = (await api.get(f"/jobs/{job_id}")).json()
         return job if job["state"] != "running" else None
 
     return await until(ended)
 
 
-async def results(house, job_id):
-    answer = await house.get(f"/jobs/{job_id}/results")
+async def results(api, job_id):
+    answer = await api.get(f"/jobs/{job_id}/results")
     assert answer.status_code == 200, answer.text
     return [json.loads(line) for line in answer.text.splitlines()]
 
 
 async def test_every_row_gets_what_it_gets_in_a_request_in_its_place(redis_server):
     rows = pairs(3 * ROWS + 5)
-    async with opened(redis_server) as house, running(house):
-        created = await house.post("/jobs?kind=margin", lines(rows), headers=JSONL)
+    async with opened(redis_server) as api, running(api):
+        created = await api.post("/jobs?kind=margin", lines(rows), headers=JSONL)
         assert (created.status_code, created.json()["state"], created.json()["rows"]) == (201, "running", len(rows))
-        job = await finished(house, created.json()["id"])
+        job = await finished(api, created.json()["id"])
         assert (job["state"], job["done"]) == ("done", len(rows))
-        got = await results(house, job["id"])
-        expected = (await house.post("/margin", {"pairs": rows[:50]})).json()
+        got = await results(api, job["id"])
+        expected = (await api.post("/margin", {"pairs": rows[:50]})).json()
     assert [r["index"] for r in got] == list(range(len(rows)))
     assert [r["margin"] for r in got[:50]] == [m["margin"] for m in expected["margins"]]
     assert got[0]["head"] == expected["head"]
@@ -93,9 +93,9 @@ async def test_rows_that_are_wrong_have_an_error_and_harm_no_others(redis_server
         b'{"prompt": "x", "chosen": "y", "rejected": 1e999}': ("rejected", "must be a string"),
     }
     body = b"\n".join([lines(pairs(2)), *bad, lines(pairs(1))])
-    async with opened(redis_server) as house, running(house):
-        created = await house.post("/jobs?kind=margin&append_to=trainer", body, headers=JSONL)
-        got = await results(house, (await finished(house, created.json()["id"]))["id"])
+    async with opened(redis_server) as api, running(api):
+        created = await api.post("/jobs?kind=margin&append_to=trainer", body, headers=JSONL)
+        got = await results(api, (await finished(api, created.json()["id"]))["id"])
         with redis_server.client() as client:
             streamed = [json.loads(fields[b"row"])["index"] for _, fields in client.xrange(KEYS.scores("trainer"))]
     assert [bool(r.get("error")) for r in got] == [False] * 2 + [True] * len(bad) + [False]
@@ -113,17 +113,17 @@ async def test_whatever_scoring_raises_is_the_error_of_the_row_to_blame_alone(re
     rows = [{"prompt": "a", "response": "b" * (i % 5 + 1)} for i in range(ROWS + 10)]
     rows[3]["response"] = rows[ROWS + 2]["response"] = "c" * 50
 
-    async with opened(redis_server) as house, running(house):
-        score = house.intake.score
+    async with opened(redis_server) as api, running(api):
+        score = api.intake.score
 
         async def failing(groups, **options):
             if 50 in response_of(groups):
                 raise KeyError("what somebody wrote")
             return await score(groups, **options)
 
-        house.intake.score = failing
-        created = await house.post("/jobs?kind=score", lines(rows), headers=JSONL)
-        got = await results(house, (await finished(house, created.json()["id"]))["id"])
+        api.intake.score = failing
+        created = await api.post("/jobs?kind=score", lines(rows), headers=JSONL)
+        got = await results(api, (await finished(api, created.json()["id"]))["id"])
     assert [i for i, r in enumerate(got) if r["error"]] == [3, ROWS + 2]
     assert (got[3]["error"]["code"], got[3]["error"]["message"]) == (
         "internal_error",
@@ -139,8 +139,8 @@ async def test_rows_that_take_too_long_together_are_done_in_parts_and_one_that_i
     rows[7]["response"] = "c" * 50
     calls = []
 
-    async with opened(redis_server) as house, running(house):
-        score = house.intake.score
+    async with opened(redis_server) as api, running(api):
+        score = api.intake.score
 
         async def slow(groups, **options):
             calls.append(response_of(groups))
@@ -148,9 +148,9 @@ async def test_rows_that_take_too_long_together_are_done_in_parts_and_one_that_i
                 raise DeadlineExceeded("not done in time")
             return await score(groups, **options)
 
-        house.intake.score = slow
-        created = await house.post("/jobs?kind=score", lines(rows), headers=JSONL)
-        got = await results(house, (await finished(house, created.json()["id"]))["id"])
+        api.intake.score = slow
+        created = await api.post("/jobs?kind=score", lines(rows), headers=JSONL)
+        got = await results(api, (await finished(api, created.json()["id"]))["id"])
     assert [i for i, r in enumerate(got) if r["error"]] == [7]
     assert got[7]["error"]["code"] == "deadline_exceeded"
     assert calls.count([50]) == TRIES
@@ -158,39 +158,39 @@ async def test_rows_that_take_too_long_together_are_done_in_parts_and_one_that_i
 
 
 async def test_a_chunk_that_ends_replicas_is_given_up_and_the_job_ends(redis_server):
-    async with opened(redis_server) as house:
-        job = await house.store.create(
+    async with opened(redis_server) as api:
+        job = await api.store.create(
             "margin", each(json.dumps(p) for p in pairs(ROWS + 3)), head="harmless", scores=None
         )
         for i in range(3):
-            chunk = await until(lambda i=i: house.store.take(f"dead {i}"))
+            chunk = await until(lambda i=i: api.store.take(f"dead {i}"))
             assert (chunk.number, chunk.deliveries) == (0, i + 1)
             age(redis_server, f"dead {i}", streams=[KEYS.chunks], group="replicas")
-        async with running(house, max_deliveries=3):
-            assert (await finished(house, job.id))["done"] == ROWS + 3
-        got = await results(house, job.id)
+        async with running(api, max_deliveries=3):
+            assert (await finished(api, job.id))["done"] == ROWS + 3
+        got = await results(api, job.id)
     assert ["3 replicas ended" in (r["error"] or {}).get("message", "") for r in got] == [True] * ROWS + [False] * 3
 
 
 async def test_a_replica_that_stops_gives_its_chunk_back_as_if_it_had_never_had_it(redis_server):
-    async with opened(redis_server) as house:
-        house.intake.hold = asyncio.Event()
-        job = await house.store.create("margin", each(json.dumps(p) for p in pairs(3)), head="harmless", scores=None)
-        async with running(house):
-            await house.intake.started.wait()
-        chunk = await until(lambda: house.store.take("heir"))
+    async with opened(redis_server) as api:
+        api.intake.hold = asyncio.Event()
+        job = await api.store.create("margin", each(json.dumps(p) for p in pairs(3)), head="harmless", scores=None)
+        async with running(api):
+            await api.intake.started.wait()
+        chunk = await until(lambda: api.store.take("heir"))
         assert (chunk.job.id, chunk.deliveries) == (job.id, 1)
 
 
 async def test_rows_that_cannot_be_read_any_more_are_errors_and_the_job_ends(redis_server):
-    async with opened(redis_server) as house:
-        job = await house.store.create("margin", each(json.dumps(p) for p in pairs(3)), head="harmless", scores=None)
+    async with opened(redis_server) as api:
+        job = await api.store.create("margin", each(json.dumps(p) for p in pairs(3)), head="harmless", scores=None)
         with redis_server.client() as client:
             client.hset(KEYS.bulk(job.id, "rows"), 0, b"damaged")
             client.xadd(KEYS.chunks, {"of": "nobody"})
-        async with running(house):
-            await finished(house, job.id)
-        assert [bool(r["error"]) for r in await results(house, job.id)] == [True] * 3
+        async with running(api):
+            await finished(api, job.id)
+        assert [bool(r["error"]) for r in await results(api, job.id)] == [True] * 3
         with redis_server.client() as client:
             await until(lambda: client.xlen(KEYS.chunks) == 0)
 
@@ -199,34 +199,34 @@ async def test_bulk_rows_are_no_requests(redis_server):
     def requests():
         return metrics.REGISTRY.get_sample_value("inward_requests_total", {"route": "/margin", "code": "200"}) or 0
 
-    async with opened(redis_server) as house, running(house):
+    async with opened(redis_server) as api, running(api):
         before = requests()
-        created = await house.post("/jobs?kind=margin", lines(pairs(3)), headers=JSONL)
-        await finished(house, created.json()["id"])
+        created = await api.post("/jobs?kind=margin", lines(pairs(3)), headers=JSONL)
+        await finished(api, created.json()["id"])
         assert requests() == before
 
 
 async def test_everything_of_a_job_has_an_end(redis_server):
-    async with opened(redis_server) as house:
-        job = await house.store.create("margin", each(json.dumps(p) for p in pairs(3)), head="harmless", scores="t")
+    async with opened(redis_server) as api:
+        job = await api.store.create("margin", each(json.dumps(p) for p in pairs(3)), head="harmless", scores="t")
         with redis_server.client() as client:
             assert endless(client) == []
-            async with running(house):
-                await finished(house, job.id)
+            async with running(api):
+                await finished(api, job.id)
             assert endless(client) == []
 
 
 async def test_a_chunk_of_a_replica_that_died_is_done_by_another_one_and_stored_once(redis_server):
-    async with opened(redis_server) as house:
-        job = await house.store.create(
+    async with opened(redis_server) as api:
+        job = await api.store.create(
             "margin", each(json.dumps(p) for p in pairs(2 * ROWS)), head="harmless", scores="trainer"
         )
-        lost = await until(lambda: house.store.take("dead"))
+        lost = await until(lambda: api.store.take("dead"))
         age(redis_server, "dead", streams=[KEYS.chunks], group="replicas")
-        async with running(house):
-            assert (await finished(house, job.id))["done"] == 2 * ROWS
-        await house.store.finish(lost, [{"index": 0, "margin": 99.0}] * ROWS, [{"late": True}] * ROWS)
-        assert 99.0 not in [r["margin"] for r in await results(house, job.id)]
+        async with running(api):
+            assert (await finished(api, job.id))["done"] == 2 * ROWS
+        await api.store.finish(lost, [{"index": 0, "margin": 99.0}] * ROWS, [{"late": True}] * ROWS)
+        assert 99.0 not in [r["margin"] for r in await results(api, job.id)]
         with redis_server.client() as client:
             stream = [json.loads(fields[b"row"]) for _, fields in client.xrange(KEYS.scores("trainer"))]
             assert client.xlen(KEYS.chunks) == 0
@@ -236,29 +236,29 @@ async def test_a_chunk_of_a_replica_that_died_is_done_by_another_one_and_stored_
 
 
 async def test_a_job_waits_while_the_house_is_overloaded(redis_server):
-    async with opened(redis_server) as house, running(house):
-        house.intake.error = Overloaded("full", retry_after=1)
-        job_id = (
-            await house.post("/jobs?kind=score", lines([{"prompt": "a", "response": "b"}]), headers=JSONL)
-        ).json()["id"]
-        await house.intake.started.wait()
-        early = await house.get(f"/jobs/{job_id}/results")
+    async with opened(redis_server) as api, running(api):
+        api.intake.error = Overloaded("full", retry_after=1)
+        job_id = (await api.post("/jobs?kind=score", lines([{"prompt": "a", "response": "b"}]), headers=JSONL)).json()[
+            "id"
+        ]
+        await api.intake.started.wait()
+        early = await api.get(f"/jobs/{job_id}/results")
         assert (early.status_code, "0 of 1 rows" in error(early)["message"]) == (409, True)
-        house.intake.error = None
-        await finished(house, job_id)
-        assert (await results(house, job_id))[0]["score"] == 1.0
+        api.intake.error = None
+        await finished(api, job_id)
+        assert (await results(api, job_id))[0]["score"] == 1.0
 
 
 async def test_a_cancelled_job_is_not_worked_off_and_leaves_nothing(redis_server):
-    async with opened(redis_server) as house:
-        job_id = (await house.post("/jobs?kind=margin", lines(pairs(ROWS * 2)), headers=JSONL)).json()["id"]
-        assert (await house.post(f"/jobs/{job_id}/cancel", b"")).json()["state"] == "cancelled"
+    async with opened(redis_server) as api:
+        job_id = (await api.post("/jobs?kind=margin", lines(pairs(ROWS * 2)), headers=JSONL)).json()["id"]
+        assert (await api.post(f"/jobs/{job_id}/cancel", b"")).json()["state"] == "cancelled"
         with redis_server.client() as client:
-            async with running(house):
+            async with running(api):
                 await until(lambda: client.xlen(KEYS.chunks) == 0)
             assert client.exists(KEYS.bulk(job_id, "rows")) == 0
-        assert house.intake.calls == []
-        assert (await house.get(f"/jobs/{job_id}/results")).status_code == 409
+        assert api.intake.calls == []
+        assert (await api.get(f"/jobs/{job_id}/results")).status_code == 409
 
 
 @pytest.mark.parametrize(
@@ -275,35 +275,35 @@ async def test_a_cancelled_job_is_not_worked_off_and_leaves_nothing(redis_server
     ],
 )
 async def test_what_is_no_job_is_refused(redis_server, path, body, headers, status):
-    async with opened(redis_server) as house:
-        answer = await house.post(path, body, headers=headers)
+    async with opened(redis_server) as api:
+        answer = await api.post(path, body, headers=headers)
         assert (answer.status_code, bool(error(answer))) == (status, True)
 
 
 async def test_unknown_jobs_are_404_and_so_are_all_where_there_is_no_redis(redis_server):
-    async with opened(redis_server) as house:
-        assert (await house.get(f"/jobs/{'0' * 32}")).status_code == 404
+    async with opened(redis_server) as api:
+        assert (await api.get(f"/jobs/{'0' * 32}")).status_code == 404
         with pytest.raises(NotFound):
-            await house.store.cancel("0" * 32)
+            await api.store.cancel("0" * 32)
     answer = await FakeServices().get(f"/jobs/{'0' * 32}")
     assert (answer.status_code, "need a Redis" in error(answer)["message"]) == (404, True)
 
 
 async def test_an_upload_has_a_limit_of_its_own(redis_server):
-    async with opened(redis_server) as house:
+    async with opened(redis_server) as api:
         rows = lines([{"prompt": "x" * 1000, "response": "y"}] * 1200)
-        assert (await house.post("/score", rows)).status_code == 413
-        assert (await house.post("/jobs?kind=score", rows, headers=JSONL)).status_code == 201
+        assert (await api.post("/score", rows)).status_code == 413
+        assert (await api.post("/jobs?kind=score", rows, headers=JSONL)).status_code == 201
 
 
 async def test_an_upload_goes_to_redis_as_it_comes_and_is_not_held_in_memory(redis_server):
     row = json.dumps({"prompt": "x" * 1000, "response": "y"}).encode() + b"\n"
     piece, pieces = row * 640, 30
 
-    async with opened(redis_server) as house:
+    async with opened(redis_server) as api:
         tracemalloc.start()
         try:
-            answer = await house.post("/jobs?kind=score", each(piece for _ in range(pieces)), headers=JSONL)
+            answer = await api.post("/jobs?kind=score", each(piece for _ in range(pieces)), headers=JSONL)
             _, peak = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
@@ -316,9 +316,9 @@ async def test_an_upload_goes_to_redis_as_it_comes_and_is_not_held_in_memory(red
 async def test_rows_are_whole_wherever_the_upload_is_cut_into_pieces(redis_server):
     rows = [{"prompt": "wie schön — 你好", "response": "é" * n} for n in range(1, 5)]
     body = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
-    async with opened(redis_server) as house:
-        answer = await house.post("/jobs?kind=score", each(body[i : i + 1] for i in range(len(body))), headers=JSONL)
-        chunk = await until(lambda: house.store.take("me"))
+    async with opened(redis_server) as api:
+        answer = await api.post("/jobs?kind=score", each(body[i : i + 1] for i in range(len(body))), headers=JSONL)
+        chunk = await until(lambda: api.store.take("me"))
     assert [json.loads(line) for line in chunk.rows] == rows
     assert answer.json()["rows"] == len(rows)
 
@@ -342,9 +342,9 @@ async def test_a_line_that_comes_in_many_pieces_is_looked_at_once():
 
 @pytest.mark.parametrize("ending", ["disconnect", "not utf-8", "too large", "a row too large"])
 async def test_an_upload_that_breaks_off_leaves_nothing_behind(redis_server, ending):
-    async with opened(redis_server) as house:
-        limits = replace(house.services.limits, upload_bytes=100_000, body_bytes=50_000)
-        app = create_app(replace(house.services, limits=limits))
+    async with opened(redis_server) as api:
+        limits = replace(api.services.limits, upload_bytes=100_000, body_bytes=50_000)
+        app = create_app(replace(api.services, limits=limits))
         last = {
             "disconnect": {"type": "http.disconnect"},
             "not utf-8": {"type": "http.request", "body": b"\xff\n", "more_body": True},
@@ -374,8 +374,8 @@ async def test_an_upload_that_breaks_off_leaves_nothing_behind(redis_server, end
 
 
 async def test_an_upload_that_is_sent_again_with_its_key_is_the_same_job(redis_server):
-    async with opened(redis_server) as house:
+    async with opened(redis_server) as api:
         headers = {**JSONL, "idempotency-key": "k"}
-        first, again = [await house.post("/jobs?kind=margin", lines(pairs(3)), headers=headers) for _ in range(2)]
+        first, again = [await api.post("/jobs?kind=margin", lines(pairs(3)), headers=headers) for _ in range(2)]
         assert (first.json()["id"], again.headers["idempotency-replayed"]) == (again.json()["id"], "true")
-        assert (await house.post("/jobs?kind=score", lines(pairs(3)), headers=headers)).status_code == 422
+        assert (await api.post("/jobs?kind=score", lines(pairs(3)), headers=headers)).status_code == 422

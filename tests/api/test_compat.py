@@ -15,7 +15,7 @@ PROMPT, GOOD, BAD = "Say hi", "hello", "go"
 
 
 @pytest.fixture
-def house():
+def api():
     """All kinds of heads; the hybrid one is first for single texts, the ranker for lists."""
     return FakeServices(LEGEND, HYBRID, SRR)
 
@@ -29,9 +29,9 @@ def sigmoid(x):
     return 1 / (1 + math.exp(-x))
 
 
-async def test_openrlhf_gets_a_number_for_each_query_and_numeric_logs(house):
+async def test_openrlhf_gets_a_number_for_each_query_and_numeric_logs(api):
     body = {"query": [PROMPT + GOOD, PROMPT + BAD], "prompts": [PROMPT, PROMPT], "labels": ["x", None]}
-    response = await house.post("/get_reward", body)
+    response = await api.post("/get_reward", body)
     assert response.status_code == 200
     answer = response.json()
     assert answer["rewards"] == [5.0, 2.0]
@@ -41,49 +41,49 @@ async def test_openrlhf_gets_a_number_for_each_query_and_numeric_logs(house):
     assert response.headers["x-inward-head"] == f"{HYBRID.name}/{HYBRID.version}"
 
 
-async def test_openrlhf_without_prompts_and_with_empty_lists(house):
-    assert (await house.post("/get_reward", {"query": ["abc"]})).json()["rewards"] == [0.0]  # all of it is the prompt
-    empty = await house.post("/get_reward", {"query": [], "prompts": [], "labels": []})
+async def test_openrlhf_without_prompts_and_with_empty_lists(api):
+    assert (await api.post("/get_reward", {"query": ["abc"]})).json()["rewards"] == [0.0]  # all of it is the prompt
+    empty = await api.post("/get_reward", {"query": [], "prompts": [], "labels": []})
     assert (empty.status_code, empty.json()["rewards"], empty.json()["scores"]) == (200, [], [])
     assert all(values == [] for values in empty.json()["extra_logs"].values())
 
 
-async def test_openrlhf_text_that_is_too_long_is_cut_and_counted(house):
-    response = await house.post("/get_reward", {"query": ["p" + "x" * 3 * MAX_TOKENS, "pa"], "prompts": ["p", "p"]})
+async def test_openrlhf_text_that_is_too_long_is_cut_and_counted(api):
+    response = await api.post("/get_reward", {"query": ["p" + "x" * 3 * MAX_TOKENS, "pa"], "prompts": ["p", "p"]})
     assert response.status_code == 200
     assert response.json()["extra_logs"]["truncated"] == [1.0, 0.0]
     assert response.headers["x-inward-truncated"] == "1"
 
 
-async def test_prompts_of_another_number_are_refused(house):
-    response = await house.post("/get_reward", {"query": ["a", "b"], "prompts": ["a"]})
+async def test_prompts_of_another_number_are_refused(api):
+    response = await api.post("/get_reward", {"query": ["a", "b"], "prompts": ["a"]})
     assert (response.status_code, response.json()["error"]["param"]) == (422, "prompts")
 
 
-async def test_slime_gets_a_bare_number(house):
+async def test_slime_gets_a_bare_number(api):
     chat = [{"role": "user", "content": [{"type": "text", "text": PROMPT}]}]
     for prompt in (PROMPT, chat):
-        response = await house.post("/slime", {"prompt": prompt, "response": GOOD, "label": 3})
+        response = await api.post("/slime", {"prompt": prompt, "response": GOOD, "label": 3})
         assert (response.status_code, response.json()) == (200, 5.0)
 
 
-async def test_llama_factory_gets_scores(house):
-    answer = (await house.post("/llama-factory", {"model": "model", "messages": ["abc", "de"]})).json()
+async def test_llama_factory_gets_scores(api):
+    answer = (await api.post("/llama-factory", {"model": "model", "messages": ["abc", "de"]})).json()
     assert answer["scores"] == [0.0, 0.0]
-    assert len(house.intake.calls[-1]["groups"]) == 2
+    assert len(api.intake.calls[-1]["groups"]) == 2
 
 
-async def test_verl_reads_the_last_probability_of_the_last_row(house):
+async def test_verl_reads_the_last_probability_of_the_last_row(api):
     body = {"model": "/models/rm", "input": PROMPT + GOOD, "use_activation": False}
-    answer = (await house.post("/classify", body)).json()
+    answer = (await api.post("/classify", body)).json()
     assert answer["data"][-1]["probs"][-1] == 0.0
     assert answer["data"][0]["num_classes"] == 1
-    many = (await house.post("/classify", {"input": ["a", "b"], "use_activation": True})).json()
+    many = (await api.post("/classify", {"input": ["a", "b"], "use_activation": True})).json()
     assert [row["probs"] for row in many["data"]] == [[0.5], [0.5]]
     assert many["usage"] == {"prompt_tokens": 2, "total_tokens": 2, "completion_tokens": 0}
 
 
-async def test_nemo_gym_gets_its_request_back_with_a_reward(house):
+async def test_nemo_gym_gets_its_request_back_with_a_reward(api):
     body = {
         "responses_create_params": {
             "input": [{"role": "user", "content": PROMPT}],
@@ -102,43 +102,43 @@ async def test_nemo_gym_gets_its_request_back_with_a_reward(house):
         },
         "expected": {"answer": 42},
     }
-    answer = (await house.post("/verify", body)).json()
+    answer = (await api.post("/verify", body)).json()
     assert answer == {**body, "reward": 5.0}
-    assert (await house.post("/seed_session", {"anything": 1})).json() == {}
-    silent = await house.post("/verify", {**body, "response": {"output": []}})
+    assert (await api.post("/seed_session", {"anything": 1})).json() == {}
+    silent = await api.post("/verify", {**body, "response": {"output": []}})
     assert silent.status_code == 422
     assert set(silent.json()) == {"detail"}
 
 
 @pytest.mark.parametrize("path", ["/rerank", "/v1/rerank"])
-async def test_vllm_and_jina_rerank(house, path):
+async def test_vllm_and_jina_rerank(api, path):
     body = {"model": "m", "query": PROMPT, "documents": [BAD, GOOD, {"text": "abc"}], "top_n": 2, "user": "me"}
-    answer = (await house.post(path, body)).json()
+    answer = (await api.post(path, body)).json()
     assert [row["index"] for row in answer["results"]] == [1, 2]
     assert answer["results"][0]["document"] == {"text": GOOD}
     assert answer["results"][0]["relevance_score"] == 0.5  # the hybrid head's calibrated probability
-    ranked = (await house.post(path, body | {"head": "lists"})).json()
+    ranked = (await api.post(path, body | {"head": "lists"})).json()
     assert ranked["results"][0]["relevance_score"] == 1.0  # (1 + 5) / 2, no more than 1: a listwise head gives cosines
     assert answer["usage"]["total_tokens"] == 3 * len(PROMPT + "\n\n") + 10
     assert answer["model"] == "tiny"
     assert answer["id"]
 
 
-async def test_cohere_v2_rerank_has_no_documents_and_a_meta(house):
-    answer = (await house.post("/v2/rerank", {"model": "m", "query": PROMPT, "documents": [BAD, GOOD]})).json()
+async def test_cohere_v2_rerank_has_no_documents_and_a_meta(api):
+    answer = (await api.post("/v2/rerank", {"model": "m", "query": PROMPT, "documents": [BAD, GOOD]})).json()
     assert [set(row) for row in answer["results"]] == [{"index", "relevance_score"}] * 2
     assert answer["meta"] == {"api_version": {"version": "2"}, "billed_units": {"search_units": 1}}
     assert all(0 <= row["relevance_score"] <= 1 for row in answer["results"])
     body = {"query": PROMPT, "documents": [BAD, GOOD], "return_documents": False}
-    assert "document" not in (await house.post("/v1/rerank", body)).json()["results"][0]
+    assert "document" not in (await api.post("/v1/rerank", body)).json()["results"][0]
 
 
-async def test_tei_rerank_is_a_bare_list(house):
+async def test_tei_rerank_is_a_bare_list(api):
     answer = (
-        await house.post("/rerank", {"query": PROMPT, "texts": [BAD, GOOD], "raw_scores": True, "return_text": True})
+        await api.post("/rerank", {"query": PROMPT, "texts": [BAD, GOOD], "raw_scores": True, "return_text": True})
     ).json()
     assert answer == [{"index": 1, "score": 5.0, "text": GOOD}, {"index": 0, "score": 2.0, "text": BAD}]
-    answer = (await house.post("/rerank", {"query": PROMPT, "texts": [BAD, GOOD]})).json()
+    answer = (await api.post("/rerank", {"query": PROMPT, "texts": [BAD, GOOD]})).json()
     assert [set(row) for row in answer] == [{"index", "score"}] * 2
 
 
@@ -154,30 +154,30 @@ async def test_vllm_score_of_one_with_each_and_of_each_with_its_own(legend_house
     assert (wrong.status_code, wrong.json()["error"]["code"]) == (422, 422)
 
 
-async def test_the_native_dialects_still_answer_on_the_shared_paths(house):
-    native = (await house.post("/rerank", {"prompt": PROMPT, "candidates": [BAD, GOOD]})).json()
+async def test_the_native_dialects_still_answer_on_the_shared_paths(api):
+    native = (await api.post("/rerank", {"prompt": PROMPT, "candidates": [BAD, GOOD]})).json()
     assert native["best"]["text"] == GOOD
-    assert "scores" in (await house.post("/score", {"items": [{"prompt": PROMPT, "response": GOOD}]})).json()
-    unknown = await house.post("/rerank", {"prompt": PROMPT, "candidates": [BAD], "user": "me"})
+    assert "scores" in (await api.post("/score", {"items": [{"prompt": PROMPT, "response": GOOD}]})).json()
+    unknown = await api.post("/rerank", {"prompt": PROMPT, "candidates": [BAD], "user": "me"})
     assert (unknown.status_code, unknown.json()["error"]["param"]) == (422, "user")
 
 
 async def test_the_field_the_model_and_the_setting_choose_the_head():
-    house = FakeServices(LEGEND, HYBRID, SRR)
+    api = FakeServices(LEGEND, HYBRID, SRR)
 
     async def answering(**fields):
-        response = await house.post("/get_reward", {"query": ["a"], **fields})
+        response = await api.post("/get_reward", {"query": ["a"], **fields})
         return response.headers.get("x-inward-head", response.status_code)
 
     assert await answering() == "helpful/1"
     assert await answering(head="harmless") == "harmless/3"
     assert await answering(head="nobody") == 404
-    response = await house.post("/classify", {"input": "a", "model": "harmless"})
+    response = await api.post("/classify", {"input": "a", "model": "harmless"})
     assert response.headers["x-inward-head"] == "harmless/3"
-    house = FakeServices(LEGEND, HYBRID, SRR, compat_head="harmless")
+    api = FakeServices(LEGEND, HYBRID, SRR, compat_head="harmless")
     assert await answering() == "harmless/3"
     assert await answering(head="helpful") == "helpful/1"
-    assert (await house.post("/v2/rerank", {"query": "q", "documents": ["a"]})).headers["x-inward-head"] == "harmless/3"
+    assert (await api.post("/v2/rerank", {"query": "q", "documents": ["a"]})).headers["x-inward-head"] == "harmless/3"
 
 
 @pytest.mark.parametrize("body", [{"prompt": "q", "candidates": ["a", "b"]}, {"query": "q", "documents": ["a", "b"]}])
@@ -187,9 +187,9 @@ async def test_the_field_the_model_and_the_setting_choose_the_head():
 )
 async def test_a_hybrid_head_ranks_else_legend_else_a_ranker_unless_it_is_set_otherwise(body, loaded, ranks):
     async def ranking(**settings):
-        house = FakeServices(*loaded, **settings)
-        assert (await house.post("/rerank", body)).status_code == 200
-        return house.intake.calls[0]["heads"][0]
+        api = FakeServices(*loaded, **settings)
+        assert (await api.post("/rerank", body)).status_code == 200
+        return api.intake.calls[0]["heads"][0]
 
     assert await ranking() == ranks
     assert await ranking(rerank_head="lists") == "lists"
@@ -225,22 +225,22 @@ FAMILIES = [
 @pytest.mark.parametrize(
     ("path", "body", "message"), FAMILIES, ids=[f"{path}-{next(iter(body))}" for path, body, _ in FAMILIES]
 )
-async def test_each_family_reads_its_own_errors_and_never_a_429(house, path, body, message):
-    house.intake.error = Overloaded("full", retry_after=7)
-    full = await house.post(path, body)
+async def test_each_family_reads_its_own_errors_and_never_a_429(api, path, body, message):
+    api.intake.error = Overloaded("full", retry_after=7)
+    full = await api.post(path, body)
     assert (full.status_code, full.headers["retry-after"], message(full.json())) == (503, "7", "full")
-    house.intake.error = OverQuota("too much", retry_after=9)
-    quota = await house.post(path, body)
+    api.intake.error = OverQuota("too much", retry_after=9)
+    quota = await api.post(path, body)
     assert (quota.status_code, quota.headers["retry-after"], message(quota.json())) == (503, "9", "too much")
-    house.intake.error = None
-    house.intake.outcome = lambda i, scored: NotFinite("no number")
-    assert (await house.post(path, body)).status_code == 500  # never a zero
-    wrong = await house.post(path, {**body, next(iter(body)): 7})
+    api.intake.error = None
+    api.intake.outcome = lambda i, scored: NotFinite("no number")
+    assert (await api.post(path, body)).status_code == 500  # never a zero
+    wrong = await api.post(path, {**body, next(iter(body)): 7})
     assert wrong.status_code == 422
     assert message(wrong.json())
 
 
-async def test_the_element_to_blame_is_named_in_the_callers_words(house):
+async def test_the_element_to_blame_is_named_in_the_callers_words(api):
     bad = "\ud800"
     for path, body, param in [
         ("/get_reward", {"query": ["a", bad]}, "query.1"),
@@ -253,5 +253,5 @@ async def test_the_element_to_blame_is_named_in_the_callers_words(house):
         ("/classify", {"input": 7}, "input"),
         ("/slime", {"prompt": ["x"], "response": "b"}, "prompt.0"),
     ]:
-        response = await house.post(path, json.dumps(body).encode())
+        response = await api.post(path, json.dumps(body).encode())
         assert (response.status_code, response.json()["error"]["param"]) == (422, param), path

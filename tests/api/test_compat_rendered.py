@@ -16,16 +16,16 @@ def family(request):
 
 @pytest.fixture
 def served(family):
-    house = FakeServices()
+    api = FakeServices()
     prompts = Prompts(tokenizer_of(family), max_tokens=1000, end_ids=end_ids_of(family))
-    object.__setattr__(house.services, "prompts", prompts)
-    return house
+    object.__setattr__(api.services, "prompts", prompts)
+    return api
 
 
-async def groups(house, path, body):
-    answer = await house.post(path, body)
+async def groups(api, path, body):
+    answer = await api.post(path, body)
     assert answer.status_code == 200, answer.text
-    return house.intake.calls[-1]["groups"]
+    return api.intake.calls[-1]["groups"]
 
 
 async def test_every_trainers_route_scores_what_score_does(served, family):
@@ -61,11 +61,11 @@ def verified(*output, **params):
     return {"responses_create_params": {"input": QUESTION, **params}, "response": {"output": list(output)}}
 
 
-async def test_a_refusal_is_scored_by_its_text(house):
+async def test_a_refusal_is_scored_by_its_text(api):
     refusal = {"type": "message", "role": "assistant", "content": [{"type": "refusal", "refusal": "I will not."}]}
-    assert (await house.post("/verify", verified(refusal))).json()["reward"] == len("I will not.")
+    assert (await api.post("/verify", verified(refusal))).json()["reward"] == len("I will not.")
     spoken = {"role": "assistant", "content": None, "refusal": "I can't."}
-    assert (await house.post("/verify", verified(spoken))).json()["reward"] == len("I can't.")
+    assert (await api.post("/verify", verified(spoken))).json()["reward"] == len("I can't.")
 
 
 CALL = {"type": "function_call", "name": "f", "arguments": "{}"}
@@ -87,19 +87,19 @@ IMAGE = {"type": "input_image", "image_url": "data:,"}
         (CALL, "response.output.0", "'function_call'"),
     ],
 )
-async def test_what_is_no_text_is_refused_by_name_and_never_scored_as_an_empty_answer(house, turn, where, named):
-    answer = await house.post("/verify", verified(turn, {"role": "assistant", "content": "fine"}))
+async def test_what_is_no_text_is_refused_by_name_and_never_scored_as_an_empty_answer(api, turn, where, named):
+    answer = await api.post("/verify", verified(turn, {"role": "assistant", "content": "fine"}))
     assert answer.status_code == 422
     assert where in answer.json()["detail"] and named in answer.json()["detail"]
     if turn.get("role"):
-        refused = await house.post("/slime", {"prompt": [turn], "response": "x"})
+        refused = await api.post("/slime", {"prompt": [turn], "response": "x"})
         assert (refused.status_code, error(refused)["param"]) == (422, where.replace("response.output", "prompt"))
 
 
-async def test_tool_results_are_turns_and_reasoning_is_none(house):
+async def test_tool_results_are_turns_and_reasoning_is_none(api):
     result = {"type": "function_call_output", "call_id": "1", "output": "21 C"}
     said = {"role": "assistant", "content": "Let me look."}
     body = verified(said, {"type": "reasoning", "summary": []}, result, {"role": "assistant", "content": "It is 21 C."})
-    assert (await house.post("/verify", body)).json()["reward"] == len("It is 21 C.")
-    [group] = house.intake.calls[-1]["groups"]
+    assert (await api.post("/verify", body)).json()["reward"] == len("It is 21 C.")
+    [group] = api.intake.calls[-1]["groups"]
     assert "".join(map(chr, group.prompt_ids)).count("21 C") == 1

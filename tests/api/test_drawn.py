@@ -23,19 +23,19 @@ async def serving() -> AsyncIterator[tuple[FakeServices, Corridor]]:
     """A house whose intake is a real corridor."""
     async with corridor() as c:
         c.registry.heads = {LEGEND.name: FakeHead(LEGEND.name, LEGEND.version)}
-        house = FakeServices(LEGEND)
-        house.services = replace(
-            house.services,
+        api = FakeServices(LEGEND)
+        api.services = replace(
+            api.services,
             intake=c.intake,
-            limits=replace(house.services.limits, timeout_s=PATIENCE),
+            limits=replace(api.services.limits, timeout_s=PATIENCE),
         )
-        house.app = create_app(house.services)
-        yield house, c
+        api.app = create_app(api.services)
+        yield api, c
 
 
 async def ask(body: dict[str, Any]) -> dict[str, Any]:
-    async with serving() as (house, _):
-        response = await house.post("/rerank", body)
+    async with serving() as (api, _):
+        response = await api.post("/rerank", body)
     assert response.status_code == 200, response.text
     return response.json()
 
@@ -69,15 +69,15 @@ async def test_messages_may_stand_for_the_prompt_and_a_seed_repeats_the_answers(
 
 
 async def test_the_score_of_a_drawn_answer_is_that_of_the_same_answer_given():
-    async with serving() as (house, c):
-        drawn = (await house.post("/rerank", ASK)).json()
+    async with serving() as (api, c):
+        drawn = (await api.post("/rerank", ASK)).json()
         group = next(group for group in c.backbone.computed if group.responses_ids)
         given = (await c.score([group], heads=(LEGEND.name,)))[0].scores[0].scores_N
     assert sorted(given, reverse=True) == pytest.approx([result["score"] for result in drawn["results"]])
 
 
 async def test_equal_answers_are_computed_once_and_score_alike():
-    async with serving() as (house, c):
+    async with serving() as (api, c):
 
         async def same(group: Group) -> list[Sample]:
             return [
@@ -87,13 +87,13 @@ async def test_equal_answers_are_computed_once_and_score_alike():
             ]
 
         c.backbone.sample = same
-        body = (await house.post("/rerank", {**ASK, "n": 3})).json()
+        body = (await api.post("/rerank", {**ASK, "n": 3})).json()
     assert [len(group.responses_ids) for group in c.backbone.computed] == [2]
     assert len({r["score"] for r in body["results"] if r["text"] == "seven eight"}) == 1
 
 
 async def test_sampling_options_reach_the_backbone_and_the_default_length_fits_the_model():
-    async with serving() as (house, c):
+    async with serving() as (api, c):
         seen: list[SamplingSpec] = []
         draw = c.backbone.sample
 
@@ -112,7 +112,7 @@ async def test_sampling_options_reach_the_backbone_and_the_default_length_fits_t
             "seed": 1,
             "stop": ["\n"],
         }
-        await house.post("/rerank", {"prompt": "Which way?", "n": 2, "sampling": options})
+        await api.post("/rerank", {"prompt": "Which way?", "n": 2, "sampling": options})
     prompt = len("Which way?\n\n")
     assert seen == [SamplingSpec(n=2, max_tokens=MAX_TOKENS - 1 - prompt, **{**options, "stop": ("\n",)})]
 
@@ -133,8 +133,8 @@ async def test_sampling_options_reach_the_backbone_and_the_default_length_fits_t
     ids=lambda value: str(value)[:40],
 )
 async def test_what_can_not_be_drawn_is_refused_by_its_field(change, status, param):
-    async with serving() as (house, c):
-        response = await house.post(
+    async with serving() as (api, c):
+        response = await api.post(
             "/rerank", {key: value for key, value in {**ASK, **change}.items() if value is not None}
         )
     assert response.status_code == status
@@ -144,9 +144,9 @@ async def test_what_can_not_be_drawn_is_refused_by_its_field(change, status, par
 
 async def test_how_much_may_be_drawn_follows_the_workers():
     """What a model takes is known once a worker says it, long after the limits of the service were printed."""
-    async with serving() as (house, _):
-        house.services.prompts.max_tokens = 40
-        long = await house.post("/rerank", {**ASK, "sampling": {"max_tokens": 40}})
+    async with serving() as (api, _):
+        api.services.prompts.max_tokens = 40
+        long = await api.post("/rerank", {**ASK, "sampling": {"max_tokens": 40}})
         assert (long.status_code, error(long)["param"]) == (413, "sampling.max_tokens")
-        house.services.prompts.max_tokens = 100
-        assert (await house.post("/rerank", {**ASK, "sampling": {"max_tokens": 40}})).status_code == 200
+        api.services.prompts.max_tokens = 100
+        assert (await api.post("/rerank", {**ASK, "sampling": {"max_tokens": 40}})).status_code == 200

@@ -16,18 +16,18 @@ KEY = {"idempotency-key": "k1"}
 
 
 async def test_the_same_key_and_body_get_the_stored_answer_and_nothing_is_computed():
-    house = FakeServices()
-    first = await house.post("/margin", PAIRS, headers=KEY)
-    again = await house.post("/margin", PAIRS, headers=KEY)
+    api = FakeServices()
+    first = await api.post("/margin", PAIRS, headers=KEY)
+    again = await api.post("/margin", PAIRS, headers=KEY)
     assert (again.status_code, again.json()) == (200, first.json())
     assert again.headers["idempotency-replayed"] == "true"
     assert "idempotency-replayed" not in first.headers
-    assert len(house.intake.calls) == 1
+    assert len(api.intake.calls) == 1
 
 
 async def test_a_replayed_answer_keeps_its_headers():
-    house = FakeServices()
-    first, again = [await house.post("/margin", PAIRS, headers=KEY) for _ in range(2)]
+    api = FakeServices()
+    first, again = [await api.post("/margin", PAIRS, headers=KEY) for _ in range(2)]
     own = {"x-request-id", "x-total-time", "idempotency-replayed"}  # of the request, not of the answer
     assert {k: v for k, v in again.headers.items() if k not in own} == {
         k: v for k, v in first.headers.items() if k not in own
@@ -46,62 +46,62 @@ class FakeJobs:
         return SimpleNamespace(body=lambda: {"id": f"{len(self.created):032x}", "rows": len(self.created[-1])})
 
 
-def upload(house, *lines):
+def upload(api, *lines):
     async def chunks():
         for line in lines:
             yield line
 
-    return house.post("/jobs?kind=margin", chunks(), headers={**KEY, "content-type": "application/x-ndjson"})
+    return api.post("/jobs?kind=margin", chunks(), headers={**KEY, "content-type": "application/x-ndjson"})
 
 
 async def test_a_replayed_upload_keeps_its_status_and_another_body_of_the_same_length_is_told_apart():
-    house = FakeServices()
+    api = FakeServices()
     jobs = FakeJobs()
-    object.__setattr__(house.services, "jobs", jobs)
-    first = await upload(house, b'{"a": 1}\n', b'{"a": 2}\n')
-    again = await upload(house, b'{"a": 1}', b'\n{"a": 2}\n')  # in other pieces
+    object.__setattr__(api.services, "jobs", jobs)
+    first = await upload(api, b'{"a": 1}\n', b'{"a": 2}\n')
+    again = await upload(api, b'{"a": 1}', b'\n{"a": 2}\n')  # in other pieces
     assert (first.status_code, again.status_code) == (201, 201)
     assert again.json() == first.json() and again.headers["idempotency-replayed"] == "true"
-    other = await upload(house, b'{"a": 1}\n', b'{"a": 3}\n')
+    other = await upload(api, b'{"a": 1}\n', b'{"a": 3}\n')
     assert (other.status_code, error(other)["param"]) == (422, "Idempotency-Key")
     assert len(jobs.created) == 1
 
 
 async def test_another_body_or_route_under_the_same_key_is_a_422():
-    house = FakeServices()
-    await house.post("/margin", PAIRS, headers=KEY)
+    api = FakeServices()
+    await api.post("/margin", PAIRS, headers=KEY)
     for path in ("/margin", "/score"):
-        answer = await house.post(path, OTHER, headers=KEY)
+        answer = await api.post(path, OTHER, headers=KEY)
         assert (answer.status_code, error(answer)["param"]) == (422, "Idempotency-Key")
-    assert len(house.intake.calls) == 1
+    assert len(api.intake.calls) == 1
 
 
 async def test_a_key_in_progress_is_a_409_and_says_when_to_come_back():
-    house = FakeServices()
-    house.intake.hold = asyncio.Event()
-    first = asyncio.create_task(house.post("/margin", PAIRS, headers=KEY))
-    await house.intake.started.wait()
-    answer = await house.post("/margin", PAIRS, headers=KEY)
+    api = FakeServices()
+    api.intake.hold = asyncio.Event()
+    first = asyncio.create_task(api.post("/margin", PAIRS, headers=KEY))
+    await api.intake.started.wait()
+    answer = await api.post("/margin", PAIRS, headers=KEY)
     assert (answer.status_code, answer.headers["retry-after"]) == (409, "1")
-    house.intake.hold.set()
+    api.intake.hold.set()
     assert (await first).status_code == 200
-    assert len(house.intake.calls) == 1
+    assert len(api.intake.calls) == 1
 
 
 async def test_an_error_is_not_kept():
     from inward.errors import Overloaded
 
-    house = FakeServices()
-    house.intake.error = Overloaded("full", retry_after=1)
-    assert (await house.post("/margin", PAIRS, headers=KEY)).status_code == 503
-    house.intake.error = None
-    assert (await house.post("/margin", PAIRS, headers=KEY)).status_code == 200
+    api = FakeServices()
+    api.intake.error = Overloaded("full", retry_after=1)
+    assert (await api.post("/margin", PAIRS, headers=KEY)).status_code == 503
+    api.intake.error = None
+    assert (await api.post("/margin", PAIRS, headers=KEY)).status_code == 200
 
 
 async def test_keys_of_different_callers_do_not_meet():
-    house = FakeServices(keys=frozenset({"one", "two"}))
+    api = FakeServices(keys=frozenset({"one", "two"}))
     answers = [
-        await house.post("/margin", body, headers={**KEY, "authorization": f"Bearer {who}"})
+        await api.post("/margin", body, headers={**KEY, "authorization": f"Bearer {who}"})
         for who, body in (("one", PAIRS), ("two", OTHER))
     ]
     assert [a.status_code for a in answers] == [200, 200]

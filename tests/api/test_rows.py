@@ -17,20 +17,20 @@ ITEMS = [{"prompt": "question", "response": "a" * (i + 1)} for i in range(5)]
     ("kind", "field", "rows"),
     [("margin", "pairs", PAIRS), ("score", "items", ITEMS), ("reward", "items", ITEMS), ("reward", "pairs", PAIRS)],
 )
-async def test_a_row_gets_what_it_gets_in_a_request(house, kind, field, rows):
-    answers = [answer.body() for answer in await score_rows(house.services, kind, rows)]
-    expected = (await house.post(f"/{kind}", {field: rows})).json()
+async def test_a_row_gets_what_it_gets_in_a_request(api, kind, field, rows):
+    answers = [answer.body() for answer in await score_rows(api.services, kind, rows)]
+    expected = (await api.post(f"/{kind}", {field: rows})).json()
     by = {"head": expected["head"], "policy_version": expected["policy_version"]}
     assert answers == [element | by for element in expected[f"{kind}s"]]
 
 
-async def test_the_head_of_the_confidence_is_named_where_it_is_another_one(house):
-    (answer,) = await score_rows(house.services, "margin", PAIRS[:1])
+async def test_the_head_of_the_confidence_is_named_where_it_is_another_one(api):
+    (answer,) = await score_rows(api.services, "margin", PAIRS[:1])
     assert (answer.head, answer.confidence_head) == (LEGEND, HYBRID)
 
 
-async def test_pairs_and_items_of_one_reward_job_stand_in_their_places(house):
-    answers = await score_rows(house.services, "reward", [ITEMS[0], PAIRS[1], ITEMS[2]])
+async def test_pairs_and_items_of_one_reward_job_stand_in_their_places(api):
+    answers = await score_rows(api.services, "reward", [ITEMS[0], PAIRS[1], ITEMS[2]])
     assert [answer.body().get("score") for answer in answers] == [1.0, None, 3.0]
     assert answers[1].body()["margin"] == -1.0
 
@@ -50,8 +50,8 @@ async def test_pairs_and_items_of_one_reward_job_stand_in_their_places(house):
         ("[1]", None, "not a JSON object"),
     ],
 )
-async def test_a_bad_row_has_an_error_that_names_its_own_field_and_harms_no_others(house, line, param, said):
-    answers = await score_rows(house.services, "margin", [PAIRS[0], parse(line), PAIRS[1]])
+async def test_a_bad_row_has_an_error_that_names_its_own_field_and_harms_no_others(api, line, param, said):
+    answers = await score_rows(api.services, "margin", [PAIRS[0], parse(line), PAIRS[1]])
     error = answers[1].error
     assert error is not None
     assert error.param == param
@@ -59,24 +59,24 @@ async def test_a_bad_row_has_an_error_that_names_its_own_field_and_harms_no_othe
     assert [answer.body().get("margin") for answer in answers] == [-2.0, None, -1.0]
 
 
-async def test_rows_that_are_all_bad_are_no_failure_of_the_whole(house):
-    answers = await score_rows(house.services, "score", [parse("x"), {"prompt": "a"}])
+async def test_rows_that_are_all_bad_are_no_failure_of_the_whole(api):
+    answers = await score_rows(api.services, "score", [parse("x"), {"prompt": "a"}])
     assert [bool(answer.error) for answer in answers] == [True, True]
-    assert house.intake.calls == []
+    assert api.intake.calls == []
 
 
-async def test_text_is_cut_where_that_is_asked_for(house):
+async def test_text_is_cut_where_that_is_asked_for(api):
     row = {"prompt": "a" * 300, "response": "b"}
-    (answer,) = await score_rows(house.services, "score", [row], options=Options(truncate=True))
+    (answer,) = await score_rows(api.services, "score", [row], options=Options(truncate=True))
     assert answer.body()["truncated"] is True
 
 
-async def test_what_is_no_rows_fault_is_raised(house):
+async def test_what_is_no_rows_fault_is_raised(api):
     with pytest.raises(NotFound):
-        await score_rows(house.services, "margin", PAIRS, head="nope")
-    house.intake.error = Overloaded("full", retry_after=1)
+        await score_rows(api.services, "margin", PAIRS, head="nope")
+    api.intake.error = Overloaded("full", retry_after=1)
     with pytest.raises(Overloaded):
-        await score_rows(house.services, "margin", PAIRS)
+        await score_rows(api.services, "margin", PAIRS)
 
 
 def test_a_parsed_row_is_a_value_or_an_error():

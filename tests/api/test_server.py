@@ -21,10 +21,10 @@ JSON = {"content-type": "application/json"}
 
 
 @contextlib.asynccontextmanager
-async def serving(house: FakeServices) -> AsyncIterator[int]:
+async def serving(api: FakeServices) -> AsyncIterator[int]:
     """Serves on a free port of the loopback address, which is given."""
     config = uvicorn.Config(
-        house.app, host="127.0.0.1", port=0, log_config=None, lifespan="off",
+        api.app, host="127.0.0.1", port=0, log_config=None, lifespan="off",
         timeout_graceful_shutdown=round(PATIENCE), timeout_keep_alive=round(PATIENCE),
     )  # fmt: skip
     server = uvicorn.Server(config)
@@ -48,8 +48,8 @@ async def test_a_body_that_does_not_come_in_time_is_refused():
 
 
 @pytest.fixture
-async def port(house):
-    async with serving(house) as port:
+async def port(api):
+    async with serving(api) as port:
         yield port
 
 
@@ -58,36 +58,36 @@ def raw_request(body: bytes) -> bytes:
     return head.encode() + body
 
 
-async def test_a_caller_that_hangs_up_cancels_its_work(house, port):
-    house.intake.hold = asyncio.Event()
+async def test_a_caller_that_hangs_up_cancels_its_work(api, port):
+    api.intake.hold = asyncio.Event()
     before = metrics.REGISTRY.get_sample_value("inward_requests_total", {"route": "/margin", "code": "499"}) or 0
     _, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(raw_request(json.dumps({"pairs": [PAIR]}).encode()))
-    await asyncio.wait_for(house.intake.started.wait(), PATIENCE)
+    await asyncio.wait_for(api.intake.started.wait(), PATIENCE)
     writer.close()
-    await asyncio.wait_for(house.intake.cancelled.wait(), PATIENCE)
+    await asyncio.wait_for(api.intake.cancelled.wait(), PATIENCE)
     await until(lambda: metrics.REGISTRY.get_sample_value("inward_requests_in_flight") == 0)
     assert metrics.REGISTRY.get_sample_value("inward_requests_total", {"route": "/margin", "code": "499"}) == before + 1
 
 
-async def test_a_caller_that_hangs_up_in_the_middle_of_its_body_leaves_nothing_behind(house, port):
+async def test_a_caller_that_hangs_up_in_the_middle_of_its_body_leaves_nothing_behind(api, port):
     _, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(raw_request(b" " * 1000)[:-500])
     await writer.drain()
     await until(lambda: metrics.REGISTRY.get_sample_value("inward_requests_in_flight") == 1)
     writer.close()
     await until(lambda: metrics.REGISTRY.get_sample_value("inward_requests_in_flight") == 0)
-    assert house.intake.calls == []
+    assert api.intake.calls == []
 
 
-async def test_a_10_mb_body_is_answered_413_and_the_connection_goes_on(house, port):
+async def test_a_10_mb_body_is_answered_413_and_the_connection_goes_on(api, port):
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE) as client:
         large = await client.post("/margin", content=b" " * 10_000_000, headers=JSON)
         assert (large.status_code, error(large)["code"]) == (413, "too_large")
         assert (await client.post("/margin", json={"pairs": [PAIR]})).status_code == 200
 
 
-async def test_a_10_mb_body_in_chunks_is_answered_413(house, port):
+async def test_a_10_mb_body_in_chunks_is_answered_413(api, port):
     async def chunks():
         for _ in range(1000):
             yield b" " * 10_000
@@ -98,14 +98,14 @@ async def test_a_10_mb_body_in_chunks_is_answered_413(house, port):
         assert (await client.post("/margin", json={"pairs": [PAIR]})).status_code == 200
 
 
-async def test_many_callers_get_their_own_answers(house, port):
+async def test_many_callers_get_their_own_answers(api, port):
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE) as client:
         pairs = [{"prompt": "p", "chosen": "x" * (n + 1), "rejected": "y"} for n in range(64)]
         answers = await asyncio.gather(*(client.post("/margin", json={"pairs": [pair]}) for pair in pairs))
     assert [answer.json()["margins"][0]["margin"] for answer in answers] == [float(n) for n in range(64)]
 
 
-async def test_two_requests_on_one_connection_without_waiting_are_both_answered(house, port):
+async def test_two_requests_on_one_connection_without_waiting_are_both_answered(api, port):
     request = raw_request(json.dumps({"pairs": [PAIR]}).encode())
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(request + request)

@@ -39,8 +39,8 @@ class ListHead(FakeHead):
 
 
 async def test_each_answer_comes_as_an_event_and_the_end_is_the_answer_that_is_given_without_streaming():
-    async with serving() as (house, _):
-        response = await house.post("/rerank", STREAM)
+    async with serving() as (api, _):
+        response = await api.post("/rerank", STREAM)
     assert response.headers["content-type"].startswith("text/event-stream")
     assert response.headers["cache-control"] == "no-cache"
     *samples, (last, result) = events(response.text)
@@ -58,16 +58,16 @@ async def test_each_answer_comes_as_an_event_and_the_end_is_the_answer_that_is_g
 
 
 async def test_a_seed_repeats_the_stream():
-    async with serving() as (house, _):
-        first, second = [events((await house.post("/rerank", STREAM)).text) for _ in range(2)]
+    async with serving() as (api, _):
+        first, second = [events((await api.post("/rerank", STREAM)).text) for _ in range(2)]
     assert first[-1] == second[-1]
 
 
 async def test_a_listwise_head_scores_in_the_end_only():
-    async with serving() as (house, c):
-        house.refs[SRR.name] = SRR
+    async with serving() as (api, c):
+        api.refs[SRR.name] = SRR
         c.registry.heads[SRR.name] = ListHead(SRR.name, SRR.version)
-        *samples, (_, result) = events((await house.post("/rerank", {**STREAM, "head": SRR.name})).text)
+        *samples, (_, result) = events((await api.post("/rerank", {**STREAM, "head": SRR.name})).text)
     assert {sample["score"] for _, sample in samples} == {None}
     assert {sample["error"] for _, sample in samples} == {None}
     assert len({ranked["score"] for ranked in result["results"]}) == 6
@@ -75,36 +75,36 @@ async def test_a_listwise_head_scores_in_the_end_only():
 
 
 async def test_what_can_be_refused_before_the_beginning_is_an_ordinary_error():
-    async with serving() as (house, _):
+    async with serving() as (api, _):
         for body, status, param in (
             ({**STREAM, "n": 99}, 413, "n"),
             ({**STREAM, "sampling": {"max_tokens": 10_000}}, 413, "sampling.max_tokens"),
             ({"prompt": "p", "candidates": ["a"], "stream": True}, 422, "stream"),
             ({**STREAM, "head": "nobody"}, 404, "head"),
         ):
-            refused = await house.post("/rerank", body)
+            refused = await api.post("/rerank", body)
             assert (refused.status_code, error(refused)["param"]) == (status, param)
 
 
 async def test_what_goes_wrong_later_is_an_event_in_the_error_shape_and_the_stream_ends():
-    async with serving() as (house, c):
+    async with serving() as (api, c):
         c.backbone.fail_on(lambda group: True)
-        ((name, body),) = events((await house.post("/rerank", STREAM)).text)
+        ((name, body),) = events((await api.post("/rerank", STREAM)).text)
     assert name == "error"
     assert body["error"] == InternalError("the fake backbone was told to fail on this group").body()["error"]
 
 
 async def test_a_deadline_holds_while_streaming():
-    async with serving() as (house, c):
+    async with serving() as (api, c):
         c.backbone.delay_per_token = 1.0
-        *_, (name, body) = events((await house.post("/rerank", {**STREAM, "timeout": 1.5})).text)
+        *_, (name, body) = events((await api.post("/rerank", {**STREAM, "timeout": 1.5})).text)
         assert (name, body["error"]["code"]) == ("error", "deadline_exceeded")
 
 
 async def test_a_head_that_is_switched_meanwhile_ends_the_stream_with_an_error():
-    async with serving() as (house, c):
+    async with serving() as (api, c):
         c.backbone.delay_per_token = 0.001
-        asking = asyncio.create_task(house.post("/rerank", STREAM))
+        asking = asyncio.create_task(api.post("/rerank", STREAM))
         async with asyncio.timeout(60):
             while not c.backbone.calls:
                 await asyncio.sleep(0.001)
@@ -113,7 +113,7 @@ async def test_a_head_that_is_switched_meanwhile_ends_the_stream_with_an_error()
     assert (name, body["error"]["code"]) == ("error", "unavailable")
 
 
-async def hang_up_after(house: Any, body: dict[str, Any], wanted: int) -> None:
+async def hang_up_after(api: Any, body: dict[str, Any], wanted: int) -> None:
     """Reads ``wanted`` events as an ASGI server would, and is gone."""
     seen, gone = 0, asyncio.Event()
     messages = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
@@ -139,15 +139,15 @@ async def hang_up_after(house: Any, body: dict[str, Any], wanted: int) -> None:
         "query_string": b"",
         "headers": headers,
     }
-    await house.app(
+    await api.app(
         {**scope, "http_version": "1.1", "scheme": "http", "server": ("inward", 80), "client": None}, receive, send
     )
 
 
 async def test_who_hangs_up_is_not_drawn_for_any_more():
-    async with serving() as (house, c):
+    async with serving() as (api, c):
         c.backbone.delay_per_token = 0.002
-        await hang_up_after(house, {**STREAM, "n": 10}, wanted=2)
+        await hang_up_after(api, {**STREAM, "n": 10}, wanted=2)
         async with asyncio.timeout(60):
             while c.queue.tokens:
                 await asyncio.sleep(0.01)
@@ -162,9 +162,9 @@ async def test_a_stream_that_ends_before_it_has_begun_leaves_no_drawings_running
     async def finish(answer: RerankAnswer) -> None:
         raise AssertionError("there is no answer")
 
-    async with serving() as (house, c):
+    async with serving() as (api, c):
         c.backbone.delay_per_token = 0.002
-        stream = await stream_ranking(house.services, RerankRequest.model_validate(STREAM), LEGEND, finish)
+        stream = await stream_ranking(api.services, RerankRequest.model_validate(STREAM), LEGEND, finish)
         assert c.queue.tokens
         if ends == "before its first event":
             sending = asyncio.create_task(stream({"type": "http"}, lambda: asyncio.sleep(0), blocked))
@@ -178,16 +178,16 @@ async def test_a_stream_that_ends_before_it_has_begun_leaves_no_drawings_running
 
 async def test_silence_is_broken_by_comments(monkeypatch):
     monkeypatch.setattr("inward.api.events.HEARTBEAT_S", 0.01)
-    async with serving() as (house, c):
+    async with serving() as (api, c):
         c.backbone.delay_per_token = 0.002
-        text = (await house.post("/rerank", {**STREAM, "n": 2})).text
+        text = (await api.post("/rerank", {**STREAM, "n": 2})).text
     assert ": still there\n\n" in text
     assert [name for name, _ in events(text)] == ["sample", "sample", "result"]
 
 
 async def test_a_stream_is_not_kept_for_its_idempotency_key():
-    async with serving() as (house, _):
+    async with serving() as (api, _):
         for _ in range(2):
-            response = await house.post("/rerank", STREAM, headers={"idempotency-key": "k"})
+            response = await api.post("/rerank", STREAM, headers={"idempotency-key": "k"})
             assert "idempotency-replayed" not in response.headers
             assert events(response.text)[-1][0] == "result"

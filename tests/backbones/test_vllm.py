@@ -262,11 +262,11 @@ async def serving(backbone: VllmBackbone) -> AsyncIterator[tuple[FakeServices, F
     head = FakeHead(layer=LAYERS, width=WIDTH)
     queue = MemoryQueue(max_tokens=100_000)
     working = asyncio.create_task(Worker(queue, Engine(backbone, FakeRegistry(head))).run())
-    house = FakeServices(head.ref)
-    house.services = replace(house.services, intake=Intake(queue), limits=Limits(timeout_s=PATIENCE))
-    house.app = create_app(house.services)
+    api = FakeServices(head.ref)
+    api.services = replace(api.services, intake=Intake(queue), limits=Limits(timeout_s=PATIENCE))
+    api.app = create_app(api.services)
     try:
-        yield house, head
+        yield api, head
     finally:
         await queue.close()
         await working
@@ -276,9 +276,9 @@ async def test_answers_are_streamed_as_they_are_drawn_and_score_as_their_tokens_
     backbone: VllmBackbone,
 ) -> None:
     ask = {"prompt": "Which way?", "n": 6, "sampling": {"seed": 11, "max_tokens": 24}, "return_token_ids": True}
-    async with serving(backbone) as (house, head):
-        *samples, (last, result) = events((await house.post("/rerank", {**ask, "stream": True})).text)
-        whole = (await house.post("/rerank", ask)).json()
+    async with serving(backbone) as (api, head):
+        *samples, (last, result) = events((await api.post("/rerank", {**ask, "stream": True})).text)
+        whole = (await api.post("/rerank", ask)).json()
     assert ([name for name, _ in samples], last) == (["sample"] * 6, "result")
     drawn = sorted((sample for _, sample in samples), key=lambda sample: sample["index"])
     again = sorted(whole["results"], key=lambda ranked: ranked["index"])
@@ -290,9 +290,9 @@ async def test_answers_are_streamed_as_they_are_drawn_and_score_as_their_tokens_
 
 
 async def test_who_hangs_up_on_a_stream_has_the_engine_stop(backbone: VllmBackbone) -> None:
-    async with serving(backbone) as (house, _):
+    async with serving(backbone) as (api, _):
         body = {"prompt": "Which way?", "n": 10, "sampling": {"max_tokens": 180}, "stream": True}
-        await hang_up_after(house, body, wanted=1)
+        await hang_up_after(api, body, wanted=1)
         await until(lambda: not backbone._engine._alive.get_num_unfinished_requests())
     await backbone.read([Group((5, 6), ((7,),))], HEADS)
     held_now = await backbone._engine.call(lambda: backbone._engine.rpc(HELD))

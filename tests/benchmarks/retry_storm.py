@@ -92,13 +92,13 @@ async def storm(server: RedisServer, replicas: int, *, leave: bool) -> dict[str,
     """Items computed, and seconds until the last sending is answered."""
     items = [pair() for _ in range(ITEMS)]
     async with AsyncExitStack() as stack:
-        house = await House(server.url, stack).open(replicas)
+        api = await House(server.url, stack).open(replicas)
         with server.client() as client:
             meter, began = Meter(client), time.perf_counter()
 
             async def send(i: int) -> None:
                 await asyncio.sleep(i * GAP_S)
-                replica = house.replicas[i % replicas]
+                replica = api.replicas[i % replicas]
                 jobs = [replace(item, id=uuid.uuid4().hex) for item in items]
                 answers = asyncio.gather(*await replica.submit(jobs))
                 patience = GAP_S if leave and i < SENT - 1 else None
@@ -111,7 +111,7 @@ async def storm(server: RedisServer, replicas: int, *, leave: bool) -> dict[str,
             await asyncio.gather(*map(send, range(SENT)))
             seconds = time.perf_counter() - began
             used = meter.each(1)
-            computed = house.computed
+            computed = api.computed
         await asyncio.sleep(0.1)
     return {"computed_items": computed, "seconds": round(seconds, 2), "redis_cpu_ms": round(used["cpu_us"] / 1000, 1)}
 
@@ -119,14 +119,14 @@ async def storm(server: RedisServer, replicas: int, *, leave: bool) -> dict[str,
 async def different(server: RedisServer, replicas: int, seconds: float = 4.0) -> dict[str, object]:
     """Nobody sends anything twice: milliseconds of a lonely caller, then items/s of 32 callers with 4 items each."""
     async with AsyncExitStack() as stack:
-        house = await House(server.url, stack).open(replicas)
+        api = await House(server.url, stack).open(replicas)
         global TOKENS_PER_S
         before, TOKENS_PER_S = TOKENS_PER_S, 1e12
         try:
             times = []
             for _ in range(200):
                 began = time.perf_counter()
-                await asyncio.gather(*await house.replicas[0].submit([pair()]))
+                await asyncio.gather(*await api.replicas[0].submit([pair()]))
                 times.append(1000 * (time.perf_counter() - began))
             done, end = 0, time.perf_counter() + seconds
             batches = [[pair() for _ in range(4)] for _ in range(256)]
@@ -139,7 +139,7 @@ async def different(server: RedisServer, replicas: int, seconds: float = 4.0) ->
 
             with server.client() as client:
                 meter, cpu = Meter(client), time.process_time()
-                await asyncio.gather(*(call(house.replicas[i % replicas]) for i in range(32)))
+                await asyncio.gather(*(call(api.replicas[i % replicas]) for i in range(32)))
                 used, cpu = meter.each(done), time.process_time() - cpu
         finally:
             TOKENS_PER_S = before

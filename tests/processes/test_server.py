@@ -69,17 +69,17 @@ def handlers():
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_a_signal_that_comes_the_moment_it_is_ready_is_heeded(number, handlers):
-    house = Standalone()
+    process = Standalone()
 
     async def opening():
-        return house
+        return process
 
     def ready(_):
         os.kill(os.getpid(), number)
         return {}
 
     assert await asyncio.wait_for(serve(Settings(port=0), opening, ready), PATIENCE) == 0
-    assert house.draining
+    assert process.draining
 
 
 async def test_a_port_that_another_one_was_quicker_to_take_is_an_error_that_names_it(monkeypatch):
@@ -120,11 +120,11 @@ async def test_a_port_that_nobody_named_gives_way_to_a_free_one(taken, monkeypat
 async def test_a_process_whose_device_hangs_is_ended_without_waiting_for_it(monkeypatch, handlers):
     ended = []
     monkeypatch.setattr("os._exit", ended.append)
-    house = Standalone()
-    house.stuck = True
+    process = Standalone()
+    process.stuck = True
 
     async def opening():
-        return house
+        return process
 
     await serve(Settings(port=0), opening, lambda _: {}, lambda _: asyncio.create_task(asyncio.sleep(0)))
     assert ended == [1]

@@ -16,7 +16,7 @@ from support.waiting import PATIENCE, wait_until
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("halves")
+    folder = tmp_path_factory.mktemp("split")
     write_model(folder)
     return folder
 

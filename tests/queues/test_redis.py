@@ -19,7 +19,7 @@ from support.waiting import PATIENCE, until
 
 
 @pytest.fixture
-async def house(redis_server):
+async def fleet(redis_server):
     """Opens replicas and workers around the shared Redis and closes them in the end."""
     async with AsyncExitStack() as stack:
         yield Standalone(redis_server, stack)
@@ -62,25 +62,25 @@ async def next_of(worker, tokens=10_000):
     return await asyncio.wait_for(worker.take(tokens), PATIENCE)
 
 
-async def test_the_jobs_of_a_dead_worker_are_taken_over(house):
-    frozen, replica = await house.worker(), await house.replica()
+async def test_the_jobs_of_a_dead_worker_are_taken_over(fleet):
+    frozen, replica = await fleet.worker(), await fleet.replica()
     waits = await replica.submit([job(i) for i in range(3)])
     assert ids(await next_of(frozen)) == ["0", "1", "2"]
-    house.freeze(frozen)
-    heir = await house.worker()
+    fleet.freeze(frozen)
+    heir = await fleet.worker()
     batch = await next_of(heir)
     assert [(j.id, j.deliveries, j.alone) for j in batch] == [("0", 2, False), ("1", 2, False), ("2", 2, False)]
     await heir.settle([done(j, "heir") for j in batch])
     assert {o.message for o in await asyncio.gather(*waits)} == {"heir"}
-    assert house.empty()
+    assert fleet.empty()
 
 
-async def test_the_last_delivery_is_alone_and_one_at_a_time(house):
-    first, replica = await house.worker(max_deliveries=2), await house.replica()
+async def test_the_last_delivery_is_alone_and_one_at_a_time(fleet):
+    first, replica = await fleet.worker(max_deliveries=2), await fleet.replica()
     waits = await replica.submit([job(i) for i in range(3)])
     await next_of(first)
-    house.freeze(first)
-    heir = await house.worker(max_deliveries=2)
+    fleet.freeze(first)
+    heir = await fleet.worker(max_deliveries=2)
     for _ in range(3):
         suspect = await one(heir)
         assert (suspect.deliveries, suspect.alone) == (2, True)
@@ -89,24 +89,24 @@ async def test_the_last_delivery_is_alone_and_one_at_a_time(house):
         assert (fresh.deliveries, fresh.alone) == (1, False)
         await heir.settle([done(suspect), done(fresh)])
     await asyncio.gather(*waits)
-    assert house.empty()
+    assert fleet.empty()
 
 
-async def test_what_was_claimed_and_never_arrived_is_found_again(house):
-    worker, replica = await house.worker(), await house.replica()
+async def test_what_was_claimed_and_never_arrived_is_found_again(fleet):
+    worker, replica = await fleet.worker(), await fleet.replica()
     [wait] = await replica.submit([job("a")])
-    with house.server.client() as client:  # as if the answer to it had been cut off
+    with fleet.server.client() as client:  # as if the answer to it had been cut off
         client.xreadgroup("workers", worker.worker, {KEYS.streams[0]: ">"})
     worker._failed(Unavailable("away"))
     found = await one(worker)
     assert (found.id, found.deliveries) == ("a", 1)
     await worker.settle([done(found, "found")])
     assert (await wait).message == "found"
-    assert house.empty()
+    assert fleet.empty()
 
 
-async def test_a_redis_that_goes_away_between_two_reads_takes_no_claimed_job_along(house, monkeypatch):
-    worker, replica = await house.worker(), await house.replica()
+async def test_a_redis_that_goes_away_between_two_reads_takes_no_claimed_job_along(fleet, monkeypatch):
+    worker, replica = await fleet.worker(), await fleet.replica()
     await replica.submit([job("a")])
     read, calls = worker._read, []
 
@@ -121,80 +121,80 @@ async def test_a_redis_that_goes_away_between_two_reads_takes_no_claimed_job_alo
     assert len(calls) > 2
 
 
-async def test_an_idle_worker_finds_what_it_has_been_given_and_does_not_know_of(house):
-    worker, replica = await house.worker(), await house.replica()
+async def test_an_idle_worker_finds_what_it_has_been_given_and_does_not_know_of(fleet):
+    worker, replica = await fleet.worker(), await fleet.replica()
     await replica.submit([job("a")])
     assert ids(await next_of(worker)) == ["a"]
     worker._drop("a")  # as an earlier delivery of it, settled late, does after Redis came back without its last second
     assert ids(await next_of(worker)) == ["a"]
 
 
-async def test_a_worker_that_wakes_up_late_neither_answers_again_nor_computes_what_is_done(house):
-    frozen, replica = await house.worker(), await house.replica()
+async def test_a_worker_that_wakes_up_late_neither_answers_again_nor_computes_what_is_done(fleet):
+    frozen, replica = await fleet.worker(), await fleet.replica()
     waits = await replica.submit([job("a"), job("b")])
     late = await next_of(frozen)
-    house.freeze(frozen)
-    heir = await house.worker()
+    fleet.freeze(frozen)
+    heir = await fleet.worker()
     await heir.settle([done(j, "heir") for j in await next_of(heir)])
     assert await frozen.wanted(late) == []
     await frozen.settle([done(j, "late") for j in late])
     assert [o.message for o in await asyncio.gather(*waits)] == ["heir", "heir"]
-    assert house.empty()
+    assert fleet.empty()
     [wait] = await replica.submit([job("c")])
     await frozen.settle([done(await one(frozen), "it goes on serving")])
     assert (await wait).message == "it goes on serving"
 
 
-async def test_a_late_answer_to_a_job_that_is_still_open_counts_and_the_next_one_does_not(house):
-    frozen, replica = await house.worker(), await house.replica()
+async def test_a_late_answer_to_a_job_that_is_still_open_counts_and_the_next_one_does_not(fleet):
+    frozen, replica = await fleet.worker(), await fleet.replica()
     [wait] = await replica.submit([job("a")])
     late = await next_of(frozen)
-    house.freeze(frozen)
-    heir = await house.worker()
+    fleet.freeze(frozen)
+    heir = await fleet.worker()
     again = await one(heir)
     await frozen.settle([done(late[0], "first")])
     await heir.settle([done(again, "second")])
     assert (await wait).message == "first"
-    assert house.empty()
+    assert fleet.empty()
 
 
-async def test_a_worker_that_stalled_does_not_take_over_what_it_has_in_hand_itself(house):
-    stalled, replica = await house.worker(max_deliveries=2), await house.replica()
+async def test_a_worker_that_stalled_does_not_take_over_what_it_has_in_hand_itself(fleet):
+    stalled, replica = await fleet.worker(max_deliveries=2), await fleet.replica()
     waits = await replica.submit([job(i) for i in range(40)])
     slow = await next_of(stalled)
     for i in range(3):
-        house.freeze(stalled)
+        fleet.freeze(stalled)
         stalled._reclaim_at = 0.0  # it is time to look for the dead
         waits += await replica.submit([job(f"next {i}")])
         assert ids(await next_of(stalled)) == [f"next {i}"]
         await stalled.settle([done(job(f"next {i}"))])
     await stalled.settle([done(j, "first") for j in slow])
     assert [o.message for o in await asyncio.gather(*waits)] == ["first"] * 40 + [""] * 3
-    assert house.empty()
+    assert fleet.empty()
 
 
-async def test_a_worker_that_stalled_still_finds_the_jobs_of_the_dead_behind_its_own(house):
-    stalled, replica = await house.worker(), await house.replica()
+async def test_a_worker_that_stalled_still_finds_the_jobs_of_the_dead_behind_its_own(fleet):
+    stalled, replica = await fleet.worker(), await fleet.replica()
     await replica.submit([job(i) for i in range(40)])
     await next_of(stalled)
-    dead = await house.worker()
+    dead = await fleet.worker()
     await replica.submit([job("of the dead")])
     await one(dead)
-    house.freeze(stalled)
-    house.freeze(dead)
+    fleet.freeze(stalled)
+    fleet.freeze(dead)
     stalled._reclaim_at = 0.0
     again = await one(stalled)
     assert (again.id, again.deliveries) == ("of the dead", 2)
 
 
-async def test_only_claims_that_somebody_took_over_count_as_lost(house, monkeypatch):
+async def test_only_claims_that_somebody_took_over_count_as_lost(fleet, monkeypatch):
     def lost():
         return metrics.REGISTRY.get_sample_value("inward_claims_lost_total")
 
-    worker, replica = await house.worker(), await house.replica()
+    worker, replica = await fleet.worker(), await fleet.replica()
     await replica.submit([job(name) for name in ("settled", "abandoned", "lost", "kept")])
     batch = await next_of(worker)
-    with house.server.client() as client:
+    with fleet.server.client() as client:
         entry = client.xrange(KEYS.streams[0])[2][0]
         client.xclaim(KEYS.streams[0], GROUP, "somebody else", 0, [entry])
     await replica.abandon(["abandoned"])
@@ -223,14 +223,14 @@ async def one(worker):
     return taken
 
 
-async def test_a_worker_that_lives_keeps_its_claims_however_long_it_computes(house):
-    idle, slow, replica = await house.worker(), await house.worker(ttl=0.1), await house.replica()
+async def test_a_worker_that_lives_keeps_its_claims_however_long_it_computes(fleet):
+    idle, slow, replica = await fleet.worker(), await fleet.worker(ttl=0.1), await fleet.replica()
     [wait] = await replica.submit([job("a")])
     held = await next_of(slow)
     taking = asyncio.create_task(idle.take(1000))
     for _ in range(3):
-        age(house.server, slow.worker, PATIENCE / 2)
-        with house.server.client() as client:
+        age(fleet.server, slow.worker, PATIENCE / 2)
+        with fleet.server.client() as client:
             await until(
                 lambda client=client: (
                     not client.xpending_range(KEYS.streams[0], "workers", "-", "+", 1, idle=round(500 * PATIENCE))
@@ -244,13 +244,13 @@ async def test_a_worker_that_lives_keeps_its_claims_however_long_it_computes(hou
     await asyncio.wait([taking])
 
 
-async def test_a_job_that_ends_every_worker_becomes_a_dead_letter_and_its_neighbours_are_answered(house):
-    *doomed, survivor = [await house.worker(max_deliveries=3) for _ in range(4)]
-    replica = await house.replica()
+async def test_a_job_that_ends_every_worker_becomes_a_dead_letter_and_its_neighbours_are_answered(fleet):
+    *doomed, survivor = [await fleet.worker(max_deliveries=3) for _ in range(4)]
+    replica = await fleet.replica()
     before, poison, after = await replica.submit([job("before"), job("poison"), job("after")])
     for worker in doomed:
         await asyncio.wait_for(serve_until_poisoned(worker), PATIENCE)
-        house.freeze(worker)
+        fleet.freeze(worker)
     serving = asyncio.create_task(serve_until_poisoned(survivor))
     await asyncio.wait([before, poison, after], timeout=PATIENCE)
     serving.cancel()
@@ -258,11 +258,11 @@ async def test_a_job_that_ends_every_worker_becomes_a_dead_letter_and_its_neighb
     assert [wait.result().message for wait in (before, after)] == ["fine", "fine"]
     assert poison.result().code == InternalError.code
     assert "3 workers ended while they had it" in poison.result().message
-    with house.server.client() as client:
+    with fleet.server.client() as client:
         [(_, letter)] = client.xrange(KEYS.dead)
         assert (letter[b"id"], letter[b"deliveries"]) == (b"poison", b"4")
         client.delete(KEYS.dead)
-    assert house.empty()
+    assert fleet.empty()
 
 
 async def serve_until_poisoned(worker):
@@ -270,40 +270,40 @@ async def serve_until_poisoned(worker):
         await worker.settle([done(j, "fine") for j in batch])
 
 
-async def test_jobs_of_a_replica_that_died_are_not_computed_and_free_their_room(house):
-    worker = await house.worker()
-    dead = await house.replica()
+async def test_jobs_of_a_replica_that_died_are_not_computed_and_free_their_room(fleet):
+    worker = await fleet.worker()
+    dead = await fleet.replica()
     await dead.submit([job("a"), job("b")])
     taken = await next_of(worker)
     dead.stop()
-    with house.server.client() as client:
+    with fleet.server.client() as client:
         assert 0 < client.pttl(KEYS.alive(dead.replica)) <= 1000 * PATIENCE
         client.pexpire(KEYS.alive(dead.replica), 0)
     assert await worker.wanted(taken) == []
-    assert house.empty()
+    assert fleet.empty()
 
 
-async def test_released_jobs_are_taken_over_at_once(house):
-    broken, replica = await house.worker(), await house.replica()
+async def test_released_jobs_are_taken_over_at_once(fleet):
+    broken, replica = await fleet.worker(), await fleet.replica()
     await replica.submit([job("a"), job("b")])
     await broken.release(await next_of(broken), "CUDA error")
-    heir = await house.worker()
+    heir = await fleet.worker()
     assert [(j.id, j.deliveries) for j in await next_of(heir)] == [("a", 2), ("b", 2)]
 
 
-async def test_what_a_leaving_worker_had_not_begun_is_delivered_again_as_if_it_were_new(house):
-    leaving, replica = await house.worker(), await house.replica()
+async def test_what_a_leaving_worker_had_not_begun_is_delivered_again_as_if_it_were_new(fleet):
+    leaving, replica = await fleet.worker(), await fleet.replica()
     await replica.submit([job("a"), job("b")])
     await next_of(leaving, tokens=10)
     await leaving.leave()
-    heir = await house.worker()
+    heir = await fleet.worker()
     assert sorted((j.id, j.deliveries) for j in await next_of(heir)) == [("a", 1), ("b", 1)]
-    with house.server.client() as client:
+    with fleet.server.client() as client:
         assert client.zrange(KEYS.workers, 0, -1) == [heir.worker.encode()]
 
 
-async def test_interactive_jobs_go_first_and_bulk_jobs_do_not_starve(house):
-    worker, replica = await house.worker(), await house.replica()
+async def test_interactive_jobs_go_first_and_bulk_jobs_do_not_starve(fleet):
+    worker, replica = await fleet.worker(), await fleet.replica()
     await replica.submit([job(f"b{i}", priority="bulk") for i in range(5)])
     await replica.submit([job(f"i{i}") for i in range(40)])
     order = []
@@ -313,44 +313,44 @@ async def test_interactive_jobs_go_first_and_bulk_jobs_do_not_starve(house):
     assert min(order.index(f"b{i}") for i in range(5)) < 20
 
 
-async def test_what_redis_forgot_is_sent_again(house):
-    worker, replica = await house.worker(), await house.replica(**BEATING)
+async def test_what_redis_forgot_is_sent_again(fleet):
+    worker, replica = await fleet.worker(), await fleet.replica(**BEATING)
     waits = await replica.submit([job("a"), job("b")])
-    with house.server.client() as client:
+    with fleet.server.client() as client:
         client.flushall()
     batch = []
     while len(batch) < 2:
         batch += await next_of(worker)
     await worker.settle([done(j, "again") for j in batch])
     assert [o.message for o in await asyncio.wait_for(asyncio.gather(*waits), PATIENCE)] == ["again"] * 2
-    assert house.empty()
+    assert fleet.empty()
 
 
-async def test_without_a_worker_nobody_is_admitted(house):
-    replica = await house.replica(**BEATING)
+async def test_without_a_worker_nobody_is_admitted(fleet):
+    replica = await fleet.replica(**BEATING)
     with pytest.raises(EngineDead) as caught:
         await replica.submit([job("a")])
     assert caught.value.retry_after
-    worker = await house.worker()
+    worker = await fleet.worker()
     await until(lambda: replica.workers)
     await replica.submit([job("a")])
     assert ids(await next_of(worker)) == ["a"]
 
 
-async def test_an_unreadable_job_becomes_a_dead_letter_and_its_caller_gets_an_error(house, monkeypatch):
-    worker, replica = await house.worker(), await house.replica()
+async def test_an_unreadable_job_becomes_a_dead_letter_and_its_caller_gets_an_error(fleet, monkeypatch):
+    worker, replica = await fleet.worker(), await fleet.replica()
     with monkeypatch.context() as patch:
         patch.setattr("inward.codec.VERSION", 9)
         waits = await replica.submit([job("newer")])
     await replica.submit([job("fine")])
     assert ids(await next_of(worker)) == ["fine"]
     assert "of one version" in (await waits[0]).message
-    with house.server.client() as client:
+    with fleet.server.client() as client:
         assert client.xlen(KEYS.dead) == 1
 
 
-async def test_two_queues_in_one_redis_do_not_see_each_other(house):
-    async with in_redis(house.server.url) as q:
+async def test_two_queues_in_one_redis_do_not_see_each_other(fleet):
+    async with in_redis(fleet.server.url) as q:
         other = RedisProducer(q.redis, Keys("other"), max_tokens=100)
         await other.live()
         with pytest.raises(EngineDead):
@@ -358,13 +358,13 @@ async def test_two_queues_in_one_redis_do_not_see_each_other(house):
         await other.leave()
 
 
-async def test_replies_are_deleted_once_they_are_read(house):
-    worker, replica = await house.worker(), await house.replica()
+async def test_replies_are_deleted_once_they_are_read(fleet):
+    worker, replica = await fleet.worker(), await fleet.replica()
     for i in range(20):
         [wait] = await replica.submit([job(i)])
         await worker.settle([done(j) for j in await next_of(worker)])
         await wait
-    with house.server.client() as client:
+    with fleet.server.client() as client:
         await until(lambda: client.xlen(KEYS.replies(replica.replica)) == 0)
 
 
@@ -442,9 +442,9 @@ async def test_a_replica_tells_how_many_jobs_wait_in_redis_and_how_many_are_clai
 ONE, OTHER = KEYS.of("sha256:one:float32"), KEYS.of("sha256:other:float32")
 
 
-async def test_workers_of_another_backbone_take_no_jobs_and_say_why(house):
-    worker, replica = await house.worker(ONE), await house.replica(**BEATING)
-    stranger = await house.worker(OTHER)
+async def test_workers_of_another_backbone_take_no_jobs_and_say_why(fleet):
+    worker, replica = await fleet.worker(ONE), await fleet.replica(**BEATING)
+    stranger = await fleet.worker(OTHER)
     assert worker.problem is None
     assert "sha256:one:float32" in stranger.problem and "sha256:other:float32" in stranger.problem
     taking = asyncio.create_task(stranger.take(10_000))
@@ -458,17 +458,17 @@ async def test_workers_of_another_backbone_take_no_jobs_and_say_why(house):
 
 
 @pytest.mark.parametrize("leaves", ["in order", "killed"])
-async def test_when_the_last_worker_of_a_backbone_has_gone_another_one_may_serve_the_queue(house, leaves):
-    replica = await house.replica(**BEATING)
-    async with living(RedisConsumer(await house.connection(), ONE, **WORKER)) as worker:
-        heir = await house.worker(OTHER, ttl=1.0)
+async def test_when_the_last_worker_of_a_backbone_has_gone_another_one_may_serve_the_queue(fleet, leaves):
+    replica = await fleet.replica(**BEATING)
+    async with living(RedisConsumer(await fleet.connection(), ONE, **WORKER)) as worker:
+        heir = await fleet.worker(OTHER, ttl=1.0)
         await until(lambda: replica.workers)
         [before] = await replica.submit([job("before")])
         assert heir.problem
         taken = await next_of(worker)
         if leaves == "killed":
             worker.stop()
-            with house.server.client() as client:
+            with fleet.server.client() as client:
                 client.pexpire(KEYS.served, 1)
                 client.delete(KEYS.workers)
             await until(lambda: heir.problem is None)
@@ -481,21 +481,21 @@ async def test_when_the_last_worker_of_a_backbone_has_gone_another_one_may_serve
     assert (await after).message == "heir"
 
 
-async def test_a_worker_that_lost_the_queue_to_another_backbone_takes_no_more(house):
-    worker = await house.worker(ONE, ttl=1.0)
-    with house.server.client() as client:
+async def test_a_worker_that_lost_the_queue_to_another_backbone_takes_no_more(fleet):
+    worker = await fleet.worker(ONE, ttl=1.0)
+    with fleet.server.client() as client:
         client.set(KEYS.served, OTHER.backbone)
     await until(lambda: worker.problem)
     assert await worker.look(100) == []
-    with house.server.client() as client:
+    with fleet.server.client() as client:
         assert client.zrange(KEYS.workers, 0, -1) == []
         client.delete(KEYS.served)
     await until(lambda: worker.problem is None)
 
 
-async def test_nothing_in_redis_lives_without_an_end(house):
-    worker, replica = await house.worker(), await house.replica(**BEATING)
-    with house.server.client() as client:
+async def test_nothing_in_redis_lives_without_an_end(fleet):
+    worker, replica = await fleet.worker(), await fleet.replica(**BEATING)
+    with fleet.server.client() as client:
         waits = await replica.submit([job("a"), job("b", priority="bulk")])
         assert endless(client) == []
         taken = []
@@ -505,8 +505,8 @@ async def test_nothing_in_redis_lives_without_an_end(house):
         await asyncio.gather(*waits)
         await replica.submit([job("poison")])
         await one(worker)
-        house.freeze(worker)
-        heir = await house.worker(max_deliveries=1)
+        fleet.freeze(worker)
+        heir = await fleet.worker(max_deliveries=1)
         assert await heir.look(100) == []
         assert client.xlen(KEYS.dead) == 1
         replica.stop()  # killed: nobody reads its replies any more
@@ -517,10 +517,10 @@ async def test_nothing_in_redis_lives_without_an_end(house):
         assert 0 < client.ttl(KEYS.replies(replica.replica)) <= REPLIES_S
 
 
-async def test_signs_of_life_put_off_the_end_of_what_has_none_of_its_own(house):
-    worker, replica = await house.worker(ttl=1.0), await house.replica()
+async def test_signs_of_life_put_off_the_end_of_what_has_none_of_its_own(fleet):
+    worker, replica = await fleet.worker(ttl=1.0), await fleet.replica()
     await replica.submit([job("a")])
-    with house.server.client() as client:
+    with fleet.server.client() as client:
         for key in (KEYS.key("open"), KEYS.key("tokens"), KEYS.streams[0]):
             client.expire(key, 60)
             await until(lambda key=key: client.ttl(key) > 60)
@@ -530,17 +530,17 @@ async def test_signs_of_life_put_off_the_end_of_what_has_none_of_its_own(house):
         assert client.ttl(KEYS.key("open")) > 60
 
 
-async def test_an_entry_that_is_no_job_is_dropped_and_harms_nobody(house):
-    worker, replica = await house.worker(), await house.replica()
-    with house.server.client() as client:
+async def test_an_entry_that_is_no_job_is_dropped_and_harms_nobody(fleet):
+    worker, replica = await fleet.worker(), await fleet.replica()
+    with fleet.server.client() as client:
         client.xadd(KEYS.streams[0], {"a": "b"})
         client.xadd(KEYS.streams[0], {"id": "unknown", "to": replica.replica, "job": b"x"})
     [wait] = await replica.submit([job("a")])
     await worker.settle([done(j, "fine") for j in await next_of(worker)])
     assert (await wait).message == "fine"
-    with house.server.client() as client:
+    with fleet.server.client() as client:
         assert client.xlen(KEYS.streams[0]) == 1  # what is no open job goes once its claim is old
-        age(house.server, worker.worker)
-    heir = await house.worker()
+        age(fleet.server, worker.worker)
+    heir = await fleet.worker()
     assert await heir.look(100) == []
-    assert house.empty()
+    assert fleet.empty()

@@ -37,12 +37,12 @@ def body(n):
 
 
 async def test_the_pair_of_a_rerank_that_asks_for_it_is_appended_and_a_trainer_takes_it(redis_server, batches):
-    house = FakeServices()
+    api = FakeServices()
     async with streams(redis_server) as rows:
-        object.__setattr__(house.services, "scores", rows)
-        answer = (await house.post("/rerank", body(0))).json()
-        assert (await house.post("/rerank", body(1) | {"append_to": None})).status_code == 200
-        assert (await house.post("/rerank", body(1) | {"candidates": ["ab", "cd"]})).json()["pair"] is None
+        object.__setattr__(api.services, "scores", rows)
+        answer = (await api.post("/rerank", body(0))).json()
+        assert (await api.post("/rerank", body(1) | {"append_to": None})).status_code == 200
+        assert (await api.post("/rerank", body(1) | {"candidates": ["ab", "cd"]})).json()["pair"] is None
     with redis_server.client() as client:
         assert next(batches(client, STREAM, "g", "me")) == [
             {**answer["pair"], "head": answer["head"], "policy_version": answer["policy_version"]}
@@ -82,20 +82,20 @@ async def test_a_stream_keeps_the_newest_rows_and_a_slow_trainer_goes_on_with_th
 
 
 async def test_without_a_redis_the_request_is_refused_before_anything_is_computed():
-    house = FakeServices()
-    answer = await house.post("/rerank", body(0))
+    api = FakeServices()
+    answer = await api.post("/rerank", body(0))
     assert (answer.status_code, error(answer)["param"], "--redis-url" in error(answer)["message"]) == (
         409,
         "append_to",
         True,
     )
-    assert house.intake.calls == []
+    assert api.intake.calls == []
 
 
 async def test_a_redis_that_is_away_is_a_503(own_redis):
-    server, house = own_redis(), FakeServices()
+    server, api = own_redis(), FakeServices()
     async with streams(server) as rows:
-        object.__setattr__(house.services, "scores", rows)
+        object.__setattr__(api.services, "scores", rows)
         server.kill()
-        assert (await house.post("/rerank", body(0))).status_code == 503
-    assert (await house.post("/rerank", body(0) | {"append_to": "no spaces"})).status_code == 422
+        assert (await api.post("/rerank", body(0))).status_code == 503
+    assert (await api.post("/rerank", body(0) | {"append_to": "no spaces"})).status_code == 422

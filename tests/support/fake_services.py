@@ -1,4 +1,4 @@
-"""Stand-ins for what the API stands on: a tokenizer of characters, an intake that counts, a desk with two heads."""
+"""Stand-ins for what the API stands on: a tokenizer of characters, an intake that counts, control of two heads."""
 
 from __future__ import annotations
 

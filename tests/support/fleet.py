@@ -76,7 +76,7 @@ class Fleet:
         self._stack.close()
 
     def serve(self, *options: str) -> Process:
-        """``inward serve``: both halves in one process."""
+        """``inward serve``: API and worker in one process."""
         return self._start([sys.executable, "-m", "inward", "serve", *self._options, *self._heads, *options])
 
     def api(self, *options: str) -> Process:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 SOURCES = tuple(ROOT / folder for folder in ("service", "clients/python", "clients/trainer", "tests"))
-MODEL = {"torch", "transformers", "trl", "peft", "datasets", "sklearn"}
+MODEL = {"torch", "transformers", "trl", "peft", "datasets", "sklearn", "tensorboard"}
 """Packages that a test has only for a model; they take seconds to import."""
 PROCESS = {"subprocess", "multiprocessing"}
 CALLERS = {"service/inward/commands/parser.py", "tests/support/fleet.py", "tests/support/serving.py"}
@@ -21,6 +21,7 @@ CALLERS = {"service/inward/commands/parser.py", "tests/support/fleet.py", "tests
 REDIS_FIXTURES = {"redis_server", "own_redis", "_shared_redis"}
 MODEL_FIXTURES = {"demo_server"}
 
+_ON_REDIS = re.compile(r"\b(redis|two_processes)\b")
 _AT_TOP = re.compile(r"^(?:from +([\w.]+) +import +(.+)|import +([\w., ]+))", re.MULTILINE)
 _ANYWHERE = re.compile(r"^ *(?:from +([\w.]+) +import +(.+)|import +([\w., ]+))", re.MULTILINE)
 
@@ -33,11 +34,11 @@ def of_module(file: Path) -> set[str]:
     return {"model"} if used & MODEL else set() if _starts_processes(file) else {"fast"}
 
 
-def of_test(marks: Iterable[str], fixtures: Iterable[str]) -> set[str]:
-    """Marks of one test, whose module has ``marks``."""
+def of_test(marks: Iterable[str], fixtures: Iterable[str], parameters: str) -> set[str]:
+    """Marks of one test, whose module has ``marks``; a parameter may ask for Redis, too."""
     asked = set(fixtures)
     marks = set(marks)
-    marks |= {"redis"} if asked & REDIS_FIXTURES else set()
+    marks |= {"redis"} if asked & REDIS_FIXTURES or _ON_REDIS.search(parameters) else set()
     marks |= {"model"} if asked & MODEL_FIXTURES else set()
     return marks if marks == {"fast"} else marks - {"fast"}
 

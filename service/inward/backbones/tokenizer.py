@@ -148,9 +148,12 @@ def tokenizer_hash(tokenizer: Any) -> str:
     """Equal where two processes turn the same text into the same tokens: over the vocabulary, what a template writes
     around texts, and the tokens of some.
     """
+    digest = hashlib.sha256()
+    for token, index in sorted(tokenizer.get_vocab().items()):
+        digest.update(f"{index} {token}\n".encode(errors="surrogatepass"))
     tokens = [tokenizer(text)["input_ids"] for text in PROBES]
-    known = [sorted(tokenizer.get_vocab().items()), tokens, tokenizer.chat_template]
-    return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:32]
+    digest.update(json.dumps([tokens, tokenizer.chat_template]).encode())
+    return digest.hexdigest()[:32]
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -53,12 +53,12 @@ class Supervisor:
         first, longest = self._pauses
         pause = first
         while True:
-            began = loop.time()
+            began, before = loop.time(), _cancellations()
             proof = loop.call_later(self._proven, self._failed.pop, name, None)
             try:
                 await run()
             except (Exception, asyncio.CancelledError) as error:
-                if _stopped(error):
+                if self._is_stopped(name, error, before):
                     raise
                 pause = first if loop.time() - began > self._proven else pause
                 self._report(name, _innermost(error), pause)
@@ -70,16 +70,23 @@ class Supervisor:
             await asyncio.sleep(pause)
             pause = min(2 * pause, longest)
 
+    def _is_stopped(self, name: str, error: BaseException, before: int) -> bool:
+        """Whether it is us who are to end, and not something inside that was cancelled. A group of tasks may raise its
+        own errors instead of our cancellation, so it is not only told by the error; and before Python 3.13 it leaves
+        its own cancellation behind, so only those since ``before`` count.
+        """
+        cancelled = isinstance(error, asyncio.CancelledError) and _cancellations() > before
+        return cancelled or self._tasks.get(name) is not asyncio.current_task()
+
     def _report(self, name: str, error: BaseException, pause: float) -> None:
         metrics.TASK_FAILURES_TOTAL.labels(task=name).inc()
         logs.event(LOG, "task_failed", severity=logging.ERROR, error=error, task=name, again_in_s=pause)
         self._failed[name] = f"the task {name!r} failed ({type(error).__name__}) and is begun again"
 
 
-def _stopped(error: BaseException) -> bool:
-    """Whether it is us who are to end, and not something inside that was cancelled."""
+def _cancellations() -> int:
     task = asyncio.current_task()
-    return isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling() > 0
+    return 0 if task is None else task.cancelling()
 
 
 def _innermost(error: BaseException) -> BaseException:
