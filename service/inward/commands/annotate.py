@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from inward import logs
 from inward.commands import COMMANDS
@@ -75,6 +75,11 @@ async def _in_process(options: AnnotateOptions, settings: Settings) -> AsyncIter
     try:
         request = Options(truncate=options.truncate)
         score = partial(score_rows, house.services, "margin", head=options.head, options=request)
-        yield RowScorer(score, house.info(), house.backbone.capacity.tokens)
+
+        def fit_of(head: str) -> Mapping[str, Any]:
+            fit: Mapping[str, Any] = house.services.heads.show(head).get("fit", {})
+            return fit
+
+        yield RowScorer(score, house.info(), house.backbone.capacity.tokens, fit_of)
     finally:
         await house.close(timeout=5.0)

@@ -44,7 +44,7 @@ def test_a_summary_counts_flips_cuts_and_reasons():
     assert summary.reasons == (("612 tokens, but the model takes 512", 2),)
     assert summary.to_json()["label_agreement"] == pytest.approx(0.6)
     assert summary.to_json()["margin"]["mean"] == pytest.approx(0.1)
-    assert "2 labels look flipped (40.0%)" in summary.text()
+    assert "2 labels are contradicted by the head (40.0%)" in summary.text()
 
 
 def test_reasons_that_differ_by_a_name_are_not_one():

@@ -37,6 +37,8 @@ class AnnotateOptions:
     gpus: float = 0.0
     at_once: int | None = None
     restart: bool = False
+    by: str | None = None
+    """A column that divides the estimates."""
     suspicious: int = 0
     html: Path | None = None
     json: bool = False
@@ -80,6 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--at-once", type=int, metavar="N", help="chunks in flight (default: 1, which is reproducible; with --url 4)")
     add("--restart", action="store_true", help="throw away what an interrupted job has done, and an OUT that is there")
     add = parser.add_argument_group("what is shown in the end").add_argument
+    add("--by", metavar="COLUMN", help="estimate the share of wrong labels for each value of a column, too")
     add("--suspicious", type=int, nargs="?", const=SUSPICIOUS, default=0, metavar="N",
         help=f"print the N ({SUSPICIOUS}) pairs whose labels are contradicted most")  # fmt: skip
     add("--html", type=Path, metavar="FILE", help="a page for looking through the 200 most suspicious pairs")

@@ -49,6 +49,8 @@ def plan(options: AnnotateOptions) -> Plan:
     shape = Shape(reader, options.prefix, options.trl)
     if not options.replace_columns:
         _check_names(options.input, firsts, shape)
+    if options.by is not None and not any(options.by in row for row in firsts):
+        raise SetupError(f"--by {options.by}: {options.input} has no such column in its first {len(firsts)} rows")
     if there := [str(out) for out in outs if out.exists() and not options.restart]:
         raise SetupError(f"{', '.join(there)} is there already: --restart overwrites it")
     counts = tuple(source.count() for source in sources)

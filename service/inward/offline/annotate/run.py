@@ -15,9 +15,11 @@ from tqdm import tqdm
 from inward import __version__
 from inward.files import write
 from inward.offline.annotate import merge
+from inward.offline.annotate.held_out import HeldOut
 from inward.offline.annotate.options import AnnotateOptions
 from inward.offline.annotate.page import page
 from inward.offline.annotate.plan import Plan, beside, plan
+from inward.offline.annotate.quality import Quality, Survey
 from inward.offline.annotate.scorer import Annotated, Annotator, OpenScorer, Scorer
 from inward.offline.annotate.summary import Summary, Suspicious, shown, summarise, suspicious
 from inward.offline.annotate.work import Chunk, Cursor, Done, Progress, chunk_rows, chunks, do, identity
@@ -147,20 +149,27 @@ class Annotation:
         rejected = beside(options.output, ".rejected.jsonl")
         merge.write_rejected(self._plan.sources, results, rejected)
         summary = summarise(row for source in self._plan.sources for row in results(source))
-        about = metadata | {"summary": summary.to_json()}
+        survey = Survey(self._plan.reader, options.by)
+        for source in self._plan.sources:
+            survey.add(merge.good(source, results(source)))
+        quality = survey.quality(HeldOut(**annotator.held_out) if annotator.held_out else None)
+        about = metadata | {"summary": summary.to_json() | {"quality": quality.to_json()}}
         write(beside(options.output, ".annotation.json"), json.dumps(about, indent=2).encode() + b"\n")
         most = max(options.suspicious, ON_PAGE if options.html else 0)
         by_source = {source.name: results(source) for source in self._plan.sources}
         pairs = suspicious(self._plan.sources, by_source, self._plan.reader, most) if most else []
         if options.html:
             options.html.write_text(page(options.input.name, annotator, summary, pairs[:ON_PAGE]), encoding="utf-8")
-        self._tell(summary, pairs[: options.suspicious], len(versions))
+        self._tell(summary, quality, pairs[: options.suspicious], len(versions))
         progress.remove()
         self.annotated = summary.annotated
 
-    def _tell(self, summary: Summary, pairs: Sequence[Suspicious], versions: int) -> None:
+    def _tell(self, summary: Summary, quality: Quality, pairs: Sequence[Suspicious], versions: int) -> None:
         options = self._options
-        print(json.dumps(summary.to_json(), indent=2) if options.json else printable(summary.text()))
+        if options.json:
+            print(json.dumps(summary.to_json() | {"quality": quality.to_json()}, indent=2))
+        else:
+            print(printable(summary.text(quality)))
         for one in pairs:
             print("\n" + printable(shown(one)))
         if versions > 1:

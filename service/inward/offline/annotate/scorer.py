@@ -11,6 +11,7 @@ import httpx
 
 from inward import errors
 from inward.errors import SetupError, Unavailable
+from inward.offline.annotate.held_out import HeldOut
 from inward.offline.annotate.options import AnnotateOptions
 from inward_client import (
     AsyncInward,
@@ -62,12 +63,15 @@ class Annotator:
     """And of the one that gives the confidences."""
     inward: str
     """Version of the service."""
+    held_out: dict[str, Any] | None = None
+    """How often the head agrees with held-out labels: fields of ``HeldOut``, where its manifest says so."""
 
     @classmethod
-    def of(cls, info: Mapping[str, Any], by: By) -> Annotator:
-        """From what ``/info`` says, and from who scored a pair."""
+    def of(cls, info: Mapping[str, Any], by: By, fit: Mapping[str, Any]) -> Annotator:
+        """From what ``/info`` says, from who scored a pair, and from how that head was fitted."""
         same = {name: info[name] for name in ("model", "revision", "fingerprint", "dtype", "template")}
-        return cls(**same, **by, inward=info["version"])
+        known = HeldOut.of(fit)
+        return cls(**same, **by, inward=info["version"], held_out=asdict(known) if known else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +124,8 @@ class RowScorer:
     score: Callable[[Sequence[Mapping[str, Any]]], Awaitable[Sequence[ScoredRow]]]
     info: Mapping[str, Any]
     tokens: int | None
+    fit_of: Callable[[str], Mapping[str, Any]]
+    """How the head of a name was fitted, as its manifest says."""
 
     async def annotator(self) -> Annotator:
         """See ``Scorer``."""
@@ -129,7 +135,7 @@ class RowScorer:
             raise SetupError(f"the model can't annotate pairs: {error.message}") from None
         if row.by is None:
             raise SetupError(f"the model can't annotate pairs: {row.body()['error']['message']}")
-        return Annotator.of(self.info, row.by)
+        return Annotator.of(self.info, row.by, self.fit_of(row.by["head"]["name"]))
 
     async def annotate(self, pairs: Sequence[Pair]) -> tuple[list[Annotated], By | None]:
         """See ``Scorer``."""
@@ -172,9 +178,10 @@ class ServiceScorer:
                     own = answer.head.kind == "hybrid"
                     hybrid = answer if own else await client.reward_pairs([PROBE.body()])
                     self._confidence_head = asdict(hybrid.head)
+                fit = (await client.head(answer.head.name)).fit
             except InwardError as error:
                 raise _refused(error) from None
-        return Annotator.of(info, self._by(answer))
+        return Annotator.of(info, self._by(answer), fit)
 
     async def annotate(self, pairs: Sequence[Pair]) -> tuple[list[Annotated], By | None]:
         """See ``Scorer``. What the service refuses as a whole is asked in halves, so that a bad row harms itself only.

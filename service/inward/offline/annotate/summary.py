@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from inward.offline.annotate.quality import Quality
 from inward.offline.annotate.scorer import Annotated, Columns
 from inward_client.rows import DataError, Pair, PairReader, Source, as_turns
 
@@ -64,7 +65,7 @@ class Summary:
             "reasons": [{"reason": reason, "rows": rows} for reason, rows in self.reasons],
         }  # fmt: skip
 
-    def text(self) -> str:
+    def text(self, quality: Quality | None = None) -> str:
         """A few lines for the terminal."""
         lines = [
             f"{self.annotated:,} of {self.rows:,} pairs annotated"
@@ -72,7 +73,9 @@ class Summary:
         ]
         lines += [f"  {rows:,} × {reason}" for reason, rows in self.reasons]
         if self.annotated:
-            lines.append(f"{self.flipped:,} labels look flipped ({self.flipped / self.annotated:.1%})")
+            judged = max(self.annotated - self.ties, 1)
+            lines.append(f"{self.flipped:,} labels are contradicted by the head ({self.flipped / judged:.1%})")
+            lines += quality.text() if quality else []
             if self.ties:
                 lines.append(f"{self.ties:,} pairs are ties: both answers are the same")
             if self.confidence is not None:
