@@ -10,8 +10,8 @@ from inward import codec
 from inward.backbones.fake import FakeBackbone
 from inward.control.channel import UNLOCK, ControlChannel
 from inward.control.heads import LocalHeadControl
-from inward.control.policies import LocalPolicyControl
-from inward.control.remote import ControlAgent, RemoteHeadControl, RemotePolicyControl, WorkerInfo
+from inward.control.lora_adapters import LocalPolicyControl, RemotePolicyControl
+from inward.control.remote import ControlAgent, RemoteHeadControl, WorkerInfo
 from inward.errors import Conflict, DeadlineExceeded, EngineDead, InvalidField, NotFound, Unavailable
 from inward.heads import store
 from inward.heads.base import BackboneRef, Manifest

@@ -18,7 +18,7 @@ from inward.backbones import vllm
 from inward.backbones.base import Backbone
 from inward.backbones.fake import FakeBackbone
 from inward.backbones.loading import SMOLLM2, name_of, resolve
-from inward.control.policies import LocalPolicyControl
+from inward.control.lora_adapters import LocalPolicyControl
 from inward.errors import HeadError, InvalidField, InwardError, SetupError
 from inward.heads.registry import Registry
 from inward.prompts import Prompts
@@ -98,7 +98,8 @@ def open_backbone(settings: Settings, model: ModelFiles, *, serving: bool = Fals
 
 def open_prompts(settings: Settings, model: ModelFiles, max_tokens: int) -> Prompts:
     """The templates and the tokenizer of the model."""
-    from inward.backbones.tokenizer import end_ids, ending_configs, load_tokenizer
+    from inward.backbones.end_ids import end_ids, ending_configs
+    from inward.backbones.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(model.folder)
     ends = end_ids(tokenizer, *ending_configs(model.folder))
