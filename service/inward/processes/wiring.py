@@ -7,9 +7,10 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from inward import __version__, logs
 from inward.api.auth import KeyRing
@@ -32,6 +33,7 @@ LET_GO_S = 30.0
 MODELS = Path(__file__).parents[1] / "models"
 """What comes with Inward: heads for some models, and one small model."""
 TOY = MODELS / "toy"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,20 @@ def open_prompts(settings: Settings, model: ModelFiles, max_tokens: int) -> Prom
     ends = end_ids(tokenizer, *ending_configs(model.folder))
     limit = min(max_tokens, settings.max_tokens or max_tokens)
     return Prompts(tokenizer, max_tokens=limit, format=settings.template, end_ids=ends)
+
+
+async def with_model(settings: Settings, use: Callable[[Backbone, Prompts], Awaitable[T]]) -> T:
+    """What ``use`` makes of the model of the settings, which is open for as long.
+
+    Raises:
+        SetupError: it can't be loaded, and why.
+    """
+    model = find_model(settings)
+    backbone = open_backbone(settings, model)
+    try:
+        return await use(backbone, open_prompts(settings, model, backbone.info.max_tokens))
+    finally:
+        await backbone.close()
 
 
 def heads_folder(settings: Settings, fingerprint: str) -> Path | None:
