@@ -37,7 +37,7 @@ ROWS = 64
 Caching = Literal["shared", "repeated", "alone", "none"]
 """What a model's caches allow: rows of several prompts in one, rows of one prompt, one row, or nothing: then the text
 is computed again for each token."""
-_CACHES = ("past_key_values", "cache_params", "state")
+_CACHES = ("cache", "past_key_values", "cache_params", "state")
 """Names under which models give their cache, and take it back."""
 
 
