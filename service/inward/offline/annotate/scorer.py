@@ -75,6 +75,14 @@ class Annotator:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenScores:
+    """Of both answers of a pair: the text of each token and the head's score at it."""
+
+    chosen: Sequence[tuple[str, float]]
+    rejected: Sequence[tuple[str, float]]
+
+
+@dataclass(frozen=True, slots=True)
 class Annotated:
     """One pair: its columns, or why there are none."""
 
@@ -97,6 +105,10 @@ class Scorer(Protocol):
 
     async def annotate(self, pairs: Sequence[Pair]) -> tuple[list[Annotated], By | None]:
         """One result for each pair, in order, and who gave them (None: no pair was annotated)."""
+        ...
+
+    async def token_scores(self, pairs: Sequence[Pair]) -> Sequence[TokenScores | None]:
+        """Of each pair the head's score at every token; None where it has none. In this process only."""
         ...
 
 
@@ -126,6 +138,8 @@ class RowScorer:
     tokens: int | None
     fit_of: Callable[[str], Mapping[str, Any]]
     """How the head of a name was fitted, as its manifest says."""
+    tokens_of: Callable[[str, Sequence[Mapping[str, Any]]], Awaitable[Sequence[TokenScores | None]]]
+    """The scores of a head at every token."""
 
     async def annotator(self) -> Annotator:
         """See ``Scorer``."""
@@ -142,6 +156,10 @@ class RowScorer:
         rows = await self.score([pair.body() for pair in pairs])
         by = next((row.by for row in reversed(rows) if row.by is not None), None)
         return [_annotated(row.body()) for row in rows], by
+
+    async def token_scores(self, pairs: Sequence[Pair]) -> Sequence[TokenScores | None]:
+        """See ``Scorer``."""
+        return await self.tokens_of((await self.annotator()).head["name"], [pair.body() for pair in pairs])
 
 
 class ServiceScorer:
@@ -206,6 +224,10 @@ class ServiceScorer:
         except InwardError as error:
             raise _refused(error) from None
         return [_annotated(asdict(margin)) for margin in answer.margins], self._by(answer)
+
+    async def token_scores(self, pairs: Sequence[Pair]) -> Sequence[TokenScores | None]:
+        """See ``Scorer``: a service gives scores without the texts of their tokens."""
+        return [None] * len(pairs)
 
     def _by(self, answer: Any) -> By:
         return {
