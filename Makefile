@@ -6,6 +6,7 @@
 #   make test-vllm          the vLLM backbone, on vLLM's CPU build, in an environment of its own (.venv-vllm, about 4 GB)
 #   make test-vllm VLLM=0.26.0   the same on another version, in .venv-vllm-0.26.0
 #   make test-valkey        the tests of the queue against Valkey instead of Redis
+#   make test-browser       the pages in a real browser (needs Chromium, as from apt-get install chromium)
 #   make test-deploy        image, compose file and Helm chart against linters and schemas, in .venv-deploy
 #   make audit              known vulnerabilities of what .venv holds (asks PyPI's database)
 #   make image-check        the Dockerfile's pip steps and its entry point, replayed without a container engine (minutes)
@@ -26,7 +27,7 @@ VLLM_ENV := .venv-vllm$(if $(VLLM),-$(VLLM))
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: serve install test test-fast test-vllm test-valkey test-deploy audit check format image-check contract fuzz chaos smoke bench demo toy clean
+.PHONY: serve install test test-fast test-vllm test-valkey test-deploy test-browser audit check format image-check contract fuzz chaos smoke bench demo toy clean
 
 serve: .venv/installed $(if $(filter smollm2,$(MODEL)),.venv/smollm2)
 	$(BIN)/inward serve --model $(MODEL) $(ARGS)
@@ -41,6 +42,9 @@ test-fast: .venv/installed-dev
 
 test-vllm: $(VLLM_ENV)/installed
 	$(VLLM_ENV)/bin/python -m pytest tests/backbones/test_vllm*.py $(ARGS)
+
+test-browser: .venv/installed-dev
+	$(BIN)/python -m pytest $$(git ls-files 'tests/*_browser.py') $(ARGS)
 
 check: .venv/installed-dev
 	$(BIN)/ruff format --check service clients tests docs
