@@ -229,6 +229,15 @@ class PairScores:
 
 
 @dataclass(frozen=True, slots=True)
+class Gamma:
+    """How the confidence of a pair follows from the rewards of its two answers, see ``heads.hybrid.confidence``."""
+
+    alpha: float
+    squash: bool
+    floor: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Scores:
     """What one head says of the N responses of a group. ``None`` marks a response that has no finite score."""
 
@@ -243,6 +252,8 @@ class Scores:
     """Of a job with ``pair``."""
     listwise: bool = False
     """Whether a score depends on the other responses of its list (SRR, by design)."""
+    gamma: Gamma | None = None
+    """Of a head that states confidences: any two of ``scores_N`` give one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,19 +22,20 @@ from support.waiting import PATIENCE, until
 class FakeHead:
     """One tap at the last layer; the score is its number. ``bad`` ids at the end of a response make it not finite."""
 
-    def __init__(self, name="plain", version=1, seed=0, layer=4, width=16):
+    def __init__(self, name="plain", version=1, seed=0, layer=4, width=16, gamma=None):
         weight = np.random.default_rng(seed).normal(size=(width, 1)).astype(np.float32)
         self.readout = Readout((Tap(layer, "last", weight),))
         self.ref = HeadRef(name, "legend", version)
         self.manifest = SimpleNamespace(calibration={})
         self.pools = False
+        self.gamma = gamma
 
     def score(self, reading, *, details=frozenset(), pair=False):
         if "layers" in details:
             raise InvalidField("this head has no layers", param="detail")
         values = reading.values_NK[:, 0]
         scores = tuple(float(v) if np.isfinite(v) else None for v in values)
-        return Scores(scores, pair=PairCalibration(None, None).compare(scores) if pair else None)
+        return Scores(scores, pair=PairCalibration(None, None).compare(scores) if pair else None, gamma=self.gamma)
 
 
 class FakeRegistry:

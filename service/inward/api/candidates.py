@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
-from inward.api.scoring import Deadline, score_groups
+from inward.api.elements import REWARD_KINDS
+from inward.api.scoring import Deadline, hybrid_head, score_groups
 from inward.api.services import Services
 from inward.errors import InwardError, NotFinite, TooLarge
+from inward.heads.hybrid import confidence
 from inward.prompts import Grouped, Texts
-from inward.types import Group, Ids, Prompt, SamplingSpec, Scored
+from inward.types import Group, HeadRef, Ids, Prompt, SamplingSpec, Scored
 from inward.wire import Parts, RerankRequest, Sampling
 
 MAX_TOKENS = 256
@@ -25,6 +27,8 @@ class Candidate:
     ids: Ids = ()
     score: float | None = None
     probability: float | None = None
+    reward: float | None = None
+    """By the head that states confidences, if any does."""
     finish_reason: Literal["stop", "length"] | None = None
     error: InwardError | None = None
 
@@ -38,9 +42,11 @@ class Candidates:
     answers: Sequence[Candidate]
     truncated: bool = False
 
-    def pair(self, chosen: int, rejected: int) -> Group:
-        """Two of them as a group."""
-        return Group(self.prompt_ids, (self.answers[chosen].ids, self.answers[rejected].ids))
+    def confidence(self, chosen: int, rejected: int) -> float | None:
+        """Of two of them as a pair, by the last of the heads that scored them, where that one states any."""
+        gamma = self.scored.scores[-1].gamma
+        good, bad = self.answers[chosen].reward, self.answers[rejected].reward
+        return None if gamma is None or good is None or bad is None else float(confidence(good, bad, **asdict(gamma)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,18 +66,27 @@ class Generation:
         return Candidates(scored, self.prompt_ids, answers, self.truncated)
 
 
-async def candidates(services: Services, request: RerankRequest, head: str, deadline: Deadline) -> Candidates:
-    """Scores the candidates; those that can't be scored have an error.
+def ranking_heads(services: Services, head: HeadRef) -> tuple[str, ...]:
+    """The head that ranks, and the hybrid one that gives the confidence of a pair, where that is another."""
+    confident = None if head.kind in REWARD_KINDS else hybrid_head(services)
+    return (head.name, confident) if confident else (head.name,)
+
+
+async def candidates(
+    services: Services, request: RerankRequest, heads: tuple[str, ...], deadline: Deadline
+) -> Candidates:
+    """Scores the candidates, in one pass by all ``heads``, of which the first ranks; those that can't be scored have an
+    error.
 
     Raises:
         InwardError: the service could not do its part.
     """
     if request.candidates is None:
         wanted = await generation(services, request)
-        found = wanted.found(await score_one(services, Group(wanted.prompt_ids, sampling=wanted.spec), head, deadline))
+        found = wanted.found(await score_one(services, Group(wanted.prompt_ids, sampling=wanted.spec), heads, deadline))
     else:
         prompt, field = request.asked()
-        found = await _given(services, request.candidates, request.truncate, prompt, field, head, deadline)
+        found = await _given(services, request.candidates, request.truncate, prompt, field, heads, deadline)
     return found
 
 
@@ -105,7 +120,13 @@ def _spec(n: int, sampling: Sampling, room: int) -> SamplingSpec:
 
 
 async def _given(
-    services: Services, texts: Sequence[str], truncate: bool, prompt: Prompt, field: str, head: str, deadline: Deadline
+    services: Services,
+    texts: Sequence[str],
+    truncate: bool,
+    prompt: Prompt,
+    field: str,
+    heads: tuple[str, ...],
+    deadline: Deadline,
 ) -> Candidates:
     """All that can be used are one group, tokenised together as they are scored. Only where that fails, each is tried
     alone, to find those to blame.
@@ -130,24 +151,25 @@ async def _given(
         grouped = await group(usable)
     if isinstance(grouped, InwardError):
         raise grouped
-    scored = await score_one(services, grouped.group, head, deadline)
+    scored = await score_one(services, grouped.group, heads, deadline)
     for n, i in enumerate(usable):
         answers[i] = answered(scored, n, replace(answers[i], ids=grouped.group.responses_ids[n]), f"candidates.{i}")
     return Candidates(scored, grouped.group.prompt_ids, answers, grouped.truncated)
 
 
-async def score_one(services: Services, group: Group, head: str, deadline: Deadline) -> Scored:
+async def score_one(services: Services, group: Group, heads: tuple[str, ...], deadline: Deadline) -> Scored:
     """Scores a group, or raises why it can't be scored."""
-    (scored,) = await score_groups(services, [group], (head,), deadline)
+    (scored,) = await score_groups(services, [group], heads, deadline)
     if isinstance(scored, InwardError):
         raise scored
     return scored
 
 
 def answered(scored: Scored, n: int, candidate: Candidate, param: str | None = None) -> Candidate:
-    """``candidate`` with what the head says of the ``n``-th response."""
+    """``candidate`` with what the heads say of the ``n``-th response."""
     scores = scored.scores[0]
     if scores.scores_N[n] is None:
         return replace(candidate, error=NotFinite("the score is not a finite number", param=param))
     probability = scores.probability_N[n] if scores.probability_N else None
-    return replace(candidate, score=scores.scores_N[n], probability=probability)
+    reward = scored.scores[-1].scores_N[n]
+    return replace(candidate, score=scores.scores_N[n], probability=probability, reward=reward)
