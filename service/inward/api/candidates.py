@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
 
-from inward.api.elements import REWARD_KINDS
-from inward.api.scoring import Deadline, hybrid_head, score_groups
+from inward.api.elements import REWARD_KINDS, SCORE_KINDS
+from inward.api.scoring import Deadline, hybrid_head, named_head, score_groups
 from inward.api.services import Services
 from inward.errors import InwardError, NotFinite, TooLarge
 from inward.heads.hybrid import confidence
 from inward.prompts import Grouped, Texts
-from inward.types import Group, HeadRef, Ids, Prompt, SamplingSpec, Scored
+from inward.types import EarlyRejection, FinishReason, Group, HeadRef, Ids, Prompt, SamplingSpec, Scored, StopRule
 from inward.wire import Parts, RerankRequest, Sampling
 
 MAX_TOKENS = 256
@@ -29,8 +28,13 @@ class Candidate:
     probability: float | None = None
     reward: float | None = None
     """By the head that states confidences, if any does."""
-    finish_reason: Literal["stop", "length"] | None = None
+    finish_reason: FinishReason | None = None
     error: InwardError | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether it was given, or drawn to its end."""
+        return self.finish_reason in (None, "stop", "length")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +42,6 @@ class Candidates:
     """All answers to one prompt, in the order in which they came."""
 
     scored: Scored
-    prompt_ids: Ids
     answers: Sequence[Candidate]
     truncated: bool = False
 
@@ -59,11 +62,8 @@ class Generation:
 
     def found(self, scored: Scored) -> Candidates:
         """What was drawn."""
-        answers = [
-            answered(scored, i, Candidate(sample.text, sample.ids, finish_reason=sample.finish_reason))
-            for i, sample in enumerate(scored.samples)
-        ]
-        return Candidates(scored, self.prompt_ids, answers, self.truncated)
+        answers = [sampled(scored, i) for i in range(len(scored.samples))]
+        return Candidates(scored, answers, self.truncated)
 
 
 def ranking_heads(services: Services, head: HeadRef) -> tuple[str, ...]:
@@ -82,7 +82,7 @@ async def candidates(
         InwardError: the service could not do its part.
     """
     if request.candidates is None:
-        wanted = await generation(services, request)
+        wanted = await generation(services, request, heads[0])
         found = wanted.found(await score_one(services, Group(wanted.prompt_ids, sampling=wanted.spec), heads, deadline))
     else:
         prompt, field = request.asked()
@@ -90,8 +90,8 @@ async def candidates(
     return found
 
 
-async def generation(services: Services, request: RerankRequest) -> Generation:
-    """What a request without candidates asks for.
+async def generation(services: Services, request: RerankRequest, head: str) -> Generation:
+    """What a request without candidates asks for, whose answers ``head`` ranks.
 
     Raises:
         InwardError: the prompt can't be used, or more is asked for than the model or the service gives.
@@ -105,6 +105,9 @@ async def generation(services: Services, request: RerankRequest) -> Generation:
         raise type(grouped)(grouped.message, param=Parts(prompt, (), field, ()).blame(grouped.param))
     prompt_ids = grouped.group.prompt_ids
     spec = _spec(n, request.sampling or Sampling(), services.prompts.max_tokens - 1 - len(prompt_ids))
+    spec = replace(
+        spec, early_rejection=_early_rejection(services, request), stop_when=_stop_rule(services, request, head)
+    )
     return Generation(prompt_ids, spec, grouped.truncated)
 
 
@@ -117,6 +120,23 @@ def _spec(n: int, sampling: Sampling, room: int) -> SamplingSpec:
         )
     given = sampling.model_dump(exclude={"max_tokens", "stop"})
     return SamplingSpec(n, max_tokens=sampling.max_tokens or min(MAX_TOKENS, room), stop=tuple(sampling.stop), **given)
+
+
+def _early_rejection(services: Services, request: RerankRequest) -> EarlyRejection | None:
+    asked = request.early_rejection
+    if asked is None:
+        return None
+    if asked.head is not None:
+        named_head(services, asked.head, (*SCORE_KINDS, "value"), "early_rejection.head")
+    return EarlyRejection(asked.keep, tuple(asked.at or ()), asked.max_loss, asked.head)
+
+
+def _stop_rule(services: Services, request: RerankRequest, head: str) -> StopRule | None:
+    asked = request.stop_when
+    if asked is None:
+        return None
+    name = named_head(services, asked.head or head, SCORE_KINDS, "stop_when.head").name
+    return StopRule(name, asked.below, asked.probability, asked.fpr, asked.pool or "", asked.after)
 
 
 async def _given(
@@ -154,7 +174,7 @@ async def _given(
     scored = await score_one(services, grouped.group, heads, deadline)
     for n, i in enumerate(usable):
         answers[i] = answered(scored, n, replace(answers[i], ids=grouped.group.responses_ids[n]), f"candidates.{i}")
-    return Candidates(scored, grouped.group.prompt_ids, answers, grouped.truncated)
+    return Candidates(scored, answers, grouped.truncated)
 
 
 async def score_one(services: Services, group: Group, heads: tuple[str, ...], deadline: Deadline) -> Scored:
@@ -163,6 +183,13 @@ async def score_one(services: Services, group: Group, heads: tuple[str, ...], de
     if isinstance(scored, InwardError):
         raise scored
     return scored
+
+
+def sampled(scored: Scored, n: int) -> Candidate:
+    """The ``n``-th sample, with what the heads say of it, or with the score that ended it."""
+    sample = scored.samples[n]
+    bare = Candidate(sample.text, sample.ids, score=sample.stop_score, finish_reason=sample.finish_reason)
+    return answered(scored, n, bare) if sample.finished else bare
 
 
 def answered(scored: Scored, n: int, candidate: Candidate, param: str | None = None) -> Candidate:

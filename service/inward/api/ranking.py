@@ -37,9 +37,17 @@ def ranking(services: Services, request: RerankRequest, found: Candidates) -> tu
 
 
 def _results(found: Candidates, request: RerankRequest) -> list[Ranked]:
-    """Best first; equals, and those without a score, in the order in which they came."""
+    """Best first; equals, and those without a score, in the order in which they came. Answers that a guard ended come
+    after the others, and after them those that were rejected: their scores may be another head's.
+    """
     ranked = [one_ranked(i, answer, request, found.truncated) for i, answer in enumerate(found.answers)]
-    return sorted(ranked, key=lambda r: (r.score is None, -(r.score or 0.0)))
+    return sorted(ranked, key=lambda r: (_place(r), -(r.score or 0.0)))
+
+
+def _place(ranked: Ranked) -> int:
+    if ranked.error is not None:
+        return 3
+    return {"guard": 1, "rejected": 2}.get(ranked.finish_reason or "", 0)
 
 
 def one_ranked(index: int, answer: Candidate, request: RerankRequest, truncated: bool) -> Ranked:
@@ -60,8 +68,12 @@ def one_ranked(index: int, answer: Candidate, request: RerankRequest, truncated:
 
 def _best_against_worst(request: RerankRequest, results: list[Ranked], found: Candidates) -> BestAgainstWorst | None:
     """The pair, where two answers differ and their scores do."""
-    finite = [result for result in results if result.score is not None]
-    best, worst = finite[0], finite[-1]
+    cut = request.early_rejection is not None and request.early_rejection.in_pair
+    finite = [r for r in results if r.score is not None and found.answers[r.index].finished]
+    if not finite:
+        return None
+    best = finite[0]
+    worst = next((r for r in reversed(results) if cut and r.finish_reason == "rejected"), finite[-1])
     margin = (best.score or 0.0) - (worst.score or 0.0)
     best_ids, worst_ids = (found.answers[result.index].ids for result in (best, worst))
     if margin <= 0 or best_ids == worst_ids:  # drawn one by one, equal answers may differ by rounding

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import replace
 
-from inward.api.candidates import Candidate, Candidates, Generation, answered, generation, ranking_heads, score_one
+from inward.api.candidates import Candidate, Candidates, Generation, generation, ranking_heads, sampled, score_one
 from inward.api.events import EventStream, event
 from inward.api.ranking import one_ranked, ranking
 from inward.api.scoring import Deadline, charge
@@ -33,7 +33,7 @@ async def stream_ranking(
         InwardError: nothing has begun; what goes wrong later is an event ``error``.
     """
     deadline = Deadline(request.timeout, services.limits.timeout_s)
-    wanted = await generation(services, request)
+    wanted = await generation(services, request, head.name)
     spec = wanted.spec
     alone = [replace(spec, n=1, seed=None if spec.seed is None else (spec.seed + i) % 2**32) for i in range(spec.n)]
     groups = [Group(wanted.prompt_ids, sampling=one) for one in alone]
@@ -78,9 +78,8 @@ async def _successes(outcomes: AsyncIterator[tuple[int, Scored | InwardError]]) 
 
 def _candidate(scored: Scored) -> Candidate:
     """What is known of an answer by itself."""
-    sample = scored.samples[0]
-    bare = Candidate(sample.text, sample.ids, finish_reason=sample.finish_reason)
-    return bare if scored.scores[0].listwise else answered(scored, 0, bare)
+    found = sampled(scored, 0)
+    return replace(found, score=None, error=None) if scored.scores[0].listwise and found.finished else found
 
 
 async def _found(services: Services, wanted: Generation, drawn: Sequence[Scored], deadline: Deadline) -> Candidates:
