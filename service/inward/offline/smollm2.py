@@ -138,7 +138,6 @@ def main() -> None:
     listed = [pair for one in lists for pair in pairs_of(one)]
     files: dict[str, Sequence[Any]] = {
         "calibration": calibration(harmful),
-        "validation": listed,
         "pairs": [*pairs[: sizes.pairs], *listed, *answered(harmless)],
         "monitor": pairs[sizes.pairs :][: sizes.monitor],
         "lists": lists,
