@@ -54,7 +54,7 @@ format: .venv/installed-dev
 	$(BIN)/ruff check --fix service clients tests docs
 
 test-valkey: .venv/installed-dev
-	REDIS_SERVER=valkey $(BIN)/python -m pytest tests/queues tests/chaos tests/commands/test_dead_letters.py tests/test_bulk.py $(ARGS)
+	REDIS_SERVER=valkey $(BIN)/python -m pytest tests/queues tests/stores tests/chaos tests/commands/test_dead_letters.py tests/api/test_bulk.py $(ARGS)
 
 test-deploy: .venv/installed-dev .venv-deploy/installed
 	PATH=$(CURDIR)/.venv-deploy/bin:$$PATH $(BIN)/python -m pytest tests/deploy/test_image.py tests/deploy/test_monitoring.py $(ARGS)

@@ -30,7 +30,7 @@ response: ``last``)."""
 Detail = Literal["layers", "tokens"]
 Priority = Literal["interactive", "bulk"]
 """Interactive jobs go first, but never so that bulk jobs starve."""
-Kind = Literal["legend", "hybrid", "srr"]
+Kind = Literal["legend", "hybrid", "srr", "ensemble"]
 BASE = "base"
 """The policy version of a backbone that carries no adapter."""
 

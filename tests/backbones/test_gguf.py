@@ -102,9 +102,9 @@ def test_tokens_are_split_as_the_model_learned_them(file: Path) -> None:
     tokenizer = load_tokenizer(resolve(str(file), dtype="float32"))
 
     def pieces(text: str) -> list[str]:
-        return tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return [tokenizer.decode([i]) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
 
-    assert pieces(" the  19") == ["Ġthe", "ĠĠ", "1", "9"]  # GPT-2's own rule would give the second space to the 1
+    assert pieces(" the  19") == [" the", "  ", "1", "9"]  # GPT-2's own rule would give the second space to the 1
     assert pieces("<|user|>a") == ["<|user|>", "a"]
     assert (tokenizer.eos_token, tokenizer.pad_token) == (SPECIAL[0], SPECIAL[0])
     rendered = tokenizer.apply_chat_template(

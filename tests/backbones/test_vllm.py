@@ -275,7 +275,7 @@ async def serving(backbone: VllmBackbone) -> AsyncIterator[tuple[FakeServices, F
 async def test_answers_are_streamed_as_they_are_drawn_and_score_as_their_tokens_do_when_given(
     backbone: VllmBackbone,
 ) -> None:
-    ask = {"prompt": "Which way?", "n": 6, "sampling": {"seed": 11, "max_tokens": 24}, "token_ids": True}
+    ask = {"prompt": "Which way?", "n": 6, "sampling": {"seed": 11, "max_tokens": 24}, "return_token_ids": True}
     async with serving(backbone) as (house, head):
         *samples, (last, result) = events((await house.post("/rerank", {**ask, "stream": True})).text)
         whole = (await house.post("/rerank", ask)).json()

@@ -18,7 +18,7 @@ from inward.offline.annotate.scorer import COLUMNS
 from support import real_data as real
 from support.serving import serve, write_model
 
-FAKE = ("--backbone", "fake")
+FAKE = ("--model", "toy", "--backbone", "fake")
 
 
 @pytest.fixture(autouse=True)
@@ -135,7 +135,7 @@ def test_another_head_or_input_is_not_mixed_with_what_is_done(tmp_path, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("inward.offline.annotate.run.Job._finish", stop)
+        patched.setattr("inward.offline.annotate.run.Annotation._finish", stop)
         assert annotate(path, tmp_path / "out.jsonl", *FAKE) == 130
     assert annotate(path, tmp_path / "out.jsonl", *FAKE, "--head", "hybrid") == 2
     assert "--restart" in capsys.readouterr().err
@@ -191,7 +191,7 @@ def test_real_pairs_of_both_published_kinds(tmp_path, capsys):
     for name, layout in (("hh_harmless_pairs.jsonl", "hh"), ("pku_saferlhf_pairs.jsonl", "trl")):
         rows = real.rows(name, 40)
         out = tmp_path / f"{layout}.parquet"
-        assert annotate(write(tmp_path / name, rows), out) == 0
+        assert annotate(write(tmp_path / name, rows), out, "--model", "toy") == 0
         assert parquet.read_table(out).num_rows == 40
         assert json.loads(parquet.read_schema(out).metadata[b"inward"])["layout"] == layout
 

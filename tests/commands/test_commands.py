@@ -185,3 +185,32 @@ def test_a_covariance_of_other_responses_is_named_in_the_manifest(folder, tmp_pa
     assert store.load(tmp_path / "other").manifest.options["covariance"] == "responses.jsonl"
     assert inward("fit", "legend", "--pairs", responses, "--covariance", responses, "--out", tmp_path / "x") == 2
     assert "whitened" in capsys.readouterr().err
+
+
+def test_fitted_heads_become_an_ensemble_by_texts_or_by_states(folder, tmp_path, capsys):
+    model = ["--model", folder / "model"]
+    states = tmp_path / "states.safetensors"
+    rows = ["--pairs", folder / "pairs.jsonl", "--position", "eos"]
+    assert inward("fit", "hybrid", *model, *rows, "--save-states", states, "--out", tmp_path / "heads" / "gated") == 0
+    whitened = ["--direction", "whitened", "--layer", 2, "--out", tmp_path / "heads" / "white"]
+    assert inward("fit", "legend", "--states", states, *whitened) == 0
+    parts = ["--heads", tmp_path / "heads" / "gated", tmp_path / "heads" / "white"]
+    capsys.readouterr()
+    assert inward("fit", "ensemble", *parts, "--states", states, "--out", tmp_path / "heads" / "both") == 0
+    assert "flatters" in capsys.readouterr().out
+    texts = ["--pairs", folder / "pairs.jsonl", "--out", tmp_path / "other"]
+    assert inward("fit", "ensemble", *model, *parts, *texts) == 0
+    a, b = (store.load(path).manifest.options["parts"] for path in (tmp_path / "heads" / "both", tmp_path / "other"))
+    assert [p["weight"] for p in a] == pytest.approx([p["weight"] for p in b], abs=0.05)
+    assert inward("heads", "verify", *model, "--heads", tmp_path / "heads") == 0
+
+
+def test_a_pool_is_fitted_from_texts_and_named_in_the_manifest(folder, tmp_path, capsys):
+    rows = ["--model", folder / "model", "--pairs", folder / "pairs.jsonl", "--direction", "whitened"]
+    assert inward("fit", "legend", *rows, "--pool", "max_rolling:window=2", "--out", tmp_path / "heads" / "a") == 0
+    assert "pool max_rolling" in capsys.readouterr().out
+    manifest = store.load_manifest(tmp_path / "heads" / "a")
+    assert (manifest.pool.name, manifest.pool.window, manifest.position) == ("max_rolling", 2, "mean")
+    assert inward("heads", "verify", "--model", folder / "model", "--heads", tmp_path / "heads") == 0
+    assert inward("fit", "legend", *rows, "--pool", "maximum", "--out", tmp_path / "x") == 2
+    assert "--pool maximum" in capsys.readouterr().err

@@ -88,7 +88,7 @@ async def test_it_writes_recognisable_english(backbone, prompts):
     for question in questions:
         group = Group(
             prompts.group(question, []).group.prompt_ids,
-            sampling=SamplingSpec(n=4, max_tokens=60, temperature=0.7, seed=1),
+            sampling=SamplingSpec(n=8, max_tokens=60, temperature=0.7, seed=1),
         )
         text += " ".join(sample.text for sample in await backbone.sample(group)).lower() + " "
     words = re.findall(r"[a-z]+", text)

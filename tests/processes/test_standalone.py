@@ -79,6 +79,29 @@ async def test_answers_are_streamed_as_they_are_drawn_and_who_hangs_up_is_not_dr
                 await asyncio.sleep(0.05)
 
 
+async def test_scores_come_back_beside_long_drawings_which_end_when_nobody_waits_for_them(server):
+    draw = {"prompt": "quiet harbour", "n": 64, "sampling": {"max_tokens": 100, "temperature": 3.0}}
+    score = {"items": [{"prompt": "tall redwood", "response": "on the coast"}]}
+    async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE) as client:
+        alone = (await client.post("/score", json=score)).json()["scores"]
+        drawings = [asyncio.create_task(client.post("/rerank", json=draw)) for _ in range(8)]
+        await until(lambda: value(client, "inward_in_flight_jobs"))
+        beside = [(await client.post("/score", json=score)).json()["scores"] for _ in range(3)]
+        assert not any(drawing.done() for drawing in drawings)
+        for drawing in drawings:
+            drawing.cancel()
+        await asyncio.gather(*drawings, return_exceptions=True)
+
+        async def idle():
+            return await value(client, "inward_in_flight_jobs") == 0
+
+        await until(idle)
+        assert (await client.post("/score", json=score)).json()["scores"][0]["score"] == pytest.approx(
+            alone[0]["score"]
+        )
+    assert [one[0]["score"] for one in beside] == [pytest.approx(alone[0]["score"])] * 3
+
+
 async def test_a_drawn_answer_scores_in_score_what_it_scores_in_rerank(server):
     ask = {"prompt": "quiet harbour", "n": 6, "sampling": {"max_tokens": 20, "seed": 5}, "return_token_ids": True}
     async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:

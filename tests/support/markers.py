@@ -48,7 +48,7 @@ def imported(file: Path) -> frozenset[str]:
     """
     modules = _closure(file, _AT_TOP)
     pairs = [(module, _ANYWHERE if module == file else _AT_TOP) for module in modules]
-    names = {name for module, pattern in pairs for name in _names(module.read_text(encoding="utf-8"), pattern)}
+    names = {name for module, pattern in pairs for name in _names(module, pattern)}
     return frozenset(name.partition(".")[0] for name in names if not _file(name))
 
 
@@ -67,7 +67,7 @@ def _closure(file: Path, pattern: re.Pattern[str]) -> frozenset[Path]:
         if module in seen:
             continue
         seen.add(module)
-        names = _names(module.read_text(encoding="utf-8"), _ANYWHERE if module == file else pattern)
+        names = _names(module, _ANYWHERE if module == file else pattern)
         waiting += [part for name in names for part in _file(name)]
         if pattern is _ANYWHERE and module.relative_to(ROOT).as_posix() in CALLERS:
             waiting += (ROOT / "service/inward/commands").glob("*.py")
@@ -76,20 +76,23 @@ def _closure(file: Path, pattern: re.Pattern[str]) -> frozenset[Path]:
 
 def _starts_processes(file: Path) -> bool:
     """Whether it or a helper of the tests starts some; that a module of the service could is no matter."""
-    text = file.read_text(encoding="utf-8")
-    helpers = [part for name in _names(text, _ANYWHERE) if name.startswith("support.") for part in _file(name)]
-    own = set(_names(text, _ANYWHERE)) & PROCESS
+    names = _names(file, _ANYWHERE)
+    helpers = [part for name in names if name.startswith("support.") for part in _file(name)]
+    own = set(names) & PROCESS
     return bool(own) or any(_starts_processes(helper) for helper in helpers if helper != file)
 
 
-def _names(text: str, pattern: re.Pattern[str]) -> Iterable[str]:
+@cache
+def _names(file: Path, pattern: re.Pattern[str]) -> tuple[str, ...]:
     """What is imported, with the names that may be modules themselves."""
-    for source, names, plain in pattern.findall(text):
+    found: list[str] = []
+    for source, names, plain in pattern.findall(file.read_text(encoding="utf-8")):
         if plain:
-            yield from (name.split(" as ")[0].strip() for name in plain.split(","))
+            found += (name.split(" as ")[0].strip() for name in plain.split(","))
         else:
-            yield source
-            yield from (f"{source}.{name.split(' as ')[0].strip(' ()')}" for name in names.split(",") if _file(source))
+            found.append(source)
+            found += (f"{source}.{name.split(' as ')[0].strip(' ()')}" for name in names.split(",") if _file(source))
+    return tuple(found)
 
 
 @cache

@@ -32,7 +32,7 @@ def launched(**options):
     quick = {"batch-size": 1, "max-length": 128, "lora-rank": 4} | options
     words = [word for name, value in quick.items() for word in (f"--{name}", str(value))]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *LAUNCH, "cdpo", *words, "--no-bf16", "--no-tensorboard"]
+    command = [*LAUNCH, "cdpo", *words, "--no-bf16", "--no-tensorboard"]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
 
 

@@ -417,7 +417,7 @@ class AsyncInward:
                 return await attempt(call, request)
             except InwardError as error:
                 now = time.monotonic()
-                failing_since = failing_since or now
+                failing_since = now if failing_since is None else failing_since
                 pause = self._core.wait(error, tries, now - failing_since, call)
                 if pause is None:
                     raise

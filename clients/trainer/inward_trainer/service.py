@@ -39,7 +39,7 @@ A = TypeVar("A", bound=Answer)
 
 BASE = "base"
 """The policy without an adapter."""
-POINTWISE = ("hybrid", "legend")
+POINTWISE = ("hybrid", "legend", "ensemble")
 """Kinds of heads whose score of an answer does not depend on other answers."""
 MOST_SAMPLES = 64
 """That one request asks for, if the service does not say."""

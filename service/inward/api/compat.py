@@ -26,7 +26,7 @@ from inward.types import HeadRef, Kind, Prompt, Scored, Scores, Timing, Usage
 from inward.wire import Options, Parts, RerankRequest
 from inward.wire.compat import CompatRequest, rerank_dialect, score_dialect
 
-POINTWISE: tuple[Kind, ...] = ("hybrid", "legend")
+POINTWISE: tuple[Kind, ...] = ("hybrid", "legend", "ensemble")
 ErrorShape = Callable[[InwardError], dict[str, Any]]
 """Writes an error as a family of clients reads it."""
 

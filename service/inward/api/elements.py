@@ -13,10 +13,11 @@ from inward.api.services import Services
 from inward.types import Kind, Scores
 from inward.wire import Margin, RewardPair, Score
 
-MARGIN_KINDS: tuple[Kind, ...] = ("legend", "hybrid")
-SCORE_KINDS: tuple[Kind, ...] = ("legend", "hybrid")
-REWARD_KINDS: tuple[Kind, ...] = ("hybrid",)
-RERANK_KINDS: tuple[Kind, ...] = ("hybrid", "legend", "srr")
+MARGIN_KINDS: tuple[Kind, ...] = ("legend", "hybrid", "ensemble")
+SCORE_KINDS: tuple[Kind, ...] = ("legend", "hybrid", "ensemble")
+REWARD_KINDS: tuple[Kind, ...] = ("hybrid", "ensemble")
+"""Those that state a confidence."""
+RERANK_KINDS: tuple[Kind, ...] = ("hybrid", "legend", "srr", "ensemble")
 
 
 def margin_heads(services: Services, name: str | None) -> tuple[str, ...]:
@@ -26,7 +27,7 @@ def margin_heads(services: Services, name: str | None) -> tuple[str, ...]:
         NotFound: there is no such head.
     """
     head = find_head(services, name, MARGIN_KINDS)
-    confident = None if head.kind == "hybrid" else hybrid_head(services)
+    confident = None if head.kind in REWARD_KINDS else hybrid_head(services)
     return (head.name, confident) if confident else (head.name,)
 
 

@@ -53,7 +53,7 @@ class RowAnswer:
         """Who answered, as JSON: ``head``, ``policy_version``, and the ``confidence_head`` of a margin."""
         if self.head is None:
             return None
-        confidence = self.confidence_head or (self.head if self.head.kind == "hybrid" else None)
+        confidence = self.confidence_head or (self.head if self.head.kind in elements.REWARD_KINDS else None)
         return {
             "head": asdict(self.head), "policy_version": self.policy_version,
             "confidence_head": asdict(confidence) if confidence else None,

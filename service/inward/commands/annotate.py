@@ -15,7 +15,7 @@ from inward.commands.options import MODEL_SETTINGS, add_settings, settings_of
 from inward.settings import Settings
 
 if TYPE_CHECKING:
-    from inward.offline.annotate.options import Options
+    from inward.offline.annotate.options import AnnotateOptions
     from inward.offline.annotate.scorer import Scorer
 
 HELP = """\
@@ -52,28 +52,28 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from inward.offline.annotate.options import Options
+    from inward.offline.annotate.options import AnnotateOptions
     from inward.offline.annotate.run import annotate
     from inward.offline.annotate.scorer import at_url
 
     logs.configure("error", json=False)
-    options = Options.of(args)
+    options = AnnotateOptions.of(args)
     if options.url is not None:
         return annotate(options, partial(at_url, options, os.environ.get("INWARD_API_KEY")))
     return annotate(options, partial(_in_process, options, settings_of(args).model_copy(update=ALONE)))
 
 
 @asynccontextmanager
-async def _in_process(options: Options, settings: Settings) -> AsyncIterator[Scorer]:
+async def _in_process(options: AnnotateOptions, settings: Settings) -> AsyncIterator[Scorer]:
     """The model of the settings, loaded here: each pair is scored as a row of a bulk job is."""
     from inward.api.rows import score_rows
     from inward.offline.annotate.scorer import RowScorer
     from inward.processes.standalone import Standalone
-    from inward.wire import Options as RequestOptions
+    from inward.wire import Options
 
     house = await Standalone.open(settings)
     try:
-        request = RequestOptions(truncate=options.truncate)
+        request = Options(truncate=options.truncate)
         score = partial(score_rows, house.services, "margin", head=options.head, options=request)
         yield RowScorer(score, house.info(), house.backbone.capacity.tokens)
     finally:

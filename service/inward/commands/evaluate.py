@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 
 from inward.commands import COMMANDS
-from inward.commands.options import MODEL_SETTINGS, add_settings, settings_of
+from inward.commands.options import MODEL_SETTINGS, add_settings, head_folder, settings_of
 from inward.errors import DataError, SetupError
 from inward.heads import store
 from inward.heads.base import Head, Manifest
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     from inward.offline.evaluate.tables import table
 
     _check(args)
-    folder = _head_folder(args) if args.head else None
+    folder = head_folder(args, args.head) if args.head else None
     judgement, report = _judge_states(args, folder) if args.states else _judge_rows(args, folder)
     if args.html:
         from inward.offline.evaluate.page import page
@@ -123,26 +123,6 @@ def _check(args: argparse.Namespace) -> None:
         raise SetupError(f"--folds {args.folds}: at least 3, since a layer is chosen on folds that are not judged")
     if args.resamples < 1:
         raise SetupError(f"--resamples {args.resamples}: at least 1")
-
-
-def _head_folder(args: argparse.Namespace) -> Path:
-    """The folder of the active version of the head."""
-    from inward.backbones.fingerprint import fingerprint
-    from inward.processes.wiring import find_model, heads_folder
-
-    given = Path(args.head).expanduser()
-    if given.is_dir():
-        names = sorted({found.name for found in store.find(given)})
-        if len(names) != 1:
-            raise SetupError(f"{given} holds {', '.join(names) or 'no head'}: give the folder of one head")
-        return store.active_path(given, names[0])
-    settings = settings_of(args)
-    folder = heads_folder(settings, "" if settings.heads else fingerprint(find_model(settings).folder))
-    if folder is None:
-        raise SetupError(
-            f"{args.head} is not a folder, and there is no heads folder to find a head of that name in: give --heads"
-        )
-    return store.active_path(folder, args.head)
 
 
 def _judge_states(args: argparse.Namespace, folder: Path | None) -> tuple[Judgement, dict[str, Any]]:

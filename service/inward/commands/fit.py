@@ -1,4 +1,4 @@
-"""``inward fit legend | hybrid | srr``: texts or saved states in, a head out, and a report of what was found."""
+"""``inward fit``: texts or saved states in, a head out, and a report of what was found."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from inward.commands import COMMANDS
-from inward.commands.options import MODEL_SETTINGS, add_settings, settings_of
+from inward.commands.options import MODEL_SETTINGS, add_settings, head_folder, settings_of
 from inward.errors import SetupError
 from inward.heads import store
 from inward.processes.wiring import find_model, open_backbone, open_prompts
@@ -26,11 +26,14 @@ Rows: prompt, harmful, refusal (the paper's calibration) or prompt, chosen, reje
     "hybrid": "example: inward fit hybrid --pairs pairs.jsonl --out heads/hybrid\nRows: prompt, chosen, rejected.",
     "srr": "example: inward fit srr --lists lists.jsonl --layer 0.25 --out heads/ranker\n"
     'Rows: prompt, responses: [{"text", "safe"}, …].',
+    "ensemble": "example: inward fit ensemble --heads heads/hybrid heads/legend --pairs others.jsonl --out heads/both\n"
+    "Rows: prompt, chosen, rejected; best of prompts that none of the heads was fitted on.",
 }
 ABOUT = {
     "legend": "a safety direction without training (arXiv 2406.08124)",
     "hybrid": "a linear probe per layer and a gate (arXiv 2503.10093)",
     "srr": "a listwise ranker of safe responses (arXiv 2505.15710)",
+    "ensemble": "the weighted sum of several heads' scores, as one head",
 }
 
 
@@ -38,7 +41,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "fit", help=COMMANDS["fit"], description="Fits a head for a model, from JSONL or Parquet, or from states."
     )
-    kinds = parser.add_subparsers(dest="kind", metavar="legend|hybrid|srr", required=True)
+    kinds = parser.add_subparsers(dest="kind", metavar="legend|hybrid|srr|ensemble", required=True)
     for kind, about in ABOUT.items():
         one = kinds.add_parser(
             kind,
@@ -61,6 +64,12 @@ def _add_common(parser: argparse.ArgumentParser, rows: str) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help=out)
     parser.add_argument("--name", help="another name for the head")
     parser.add_argument("--replace", action="store_true", help="overwrite a head that is there already")
+    parser.add_argument("--seed", type=int, default=0, help="of splits and training (default: %(default)s)")
+    parser.add_argument("--limit", type=int, metavar="N", help="use the first N rows only")
+    parser.add_argument("--parse-json", action="store_true", help="read messages that are stored as JSON text")
+
+
+def _add_states(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--save-states", type=Path, metavar="FILE", help="keep the states, to fit again without the model"
     )
@@ -78,12 +87,10 @@ def _add_common(parser: argparse.ArgumentParser, rows: str) -> None:
         help="make a response's score of those of all its tokens: last, mean, max_ema, max_rolling, topk, or trained: "
         "gated_mean, attention; with parameters as in max_rolling:window=20 (default: the score at --position)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of splits and training (default: %(default)s)")
-    parser.add_argument("--limit", type=int, metavar="N", help="use the first N rows only")
-    parser.add_argument("--parse-json", action="store_true", help="read messages that are stored as JSON text")
 
 
 def _add_legend(parser: argparse.ArgumentParser) -> None:
+    _add_states(parser)
     parser.add_argument(
         "--direction",
         choices=["mean", "whitened"],
@@ -109,14 +116,27 @@ def _add_legend(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_hybrid(parser: argparse.ArgumentParser) -> None:
+    _add_states(parser)
     parser.add_argument("--gate", choices=["sigmoid", "softmax"], default="sigmoid", help="default: %(default)s")
 
 
 def _add_srr(parser: argparse.ArgumentParser) -> None:
+    _add_states(parser)
     parser.add_argument("--layer", help="a number, a fraction of the depth, or sweep (default: 0.25)")
 
 
-_ADD = {"legend": _add_legend, "hybrid": _add_hybrid, "srr": _add_srr}
+def _add_ensemble(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--heads",
+        dest="parts",
+        nargs="+",
+        required=True,
+        metavar="HEAD",
+        help="folders of the heads, or their names in the heads folder of the model",
+    )
+
+
+_ADD = {"legend": _add_legend, "hybrid": _add_hybrid, "srr": _add_srr, "ensemble": _add_ensemble}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -125,7 +145,10 @@ def run(args: argparse.Namespace) -> int:
     if args.out.exists() and not args.replace:
         raise SetupError(f"{args.out} exists already: choose another folder, or say --replace")
     args.name = args.name or args.out.name
-    args.position = args.position or ("mean" if args.pool else "eos" if args.kind == "hybrid" else "last")
+    if args.kind == "ensemble":
+        args.parts = [head_folder(args, one) for one in args.parts]
+    else:
+        args.position = args.position or ("mean" if args.pool else "eos" if args.kind == "hybrid" else "last")
     cache = _cache_folder(args)
     head, report = fit(args, lambda use: asyncio.run(_with_model(args, use)), cache)
     path = store.save(head, args.out, replace=args.replace)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -52,6 +53,29 @@ def settings_of(args: argparse.Namespace) -> Settings:
     except ValidationError as error:
         problems = [f"--{'-'.join(map(str, e['loc'])).replace('_', '-')}: {e['msg']}" for e in error.errors()]
         raise SetupError("; ".join(problems)) from None
+
+
+def head_folder(args: argparse.Namespace, given: str) -> Path:
+    """The folder of the active version of a head, which was given by its folder or by its name in the heads folder.
+
+    Raises:
+        SetupError: there is none, or the folder holds several.
+    """
+    from inward.backbones.fingerprint import fingerprint
+    from inward.heads import store
+    from inward.processes.wiring import find_model, heads_folder
+
+    folder = Path(given).expanduser()
+    if folder.is_dir():
+        names = sorted({found.name for found in store.find(folder)})
+        if len(names) != 1:
+            raise SetupError(f"{folder} holds {', '.join(names) or 'no head'}: give the folder of one head")
+        return store.active_path(folder, names[0])
+    settings = settings_of(args)
+    heads = heads_folder(settings, "" if settings.heads else fingerprint(find_model(settings).folder))
+    if heads is None:
+        raise SetupError(f"{given} is not a folder, and there is no heads folder to find a head of that name in")
+    return store.active_path(heads, given)
 
 
 def _help(name: str) -> str:

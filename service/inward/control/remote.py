@@ -23,7 +23,7 @@ from inward.control.channel import ControlChannel
 from inward.control.heads import LocalHeadControl
 from inward.control.policies import Activation, History, LocalPolicyControl
 from inward.errors import EngineDead, InternalError, InwardError, Unavailable, from_code
-from inward.heads.registry import Registry, choose
+from inward.heads.registry import KINDS, Registry, choose
 from inward.prompts import Texts
 from inward.types import BackboneInfo, HeadRef, Kind, Scored
 
@@ -170,7 +170,7 @@ class RemoteHeadControl:
         return list(self.worker_info.heads)
 
     def show(self, name: str) -> dict[str, Any]:
-        self.resolve(name, ("legend", "hybrid", "srr"))
+        self.resolve(name, KINDS)
         return next(row for row in self.worker_info.heads if row["name"] == name)
 
     async def activate(self, name: str, version: int) -> HeadRef:

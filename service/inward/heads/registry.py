@@ -21,7 +21,7 @@ from inward.heads import store
 from inward.heads.base import Head, Manifest
 from inward.types import BackboneInfo, HeadRef, Kind
 
-KINDS: tuple[Kind, ...] = ("legend", "hybrid", "srr")
+KINDS: tuple[Kind, ...] = ("legend", "hybrid", "srr", "ensemble")
 KEPT_UPDATES = 20
 """Versions made by online updates that are kept on disk, to roll back to; the oldest go first. What was fitted
 stays."""

@@ -24,6 +24,7 @@ from safetensors.numpy import save as safetensors_bytes
 from inward.errors import HeadError, NotFound
 from inward.files import replace_folder, write
 from inward.heads.base import FORMAT_VERSION, Head, Manifest
+from inward.heads.ensemble import EnsembleHead
 from inward.heads.hybrid import HybridHead
 from inward.heads.legend import LegendHead
 from inward.heads.srr import SrrHead
@@ -43,7 +44,12 @@ class HeadClass(Protocol):
         ...
 
 
-KINDS: Mapping[Kind, HeadClass] = {"legend": LegendHead, "hybrid": HybridHead, "srr": SrrHead}
+KINDS: Mapping[Kind, HeadClass] = {
+    "legend": LegendHead,
+    "hybrid": HybridHead,
+    "srr": SrrHead,
+    "ensemble": EnsembleHead,
+}
 
 
 class Found(NamedTuple):

@@ -7,7 +7,7 @@ import pytest
 from pyarrow import parquet
 
 from inward.errors import SetupError
-from inward.offline.annotate.options import Options
+from inward.offline.annotate.options import AnnotateOptions
 from inward.offline.annotate.plan import plan
 from inward_client.rows import DataError
 
@@ -25,7 +25,7 @@ def put(path, rows):
 
 
 def test_a_plan_says_what_is_read_and_where_it_goes(path, tmp_path):
-    planned = plan(Options(path, tmp_path / "out.jsonl", limit=2))
+    planned = plan(AnnotateOptions(path, tmp_path / "out.jsonl", limit=2))
     assert [(table.source.name, table.out, table.format) for table in planned.tables] == [
         ("in", tmp_path / "out.jsonl", "jsonl")
     ]
@@ -39,7 +39,7 @@ def test_an_input_is_never_written_to_by_whatever_name(path, tmp_path, name, res
     (tmp_path / "soft.jsonl").symlink_to(path)
     (tmp_path / "hard.jsonl").hardlink_to(path)
     with pytest.raises(SetupError, match="an input is never written to") as error:
-        plan(Options(path, tmp_path / name, restart=restart))
+        plan(AnnotateOptions(path, tmp_path / name, restart=restart))
     assert "--restart" not in error.value.message
 
 
@@ -50,19 +50,19 @@ def test_nor_is_anything_else_written_over_it(tmp_path, read):
     if name != read:
         (tmp_path / read).symlink_to(path)
     with pytest.raises(SetupError, match="an input is never written to"):
-        plan(Options(path, tmp_path / "out.jsonl", html=tmp_path / "page.html", restart=True))
+        plan(AnnotateOptions(path, tmp_path / "out.jsonl", html=tmp_path / "page.html", restart=True))
 
 
 def test_an_output_inside_the_folder_that_is_read_is_refused(path, tmp_path):
     with pytest.raises(SetupError, match=r"lies in .* which is read"):
-        plan(Options(tmp_path, tmp_path / "out"))
+        plan(AnnotateOptions(tmp_path, tmp_path / "out"))
 
 
 def test_what_parquet_can_not_hold_is_found_here(tmp_path):
     path = put(tmp_path / "in.jsonl", [{**ROW, "meta": {}}])
     with pytest.raises(DataError, match="'meta' holds empty objects"):
-        plan(Options(path, tmp_path / "out.parquet"))
-    assert plan(Options(path, tmp_path / "out.jsonl")).counts == (1,)
+        plan(AnnotateOptions(path, tmp_path / "out.parquet"))
+    assert plan(AnnotateOptions(path, tmp_path / "out.jsonl")).counts == (1,)
 
 
 def test_a_file_that_can_not_be_read_to_its_end_is_found_here(tmp_path):
@@ -71,13 +71,13 @@ def test_a_file_that_can_not_be_read_to_its_end_is_found_here(tmp_path):
     content = (tmp_path / "in.parquet").read_bytes()
     (tmp_path / "in.parquet").write_bytes(content[: len(content) // 2])
     with pytest.raises(DataError, match=r"in\.parquet can't be read as parquet"):
-        plan(Options(tmp_path / "in.parquet", tmp_path / "out.parquet"))
+        plan(AnnotateOptions(tmp_path / "in.parquet", tmp_path / "out.parquet"))
 
 
 def test_tables_of_a_folder_and_columns_that_are_not_read_are_told(tmp_path):
     (tmp_path / "in/data").mkdir(parents=True)
     put(tmp_path / "in/data/a.jsonl", [{**ROW, "history": [["a", "b"]]}])
     put(tmp_path / "in/b.jsonl", [ROW])
-    planned = plan(Options(tmp_path / "in", tmp_path / "out"))
+    planned = plan(AnnotateOptions(tmp_path / "in", tmp_path / "out"))
     assert [table.out for table in planned.tables] == [tmp_path / "out/b.parquet", tmp_path / "out/data/a.parquet"]
     assert planned.notes == ("not read: the columns 'history' (layout trl)", "read are 2 tables: b, data/a")

@@ -140,8 +140,8 @@ def test_a_chunk_never_spans_two_tables():
 
 
 def test_a_chunk_is_some_passes_of_the_model_whatever_the_length_of_the_rows():
-    assert chunk_rows(1024, 4000) == 4
-    assert chunk_rows(16384, 1000) == 256
+    assert chunk_rows(1024, 4000) == 2
+    assert chunk_rows(16384, 1000) == 131
     assert chunk_rows(1024, 10**6) == 1
     assert chunk_rows(1024, 0) == 256
     assert chunk_rows(None, 1000) == 64

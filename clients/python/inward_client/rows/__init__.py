@@ -1,7 +1,8 @@
 """Reads rows of preference data: the one reader of the service's commands, of the trainer and of the adapters.
 
     files     paths → rows: JSON lines, JSON arrays, CSV, Parquet, Arrow, folders, gzip
-    layouts   rows → a prompt and its answers, in the layouts in which such data are published
+    layouts   rows → pairs, in the layouts in which such data are published
+    pairs     prompt and answers with their whole context; messages: their roles and texts
 
 Parquet and Arrow need pyarrow, which is imported when such a file is read; nothing else needs anything.
 """
@@ -24,19 +25,13 @@ from inward_client.rows.layouts import (
     LAYOUTS,
     LOOKED_AT,
     Layout,
-    Pair,
     PairReader,
-    get,
     notes,
-    paired,
-    read_item,
     read_pair,
-    read_prompt,
     recognise,
-    transcript,
-    which,
 )
 from inward_client.rows.messages import Messages, Prompt, as_turns, messages, text
+from inward_client.rows.pairs import Pair, get, paired, read_item, read_prompt, transcript, which
 from inward_client.rows.terminal import printable
 
 __all__ = [

@@ -93,7 +93,7 @@ class _Unpacked(io.RawIOBase):
                 raise EOFError
 
 
-class Place:
+class Location:
     """How far a file was read, for the error that may come."""
 
     def __init__(self, path: Path, unit: str = "line") -> None:
@@ -135,10 +135,10 @@ class Place:
 
 def lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """The lines with something in them, and their numbers from 1."""
-    place = Place(path)
-    with place.reading(), opened(path) as file:
+    location = Location(path)
+    with location.reading(), opened(path) as file:
         for number, line in enumerate(file, start=1):
-            place.number = number
+            location.number = number
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
             if line.strip():
@@ -147,7 +147,7 @@ def lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 def is_array(path: Path) -> bool:
     """Whether the file is one JSON array instead of JSON lines."""
-    with Place(path).reading(), opened(path) as file:
+    with Location(path).reading(), opened(path) as file:
         return file.peek(PIECE).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
 
 
@@ -171,10 +171,10 @@ def array(path: Path) -> Numbered:
     Raises:
         DataError: it is not JSON from some element on.
     """
-    place = Place(path, "element")
-    with place.reading(), opened(path) as file:
-        for value in _elements(file, place):
-            where = str(place)
+    location = Location(path, "element")
+    with location.reading(), opened(path) as file:
+        for value in _elements(file, location):
+            where = str(location)
             yield where, value if isinstance(value, dict) else DataError("must be a JSON object", where=where)
 
 
@@ -184,30 +184,30 @@ def records(path: Path, delimiter: str) -> Numbered:
     Raises:
         DataError: the heading has a name twice, or the rest can't be read.
     """
-    place = Place(path)
+    location = Location(path)
     csv.field_size_limit(LONGEST_FIELD)
-    with place.reading(), opened(path) as packed:
+    with location.reading(), opened(path) as packed:
         file = io.TextIOWrapper(packed, encoding="utf-8-sig", newline="")
         reader = csv.DictReader(file, delimiter=delimiter, strict=True)
         try:
             _check_heading(path, list(reader.fieldnames or ()), delimiter)
-            place.number = 1
+            location.number = 1
             for row in reader:
-                place.number = reader.line_num
-                where = str(place)
+                location.number = reader.line_num
+                where = str(location)
                 fits = None not in row and None not in row.values()
                 yield where, row if fits else DataError("has not as many fields as the heading", where=where)
         except csv.Error as error:
             raise DataError(
                 f"not readable as CSV ({error}): is a quotation mark missing?",
-                where=f"{path}, in line {place.number + 1}",
+                where=f"{path}, in line {location.number + 1}",
             ) from None
         except UnicodeDecodeError as error:
-            place.number = _lines_before(path, error)
+            location.number = _lines_before(path, error)
             raise
 
 
-def _elements(file: IO[bytes], place: Place) -> Iterator[Any]:
+def _elements(file: IO[bytes], location: Location) -> Iterator[Any]:
     decode, parse = codecs.getincrementaldecoder("utf-8-sig")(), json.JSONDecoder().raw_decode
     held, at, piece, ended = "", 0, PIECE, False
 
@@ -216,7 +216,7 @@ def _elements(file: IO[bytes], place: Place) -> Iterator[Any]:
         data = file.read(piece)
         held, at, ended = held[at:] + decode.decode(data, final=not data), 0, not data
         if len(held) > LONGEST_ELEMENT:
-            raise DataError(f"is longer than {LONGEST_ELEMENT:,} characters", where=str(place))
+            raise DataError(f"is longer than {LONGEST_ELEMENT:,} characters", where=str(location))
 
     def next_sign() -> str:
         """The next character that is no white space, which is passed over; empty at the end."""
@@ -232,7 +232,7 @@ def _elements(file: IO[bytes], place: Place) -> Iterator[Any]:
     at += 1  # the bracket that was seen by ``is_array``
     ended_at_once = next_sign() == "]"
     while not ended_at_once:
-        place.number += 1
+        location.number += 1
         next_sign()
         while True:
             try:
@@ -241,9 +241,9 @@ def _elements(file: IO[bytes], place: Place) -> Iterator[Any]:
                     break
             except json.JSONDecodeError as error:
                 if ended:
-                    raise DataError(f"not JSON ({error.msg})", where=str(place)) from None
+                    raise DataError(f"not JSON ({error.msg})", where=str(location)) from None
             except RecursionError:
-                raise DataError("nested too deeply", where=str(place)) from None
+                raise DataError("nested too deeply", where=str(location)) from None
             piece *= 2
             more()
         at, piece = end, PIECE
@@ -251,11 +251,11 @@ def _elements(file: IO[bytes], place: Place) -> Iterator[Any]:
         if (sign := next_sign()) == "]":
             break
         if sign != ",":
-            raise DataError("is not followed by a comma, or by the array's end", where=str(place))
+            raise DataError("is not followed by a comma, or by the array's end", where=str(location))
         at += 1
     at += 1
     if next_sign():
-        raise DataError("the array ends here, and more follows", where=str(place))
+        raise DataError("the array ends here, and more follows", where=str(location))
 
 
 def _check_heading(path: Path, names: list[str], delimiter: str) -> None:

@@ -297,11 +297,9 @@ def _differs(model: Model, caching: Caching) -> str | None:
     if caching == "shared":
         other, _ = prefill(model, second, rows(second, 1))
         cohort.join(other)
-    for step in range(4):
-        if step == 2:
-            cohort.keep(list(range(len(cohort.rows)))[-2 if caching == "shared" else -1 :])
-        if step == 3 and caching == "shared":
-            cohort.keep([1])
+    for step in range(3):
+        if step:  # the first row leaves, until the last one, a shorter text, is alone
+            cohort.keep(list(range(len(cohort.rows)))[1:] or [0])
         for row in cohort.rows:
             row.ids.append(int(draw.integers(0, vocabulary)))
         logits_BV = cohort.feed(model, [row.ids[-1] for row in cohort.rows])

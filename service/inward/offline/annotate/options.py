@@ -16,7 +16,7 @@ SUSPICIOUS = 10
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class AnnotateOptions:
     """All options, checked by themselves."""
 
     input: Path
@@ -42,7 +42,7 @@ class Options:
     json: bool = False
 
     @classmethod
-    def of(cls, args: argparse.Namespace) -> Options:
+    def of(cls, args: argparse.Namespace) -> AnnotateOptions:
         """From the command line.
 
         Raises:

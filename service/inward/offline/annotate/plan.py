@@ -9,7 +9,7 @@ from pathlib import Path
 
 from inward.errors import DataError, SetupError
 from inward.offline.annotate.merge import Shape, Table, schema_for
-from inward.offline.annotate.options import Options
+from inward.offline.annotate.options import AnnotateOptions
 from inward_client import rows
 from inward_client.rows import LOOKED_AT, Format, PairReader, Row, Source, as_turns
 
@@ -18,7 +18,7 @@ from inward_client.rows import LOOKED_AT, Format, PairReader, Row, Source, as_tu
 class Plan:
     """What the options ask for, checked."""
 
-    options: Options
+    options: AnnotateOptions
     tables: tuple[Table, ...]
     counts: tuple[int, ...]
     """Rows of each table."""
@@ -34,7 +34,7 @@ class Plan:
         return [table.source for table in self.tables]
 
 
-def plan(options: Options) -> Plan:
+def plan(options: AnnotateOptions) -> Plan:
     """Looks at the input, and at the places that would be written to.
 
     Raises:
@@ -80,7 +80,7 @@ def _outs(out: Path, sources: Sequence[Source]) -> tuple[list[Path], Format]:
     return [out / f"{source.name}.parquet" for source in sources], "parquet"
 
 
-def _protect_input(options: Options, sources: Sequence[Source], outs: Sequence[Path]) -> None:
+def _protect_input(options: AnnotateOptions, sources: Sequence[Source], outs: Sequence[Path]) -> None:
     """Nothing that is written may be something that is read, by whatever name (links, too).
 
     Raises:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from inward import __version__
 from inward.files import write
 from inward.offline.annotate import merge
-from inward.offline.annotate.options import Options
+from inward.offline.annotate.options import AnnotateOptions
 from inward.offline.annotate.page import page
 from inward.offline.annotate.plan import Plan, beside, plan
 from inward.offline.annotate.scorer import Annotated, Annotator, OpenScorer, Scorer
@@ -35,7 +35,7 @@ Keep = Callable[[Chunk, Done], None]
 
 
 @data_errors()
-def annotate(options: Options, opened: OpenScorer) -> int:
+def annotate(options: AnnotateOptions, opened: OpenScorer) -> int:
     """The whole command; see ``inward annotate --help``. The exit status.
 
     Raises:
@@ -44,7 +44,7 @@ def annotate(options: Options, opened: OpenScorer) -> int:
     planned = plan(options)
     for note in planned.notes:
         print(f"note: {printable(note)}", file=sys.stderr)
-    job = Job(planned, opened)
+    job = Annotation(planned, opened)
     try:
         if options.engine == "ray":
             job.in_ray()
@@ -56,7 +56,7 @@ def annotate(options: Options, opened: OpenScorer) -> int:
     return 0 if job.annotated else 1
 
 
-class Job:
+class Annotation:
     """One run of the command."""
 
     def __init__(self, planned: Plan, opened: OpenScorer) -> None:

@@ -11,7 +11,7 @@ import httpx
 
 from inward import errors
 from inward.errors import SetupError, Unavailable
-from inward.offline.annotate.options import Options
+from inward.offline.annotate.options import AnnotateOptions
 from inward_client import (
     AsyncInward,
     BadRequest,
@@ -212,7 +212,7 @@ class ServiceScorer:
 
 
 @asynccontextmanager
-async def at_url(options: Options, key: str | None) -> AsyncIterator[Scorer]:
+async def at_url(options: AnnotateOptions, key: str | None) -> AsyncIterator[Scorer]:
     """The service of the options, as long as it is needed."""
     scorer = ServiceScorer(options.url or "", key, head=options.head, truncate=options.truncate)
     try:

@@ -30,7 +30,7 @@ from inward_client.rows import DataError, Pair, PairReader, Row, Source
 
 MOST_ROWS = 256
 """Of a chunk."""
-PASSES = 4
+PASSES = 2
 """Forward passes of a chunk: enough to pack well, and seconds even on a processor."""
 ROWS_AT_URL = 64
 """Of a chunk where passes are a service's affair."""

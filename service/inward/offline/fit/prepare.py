@@ -45,7 +45,7 @@ def manifest(
         name=name,
         kind=kind,
         version=1,
-        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        created=created(),
         backbone=states.backbone or BackboneRef(name=UNKNOWN, fingerprint=UNKNOWN),
         layers=tuple(layers),
         position=states.position,
@@ -53,15 +53,20 @@ def manifest(
         and max(states.layers) in layers,  # extraction sets it only where its last layer is the model's
         template=states.template or UNKNOWN,
         calibration=dict(calibration),
-        fit={
-            "data": states.data_hash,
-            "rows": len(states) if rows is None else rows,
-            "seed": seed,
-            "versions": {"inward": __version__, "numpy": version("numpy"), "torch": version("torch")},
-            "metrics": dict(metrics),
-        },
+        fit=record(states.data_hash, len(states) if rows is None else rows, seed, metrics),
         options=dict(options or {}),
     )
+
+
+def created() -> str:
+    """Now, UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def record(data: str, rows: int, seed: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """``Manifest.fit``."""
+    versions = {"inward": __version__, "numpy": version("numpy"), "torch": version("torch")}
+    return {"data": data, "rows": rows, "seed": seed, "versions": versions, "metrics": dict(metrics)}
 
 
 def calibration(scores_M: NDArray[np.float64]) -> dict[str, Any]:

@@ -11,17 +11,21 @@ from pydantic import ValidationError
 
 from inward.backbones.base import Backbone
 from inward.errors import DataError, SetupError
+from inward.heads import store
 from inward.heads.base import Head
 from inward.heads.pooling import Pool
 from inward.offline.data.pairs import (
     CalibrationRow,
     Pair,
+    data_hash,
     has_refusals,
+    prompt_groups,
     read_calibration,
     read_lists,
     read_pairs,
     read_texts,
 )
+from inward.offline.fit.ensemble import Judges, fit_ensemble
 from inward.offline.fit.hybrid import fit_hybrid
 from inward.offline.fit.legend import constant_refusal, fit_legend
 from inward.offline.fit.pool import fit_pool
@@ -30,6 +34,7 @@ from inward.offline.fit.whitened import Choice, Evidence, FromStates, fit_whiten
 from inward.offline.states.moments import Moments
 from inward.offline.states.read import extract_lists, extract_pairs, store_pairs, sum_pairs, sum_responses
 from inward.offline.states.saved import ListStates, PairStates, load_list_states, load_pair_states, save_states
+from inward.offline.states.scores import score_pairs, score_states
 from inward.offline.states.stored import PairSource, StoredPairs, blocks, in_memory
 from inward.prompts import Prompts
 
@@ -50,7 +55,7 @@ def fit(args: Namespace, with_model: WithModel[Any], cache: Path) -> Fitted:
     Raises:
         DataError, SetupError: rows or options that no head can be fitted with.
     """
-    if args.pool:
+    if getattr(args, "pool", None):
         return _with_pool(args, with_model, cache)
     match args.kind:
         case "legend" if args.direction == "whitened":
@@ -59,6 +64,8 @@ def fit(args: Namespace, with_model: WithModel[Any], cache: Path) -> Fitted:
             return _legend(args, with_model, cache)
         case "hybrid":
             return _hybrid(args, with_model, cache)
+        case "ensemble":
+            return _ensemble(args, with_model)
         case _:
             return _srr(args, with_model, cache)
 
@@ -254,6 +261,29 @@ def _hybrid(args: Namespace, with_model: WithModel[Any], cache: Path) -> Fitted:
         return await store_pairs(backbone, prompts, pairs, path, layers=layers, position=args.position)
 
     return fit_hybrid(with_model(store), name=args.name, gate=args.gate, seed=args.seed, cache=cache)
+
+
+def _ensemble(args: Namespace, with_model: WithModel[Any]) -> Fitted:
+    heads = [store.load(path) for path in args.parts]
+    for other in heads[1:]:
+        if other.manifest.backbone.fingerprint != heads[0].manifest.backbone.fingerprint:
+            names = f"{heads[0].manifest.name!r} and {other.manifest.name!r}"
+            raise DataError(f"heads {names} were fitted on different backbones: they cannot be one head")
+    if args.states:
+        states = StoredPairs.open(args.states)
+        scores_PM = score_states(states, heads)
+        return fit_ensemble(heads, scores_PM, Judges(states.groups_N, states.data_hash), name=args.name, seed=args.seed)
+    pairs = read_pairs(args.rows, parse_json=args.parse_json)[: args.limit]
+
+    async def use(backbone: Backbone, prompts: Prompts) -> Fitted:
+        for path in args.parts:  # again, as the server would: the backbone is known now
+            store.load(path, fingerprint=backbone.info.fingerprint, template=prompts.template)
+        scores_PM = await score_pairs(backbone, prompts, pairs, heads)
+        groups_N = prompt_groups(pair.prompt for pair in pairs)
+        return fit_ensemble(heads, scores_PM, Judges(groups_N, data_hash(pairs)), name=args.name, seed=args.seed)
+
+    fitted: Fitted = with_model(use)
+    return fitted
 
 
 def _srr(args: Namespace, with_model: WithModel[Any], cache: Path) -> Fitted:
