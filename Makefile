@@ -91,7 +91,7 @@ FIT = $(BIN)/inward fit
 READ := --model smollm2 --position mean --layers 8,10,12,14,16,18,20,22,24,26,28 --replace
 demo: .venv/installed .venv/smollm2
 	$(BIN)/python -m inward.offline.smollm2 --pairs $(PAIRS) --lists $(LISTS) --harmful $(HARMFUL) --harmless $(HARMLESS) --out out/smollm2
-	$(FIT) legend $(READ) --pairs out/smollm2/calibration.jsonl --validation out/smollm2/pairs.jsonl --layer sweep --out $(SMOLLM2_HEADS)/legend
+	$(FIT) legend $(READ) --pairs out/smollm2/calibration.jsonl --validation out/smollm2/validation.jsonl --layer sweep --out $(SMOLLM2_HEADS)/legend
 	$(FIT) hybrid $(READ) --pairs out/smollm2/pairs.jsonl --save-states out/smollm2/pairs.safetensors --out $(SMOLLM2_HEADS)/hybrid
 	$(FIT) legend $(READ) --states out/smollm2/pairs.safetensors --direction whitened --layer sweep --out $(SMOLLM2_HEADS)/legend-whitened
 	$(FIT) hybrid $(READ) --pairs out/smollm2/monitor.jsonl --seed 1 --out $(SMOLLM2_HEADS)/monitor
