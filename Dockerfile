@@ -38,8 +38,8 @@ RUN pip install --no-deps --force-reinstall .
 FROM python:${PYTHON}-slim-bookworm AS build-trainer
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PATH=/srv/inward/bin:$PATH
 RUN python -m venv /srv/inward
-COPY clients/trainer /src
-RUN pip install /src
+COPY clients /src
+RUN pip install /src/python /src/trainer
 
 FROM python:${PYTHON}-slim-bookworm AS base
 # gcc: Triton compiles its launchers on the machine that runs them (GPU variant, trainer).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from inward.backbones.tokenizer import FolderTokenizer, load_tokenizer
+from inward.backbones.tokenizer import FolderTokenizer, load_tokenizer, tokenizer_hash
 from inward.errors import SetupError
 from inward.processes.wiring import TOY
 from inward.prompts import DATE, Prompts
@@ -238,6 +239,16 @@ def test_groups_and_the_name_of_the_template_are_those_of_transformers(ours, the
     assert one.template == other.template
     for text in filter(None, TEXTS):
         assert one.group(text, TEXTS[1:]) == other.group(text, TEXTS[1:])
+
+
+def test_the_hash_is_the_same_whoever_loads_it_and_changes_with_what_texts_become(ours, theirs, folder, tmp_path):
+    assert tokenizer_hash(ours) == tokenizer_hash(theirs)
+    shutil.copytree(folder, tmp_path / "other", dirs_exist_ok=True)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    (tmp_path / "other/tokenizer.json").write_text(json.dumps(content, indent=3))
+    assert tokenizer_hash(load_tokenizer(tmp_path / "other")) == tokenizer_hash(ours)
+    (tmp_path / "other/chat_template.jinja").write_text("another")
+    assert tokenizer_hash(load_tokenizer(tmp_path / "other")) != tokenizer_hash(ours)
 
 
 @pytest.mark.parametrize("family", [toy, of_transformers, qwen_like], ids=lambda family: family.__name__)

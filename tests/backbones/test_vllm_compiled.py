@@ -62,10 +62,11 @@ def test_the_model_is_compiled_and_read_at_every_layer_and_position(
     readouts = one_a_tap(EVERY_MAPPED_TAP)
     truth = read(reference, groups, readouts, tokens=True)
     fresh = read(backbone, groups[:20], readouts, tokens=True)
-    cached = read(backbone, groups[:20], readouts, tokens=True)
     assert worst_error(fresh, truth[:20]) <= TOLERANCE
-    assert worst_error(cached, truth[:20]) <= TOLERANCE
-    assert sum(r.cached_tokens for r in cached) > sum(r.cached_tokens for r in fresh)
+    for _ in range(2):  # few enough that the cache still holds them the second time
+        cached = read(backbone, groups[:4], readouts, tokens=True)
+        assert worst_error(cached, truth[:4]) <= TOLERANCE
+    assert sum(r.cached_tokens for r in cached) > sum(r.cached_tokens for r in fresh[:4])
     assert worst_error(read(backbone, groups, readouts, tokens=True), truth) <= TOLERANCE  # more than the cache holds
 
 

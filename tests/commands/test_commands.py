@@ -214,3 +214,14 @@ def test_a_pool_is_fitted_from_texts_and_named_in_the_manifest(folder, tmp_path,
     assert inward("heads", "verify", "--model", folder / "model", "--heads", tmp_path / "heads") == 0
     assert inward("fit", "legend", *rows, "--pool", "maximum", "--out", tmp_path / "x") == 2
     assert "--pool maximum" in capsys.readouterr().err
+
+
+def test_verify_says_how_well_heads_still_fit_recent_pairs(folder, tmp_path, capsys):
+    model = ["--model", folder / "model"]
+    out = ["--direction", "whitened", "--layer", 2, "--out", tmp_path / "heads" / "white"]
+    assert inward("fit", "legend", *model, "--pairs", folder / "pairs.jsonl", *out) == 0
+    capsys.readouterr()
+    recent = ["--heads", tmp_path / "heads", "--pairs", folder / "pairs.jsonl", "--json"]
+    assert inward("heads", "verify", *model, *recent) == 0
+    [row] = json.loads(capsys.readouterr().out)
+    assert row["ok"] and row["drift"]["cosine"] > 0.9 and row["drift"]["pairs"] == 40

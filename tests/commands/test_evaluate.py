@@ -13,7 +13,21 @@ from inward.offline.states.saved import ListStates, save_states
 from support.serving import write_model
 from support.small_heads import manifest, pair_states
 
-KEYS = ["input", "head", "metrics", "baselines", "layers", "strategies", "over_refusal", "cost", "notes"]
+KEYS = [
+    *(
+        "input",
+        "head",
+        "metrics",
+        "baselines",
+        "layers",
+        "strategies",
+        "over_refusal",
+        "guard",
+        "parts",
+        "cost",
+        "notes",
+    )
+]
 QUICK = ("--resamples", 50)
 
 
@@ -223,7 +237,9 @@ def test_saved_states_and_texts_give_the_same_figures(evaluate, folder, tmp_path
     )
     capsys.readouterr()
     of_states = evaluate("--head", folder / "heads", "--states", saved, "--json", *QUICK)
-    assert of_states["metrics"]["auc"] == evaluate(*options(folder, "pairs"))["metrics"]["auc"]
+    of_texts = evaluate(*options(folder, "pairs"))
+    value = of_texts["metrics"]["auc"]["value"]
+    assert of_states["metrics"]["auc"]["value"] == pytest.approx(value, abs=0.01), "states are kept in float16"
 
 
 def test_responses_are_cut_where_asked(evaluate, folder):
@@ -232,3 +248,61 @@ def test_responses_are_cut_where_asked(evaluate, folder):
     assert report["notes"] == ["responses were cut after their first 1 tokens"]
     assert report["metrics"]["spearman_length"] is None
     assert "length" in report["baselines"]
+
+
+def test_two_heads_are_compared_on_the_same_rows(evaluate, states, head, tmp_path):
+    other = store.save(
+        LegendHead(manifest(name="worse"), np.eye(12, dtype=np.float32)[5]), tmp_path / "heads" / "worse"
+    )
+    report = evaluate("--compare", other, head, "--states", states, "--json", *QUICK)
+    assert (report["first"], report["second"]) == ("worse", "legend")
+    assert report["metrics"]["pair_accuracy"]["verdict"] == "second"
+    printed = evaluate("--compare", other, head, "--states", states, *QUICK)
+    assert "legend minus worse" in printed
+    assert "--cross-validate" in evaluate("--compare", other, head, "--cross-validate", "--states", states, status=2)
+
+
+def test_no_column_is_cut_off_whatever_the_terminal(evaluate, states, head, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    printed = evaluate("--head", head, "--states", states, *QUICK)
+    assert "length-matched" in printed and "…" not in printed
+    assert "caught (TPR)" in printed
+
+
+def test_whitened_directions_are_refitted_by_fold(evaluate, states):
+    report = evaluate("--cross-validate", "whitened", "--states", states, "--no-baselines", "--json", *QUICK)
+    assert report["metrics"]["pair_accuracy"]["value"] > 0.8
+    assert report["metrics"]["auc"]["value"] > 0.75, "scores of folds are comparable"
+
+
+def test_a_pooled_head_is_judged_by_texts_as_a_guard_and_by_category(evaluate, tmp_path):
+    """Every token is read; thresholds come from other rows; rows are divided by a column."""
+    write_model(tmp_path)
+    info = json.loads((tmp_path / "heads" / "bench-0" / "head.json").read_text())
+    pooled = tmp_path / "heads" / "bench-0" / "head.json"
+    pooled.write_text(json.dumps({**info, "pool": {"name": "max_rolling", "window": 3}}))
+    words = "harbour quiet morning boats lock canal step help safer".split()
+    rng = np.random.default_rng(0)
+
+    def rows(n, column):
+        for i in range(n):
+            answer = {
+                "prompt": " ".join(rng.choice(words, 3)) + f" {i // 2}",
+                "response": " ".join(rng.choice(words, 5)),
+            }
+            yield (
+                {**answer, "safe": bool(i % 2), "category": "one" if i % 4 < 2 else "two"}
+                if column
+                else {**answer, "safe": True}
+            )
+
+    for name, n, column in (("judged", 40, True), ("others", 120, False)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(n, column)))
+    report = evaluate(
+        *("--model", tmp_path / "model", "--head", tmp_path / "heads" / "bench-0"),
+        *("--responses", tmp_path / "judged.jsonl", "--calibration", tmp_path / "others.jsonl", "--by", "category"),
+        *("--no-baselines", "--json", *QUICK),
+    )
+    assert report["head"]["pool"] == "max_rolling"
+    assert [one["rate"] for one in report["guard"]] == [0.01, 0.05] and report["guard"][0]["threshold"] is not None
+    assert report["parts"].keys() == {"one", "two"} and report["parts"]["one"]["responses"] == 20

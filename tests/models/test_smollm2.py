@@ -12,7 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from inward.backbones.fingerprint import fingerprint
-from inward.backbones.tokenizer import load_tokenizer
+from inward.backbones.loading import SMOLLM2, resolve
+from inward.backbones.tokenizer import end_ids, ending_configs, load_tokenizer, tokenizer_hash
 from inward.backbones.transformers.backbone import TransformersBackbone
 from inward.engine import Engine
 from inward.heads import store
@@ -50,6 +51,16 @@ def prompts(folder: Path) -> Prompts:
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def test_a_process_without_weights_tokenises_as_the_packages_model_does(folder: Path, prompts: Prompts) -> None:
+    bundled = resolve(SMOLLM2, weights=False)
+    ours = Prompts(load_tokenizer(bundled), max_tokens=8192)
+    assert tokenizer_hash(ours.tokenizer) == tokenizer_hash(prompts.tokenizer)
+    assert ours.template == prompts.template
+    ends = [end_ids(prompts.tokenizer, *ending_configs(where)) for where in (bundled, folder)]
+    assert ends[0] == ends[1] == (2,)
+    assert ours.group("What is it?", [PARAGRAPH]) == prompts.group("What is it?", [PARAGRAPH])
 
 
 async def test_it_knows_the_capital_of_france(backbone: TransformersBackbone, prompts: Prompts) -> None:

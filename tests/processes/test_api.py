@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from inward.processes.wiring import find_model, open_prompts
+from inward.settings import Settings
 from support import bare_inward
 
 SERVICE = Path(__file__).parents[2] / "service"
@@ -26,6 +28,14 @@ def test_it_imports_nothing_that_its_own_distribution_does_not_bring():
 def test_the_bare_command_line_helps(words):
     done = subprocess.run([sys.executable, bare_inward.__file__, *words], capture_output=True, text=True, cwd=SERVICE)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_default_model_can_be_tokenised_for_without_its_weights():
+    model = find_model(Settings(), weights=False)
+    prompts = open_prompts(Settings(), model, 8192)
+    assert model.name == "smollm2"
+    assert prompts.render("Hi.").endswith("<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\n")
+    assert not list(model.folder.glob("*.safetensors"))
 
 
 def test_what_needs_a_model_says_what_to_install(tmp_path):

@@ -6,9 +6,10 @@ import torch
 
 from inward.stores.keys import Keys
 from inward_trainer.__main__ import main, mendable, parser
-from inward_trainer.cdpo import check, stream_key
+from inward_trainer.cdpo import check
 from inward_trainer.errors import OptionsError
 from inward_trainer.options import CdpoOptions, ExportOptions, RewardOptions, add_options, read_options, recipes
+from inward_trainer.parts import stream_key
 
 COMMANDS = {"cdpo": CdpoOptions, "rm": RewardOptions, "export": ExportOptions}
 

@@ -15,16 +15,7 @@ from inward_trainer.logs import read_log
 from support.fake_inward import FakeInward, served
 from support.small_policy import options, rows, write_policy, write_rows
 
-LAUNCH = [
-    sys.executable,
-    "-m",
-    "torch.distributed.run",
-    "--standalone",
-    "--nproc-per-node",
-    "2",
-    "-m",
-    "inward_trainer",
-]
+LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "inward_trainer"]
 
 
 def launched(**options):
@@ -32,7 +23,7 @@ def launched(**options):
     quick = {"batch-size": 1, "max-length": 128, "lora-rank": 4} | options
     words = [word for name, value in quick.items() for word in (f"--{name}", str(value))]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [*LAUNCH, "cdpo", *words, "--no-bf16", "--no-tensorboard"]
+    command = [sys.executable, *LAUNCH, "cdpo", *words, "--no-bf16", "--no-tensorboard"]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
 
 

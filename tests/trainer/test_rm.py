@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from inward_trainer import rm
 from inward_trainer.errors import DataError, OptionsError
 from inward_trainer.logs import read_log
+from inward_trainer.models import load_tokenizer
 from inward_trainer.options import RewardOptions
 from inward_trainer.pairs import read_row
 from inward_trainer.runs import locked
@@ -50,7 +51,7 @@ def losses(run):
 def rows_of(run, fake):
     with service(fake) as asked:
         run.out.mkdir(exist_ok=True)
-        return rm.read_rows(run, run.pairs, rm.Tokeniser(rm.load_tokenizer(run.model)), asked)
+        return rm.read_rows(run, run.pairs, rm.Tokeniser(load_tokenizer(run.model)), asked)
 
 
 def test_learns_to_rank_and_reports_it(policy, tmp_path, capsys):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from inward_trainer.errors import OptionsError
 from inward_trainer.fingerprint import fingerprint
+from inward_trainer.models import load_tokenizer
 from inward_trainer.service import Info
 from inward_trainer.tokens import Tokeniser
 
@@ -15,6 +17,21 @@ SERVICE = "service"
 """As ``--model``: whatever the service serves."""
 FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 """Safetensors and text only: weights in pickled form are never fetched."""
+
+
+@dataclass(frozen=True, slots=True)
+class FoundModel:
+    """What is trained, before its weights are loaded."""
+
+    folder: Path
+    tokeniser: Tokeniser
+
+    @classmethod
+    def find(cls, name: str, revision: str | None, template: str | None) -> FoundModel:
+        """Raises ``OptionsError`` where there is no such model."""
+        folder = find_model(name, revision)
+        tokenizer = load_tokenizer(folder)
+        return cls(folder, Tokeniser(tokenizer, template, eos_ids(folder, tokenizer)))
 
 
 def name_model(model: str, revision: str | None, info: Info | None) -> tuple[str, str | None]:

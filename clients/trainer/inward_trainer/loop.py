@@ -146,9 +146,7 @@ class OnlineLoop(TrainerCallback):  # type: ignore[misc]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if self._main is not None and logs and "loss" in logs:  # the trainer's last line, without, sums up the run
-            step = self._feed.current
-            ids = {"pairs": [pair.id for pair in step.pairs]} if step is not None else {}
-            self._main.log.write(state.global_step, logs | ids)
+            self._main.log.write(state.global_step, logs | self._about_pairs(state.global_step - 1))
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._saved = state.global_step
@@ -164,6 +162,17 @@ class OnlineLoop(TrainerCallback):  # type: ignore[misc]
         if self._main is not None and self._stopping.signal is None:
             self._settle(args, state)  # what a kill left undone, if the source had nothing since
             self._main.log.series.begins(state.global_step, state.global_step)
+
+    def _about_pairs(self, done: int) -> dict[str, Any]:
+        """Which pairs the step had, and by how many versions their policy was behind, at most."""
+        step = self._feed.current
+        if self._main is None or step is None:
+            return {}
+        told: dict[str, Any] = {"pairs": [pair.id for pair in step.pairs]}
+        if self._main.publisher is not None:
+            ages = [self._main.publisher.age(pair.policy_version, done) for pair in step.pairs]
+            told["policy_lag"] = max((age for age in ages if age is not None), default=None)
+        return told
 
     def _settle(self, args: Any, state: Any) -> None:
         """See the module, 4."""

@@ -20,7 +20,7 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, set_seed
 from trl import RewardConfig, RewardTrainer
 
-from inward_trainer.base_model import check_same, eos_ids, find_model, name_model
+from inward_trainer.base_model import FoundModel, check_same, name_model
 from inward_trainer.checkpoints import last_checkpoint, mark_complete, step_of
 from inward_trainer.durable import write_text
 from inward_trainer.errors import DataError, OptionsError, Stopped
@@ -28,7 +28,7 @@ from inward_trainer.evaluation import Evaluation
 from inward_trainer.fingerprint import fingerprint
 from inward_trainer.logs import Log
 from inward_trainer.loop import refuse_divergence
-from inward_trainer.models import checkpoints, configuration, load_model, load_tokenizer, lora
+from inward_trainer.models import checkpoints, configuration, load_model, lora
 from inward_trainer.options import RewardOptions
 from inward_trainer.pairs import ScoredPair, read_row
 from inward_trainer.processes import agreed
@@ -137,9 +137,8 @@ def _run(options: RewardOptions, path: Path, config: RewardConfig, stopping: Sto
     service = _service(options, stopping, stack) if options.url and is_main else None
     info = service.info() if service else None
     name, revision = agreed(name_model(options.model, options.revision, info) if is_main else None, processes)
-    folder = find_model(name, revision)
-    tokenizer = load_tokenizer(folder)
-    tokeniser = Tokeniser(tokenizer, options.template, eos_ids(folder, tokenizer))
+    model = FoundModel.find(name, revision, options.template)
+    folder, tokeniser, tokenizer = model.folder, model.tokeniser, model.tokeniser.tokenizer
     log = rows = checkpoint = None
     if is_main:
         if info is not None:

@@ -99,10 +99,11 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def say_stopped(command: str, options: ModelOptions, stop: Stopped, steps: int) -> int:
+def say_stopped(command: str, options: ModelOptions, stop: Stopped, steps: int | None) -> int:
     """Says how far the run came and how it goes on; the exit status that a signal's end has."""
     checkpoint = last_checkpoint(checkpoints(options))
-    done = f"step {step_of(checkpoint)} of {steps} is kept" if checkpoint else "before the first checkpoint"
+    planned = f" of {steps}" if steps else ""
+    done = f"step {step_of(checkpoint)}{planned} is kept" if checkpoint else "before the first checkpoint"
     print(
         f"inward-train {command}: stopped by {signal.Signals(stop.signal).name}, {done}; the same command goes on from "
         "there",

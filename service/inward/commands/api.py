@@ -23,14 +23,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import asyncio
-
-    from inward import logs, tracing
     from inward.processes import server
     from inward.processes.api import ApiProcess
 
     settings = settings_of(args)
-    logs.configure(settings.log_level, settings.log_format == "json")
-    tracing.configure(settings.otlp_endpoint, "api")
     server.check_reachability(settings)
-    return asyncio.run(server.serve(settings, lambda: ApiProcess.open(settings), lambda api: {"queue": api.queue_name}))
+    return server.run("api", settings, lambda: ApiProcess.open(settings), lambda api: {"queue": api.queue_name})

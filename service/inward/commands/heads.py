@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from inward.backbones.fingerprint import fingerprint
 from inward.commands import COMMANDS
-from inward.commands.options import add_settings, settings_of
+from inward.commands.options import MODEL_SETTINGS, add_settings, settings_of
 from inward.errors import HeadError, NotFound
 from inward.heads import store
-from inward.processes.wiring import find_model, heads_folder, open_prompts
+from inward.processes.wiring import find_model, heads_folder, open_backbone, open_prompts
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -31,12 +34,16 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "verify",
         help="load every head as the server would",
         description="Loads every version of every head as the server would, "
-        "and says which ones it would refuse, and why. Exit status 1 if any.",
+        "and says which ones it would refuse, and why. Exit status 1 if any. With recent pairs also: how well the "
+        "active ones still fit them.",
     )
+    recent = verify.add_mutually_exclusive_group()
+    recent.add_argument("--pairs", type=Path, metavar="FILE", help="recent labelled pairs, read through the model")
+    recent.add_argument("--states", type=Path, metavar="FILE", help="the same as saved states")
     for verb in (listing, verify):
         verb.add_argument("--json", action="store_true", help="as JSON")
     for verb in (listing, show, verify):
-        add_settings(verb, ("model", "revision", "heads", "template", "max_tokens"))
+        add_settings(verb, (*MODEL_SETTINGS, "heads"))
     parser.set_defaults(run=run)
 
 
@@ -51,7 +58,9 @@ def run(args: argparse.Namespace) -> int:
         return _show(args.name, folder)
     if args.verb == "list":
         return _list(store.find(folder), as_json=args.json)
-    return _verify(folder, print_, open_prompts(settings, model, 2**31).template, as_json=args.json)
+    template = open_prompts(settings, model, 2**31).template
+    drifts = _drifts(args, folder, print_, template) if args.pairs or args.states else {}
+    return _verify(folder, print_, template, drifts, as_json=args.json)
 
 
 def _list(found: list[store.Found], *, as_json: bool) -> int:
@@ -69,10 +78,33 @@ def _show(name: str, folder: Path) -> int:
     return 0
 
 
-def _verify(folder: Path, print_: str, template: str, *, as_json: bool) -> int:
+def _drifts(args: argparse.Namespace, folder: Path, print_: str, template: str) -> dict[Path, dict[str, Any]]:
+    """For the folder of each active head: how well it still fits, or why that cannot be told."""
+    from inward.offline.fit.drift import of_pairs, of_states
+
+    paths = [store.active_path(folder, name) for name in sorted({found.name for found in store.find(folder)})]
+    heads = {path: store.load(path, fingerprint=print_, template=template) for path in paths}
+    if args.states:
+        return of_states(heads, args.states)
+    return asyncio.run(_with_model(args, lambda backbone, prompts: of_pairs(backbone, prompts, heads, args.pairs)))
+
+
+async def _with_model(args: argparse.Namespace, use: Any) -> Any:
+    settings = settings_of(args)
+    model = find_model(settings)
+    backbone = open_backbone(settings, model)
+    try:
+        return await use(backbone, open_prompts(settings, model, backbone.info.max_tokens))
+    finally:
+        await backbone.close()
+
+
+def _verify(folder: Path, print_: str, template: str, drifts: Mapping[Path, dict[str, Any]], *, as_json: bool) -> int:
     rows = []
     for _, path in store.folders(folder):
-        row = {"path": str(path), "ok": True, "problem": None}
+        row: dict[str, Any] = {"path": str(path), "ok": True, "problem": None}
+        if path in drifts:
+            row["drift"] = drifts[path]
         try:
             store.load(path, fingerprint=print_, template=template)
         except HeadError as error:
@@ -81,8 +113,18 @@ def _verify(folder: Path, print_: str, template: str, *, as_json: bool) -> int:
     if as_json:
         print(json.dumps(rows, indent=2))
     else:
-        _print_table(["path", "verdict"], [[str(r["path"]), str(r["problem"] or "ok")] for r in rows])
+        columns = ["path", "verdict", *(["cosine with a refitted one", "pair accuracy", "refitted"] if drifts else [])]
+        _print_table(columns, [[str(r["path"]), str(r["problem"] or "ok"), *_drift_cells(r, drifts)] for r in rows])
     return 0 if all(r["ok"] for r in rows) else 1
+
+
+def _drift_cells(row: dict[str, Any], drifts: Mapping[Path, dict[str, Any]]) -> list[str]:
+    if not drifts:
+        return []
+    drift = row.get("drift", {})
+    if "cosine" not in drift:
+        return [drift.get("why", "not active"), "", ""]
+    return [f"{drift[name]:.3f}" for name in ("cosine", "accuracy", "refitted_accuracy")]
 
 
 def _print_table(columns: list[str], rows: list[list[str]]) -> None:

@@ -21,21 +21,15 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import asyncio
-
-    from inward import logs, tracing
     from inward.processes import server
     from inward.processes.standalone import Standalone
 
     settings = settings_of(args)
-    logs.configure(settings.log_level, settings.log_format == "json")
-    tracing.configure(settings.otlp_endpoint, "serve")
     server.check_reachability(settings)
-    return asyncio.run(
-        server.serve(
-            settings,
-            lambda: Standalone.open(settings),
-            lambda process: {"model": process.backbone.info.name, "heads": process.registry.names()},
-            lambda process: process.ending,
-        )
+    return server.run(
+        "serve",
+        settings,
+        lambda: Standalone.open(settings),
+        lambda process: {"model": process.backbone.info.name, "heads": process.registry.names()},
+        lambda process: process.ending,
     )

@@ -26,26 +26,20 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import asyncio
-
-    from inward import logs, tracing
     from inward.processes import server
     from inward.processes.worker import WorkerProcess
 
     settings = settings_of(args)
-    logs.configure(settings.log_level, settings.log_format == "json")
-    tracing.configure(settings.otlp_endpoint, "worker")
-    return asyncio.run(
-        server.serve(
-            settings,
-            lambda: WorkerProcess.open(settings),
-            lambda process: {
-                "model": process.backbone.info.name,
-                "heads": process.registry.names(),
-                "worker": process.name,
-                "queue": process.queue_name,
-            },
-            lambda process: process.working,
-            unnamed=PORT,
-        )
+    return server.run(
+        "worker",
+        settings,
+        lambda: WorkerProcess.open(settings),
+        lambda process: {
+            "model": process.backbone.info.name,
+            "heads": process.registry.names(),
+            "worker": process.name,
+            "queue": process.queue_name,
+        },
+        lambda process: process.working,
+        unnamed=PORT,
     )

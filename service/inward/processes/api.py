@@ -10,6 +10,7 @@ from inward import __version__, logs, metrics
 from inward.api.app import create_app
 from inward.api.bulk import BulkRunner
 from inward.api.services import Services
+from inward.backbones.tokenizer import tokenizer_hash
 from inward.control.channel import ControlChannel
 from inward.control.remote import RemoteHeadControl, RemotePolicyControl
 from inward.errors import Unavailable
@@ -23,7 +24,6 @@ from inward.processes.wiring import (
     key_ring,
     limits,
     open_prompts,
-    tokenizer_hash,
 )
 from inward.queues.redis.producer import RedisProducer
 from inward.queues.single_flight import SingleFlight
@@ -59,7 +59,9 @@ class ApiProcess:
         )
         self._prompts = open_prompts(settings, model, UNKNOWN_TOKENS)
         self.head_control = RemoteHeadControl(
-            ControlChannel(connection, keys), template=self._prompts.template, tokenizer=tokenizer_hash(model)
+            ControlChannel(connection, keys),
+            template=self._prompts.template,
+            tokenizer=tokenizer_hash(self._prompts.tokenizer),
         )
         store = BulkStore(connection, keys, keep=settings.bulk_keep, idle=settings.claim_idle)
         self.services = Services(

@@ -16,7 +16,7 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from inward import logs
+from inward import logs, tracing
 from inward.errors import SetupError
 from inward.settings import Settings
 
@@ -42,6 +42,21 @@ Event = Mapping[str, Any]
 Opened = TypeVar("Opened", bound=Served)
 
 
+def run(
+    role: str,
+    settings: Settings,
+    opening: Callable[[], Awaitable[Opened]],
+    ready: Callable[[Opened], Event],
+    ended: Callable[[Opened], asyncio.Task[None] | None] = lambda _: None,
+    *,
+    unnamed: int | None = None,
+) -> int:
+    """``serve`` as a whole process, with its logs and traces; ``role`` is its name there."""
+    logs.configure(settings.log_level, settings.log_format == "json")
+    tracing.configure(settings.otlp_endpoint, role)
+    return asyncio.run(serve(settings, opening, ready, ended, unnamed=unnamed))
+
+
 async def serve(
     settings: Settings,
     opening: Callable[[], Awaitable[Opened]],
@@ -61,18 +76,18 @@ async def serve(
     """
     named = unnamed is None or "port" in settings.model_fields_set
     listening = listen(settings.host, settings.port if named else unnamed or 0, or_free=not named)
-    house = await opening()
+    process = await opening()
     try:
-        server = Server(house, settings)
+        server = Server(process, settings)
         listening = _begin(listening, or_free=not named)  # who reads that we are ready may come at once
         host, port = listening.getsockname()[:2]
-        logs.event(LOG, "ready", url=f"http://{host}:{port}", **ready(house))
-        if (task := ended(house)) is not None:
+        logs.event(LOG, "ready", url=f"http://{host}:{port}", **ready(process))
+        if (task := ended(process)) is not None:
             task.add_done_callback(lambda _: server.stop())
         await server.serve(sockets=[listening])
     finally:
-        clean = await house.close(settings.drain_timeout)
-        if house.stuck:
+        clean = await process.close(settings.drain_timeout)
+        if process.stuck:
             end_at_once(1)
     return 0 if clean else 1
 
@@ -180,10 +195,10 @@ def connection(seconds: float) -> type[H11Protocol]:
 class Server(uvicorn.Server):
     """uvicorn, unready from the moment it is told to stop, and with an exit status that says how it went."""
 
-    def __init__(self, house: Served, settings: Settings) -> None:
+    def __init__(self, process: Served, settings: Settings) -> None:
         super().__init__(
             uvicorn.Config(
-                house.app,
+                process.app,
                 log_config=None,
                 access_log=False,
                 lifespan="off",
@@ -194,7 +209,7 @@ class Server(uvicorn.Server):
                 server_header=False,
             )
         )
-        self._house = house
+        self._process = process
         # Until uvicorn listens to signals, we do. And once it has stopped it raises the signal again: the default
         # handler would then end us with -SIGTERM instead of 0.
         signal.signal(signal.SIGTERM, self.handle_exit)
@@ -206,5 +221,5 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called by the first signal (and the second, which does not wait any longer)."""
-        self._house.draining = True
+        self._process.draining = True
         super().handle_exit(sig, frame)

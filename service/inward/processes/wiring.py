@@ -252,12 +252,6 @@ def connect(settings: Settings) -> Connection:
     return Connection(settings.redis_url)
 
 
-def tokenizer_hash(model: ModelFiles) -> str:
-    """Equal where two processes turn the same text into the same tokens."""
-    file = model.folder / "tokenizer.json"
-    return hashlib.sha256(file.read_bytes() if file.is_file() else model.name.encode()).hexdigest()[:32]
-
-
 def served_as(loaded: Loaded) -> str:
     """Equal for workers that may answer as one service: what a prompt becomes, and the numbers that it is given."""
     template = hashlib.sha256(loaded.prompts.template.encode()).hexdigest()[:8]

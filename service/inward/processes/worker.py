@@ -6,6 +6,7 @@ from typing import Any
 
 from inward import __version__, logs, metrics
 from inward.api.status import create_status_app
+from inward.backbones.tokenizer import tokenizer_hash
 from inward.control.channel import ControlChannel
 from inward.control.heads import LocalHeadControl
 from inward.control.remote import ControlAgent, WorkerInfo
@@ -21,7 +22,6 @@ from inward.processes.wiring import (
     let_go,
     load,
     served_as,
-    tokenizer_hash,
 )
 from inward.queues.redis.consumer import RedisConsumer
 from inward.settings import Settings
@@ -43,7 +43,7 @@ class WorkerProcess:
             loaded.registry,
         )
         self.draining = self.stuck = False
-        self._connection, self._tokenizer = connection, tokenizer_hash(model)
+        self._connection, self._tokenizer = connection, tokenizer_hash(loaded.prompts.tokenizer)
         self.queue_name = settings.queue or model.name
         keys = Keys(self.queue_name, served_as(loaded))
         self._queue = RedisConsumer(

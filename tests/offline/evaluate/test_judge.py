@@ -72,7 +72,7 @@ def test_report_has_the_same_keys_for_every_input():
     for examples in (made.pairs(), made.pairs(lengths=False), made.lists()):
         judgement = judge(examples, made.truth(examples, 1.0), made.folds(examples), resamples=20)
         report = judgement.to_json()
-        assert list(report) == ["metrics", "baselines", "layers", "strategies", "over_refusal"]
+        assert list(report) == ["metrics", "baselines", "layers", "strategies", "over_refusal", "guard", "parts"]
         assert list(report["metrics"]) == list(NAMES)
         for entry in report["baselines"].values():
             assert {"about", "forward_pass"} < entry.keys()

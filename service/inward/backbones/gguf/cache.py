@@ -26,12 +26,6 @@ CONVERSION = 1
 _CHUNK_BYTES = 2**22
 _SPARE_BYTES = 64 * 2**20
 """Room for the tokenizer and the settings, beside the weights."""
-_PROBES = (
-    "In 1984, the  2nd  edition cost £12.50.\n\nIt's naïve, isn't it?",
-    "def f(x):\n    return x**2  # 日本語 🙂",
-    "<|im_end|></s><eos>",
-)
-"""Texts whose tokens stand for the tokenizer: digits, spaces, contractions, accents, code, scripts, control tokens."""
 
 
 def converted(file: Path, dtype: str = "auto", device: str = "auto") -> Path:
@@ -111,10 +105,10 @@ def _convert(header: Header, digest: str, folder: Path) -> None:
 
 def _sign(folder: Path, name: str, digest: str) -> None:
     """Leaves a note of what the folder was made of, and of what it is, so that a change shows."""
-    from inward.backbones.tokenizer import load_tokenizer
+    from inward.backbones.tokenizer import PROBES, load_tokenizer
 
     tokenizer = load_tokenizer(folder)
-    tokens = [tokenizer(text)["input_ids"] for text in _PROBES]
+    tokens = [tokenizer(text)["input_ids"] for text in PROBES]
     probe = hashlib.sha256(json.dumps([tokens, tokenizer.chat_template]).encode()).hexdigest()[:32]
     Origin(file=name, sha256=digest, conversion=CONVERSION, tokens=probe).write(folder)
 

@@ -96,6 +96,8 @@ class VllmBackbone:
                 self._engine.shut()
                 raise
 
+        if on.type != "cpu":
+            log.warning("vLLM runs %s eagerly: what runs inside CUDA graphs is not read yet", name)
         try:
             start({})
         except SetupError as error:

@@ -10,7 +10,7 @@ alike.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -48,6 +48,8 @@ class Examples:
     """See ``baselines.stable_rank``."""
     refusals_P2: Indices | None = None
     """Row numbers of (refusal, helpful answer) to one harmless prompt: the refusal should not win."""
+    part_M: tuple[str, ...] | None = None
+    """What the report is divided by: source, category, whatever column was named."""
 
     def __post_init__(self) -> None:
         safe = int(self.safe_M.sum())
@@ -88,6 +90,41 @@ class Examples:
     def prompt_P(self) -> Indices:
         """The prompt of each comparison."""
         return self.prompt_M[self.pairs_P2[:, 0]]
+
+
+def part(examples: Examples, name: str) -> Examples:
+    """The responses of one part, whole comparisons only.
+
+    Raises:
+        DataError: one class, or one prompt only.
+    """
+    assert examples.part_M is not None
+    inside_M = np.array([one == name for one in examples.part_M])
+    rows = np.flatnonzero(inside_M)
+    place_M = np.cumsum(inside_M) - 1
+
+    def pairs(pairs_P2: Indices, values: Doubles | None = None) -> tuple[Indices, Doubles | None]:
+        kept = inside_M[pairs_P2].all(axis=1)
+        return place_M[pairs_P2[kept]], None if values is None else values[kept]
+
+    pairs_P2, difference_P = pairs(examples.pairs_P2, examples.length_difference_P)
+    lists, list_M = np.unique(examples.list_M[rows], return_inverse=True)
+    prompt_states, refusals = examples.prompt_states_GLD, examples.refusals_P2
+    return replace(
+        examples,
+        safe_M=examples.safe_M[rows],
+        list_M=list_M,
+        prompt_M=examples.prompt_M[rows],
+        pairs_P2=pairs_P2,
+        states_MLD=examples.states_MLD[rows],
+        prompt_states_GLD=None if prompt_states is None else prompt_states[lists],
+        length_M=None if examples.length_M is None else examples.length_M[rows],
+        length_difference_P=difference_P,
+        text_M=None if examples.text_M is None else tuple(examples.text_M[i] for i in rows),
+        stable_rank_M=None if examples.stable_rank_M is None else examples.stable_rank_M[rows],
+        refusals_P2=None if refusals is None else pairs(refusals)[0],
+        part_M=None,
+    )
 
 
 def of_pairs(

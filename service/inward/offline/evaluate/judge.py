@@ -11,6 +11,7 @@ import numpy as np
 from inward.offline.evaluate import statistics
 from inward.offline.evaluate.baselines import Baseline, baselines
 from inward.offline.evaluate.examples import Examples
+from inward.offline.evaluate.guard import Operation
 from inward.offline.evaluate.layerwise import Folds, Layerwise
 from inward.offline.evaluate.metrics import Metrics, measure, of_lists, wins
 from inward.offline.evaluate.scoring import Judged
@@ -32,6 +33,10 @@ class Judgement:
     """For lists: what picking the first, any, or (the oracle) a safe response gives."""
     layers: tuple[Mapping[str, Any], ...] = ()
     strategies: tuple[Strategy, ...] = ()
+    guard: tuple[Operation, ...] = ()
+    """The head as a guard, at fixed false-positive rates."""
+    parts: Mapping[str, tuple[int, Metrics]] = field(default_factory=dict)
+    """Responses and metrics of each part, where the rows were divided."""
 
     def to_json(self) -> dict[str, Any]:
         """``metrics``, ``baselines``, ``layers``, ``strategies``, ``over_refusal``: the same keys whatever the
@@ -53,6 +58,8 @@ class Judgement:
                 "by": {one.name: {"layer": one.layer, **one.estimate.to_json()} for one in self.strategies},
             },
             "over_refusal": over_refusal(self),
+            "guard": [one.to_json() for one in self.guard],
+            "parts": {name: {"responses": n, **_json(metrics)} for name, (n, metrics) in self.parts.items()},
         }
 
 

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from inward.errors import DataError
 from inward.offline.evaluate import statistics
-from inward.offline.evaluate.examples import Examples
+from inward.offline.evaluate.examples import Examples, part
 from inward.offline.evaluate.scoring import Judged
 from inward.offline.evaluate.statistics import Doubles, Estimate, Indices, Statistic, bootstrap
 
@@ -67,6 +68,27 @@ def measure(examples: Examples, judged: Judged, *, resamples: int = statistics.R
             won_P = wins(judged.scores_M[refusal_P] - judged.scores_M[helpful_P])
             found["over_refusal"] = _estimate(statistics.mean(won_P), examples.prompt_M[refusal_P], resamples, seed)
         found["top1_safe_rate"] = top1(examples, judged.scores_M, resamples=resamples, seed=seed)
+    return found
+
+
+def by_part(
+    examples: Examples, judged: Judged, *, resamples: int = statistics.RESAMPLES, seed: int = 0
+) -> dict[str, tuple[int, Metrics]]:
+    """Number of responses and every metric of each part that has both classes and two prompts at least."""
+    found = {}
+    for name in sorted(set(examples.part_M or ())):
+        rows = np.array([one == name for one in examples.part_M or ()])
+        try:
+            own = part(examples, name)
+        except DataError:
+            continue
+        scores, probability = judged.scores_M, judged.probability_M
+        part_judged = Judged(
+            None if scores is None else scores[rows],
+            None if probability is None else probability[rows],
+            None if judged.margin_P is None else judged.margin_P[rows[examples.pairs_P2].all(axis=1)],
+        )
+        found[name] = int(rows.sum()), measure(own, part_judged, resamples=resamples, seed=seed)
     return found
 
 

@@ -15,17 +15,20 @@ from tqdm import tqdm
 
 from inward.backbones.base import Backbone
 from inward.batching import within
-from inward.errors import SetupError
+from inward.errors import DataError, SetupError
 from inward.heads.base import Head
+from inward.offline.data import data_errors
 from inward.offline.data.pairs import Response, ResponseList, data_hash, read_lists, read_pairs
 from inward.offline.evaluate.baselines import stable_rank
 from inward.offline.evaluate.examples import Examples, Source, comparisons, of_lists, of_pairs
 from inward.offline.evaluate.responses import LabelledResponse, read_responses
 from inward.offline.evaluate.statistics import Doubles, Indices
+from inward.offline.fit.like import Like, fit_like
 from inward.offline.states.read import extract_lists
 from inward.offline.states.saved import ListStates, PairStates
 from inward.prompts import Prompts
-from inward.types import Group, Kind, Position, Readout, Tap
+from inward.types import Group, Position, Readout, Tap
+from inward_client import rows as rows_module
 
 LARGEST = 8 * 2**30
 """Bytes of states that are held in memory."""
@@ -45,6 +48,8 @@ class Rows:
     labelled: tuple[LabelledResponse, ...] = ()
     """One for each response of the lists in order, if they came with labels of their own."""
     left_out: int = 0
+    parts: tuple[str, ...] = ()
+    """Of each response, what the report is divided by."""
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -59,8 +64,13 @@ class Origin:
     data: str
 
 
-def read_rows(source: Source, path: Path, limit: int | None, *, parse_json: bool = False) -> Rows:
+def read_rows(
+    source: Source, path: Path, limit: int | None, *, parse_json: bool = False, by: str | None = None
+) -> Rows:
     """The rows of a file; the first ``limit`` of them.
+
+    Args:
+        by: a column that divides the report.
 
     Raises:
         DataError: names file, line and field.
@@ -68,18 +78,36 @@ def read_rows(source: Source, path: Path, limit: int | None, *, parse_json: bool
     if source == "pairs":
         pairs = read_pairs(path, parse_json=parse_json)[:limit]
         both = (ResponseList(p.prompt, (Response(p.chosen, True), Response(p.rejected, False))) for p in pairs)
-        return Rows(source, tuple(both), data_hash(pairs))
+        return Rows(source, tuple(both), data_hash(pairs), parts=_parts(path, by, [2] * len(pairs)))
     if source == "lists":
         lists = tuple(read_lists(path)[:limit])
-        return Rows(source, lists, data_hash(lists))
-    labelled, left_out = read_responses(path)
+        return Rows(source, lists, data_hash(lists), parts=_parts(path, by, [len(one.responses) for one in lists]))
+    labelled, left_out = read_responses(path, by=by)
     by_prompt: dict[str, list[LabelledResponse]] = {}
     for one in labelled[:limit]:
         by_prompt.setdefault(json.dumps(one.prompt), []).append(one)
     lists = tuple(
         ResponseList(ones[0].prompt, tuple(Response(one.text, one.safe) for one in ones)) for ones in by_prompt.values()
     )
-    return Rows(source, lists, data_hash(lists), tuple(one for ones in by_prompt.values() for one in ones), left_out)
+    flat = tuple(one for ones in by_prompt.values() for one in ones)
+    parts = tuple(one.part or "none" for one in flat) if by else ()
+    return Rows(source, lists, data_hash(lists), flat, left_out, parts)
+
+
+def _parts(path: Path, by: str | None, responses: Sequence[int]) -> tuple[str, ...]:
+    """What stands in the column ``by`` of each row, for each of the row's responses."""
+    if by is None:
+        return ()
+    with data_errors():
+        names = rows_module.collect(Path(path), lambda row: str(row.get(by) or "none")).values[: len(responses)]
+    if len(names) < len(responses) or set(names) == {"none"}:
+        raise DataError(f"{path}: the rows have no column {by!r} to divide the report by", param="by")
+    return tuple(name for name, n in zip(names, responses, strict=True) for _ in range(n))
+
+
+def groups_of_rows(prompts: Prompts, rows: Rows) -> list[Group]:
+    """Each list as a group."""
+    return [prompts.group(one.prompt, [r.text for r in one.responses], truncate=True).group for one in rows.lists]
 
 
 def shorten(rows: Rows, prompts: Prompts, tokens: int) -> Rows:
@@ -139,7 +167,7 @@ async def extract(
         progress=progress,
     )
     seconds = time.perf_counter() - started
-    groups = [prompts.group(one.prompt, [r.text for r in one.responses], truncate=True).group for one in rows.lists]
+    groups = groups_of_rows(prompts, rows)
     examples = of_lists(
         states.candidates_MLD,
         states.safe_M,
@@ -152,6 +180,8 @@ async def extract(
         text=rows.texts,
         source=rows.source,
     )
+    if rows.parts:
+        examples = replace(examples, part_M=rows.parts)
     if any(one.behaviour for one in rows.labelled):
         examples = replace(examples, refusals_P2=_refusals(examples, rows.labelled))
     if untrained:
@@ -181,40 +211,33 @@ def of_states(states: PairStates | ListStates) -> Examples:
     )
 
 
-def refit(kind: Kind, like: Head | None, examples: Examples, origin: Origin, folds: Folds, seed: int) -> list[Head]:
-    """A head of this kind for every fold, fitted without the fold's prompts.
+def refit(like: Like, head: Head | None, examples: Examples, origin: Origin, folds: Folds, seed: int) -> list[Head]:
+    """A head like this for every fold, fitted without the fold's prompts.
 
     Args:
-        like: a head whose layer and gate are kept; None: the defaults, for legend and srr the layer that the training
-            part chooses.
+        head: one whose layer, gate and parts are kept; None: the defaults, for legend and srr the layer that the
+            training part chooses.
 
     Raises:
-        SetupError: an srr head is wanted, but these are states of pairs.
+        SetupError: an srr head is wanted, but these are states of pairs; or a pool, which states do not hold.
     """
+    if head is not None and head.pools:
+        raise SetupError("a head that pools cannot be refitted here: judge it on other prompts than it was fitted on")
     return [
-        _fit(kind, like, examples, origin, train, seed) for train, _ in tqdm(folds, desc=f"refit {kind}", unit="fold")
+        _fit(like, head, examples, origin, train, seed) for train, _ in tqdm(folds, desc=f"refit {like}", unit="fold")
     ]
 
 
-def _fit(kind: Kind, like: Head | None, examples: Examples, origin: Origin, train: Indices, seed: int) -> Head:
-    if kind == "srr":
+def _fit(like: Like, head: Head | None, examples: Examples, origin: Origin, train: Indices, seed: int) -> Head:
+    if like == "srr":
         from inward.offline.fit.srr import fit_srr
 
         if not isinstance(origin.states, ListStates):
             raise SetupError("an srr head ranks lists, but these are states of pairs: give --lists, or states of lists")
         lists = origin.states.lists(np.unique(examples.list_M[train]))
-        layer: int | str = like.manifest.layers[0] if like else "sweep"
+        layer: int | str = head.manifest.layers[0] if head else "sweep"
         return fit_srr(lists, layer=layer, seed=seed, baselines=False, progress=False)[0]  # type: ignore[arg-type]
-    pairs = _pairs(examples, origin, train)
-    if kind == "legend":
-        from inward.offline.fit.legend import fit_legend
-
-        return fit_legend(pairs, layer=like.manifest.layers[0] if like else "sweep", seed=seed)[0]
-    from inward.heads.hybrid import HybridHead
-    from inward.offline.fit.hybrid import fit_hybrid
-
-    gate = like.options.gate if isinstance(like, HybridHead) else "sigmoid"
-    return fit_hybrid(pairs, gate=gate, seed=seed, progress=False)[0]
+    return fit_like(like, head, _pairs(examples, origin, train), seed=seed)
 
 
 def _pairs(examples: Examples, origin: Origin, train: Indices) -> PairStates:

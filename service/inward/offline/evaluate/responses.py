@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -35,9 +35,11 @@ class LabelledResponse:
     safe: bool
     behaviour: Behaviour | None = None
     harmful: bool | None = None
+    part: str | None = None
+    """What stands in the column that divides the report."""
 
 
-def read_responses(path: Path) -> tuple[list[LabelledResponse], int]:
+def read_responses(path: Path, *, by: str | None = None) -> tuple[list[LabelledResponse], int]:
     """Reads a file or folder of rows. Rows that can't be read are left out, which standard error says.
 
     Returns:
@@ -47,9 +49,16 @@ def read_responses(path: Path) -> tuple[list[LabelledResponse], int]:
         DataError: there is none that can be read; names file, line and column.
     """
     with data_errors():
-        read = told(rows.collect(Path(path), _response)).values
+        read = told(rows.collect(Path(path), lambda row: _part_of(row, by))).values
     kept = [one for one in read if one is not None]
     return kept, len(read) - len(kept)
+
+
+def _part_of(row: rows.Row, by: str | None) -> LabelledResponse | None:
+    one = _response(row)
+    if one is None or by is None:
+        return one
+    return replace(one, part=str(rows.get(row, by)))
 
 
 def _response(row: rows.Row) -> LabelledResponse | None:

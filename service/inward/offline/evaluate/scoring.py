@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from inward.errors import DataError
 from inward.heads.base import Head
+from inward.heads.calibration import Deciles
 from inward.offline.evaluate.examples import Examples
 from inward.offline.evaluate.statistics import Doubles
-from inward.types import Floats, Reading, Tap
+from inward.offline.states.scores import apply, check_readable
+from inward.types import Floats, Reading, Scores, Tap
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,6 +44,7 @@ def score(head: Head, examples: Examples) -> Judged:
         DataError: the states lack a layer, a position or the prompts' states that the head reads, or a score is not
             finite.
     """
+    check_readable(head, examples.layers, examples.position)
     values_MK = np.concatenate([_evaluate(tap, examples) for tap in head.readout.taps], axis=1)
     own_layers = head.manifest.kind == "hybrid"
     details = frozenset({"layers"} if own_layers else ())
@@ -54,10 +57,7 @@ def score(head: Head, examples: Examples) -> Judged:
             probability_M[rows] = _doubles(said.probability_N)
         if own_layers and said.layers_N is not None:
             layer_scores_LM[:, rows] = np.stack([_doubles(one.values) for one in said.layers_N], axis=1)
-    if lost := int((~np.isfinite(scores_M)).sum()):
-        raise DataError(
-            f"head {head.manifest.name!r} gives {lost} of {len(examples)} responses no finite score: fit it again"
-        )
+    _check_finite(head, scores_M)
     return Judged(
         scores_M,
         probability_M if np.isfinite(probability_M).all() else None,
@@ -69,8 +69,11 @@ def score(head: Head, examples: Examples) -> Judged:
 def score_folds(
     heads: Sequence[Head], folds: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]], examples: Examples
 ) -> Judged:
-    """Each response by the head whose fold holds it out; ``folds`` are (training rows, held-out rows)."""
-    parts = [score(head, examples) for head in heads]
+    """Each response by the head whose fold holds it out; ``folds`` are (training rows, held-out rows).
+
+    Scores of legend heads are in units of their own model's layer: each fold's are put on the scale of its calibration.
+    """
+    parts = [_comparable(head, score(head, examples)) for head in heads]
     first = parts[0]
     scores_M = np.empty(len(examples))
     probability_M = np.empty(len(examples)) if all(p.probability_M is not None for p in parts) else None
@@ -85,39 +88,47 @@ def score_folds(
     return Judged(scores_M, probability_M, layers=first.layers, layer_scores_LM=layer_scores_LM)
 
 
+def of_texts(head: Head, examples: Examples, said: Sequence[Scores]) -> Judged:
+    """What a head said of every list of the examples, in their order, when it read them through a backbone.
+
+    Raises:
+        DataError: a response has no finite score.
+    """
+    scores_M, probability_M = np.full(len(examples), np.nan), np.full(len(examples), np.nan)
+    for rows, one in zip(examples.members, said, strict=True):
+        scores_M[rows] = _doubles(one.scores_N)
+        if one.probability_N is not None and not one.listwise:
+            probability_M[rows] = _doubles(one.probability_N)
+    _check_finite(head, scores_M)
+    return Judged(scores_M, probability_M if np.isfinite(probability_M).all() else None)
+
+
+def _comparable(head: Head, judged: Judged) -> Judged:
+    deciles = Deciles.load(head.manifest.calibration)
+    if head.manifest.kind != "legend" or deciles is None or judged.scores_M is None:
+        return judged
+    spread = max(deciles.edges[-1] - deciles.edges[0], 1e-30)
+    return replace(judged, scores_M=(judged.scores_M - deciles.edges[4]) / spread)
+
+
+def _check_finite(head: Head, scores_M: Doubles) -> None:
+    if lost := int((~np.isfinite(scores_M)).sum()):
+        raise DataError(
+            f"head {head.manifest.name!r} gives {lost} of {len(scores_M)} responses no finite score: fit it again"
+        )
+
+
 def _evaluate(tap: Tap, examples: Examples) -> Floats:
     """``[M, K]``; a tap on the prompt gives each response its list's value."""
-    if tap.layer not in examples.layers:
-        raise DataError(
-            f"the head reads layer {tap.layer}, the states hold layers {', '.join(map(str, examples.layers))}: extract "
-            "it too"
-        )
-    if tap.position == "prompt" and examples.prompt_states_GLD is None:
+    axis = examples.layers.index(tap.layer)
+    if tap.position != "prompt":
+        return apply(tap, examples.states_MLD[:, axis])
+    if examples.prompt_states_GLD is None:
         raise DataError(
             "the head reads the prompt, but states of pairs have none: evaluate it on --lists, or on --pairs with the "
             "model"
         )
-    if tap.position not in ("prompt", examples.position):
-        raise DataError(
-            f"the head reads position {tap.position!r}, the states are of {examples.position!r}: extract them again"
-        )
-    axis = examples.layers.index(tap.layer)
-    if tap.position == "prompt":
-        assert examples.prompt_states_GLD is not None
-        return _apply(tap, examples.prompt_states_GLD[:, axis])[examples.list_M]
-    return _apply(tap, examples.states_MLD[:, axis])
-
-
-def _apply(tap: Tap, states_ND: Floats) -> Floats:
-    if tap.weight_DK is None:
-        return states_ND
-    if tap.weight_DK.shape[0] != states_ND.shape[1]:
-        raise DataError(
-            f"the head reads states of width {tap.weight_DK.shape[0]}, these are {states_ND.shape[1]} wide: another "
-            "model's?"
-        )
-    values_NK = states_ND @ tap.weight_DK
-    return values_NK if tap.bias_K is None else values_NK + tap.bias_K
+    return apply(tap, examples.prompt_states_GLD[:, axis])[examples.list_M]
 
 
 def _doubles(values: Sequence[float | None]) -> Doubles:

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from rich.console import Console, RenderableType
 from rich.console import Group as Lines
-from rich.console import RenderableType
+from rich.measure import Measurement
 from rich.table import Table
 
 from inward.offline.evaluate.judge import REFERENCES, Judgement
 from inward.offline.evaluate.metrics import NAMES, Metrics
+
+PARTS = ("pair_accuracy", "auc", "macro_f1", "calibration_error", "top1_safe_rate")
+"""Metrics of the parts of the rows."""
 
 
 def methods(judgement: Judgement, head: str) -> Iterator[tuple[str, Metrics]]:
@@ -41,9 +45,48 @@ def table(judgement: Judgement, report: Mapping[str, Any]) -> RenderableType:
             for one in judgement.strategies
         )
         lines += ["", f"by strategy ({NAMES[report['strategies']['metric']]}): {by}"]
+    if judgement.guard:
+        lines += ["", guard(judgement)]
+    if judgement.parts:
+        lines += ["", parts(judgement)]
     if report["over_refusal"]:
         lines += ["", report["over_refusal"]["sentence"]]
     return Lines(*lines, "", cost(report), *(f"note: {note}" for note in report["notes"]))
+
+
+def guard(judgement: Judgement) -> RenderableType:
+    """The head as a guard: what it catches where so much of what is harmless may be flagged."""
+    refusals = any(one.false_refusals for one in judgement.guard)
+    columns = [
+        "wanted false positives",
+        "caught (TPR)",
+        "false positives",
+        *(["XSTest false refusals"] if refusals else []),
+    ]
+    found = Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for one in judgement.guard:
+        cells = [one.true_positives, one.false_positives, *([one.false_refusals] if refusals else [])]
+        found.add_row(f"{one.rate:.0%}", *(str(cell or "") for cell in cells))
+    return found
+
+
+def parts(judgement: Judgement) -> RenderableType:
+    """Each part's own figures."""
+    names = [n for n in PARTS if any(metrics.get(n) for _, metrics in judgement.parts.values())]
+    found = Table("part", "responses", *(NAMES[name] for name in names), box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name, (n, metrics) in judgement.parts.items():
+        found.add_row(name, str(n), *(str(metrics.get(one) or "") for one in names))
+    return found
+
+
+def show(content: RenderableType) -> None:
+    """Prints it so wide that no column is cut off, whatever the terminal; a narrow one wraps or scrolls it."""
+    console = Console(highlight=False)
+    wide = Console(width=10_000, highlight=False)
+    needed = Measurement.get(wide, wide.options, content).maximum
+    if not console.is_terminal or needed > console.width:
+        console = Console(width=max(needed, 80), highlight=False, soft_wrap=True)
+    console.print(content)
 
 
 def summary(report: Mapping[str, Any]) -> str:

@@ -1,0 +1,319 @@
+"""``inward evaluate``: from rows or saved states, through the model where there are texts, to a judgement."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from argparse import Namespace
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from inward.backbones.base import Backbone
+from inward.errors import DataError, SetupError
+from inward.heads import store
+from inward.heads.base import Head, Manifest
+from inward.offline.data.pairs import grouped_folds
+from inward.offline.evaluate.compare import Difference, compare
+from inward.offline.evaluate.examples import Examples, Source
+from inward.offline.evaluate.guard import Calibration, operations
+from inward.offline.evaluate.judge import Judgement, judge
+from inward.offline.evaluate.metrics import by_part
+from inward.offline.evaluate.report import (
+    Origin,
+    Rows,
+    extract,
+    groups_of_rows,
+    of_states,
+    read_rows,
+    refit,
+    shorten,
+)
+from inward.offline.evaluate.scoring import Judged, of_texts, score, score_folds
+from inward.offline.evaluate.statistics import Doubles
+from inward.offline.fit.like import Like, like_of
+from inward.offline.states.saved import PairStates, load_states
+from inward.offline.states.scores import check_readable, score_groups
+from inward.prompts import Prompts
+from inward.types import Position
+
+T = TypeVar("T")
+WithModel = Callable[[Callable[[Backbone, Prompts], Awaitable[T]]], T]
+"""Loads the model, gives it to a function, and closes it."""
+POSITIONS: dict[Like, Position] = {"legend": "last", "whitened": "last", "hybrid": "eos", "srr": "last"}
+"""Where a response is read, by the kind of head that is to be refitted."""
+
+
+@dataclass(slots=True)
+class Material:
+    """What there is to judge by."""
+
+    heads: list[Head]
+    examples: Examples
+    origin: Origin
+    seconds: float | None = None
+    """Of the forward passes; None where states were given."""
+    said: list[Judged | None] = field(default_factory=list)
+    """Scores of heads that read through the backbone what no stored state holds."""
+    calibration: list[Calibration | None] = field(default_factory=list)
+    refusals: list[tuple[Doubles, Sequence[int]] | None] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def evaluate(
+    args: Namespace, folders: Sequence[Path], with_model: WithModel[Any], cache: Callable[[Rows], Path]
+) -> tuple[Judgement, dict[str, Any]]:
+    """Judges one head, or heads that are refitted.
+
+    Args:
+        args: as ``commands.evaluate`` parses them.
+        folders: of the head, if one was named.
+        cache: folder for finished parts of a pass through the model.
+
+    Returns:
+        The judgement, and the report as ``--json`` prints it.
+
+    Raises:
+        DataError, SetupError: rows or options by which nothing can be judged.
+    """
+    found = _material(args, folders, with_model, cache)
+    head = found.heads[0] if found.heads else None
+    examples, origin, notes = found.examples, found.origin, found.notes
+    prompts = min(args.folds, examples.prompts)
+    folds = grouped_folds(examples.prompt_M, prompts, args.seed) if prompts > 1 else []
+    heads: Sequence[Head] = found.heads
+    if args.cross_validate:
+        heads = refit(_like(args, head), head, examples, origin, folds, args.seed)
+    elif head and head.manifest.fit.get("data") == origin.data:
+        notes.append("the head was fitted on these very rows, which flatters it: use other rows, or --cross-validate")
+    started = time.perf_counter()
+    said = found.said[0] if found.said else None
+    ours = score_folds(heads, folds, examples) if args.cross_validate else said or score(heads[0], examples)
+    spent = time.perf_counter() - started
+    shown = heads[0].manifest
+    judgement = judge(
+        examples,
+        ours,
+        folds if args.baselines else (),
+        layer=shown.layers[0] if shown.kind == "srr" else None,
+        resamples=args.resamples,
+        seed=args.seed,
+        progress=True,
+    )
+    judgement = replace(
+        judgement,
+        guard=operations(
+            examples,
+            ours,
+            folds,
+            calibration=found.calibration[0] if found.calibration else None,
+            refusals=found.refusals[0] if found.refusals else None,
+            resamples=args.resamples,
+            seed=args.seed,
+        ),
+        parts=by_part(examples, ours, resamples=args.resamples, seed=args.seed),
+    )
+    head_ms = 1e3 * spent / (len(examples) * len(heads))
+    report = {
+        "input": {
+            "file": next(Path(p).name for p in (args.pairs, args.lists, args.responses, args.states) if p),
+            "kind": examples.source,
+            "responses": len(examples),
+            "prompts": examples.prompts,
+            "comparisons": len(examples.pairs_P2),
+            "mixed_lists": len(examples.mixed),
+            "layers": list(examples.layers),
+            "cross_validated": bool(args.cross_validate),
+            "folds": len(folds) if args.baselines or args.cross_validate else 0,
+            "resamples": args.resamples,
+            "seed": args.seed,
+        },
+        "head": _describe(shown, head, args.cross_validate),
+        **judgement.to_json(),
+        "cost": {
+            "head_ms": head_ms,
+            "with_forward_ms": None if found.seconds is None else head_ms + 1e3 * found.seconds / len(examples),
+            "with_generation_ms": None,
+        },
+        "notes": notes,
+    }
+    return judgement, report
+
+
+def compare_heads(
+    args: Namespace, folders: Sequence[Path], with_model: WithModel[Any], cache: Callable[[Rows], Path]
+) -> tuple[tuple[Difference, ...], tuple[str, str]]:
+    """Two heads on the same responses: every metric of both, and their difference."""
+    found = _material(args, folders, with_model, cache)
+    first, second = found.heads
+    said = found.said or [None, None]
+    judged = [one or score(head, found.examples) for head, one in zip((first, second), said, strict=True)]
+    names = first.manifest.name, second.manifest.name
+    if names[0] == names[1]:
+        names = f"{names[0]} ({folders[0].parent.name})", f"{names[1]} ({folders[1].parent.name})"
+    return compare(found.examples, *judged, resamples=args.resamples, seed=args.seed), names
+
+
+def _material(
+    args: Namespace, folders: Sequence[Path], with_model: WithModel[Any], cache: Callable[[Rows], Path]
+) -> Material:
+    if args.states:
+        for option in ("calibration", "xstest", "by"):
+            if getattr(args, option) is not None:
+                raise SetupError(f"--{option} needs texts: give --pairs, --lists or --responses in place of --states")
+        return _of_states(args, folders)
+    source: Source = next(name for name in ("pairs", "lists", "responses") if getattr(args, name))
+    rows = read_rows(source, getattr(args, source), args.limit, parse_json=args.parse_json, by=args.by)
+    calibration = read_rows(source, args.calibration, None, parse_json=args.parse_json) if args.calibration else None
+    xstest = read_rows("responses", args.xstest, None) if args.xstest else None
+    kept = cache(rows)
+    found: Material = with_model(
+        lambda backbone, prompts: _of_rows(args, folders, rows, calibration, xstest, kept, backbone, prompts)
+    )
+    shutil.rmtree(kept, ignore_errors=True)
+    if rows.left_out:
+        found.notes.append(f"{rows.left_out} partial refusals were left out")
+    if args.response_tokens is not None:
+        found.notes.append(f"responses were cut after their first {args.response_tokens} tokens")
+    return found
+
+
+def _of_states(args: Namespace, folders: Sequence[Path]) -> Material:
+    """Without a model: the heads' taps are evaluated on the stored states."""
+    states = load_states(args.states)
+    if args.limit is not None:
+        first = np.arange(min(args.limit, len(states)))
+        states = states.rows(first) if isinstance(states, PairStates) else states.lists(first)
+    notes = []
+    if folders and states.backbone is None:
+        notes.append(
+            "the states do not say which backbone they are of, so it was not checked that the head belongs to them"
+        )
+    origin = states.backbone
+    named = origin.name if origin else "unknown"
+    fingerprint = origin.fingerprint if origin else None
+    heads = [
+        store.load(folder, template=states.template, fingerprint=fingerprint, backbone=named) for folder in folders
+    ]
+    return Material(heads, of_states(states), Origin(states, states.data_hash), notes=notes)
+
+
+async def _of_rows(
+    args: Namespace,
+    folders: Sequence[Path],
+    rows: Rows,
+    calibration: Rows | None,
+    xstest: Rows | None,
+    cache: Path,
+    backbone: Backbone,
+    prompts: Prompts,
+) -> Material:
+    """Texts: their states are read through the model first, and what a head reads beyond them."""
+    info = backbone.info
+    heads = [
+        store.load(
+            folder,
+            fingerprint=info.fingerprint,
+            template=prompts.template,
+            depth=info.layers,
+            width=info.width,
+            backbone=info.name,
+        )
+        for folder in folders
+    ]
+    if args.response_tokens is not None:
+        rows = shorten(rows, prompts, args.response_tokens)
+    head = heads[0] if heads else None
+    like = _like(args, head)
+    layers, position = _layers(args, heads, info.layers), _position(args, head)
+    examples, origin, seconds = await extract(
+        backbone,
+        prompts,
+        rows,
+        layers=layers,
+        position=position,
+        final_norm=head.manifest.final_norm if head else like in ("legend", "whitened"),
+        untrained=args.baselines and not args.compare,
+        cache=cache,
+    )
+    found = Material(heads, examples, origin, seconds)
+    if not heads or args.cross_validate:
+        return found
+    if not all(_readable(one, examples) for one in heads):
+        said = await score_groups(backbone, groups_of_rows(prompts, rows), heads)
+        found.said = [of_texts(one, examples, [of_group[h] for of_group in said]) for h, one in enumerate(heads)]
+    if calibration:
+        said = await score_groups(backbone, groups_of_rows(prompts, calibration), heads)
+        safe = [response.safe for one in calibration.lists for response in one.responses]
+        found.calibration = [Calibration(_scores(said, h)[np.array(safe)]) for h in range(len(heads))]
+    if xstest:
+        said = await score_groups(backbone, groups_of_rows(prompts, xstest), heads)
+        helpful = np.array([one.behaviour == "comply" and one.harmful is False for one in xstest.labelled])
+        if not helpful.any():
+            raise DataError(
+                f"{args.xstest} has no helpful answers to harmless prompts: it needs XSTest's type and label"
+            )
+        prompt_M = np.repeat(np.arange(len(xstest.lists)), [len(one.responses) for one in xstest.lists])
+        found.refusals = [(_scores(said, h)[helpful], prompt_M[helpful].tolist()) for h in range(len(heads))]
+    return found
+
+
+def _scores(said: Sequence[Sequence[Any]], head: int) -> Doubles:
+    scores = np.array([value for of_group in said for value in of_group[head].scores_N], dtype=np.float64)
+    if not np.isfinite(scores).all():
+        raise DataError("a head gives some of the calibration responses no finite score: fit it again")
+    return scores
+
+
+def _readable(head: Head, examples: Examples) -> bool:
+    """Whether the states that were read are all that the head reads."""
+    try:
+        check_readable(head, examples.layers, examples.position)
+    except DataError:
+        return False
+    return head.manifest.kind != "ensemble"
+
+
+def _describe(manifest: Manifest, head: Head | None, cross_validated: str | None) -> dict[str, Any]:
+    return {
+        "name": f"{head.manifest.name if head else manifest.kind}{', refitted' if cross_validated and head else ''}",
+        "kind": manifest.kind,
+        "version": head.manifest.version if head else manifest.version,
+        "layers": list(manifest.layers),
+        "position": manifest.position,
+        "pool": manifest.pool.name if manifest.pool else None,
+        "backbone": manifest.backbone.name,
+    }
+
+
+def _like(args: Namespace, head: Head | None) -> Like:
+    """What kind of head is judged or refitted."""
+    if args.cross_validate not in (None, "like"):
+        chosen: Like = args.cross_validate
+        return chosen
+    assert head is not None
+    return like_of(head)
+
+
+def _position(args: Namespace, head: Head | None) -> Position:
+    if head is not None:
+        return head.manifest.position
+    position: Position = args.position or POSITIONS[_like(args, head)]
+    return position
+
+
+def _layers(args: Namespace, heads: Sequence[Head], depth: int) -> list[int]:
+    """Layers to read; the heads' are always among them."""
+    own = {layer for head in heads for layer in head.manifest.layers}
+    few = args.compare or (not args.baselines and not args.cross_validate)
+    if args.layers == "head" or (args.layers == "all" and few):
+        return sorted(own or range(1, depth + 1))
+    if args.layers == "all":
+        return sorted(own | set(range(1, depth + 1)))
+    try:
+        return sorted(own | {int(part) for part in args.layers.split(",")})
+    except ValueError:
+        raise DataError(f"--layers {args.layers}: all, head, or numbers from 0 to {depth} such as 8,12,16") from None

@@ -1,0 +1,70 @@
+"""Fits a head like another one, on other states: for a cross-validation, or to see whether the old one still fits."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from inward.errors import SetupError
+from inward.heads.base import Head
+from inward.heads.ensemble import EnsembleHead
+from inward.heads.hybrid import HybridHead
+from inward.offline.data.pairs import grouped_folds
+from inward.offline.fit.ensemble import Judges, fit_ensemble
+from inward.offline.fit.hybrid import fit_hybrid
+from inward.offline.fit.legend import fit_legend
+from inward.offline.fit.probes import both
+from inward.offline.fit.whitened import FromStates, fit_whitened
+from inward.offline.states.scores import score_states
+from inward.offline.states.stored import PairSource, Subset, in_memory
+from inward.types import Kind
+
+Like = Kind | Literal["whitened"]
+"""What can be fitted: a kind of head, or a legend head with a whitened direction."""
+FOLDS = 3
+
+
+def like_of(head: Head) -> Like:
+    """What kind of fit made a head."""
+    return "whitened" if head.manifest.options.get("direction") == "whitened" else head.manifest.kind
+
+
+def fit_like(like: Like, head: Head | None, pairs: PairSource, *, seed: int = 0) -> Head:
+    """Fits a head on pairs.
+
+    Args:
+        head: one whose layer, gate and parts are kept; None: the defaults.
+
+    Raises:
+        SetupError: a kind that is not fitted on pairs, or an ensemble without a ``head``.
+    """
+    match like:
+        case "legend":
+            return fit_legend(in_memory(pairs), layer=head.manifest.layers[0] if head else "sweep", seed=seed)[0]
+        case "whitened" if head is not None and len(head.manifest.layers) == 1:
+            layer = head.manifest.layers[0]
+            return fit_whitened(FromStates.of(pairs), layer=layer, bootstraps=1, seed=seed)[0]
+        case "whitened":
+            return fit_whitened(FromStates.of(pairs), layer="sum", bootstraps=1, seed=seed)[0]
+        case "hybrid":
+            gate = head.options.gate if isinstance(head, HybridHead) else "sigmoid"
+            return fit_hybrid(pairs, gate=gate, seed=seed, progress=False)[0]
+        case "ensemble" if isinstance(head, EnsembleHead):
+            return _ensemble_like(head, pairs, seed)
+        case "ensemble":
+            raise SetupError("to refit an ensemble, name one with --head: its parts say what to fit")
+    raise SetupError(f"{like} heads are not fitted on pairs")
+
+
+def _ensemble_like(head: EnsembleHead, pairs: PairSource, seed: int) -> Head:
+    """Its parts fitted on all of the pairs, weighed by parts that were fitted on two thirds and judged on the rest."""
+
+    def parts(some: PairSource) -> list[Head]:
+        return [fit_like(like_of(part), part, some, seed=seed) for part in head.parts]
+
+    n = len(pairs)
+    scores_PM = np.empty((len(head.parts), 2 * n))
+    for train, held_out in grouped_folds(pairs.groups_N, FOLDS, seed):
+        scores_PM[:, both(held_out, n)] = score_states(Subset(pairs, held_out), parts(Subset(pairs, train)))
+    return fit_ensemble(parts(pairs), scores_PM, Judges(pairs.groups_N, ""), seed=seed)[0]
