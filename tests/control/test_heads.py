@@ -19,7 +19,8 @@ PROMPTS = Prompts(tokenizer(), max_tokens=512)
 async def test_updates_tell_how_well_the_head_still_fits(tmp_path):
     backbone = FakeBackbone(2, 8)
     manifest = Manifest(
-        name="followed", kind="hybrid", version=1, created="2025-01-01T00:00:00Z", template=PROMPTS.template, layers=(2,),
+        name="followed", kind="hybrid", version=1, created="2025-01-01T00:00:00Z",
+        template=PROMPTS.template, layers=(2,),
         backbone=BackboneRef(name="fake", fingerprint=backbone.info.fingerprint),
     )  # fmt: skip
     tensors = {
