@@ -8,7 +8,7 @@ from typing import Literal
 
 from inward.api.scoring import Deadline, score_groups
 from inward.api.services import Services
-from inward.errors import InwardError, NotFinite, TooLarge
+from inward.errors import InvalidField, InwardError, NotFinite, TooLarge
 from inward.prompts import Grouped, Texts
 from inward.types import Group, Ids, Prompt, SamplingSpec, Scored
 from inward.wire import Parts, RerankRequest, Sampling
@@ -76,20 +76,27 @@ async def candidates(services: Services, request: RerankRequest, head: str, dead
 
 
 async def generation(services: Services, request: RerankRequest) -> Generation:
-    """What a request without candidates asks for.
+    """What a request without candidates asks for. Raises as ``to_draw``."""
+    prompt, field = request.asked()
+    texts = Texts(prompt, (), request.truncate)
+    return await to_draw(services, texts, field, request.n or 1, request.sampling or Sampling())
+
+
+async def to_draw(services: Services, texts: Texts, field: str, n: int, sampling: Sampling) -> Generation:
+    """``n`` answers to the prompt of ``texts``, which came in the request's ``field``.
 
     Raises:
         InwardError: the prompt can't be used, or more is asked for than the model or the service gives.
     """
-    prompt, field = request.asked()
-    n, most = request.n or 1, services.limits.candidates
-    if n > most:
+    if n > (most := services.limits.candidates):
         raise TooLarge(f"n is {n} and one request may draw {most} answers; send several", param="n")
-    (grouped,) = await services.prompts.group_many([Texts(prompt, (), request.truncate)])
+    (grouped,) = await services.prompts.group_many([texts])
     if isinstance(grouped, InwardError):
-        raise type(grouped)(grouped.message, param=Parts(prompt, (), field, ()).blame(grouped.param))
+        raise type(grouped)(grouped.message, param=Parts(texts.prompt, (), field, ()).blame(grouped.param))
     prompt_ids = grouped.group.prompt_ids
-    spec = _spec(n, request.sampling or Sampling(), services.prompts.max_tokens - 1 - len(prompt_ids))
+    if not prompt_ids:
+        raise InvalidField("the prompt is empty: there is nothing to go on with", param=field)
+    spec = _spec(n, sampling, services.prompts.max_tokens - 1 - len(prompt_ids))
     return Generation(prompt_ids, spec, grouped.truncated)
 
 
