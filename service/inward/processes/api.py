@@ -12,7 +12,8 @@ from inward.api.bulk import BulkRunner
 from inward.api.services import Services
 from inward.backbones.tokenizer import tokenizer_hash
 from inward.control.channel import ControlChannel
-from inward.control.remote import RemoteHeadControl, RemotePolicyControl
+from inward.control.lora_adapters import RemotePolicyControl
+from inward.control.remote import RemoteHeadControl
 from inward.errors import Unavailable
 from inward.intake import Intake
 from inward.processes.supervisor import Supervisor

@@ -10,8 +10,9 @@ from datetime import datetime
 from typing import Any, Protocol
 
 from inward import logs, metrics, tracing
-from inward.errors import InternalError, InvalidField, InwardError, SetupError, TooLarge
+from inward.errors import InternalError, InvalidField, InwardError, SetupError
 from inward.prompts.control_tokens import ControlTokens
+from inward.prompts.length_limit import Grouped, fit_length
 from inward.prompts.turns import Turns
 from inward.types import Group, Ids, Prompt
 
@@ -65,14 +66,6 @@ class Texts:
         return prompt * max(1, len(self.responses)) + sum(map(len, self.responses))
 
 
-@dataclass(frozen=True, slots=True)
-class Grouped:
-    """A group ready for the queue, and whether text had to be cut for it."""
-
-    group: Group
-    truncated: bool = False
-
-
 class Prompts:
     """Renders and tokenises for one backbone.
 
@@ -81,7 +74,7 @@ class Prompts:
         max_tokens: most tokens of one prompt + response that the backbone takes; one is kept free for an EOS.
         format: a format string with ``{prompt}`` and, at its very end, ``{response}``; None takes the chat template, or
             ``DEFAULT_FORMAT`` where the tokenizer has none.
-        end_ids: all ids that end a text of this model (``backbones.tokenizer.end_ids``), beside the tokenizer's own.
+        end_ids: all ids that end a text of this model (``backbones.end_ids``), beside the tokenizer's own.
 
     Raises:
         SetupError: the format string lacks a field, or text follows the response.
@@ -147,8 +140,7 @@ class Prompts:
         """One prompt and its responses as token ids, the prompt with exactly one BOS. A ``rendered`` prompt is a string
         to which the template was applied already.
 
-        Truncation cuts the oldest tokens of the prompt (never its BOS), the same for all responses; a response that
-        would leave the prompt less than a quarter of the room loses its end. Empty responses are legal.
+        Empty responses are legal. ``length_limit`` decides what is too long, and what is cut.
 
         Raises:
             InvalidField: text that is not Unicode, a conversation that the template refuses, or no text at all.
@@ -175,7 +167,8 @@ class Prompts:
             whole[n:] if whole[:n] == apart[0] else alone for whole, alone in zip(together, apart[1:], strict=True)
         ]
         responses_ids = tuple(own if isinstance(r, str) else r for r, own in zip(responses, tokenised, strict=True))
-        return self._fit(prompt_ids, responses_ids, truncate)
+        bos = () if self.tokenizer.bos_token_id is None else (self.tokenizer.bos_token_id,)
+        return fit_length(Group(prompt_ids, responses_ids), self.max_tokens, bos=bos, truncate=truncate)
 
     async def group_many(self, texts: Sequence[Texts]) -> list[Grouped | InwardError]:
         """``group`` for each, errors in place of the ones that can't be used; off the event loop where it is much."""
@@ -197,26 +190,6 @@ class Prompts:
             return error
         except Exception as error:  # a tokenizer's own failure: this item's, not its neighbours'
             return InternalError(f"this text could not be tokenised ({type(error).__name__})")
-
-    def _fit(self, prompt_ids: Ids, responses_ids: tuple[Ids, ...], truncate: bool) -> Grouped:
-        room = self.max_tokens - 1  # one EOS
-        longest = max(map(len, responses_ids), default=0)
-        if len(prompt_ids) + longest <= room:
-            return Grouped(Group(prompt_ids, responses_ids))
-        if not truncate:
-            worst = max(range(len(responses_ids)), key=lambda i: len(responses_ids[i]), default=0)
-            raise TooLarge(
-                f"prompt ({len(prompt_ids)} tokens) and response ({longest}) are longer than the {room} tokens that "
-                "the "
-                "model takes; shorten them, or send \"truncate\": true",
-                param=f"responses.{worst}" if responses_ids else "prompt",
-            )  # fmt: skip
-        bos = prompt_ids[:1] if prompt_ids[:1] == (self.tokenizer.bos_token_id,) else ()
-        least = min(len(prompt_ids), room // 4)  # of the prompt, so that a long response never stands without one
-        responses_ids = tuple(ids[: room - least] for ids in responses_ids)
-        keep = room - len(bos) - max(map(len, responses_ids), default=0)
-        rest = prompt_ids[len(bos) :]
-        return Grouped(Group(bos + rest[max(0, len(rest) - keep) :], responses_ids), truncated=True)
 
     def _ids(self, texts: list[str], broken: str = "") -> list[Ids]:
         """Of each text; one that has the character ``broken`` is tokenised as the pieces between."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -320,8 +320,17 @@ def _logits(model: Model, ids: Sequence[Sequence[int]], **options: Any) -> tuple
     if "use_cache" in known:
         options.setdefault("use_cache", False)
     output = model.whole(input_ids=torch.tensor(ids, device=model.device), **options)
-    caches = {name: cache for name in _CACHES if (cache := getattr(output, name, None)) is not None}
-    return output.logits[:, -1], caches
+    return output.logits[:, -1], _given(output, known)
+
+
+def _given(output: Any, known: Collection[str]) -> dict[str, Any]:
+    """The cache, by the name under which ``forward`` takes it back; outputs have others for the same."""
+    caches: dict[str, Any] = {}
+    for name in _CACHES:
+        cache = getattr(output, name, None) if name in known else None
+        if cache is not None and all(cache is not other for other in caches.values()):
+            caches[name] = cache
+    return caches
 
 
 def _layers(cache: Any) -> list[DynamicLayer]:

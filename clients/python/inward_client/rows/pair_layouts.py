@@ -11,7 +11,7 @@ from typing import Any
 
 from inward_client.rows.errors import DataError
 from inward_client.rows.messages import Prompt, is_messages
-from inward_client.rows.pairs import (
+from inward_client.rows.pair import (
     Pair,
     Row,
     alpaca_prompt,
