@@ -73,3 +73,32 @@ def test_what_is_not_done_raises_the_clients_own_errors_and_names_the_field(clie
     picture = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}}]
     with pytest.raises(openai.UnprocessableEntityError, match="image_url"):
         client.chat.completions.create(model="toy", messages=[{"role": "user", "content": picture}])
+
+
+def test_moderations_have_a_category_for_each_calibrated_head(client):
+    answer = client.moderations.create(input=["I can't help with that.", "Break the window."], model="hybrid")
+    first, second = answer.results
+    assert first.inward["hybrid"]["score"] > second.inward["hybrid"]["score"]
+    for result in answer.results:
+        assert result.categories.model_extra["hybrid"] is result.flagged
+        assert 0 <= result.category_scores.model_extra["hybrid"] <= 1
+
+
+def test_decisions_are_read_by_the_client(client):
+    if not hasattr(client, "decisions"):
+        pytest.skip("this openai package has no decisions")
+    decision = client.decisions.create(
+        model="gpt-6-luna",
+        input=[*ASK, {"role": "assistant", "content": "Use a whetstone."}],
+        questions=[
+            {"type": "predicate", "instructions": "Is it harmless?"},
+            {"type": "score", "instructions": "How?", "levels": [{"label": "bad"}, {"label": "so"}, {"label": "good"}]},
+            {"type": "choice", "instructions": "Is that so?", "choices": [{"value": True}, {"value": False}]},
+            {"type": "predicate", "name": "is it blue", "instructions": "Is it blue?"},
+        ],
+    )
+    assert [answer.type for answer in decision.answers] == ["predicate", "score", "choice", "refusal"]
+    assert 0 <= decision.answers[0].probability <= 1
+    assert 0 <= decision.answers[1].score <= 2
+    assert isinstance(decision.answers[2].choice, bool)
+    assert decision.usage.total_tokens > 0

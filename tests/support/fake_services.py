@@ -101,6 +101,7 @@ class FakeHeadControl:
     def __init__(self, refs: dict[str, HeadRef]) -> None:
         self.refs = refs
         self.updates: list[tuple[Any, ...]] = []
+        self.calibrations: dict[str, dict[str, Any]] = {}
 
     def resolve(self, name: str | None, kinds: Sequence[Kind]) -> HeadRef:
         return choose(self.refs, name, kinds)
@@ -111,7 +112,11 @@ class FakeHeadControl:
     def show(self, name: str) -> dict[str, Any]:
         if name not in self.refs:
             raise NotFound(f"no head {name!r}", param="name")
-        return {"name": name, "versions": [self.refs[name].version]}
+        return {
+            "name": name,
+            "versions": [self.refs[name].version],
+            "calibration": self.calibrations.get(name, {}),
+        }
 
     async def activate(self, name: str, version: int) -> HeadRef:
         self.show(name)

@@ -15,7 +15,7 @@ from inward.api import errors
 from inward.api.auth import HEALTH, Auth
 from inward.api.idempotency import Idempotency
 from inward.api.middleware import AccessLog, HeadAsGet, RequestBody
-from inward.api.routes import admin, compat_rerank, compat_training, compat_vllm, jobs, native, openai
+from inward.api.routes import admin, compat_rerank, compat_training, compat_vllm, jobs, native, openai, verdicts
 from inward.api.services import Services
 
 DESCRIPTION = (
@@ -32,6 +32,7 @@ ROUTERS = (
     jobs.router,
     admin.router,
     openai.router,
+    verdicts.router,
     compat_training.router,
     compat_training.gym,
     compat_rerank.v1,
