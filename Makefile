@@ -8,6 +8,7 @@
 #   make test-valkey        the tests of the queue against Valkey instead of Redis
 #   make test-deploy        image, compose file and Helm chart against linters and schemas, in .venv-deploy
 #   make test-litellm       a real LiteLLM proxy with Inward as its guardrail, in .venv-litellm (about half a GB)
+#   make test-browser       the playground and the API's documentation in a real Chromium, which it installs
 #   make audit              known vulnerabilities of what .venv holds (asks PyPI's database)
 #   make image-check        the Dockerfile's pip steps and its entry point, replayed without a container engine (minutes)
 #   make contract           writes clients/openapi.json and docs/reference anew after API, settings, commands or metrics have changed
@@ -63,6 +64,13 @@ test-deploy: .venv/installed-dev .venv-deploy/installed
 
 test-litellm: .venv/installed-dev .venv-litellm/installed
 	INWARD_LITELLM=$(CURDIR)/.venv-litellm/bin/litellm $(BIN)/python -m pytest tests/litellm $(ARGS)
+
+test-browser: .venv/installed-dev
+	$(PIP) install --quiet playwright axe-playwright-python
+	@command -v chromium chromium-browser google-chrome >/dev/null || { [ "$$(id -u)" = 0 ] \
+		&& apt-get update -qq && DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
+		|| { echo "no Chromium: install your system's package"; exit 1; }
+	$(BIN)/python -m pytest tests/browser $(ARGS)
 
 audit: .venv/installed .venv-deploy/installed
 	.venv-deploy/bin/pip-audit --path .venv/lib/python*/site-packages

@@ -35,6 +35,9 @@ class FakeTokenizer:
     def __call__(self, text: list[str], *, add_special_tokens: bool) -> Any:
         return {"input_ids": [[ord(c) for c in t] for t in text]}
 
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+        return "".join(map(chr, token_ids))
+
 
 class FakeIntake:
     """The score of a response is its number of tokens; ``hold`` makes it wait, ``outcome`` changes what becomes of a

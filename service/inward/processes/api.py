@@ -151,7 +151,7 @@ class ApiProcess:
         worker = self.head_control.worker_info
         backbone = replace(worker.backbone, concurrency=sum(one.backbone.concurrency for one in workers))
         heads = [row["name"] for row in worker.heads]
-        return about(backbone, worker.policy_version, self._prompts, heads, self.settings)
+        return about(backbone, worker.policy_version, self._prompts, heads, self.settings, jobs=True)
 
     async def close(self, timeout: float) -> bool:
         """Leaves Redis; whoever still waits has been answered by the server's own draining. True if nothing was
