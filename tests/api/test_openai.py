@@ -93,6 +93,10 @@ async def test_sampling_fields_reach_the_backbone_and_null_is_as_if_a_field_were
         ({"frequency_penalty": 0.5}, 422, "frequency_penalty"),
         ({"logit_bias": {"5": 1}}, 422, "logit_bias"),
         ({"n": 3, "best_of": 2}, 422, "best_of"),
+        ({"stream": True, "early_rejection": {"keep": 0.5, "at": [4]}}, 422, "early_rejection"),
+        ({"early_rejection": {"keep": 0.5}}, 422, "early_rejection.at"),
+        ({"stop_when": {"below": 0, "fpr": 0.1}}, 422, "stop_when.fpr"),
+        ({"stop_when": {"below": 0, "head": "nobody"}}, 404, "stop_when.head"),
         ({"best_of": 11}, 413, "best_of"),
         ({"n": 11}, 413, "n"),
         ({"max_tokens": MAX_TOKENS}, 413, "max_tokens"),
@@ -191,6 +195,26 @@ async def test_models_are_the_backbone_the_policies_and_the_heads():
     assert kinds == {"tiny": "backbone", "base": "policy", "v1": "policy", "v2": "policy", LEGEND.name: "head"}
     assert one == next(model for model in listed["data"] if model["id"] == LEGEND.name)
     assert (none.status_code, error(none)["param"]) == (404, "name")
+
+
+async def test_what_may_end_an_answer_early_is_passed_on():
+    seen = []
+    async with serving() as (api, c):
+        draw = c.backbone.sample
+
+        async def spy(group, *rest):
+            seen.append(group.sampling)
+            return await draw(group, *rest)
+
+        c.backbone.sample = spy
+        early = {"keep": 0.5, "at": [4]}
+        body = (await api.post("/v1/chat/completions", {**CHAT, "best_of": 4, "early_rejection": early})).json()
+        guard = {"below": 100.0}
+        ended = (await api.post("/v1/chat/completions", {**CHAT, "stop_when": guard})).json()["choices"][0]
+    assert body["usage"]["not_drawn_tokens"] > 0
+    assert body["choices"][0]["finish_reason"] in {"stop", "length"}
+    assert (ended["finish_reason"], ended["inward"]["finish_reason"]) == ("content_filter", "guard")
+    assert ended["message"]["content"] == ""
 
 
 async def test_a_head_that_is_switched_meanwhile_ends_the_stream_with_an_error():

@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import AsyncExitStack
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -306,6 +307,13 @@ async def test_a_request_that_no_worker_took_is_forgotten(replica, redis_server,
             await replica._control.ask(b"", 0.01)
         assert client.xlen(KEYS.requests) == 1
         assert 0 < client.ttl(KEYS.requests) <= 60
+
+
+async def test_less_than_a_millisecond_is_no_wait_without_end(replica, monkeypatch):
+    clock = iter([100.0, 100.0])
+    monkeypatch.setattr("inward.control.channel.time", SimpleNamespace(time=lambda: next(clock, 200.0)))
+    with pytest.raises(DeadlineExceeded):
+        await asyncio.wait_for(replica._control.ask(b"", 1e-4), PATIENCE / 2)
 
 
 async def test_the_lock_is_held_as_long_as_it_is_needed_and_no_longer(replica, redis_server):

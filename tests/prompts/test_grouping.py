@@ -169,7 +169,7 @@ def test_the_date_is_that_of_a_head_fitted_earlier(monkeypatch):
     tok = tokenizer()
     tok.chat_template = DATED
     before = prompts(tok).template
-    monkeypatch.setattr("inward.prompts.grouping.DATE", DATE + timedelta(days=1))
+    monkeypatch.setattr("inward.prompts.chat_template.DATE", DATE + timedelta(days=1))
     assert prompts(tok).template != before
 
 

@@ -16,7 +16,7 @@ from inward.api.services import Limits, Services
 from inward.errors import Conflict, InwardError, NotFound
 from inward.heads.registry import choose
 from inward.prompts import Prompts
-from inward.types import Group, HeadRef, Kind, LayerScores, PairScores, Scored, Scores, Timing, Usage
+from inward.types import Gamma, Group, HeadRef, Kind, LayerScores, PairScores, Scored, Scores, Timing, Usage
 
 LEGEND = HeadRef("harmless", "legend", 3)
 HYBRID = HeadRef("helpful", "hybrid", 1)
@@ -95,6 +95,7 @@ def _scores(ref: HeadRef, lengths: tuple[float, ...], details: frozenset[str], p
         tokens_N=tuple(tuple(range(int(n))) for n in lengths) if "tokens" in details else None,
         pair=comparison,
         listwise=ref.kind == "srr",
+        gamma=Gamma(7.5, True, 0.5) if ref.kind == "hybrid" else None,
     )
 
 

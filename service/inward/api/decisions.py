@@ -131,7 +131,7 @@ async def _choose(
     ranking = RerankRequest.model_validate(
         {"messages": [*turns, asked], "candidates": [choice.text for choice in choices], "head": head.name}
     )
-    found = await candidates(services, ranking, head.name, deadline)
+    found = await candidates(services, ranking, (head.name,), deadline)
     scores = [answer.score for answer in found.answers]
     if None in scores:
         return Refusal(name=question.name), found.scored.usage

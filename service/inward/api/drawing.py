@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from inward.api.candidates import Candidate, Candidates, Generation, to_draw
+from inward.api.candidates import Candidate, Candidates, Generation, place, to_draw, watched
 from inward.api.compat import requested_head
 from inward.api.elements import RERANK_KINDS
 from inward.api.scoring import Deadline, score_groups
@@ -53,7 +53,7 @@ async def asked(services: Services, request: ChatRequest | CompletionRequest) ->
     await _check_model(services, request.model)
     head = requested_head(services, request, RERANK_KINDS, services.rerank_head)
     deadline = Deadline(request.timeout, services.limits.timeout_s)
-    generations = [await _generation(services, request, texts, field) for texts, field in prompts]
+    generations = [await _generation(services, request, texts, field, head.name) for texts, field in prompts]
     return Asked(head, tuple(generations), deadline)
 
 
@@ -74,11 +74,14 @@ async def draw(services: Services, wanted: Asked) -> list[Candidates]:
 
 
 def best(found: Candidates, n: int) -> list[Given]:
-    """The ``n`` best answers, best first. Equals, and those without a score, stand in the order of drawing."""
+    """The ``n`` best answers, best first, by their places. Equals stand in the order of drawing."""
     scored = found.scored
     order = sorted(
         range(len(found.answers)),
-        key=lambda i: (found.answers[i].score is None, -(found.answers[i].score or 0.0)),
+        key=lambda i: (
+            place(found.answers[i].finish_reason, found.answers[i].score is None),
+            -(found.answers[i].score or 0.0),
+        ),
     )
     return [
         Given(
@@ -88,6 +91,7 @@ def best(found: Candidates, n: int) -> list[Given]:
                 probability=found.answers[i].probability,
                 drawn=i,
                 of=len(order),
+                finish_reason=found.answers[i].finish_reason or "stop",
                 head=Head.of(scored.heads[0]),
                 policy_version=scored.policy_version,
             ),
@@ -96,9 +100,9 @@ def best(found: Candidates, n: int) -> list[Given]:
     ]
 
 
-def usage(found: Sequence[Candidates]) -> DrawUsage:
+def usage(wanted: Asked, found: Sequence[Candidates]) -> DrawUsage:
     """Of all that was drawn."""
-    return DrawUsage.of([one.prompt_ids for one in found], [one.scored.usage for one in found])
+    return DrawUsage.of([one.prompt_ids for one in wanted.generations], [one.scored.usage for one in found])
 
 
 def _prompts(request: ChatRequest | CompletionRequest) -> list[tuple[Texts, str]]:
@@ -111,13 +115,14 @@ def _prompts(request: ChatRequest | CompletionRequest) -> list[tuple[Texts, str]
     return [(Texts(text, (), cut, rendered=True), field) for text, field in zip(request.prompts(), fields, strict=True)]
 
 
-async def _generation(services: Services, request: DrawRequest, texts: Texts, field: str) -> Generation:
+async def _generation(services: Services, request: DrawRequest, texts: Texts, field: str, head: str) -> Generation:
     try:
-        return await to_draw(services, texts, field, request.drawn, request.sampling())
+        wanted = await to_draw(services, texts, field, request.drawn, request.sampling())
     except InwardError as error:
         if error.param != "sampling.max_tokens":
             raise
         raise type(error)(error.message, param=request.budget_field) from None
+    return replace(wanted, spec=watched(services, wanted.spec, head, request.early_rejection, request.stop_when))
 
 
 def _count_field(request: DrawRequest) -> str:

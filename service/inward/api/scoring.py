@@ -98,10 +98,19 @@ def find_head(services: Services, name: str | None, kinds: Sequence[Kind]) -> He
     Raises:
         NotFound: there is none.
     """
+    return named_head(services, name, kinds, "head")
+
+
+def named_head(services: Services, name: str | None, kinds: Sequence[Kind], field: str) -> HeadRef:
+    """The head that a request names in ``field``.
+
+    Raises:
+        NotFound: there is none.
+    """
     try:
         return services.heads.resolve(name, kinds)
     except NotFound as error:
-        raise NotFound(error.message, param=error.param or "head") from None
+        raise NotFound(error.message, param=field) from None
 
 
 def hybrid_head(services: Services) -> str | None:

@@ -33,7 +33,7 @@ async def stream(
     """
     if len(wanted.generations) > 1:
         raise InvalidField("several prompts can't be streamed; send them one by one", param="stream")
-    outcomes = await begin(services, wanted.generations[0], wanted.head, wanted.deadline)
+    outcomes = await begin(services, wanted.generations[0], (wanted.head.name,), wanted.deadline)
     chunks = _chunks(services, request, wanted, outcomes, about, piece)
     await anext(chunks)  # a generator that was never begun would not close ``outcomes`` when it is closed
     return EventStream(chunks)
@@ -63,7 +63,7 @@ async def _chunks(
         yield data({**chunk, "choices": [piece(index, given.candidate.text, None)]})
         yield data({**chunk, "choices": [_end(piece, index, given)]})
     if with_usage:
-        yield data({**about, "choices": [], "usage": usage([found]).model_dump()})
+        yield data({**about, "choices": [], "usage": usage(wanted, [found]).model_dump()})
 
 
 def _end(piece: Piece, index: int, given: Given) -> dict[str, Any]:

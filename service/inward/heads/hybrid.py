@@ -23,7 +23,7 @@ from inward.heads.base import Manifest
 from inward.heads.calibration import Deciles, PairCalibration, Platt, sigmoid
 from inward.heads.pooling import Pooler, shapes
 from inward.heads.tensors import expect, pooler_of
-from inward.types import Detail, Floats, HeadRef, LayerScores, PairScores, Reading, Readout, Scores, Tap
+from inward.types import Detail, Floats, Gamma, HeadRef, LayerScores, PairScores, Reading, Readout, Scores, Tap
 
 Gate = Literal["sigmoid", "softmax"]
 Doubles = NDArray[np.float64]
@@ -37,6 +37,11 @@ class Confidence(BaseModel):
     alpha: float = Field(7.5, gt=0, allow_inf_nan=False)
     squash: bool = True
     floor: float | None = Field(0.5, ge=0, le=1)
+
+    @property
+    def gamma(self) -> Gamma:
+        """As it travels with scores."""
+        return Gamma(self.alpha, self.squash, self.floor)
 
 
 class HybridOptions(BaseModel):
@@ -182,6 +187,7 @@ class HybridHead:
             tokens_N=self._tokens(reading) if "tokens" in details else None,
             map_N=self._map(reading) if {"layers", "tokens"} <= details else None,
             pair=self._pair(scores_N) if pair else None,
+            gamma=self.options.confidence.gamma,
         )
 
     def _layers(self, values_NL: Floats, gates_NL: Doubles) -> tuple[LayerScores, ...]:

@@ -22,7 +22,7 @@ from pydantic import (
 from pydantic.types import Discriminator
 
 from inward.wire.compat import Messages, ModelRequest, TextOrTexts
-from inward.wire.requests import MOST, Sampling, at
+from inward.wire.requests import MOST, GuardOptions, RejectionOptions, Sampling, at
 
 SEEDS = 2**32
 OFF = (None, False, 0, "none", "auto", {"type": "text"}, ["text"])
@@ -90,6 +90,10 @@ class DrawRequest(ModelRequest):
     stream: StrictBool | None = None
     """Send the answer as server-sent events. With `best_of` above 1 they tell the progress first."""
     stream_options: StreamOptions | None = None
+    early_rejection: RejectionOptions | None = None
+    """Inward's own, as on `/rerank`: which answers are not drawn to their end. They come last."""
+    stop_when: GuardOptions | None = None
+    """Inward's own, as on `/rerank`: when an answer is ended by a guard (`finish_reason` `content_filter`)."""
     timeout: Annotated[StrictFloat, Field(gt=0, allow_inf_nan=False)] | None = None
     """Inward's own: seconds after which an answer is of no use and 504 is given."""
 
@@ -105,6 +109,8 @@ class DrawRequest(ModelRequest):
     def _enough(self) -> DrawRequest:
         if self.drawn < self.given:
             raise at("best_of", f"is {self.drawn} and `n` is {self.given}: more can't be given than are drawn")
+        if self.stream and self.early_rejection is not None:
+            raise at("early_rejection", "compares answers while they are drawn; a stream draws each by itself")
         return self
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from inward.types import Ids, Usage
+from inward.types import FinishReason, Ids, Usage
 from inward.wire.answers import Head
 from inward.wire.base import Wire
 
@@ -24,8 +24,10 @@ class DrawUsage(Wire):
     prompt_tokens: int
     """Of the prompt, once."""
     completion_tokens: int
-    """Of every answer that was drawn."""
+    """Of every answer that was drawn, as far as it was drawn."""
     total_tokens: int
+    not_drawn_tokens: int
+    """At most so many more would have been drawn of answers that were rejected, or ended by a guard."""
     prompt_tokens_details: PromptDetails
 
     @classmethod
@@ -34,10 +36,12 @@ class DrawUsage(Wire):
         usage = sum(usages, Usage())
         prompt = sum(map(len, prompts))
         shared = usage.prompt_tokens - prompt
+        drawn = max(usage.drawn_tokens, usage.completion_tokens)
         return cls(
             prompt_tokens=prompt,
-            completion_tokens=usage.completion_tokens,
-            total_tokens=prompt + usage.completion_tokens,
+            completion_tokens=drawn,
+            total_tokens=prompt + drawn,
+            not_drawn_tokens=usage.not_drawn_tokens,
             prompt_tokens_details=PromptDetails(cached_tokens=min(prompt, max(0, usage.cached_tokens - shared))),
         )
 
@@ -46,13 +50,15 @@ class Rating(Wire):
     """What the head says of a choice."""
 
     score: float | None
-    """Null where it is not finite."""
+    """Null where it is not finite. Of an answer that was ended before its end, the score that ended it."""
     probability: float | None
     """Calibrated probability that the answer is acceptable, where the head is calibrated for it."""
     drawn: int
     """Its place in the order of drawing, from 0."""
     of: int
     """How many were drawn."""
+    finish_reason: FinishReason
+    """In our own words: `guard` and `rejected` beside `stop` and `length`."""
     head: Head
     policy_version: str
 
@@ -142,4 +148,4 @@ class ModelsAnswer(Wire):
 
 def finish(reason: str | None) -> Finish:
     """The reason in OpenAI's words."""
-    return "length" if reason == "length" else "content_filter" if reason == "guard" else "stop"
+    return "length" if reason in ("length", "rejected") else "content_filter" if reason == "guard" else "stop"

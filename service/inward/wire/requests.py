@@ -288,6 +288,64 @@ class Sampling(Wire):
     """Texts that end an answer, and are not part of it."""
 
 
+class RejectionOptions(Wire):
+    """Which answers are not drawn to their end, so that more can be begun for the same tokens."""
+
+    keep: Annotated[StrictFloat, Field(gt=0, lt=1)] | None = None
+    """At each of `at`: the share of the answers still running that goes on, at least one."""
+    at: Annotated[list[Annotated[StrictInt, Field(ge=1, le=MOST)]], Field(min_length=1, max_length=64)] | None = None
+    """Tokens of an answer after which it is decided, ascending."""
+    max_loss: Annotated[StrictFloat, Field(gt=0, lt=1)] | None = None
+    """Instead of `keep` and `at`: the share of what the best of `n` gains over a single answer that may be lost on
+    average, by the calibration of a value head."""
+    head: str | None = None
+    """Whose running score decides. By default the value head that was fitted for the one that ranks (`inward fit
+    value`), else the mean of that one's own scores so far."""
+    in_pair: StrictBool = False
+    """Let a rejected answer be the `rejected` of `pair`, cut as it is. Its score is the one that rejected it."""
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> RejectionOptions:
+        if self.max_loss is not None and (self.keep is not None or self.at is not None):
+            raise at("max_loss", "can't stand beside `keep` or `at`; give one or the other")
+        if self.max_loss is None and (self.keep is None or self.at is None):
+            raise at("keep" if self.keep is None else "at", "is missing; give `keep` and `at`, or `max_loss`")
+        if self.at is not None and self.at != sorted(set(self.at)):
+            raise at("at", "must ascend")
+        return self
+
+
+class GuardOptions(Wire):
+    """An answer ends as soon as its pooled score falls below a threshold. What follows its last safe token is not
+    given.
+
+    The threshold is given by one of `below`, `probability` and `fpr`.
+    """
+
+    head: str | None = None
+    """Whose score it is; by default that of the head which ranks."""
+    below: Annotated[StrictFloat, Field(allow_inf_nan=False)] | None = None
+    """A score of the head."""
+    probability: Annotated[StrictFloat, Field(gt=0, lt=1)] | None = None
+    """A probability that the answer is acceptable, where the head is calibrated for it."""
+    fpr: Annotated[StrictFloat, Field(gt=0, lt=1)] | None = None
+    """The share of acceptable answers that may be ended, where the head is calibrated for it (`inward fit guard`)."""
+    pool: Annotated[str, Field(max_length=64)] | None = None
+    """How the scores of the tokens so far make one: `last`, `mean`, `max_ema:alpha=0.5`, `max_rolling:window=10`,
+    `topk:k=10`. By default the head's own pool, else `max_ema`."""
+    after: Annotated[StrictInt, Field(ge=0, le=MOST)] = 0
+    """Tokens that are drawn whatever they score."""
+
+    @model_validator(mode="after")
+    def _one_threshold(self) -> GuardOptions:
+        given = [name for name in ("below", "probability", "fpr") if getattr(self, name) is not None]
+        if not given:
+            raise at("below", "is missing; give `below`, `probability` or `fpr`")
+        if len(given) > 1:
+            raise at(given[1], f"can't stand beside `{given[0]}`; give one of them")
+        return self
+
+
 class RerankRequest(Options, PromptFields):
     """Candidate answers to one prompt, given or to be drawn, to be ranked.
 
@@ -301,6 +359,10 @@ class RerankRequest(Options, PromptFields):
     """Instead of `candidates`: how many answers to draw from the model."""
     sampling: Sampling | None = None
     """How they are drawn."""
+    early_rejection: RejectionOptions | None = None
+    """Which of them are not drawn to their end. They come after those that are, with `finish_reason` `rejected`."""
+    stop_when: GuardOptions | None = None
+    """When an answer is ended by a guard. It comes after those that were not, with `finish_reason` `guard`."""
     return_token_ids: StrictBool = False
     """Give each answer's token ids as well."""
     stream: StrictBool = False
@@ -313,6 +375,7 @@ class RerankRequest(Options, PromptFields):
             "examples": [
                 {"prompt": "How do I sharpen a knife?", "candidates": ["No idea.", "Use a whetstone."]},
                 {"prompt": "How do I sharpen a knife?", "n": 8, "sampling": {"temperature": 0.8, "max_tokens": 128}},
+                {"prompt": "How do I sharpen a knife?", "n": 16, "early_rejection": {"keep": 0.5, "at": [16, 32]}},
             ]
         }
     )
@@ -331,8 +394,11 @@ class RerankRequest(Options, PromptFields):
             raise at("candidates", "is missing; give `candidates`, or `n` to draw them")
         if self.candidates is not None and (self.n is not None or self.sampling is not None):
             raise at("candidates", "can't stand beside `n` or `sampling`; give one or the other")
-        if self.candidates is not None and self.stream:
-            raise at("stream", "is for answers that are drawn; given candidates are ranked together")
+        for name in ("stream", "early_rejection", "stop_when"):
+            if self.candidates is not None and getattr(self, name):
+                raise at(name, "is for answers that are drawn; given candidates are ranked together")
+        if self.stream and self.early_rejection is not None:
+            raise at("early_rejection", "compares answers while they are drawn; a stream draws each by itself")
         return self
 
 

@@ -52,10 +52,3 @@ export async function* events(path, body) {
     }
   }
 }
-
-// What a request may have: fields of a schema of the API's own document.
-let document_;
-export async function takes(schema, field) {
-  document_ ??= get("/openapi.json");
-  return field in ((await document_).components.schemas[schema]?.properties ?? {});
-}

@@ -1,5 +1,5 @@
 // Answers as they are drawn, in the order of their scores.
-import { events, post, takes } from "./api.js";
+import { events, post } from "./api.js";
 import { histogram } from "./charts.js";
 import { headSelect } from "./choosing.js";
 import { field, figures, form, h, number } from "./dom.js";
@@ -11,14 +11,12 @@ export function best(panel, listed) {
   const temperature = h("input", { type: "number", min: 0, max: 5, step: 0.1, value: 1 });
   const head = headSelect(listed, ["hybrid", "ensemble", "legend", "srr"]);
   const early = h("input", { type: "checkbox" });
-  const earlyField = h("label", { hidden: true }, early, " Give up bad ones early");
   const out = h("div", { className: "stack" });
-  takes("RerankRequest", "early_rejection").then((can) => { earlyField.hidden = !can; }).catch(() => {});
   panel.append(h("div", { className: "stack" },
     h("p", { className: "quiet" }, "N answers are drawn and read in the same pass; the head puts the best one first."),
     form([
       field("Prompt", prompt),
-      h("div", { className: "row" }, field("N", n), field("Tokens, at most", most), field("Temperature", temperature), field("Head", head), earlyField),
+      h("div", { className: "row" }, field("N", n), field("Tokens, at most", most), field("Temperature", temperature), field("Head", head), h("label", {}, early, " Give up bad ones early")),
     ], "Draw", async () => {
       const request = { prompt: prompt.value, n: Number(n.value), head: head.value, sampling: { max_tokens: Number(most.value), temperature: Number(temperature.value) } };
       await draw(out, request, early.checked);
@@ -52,21 +50,21 @@ async function draw(out, request, early) {
     }
   }
   rank(list, result.results, true);
-  const scores = result.results.map((one) => one.score).filter((score) => score !== null);
+  const scores = result.results.filter((one) => !["rejected", "guard"].includes(one.finish_reason)).map((one) => one.score).filter((score) => score !== null);
   const mean = scores.reduce((sum, score) => sum + score, 0) / scores.length;
-  const drawn = result.results.reduce((sum, one) => sum + (one.completion_tokens ?? 0), 0);
-  const saved = result.usage.tokens_saved ?? result.usage.rejected_tokens;
+  const { drawn_tokens: drawn, not_drawn_tokens: saved } = result.usage;
   said.replaceWith(figures([
     ["best score", number(result.best.score), "good"], ["gain over the mean", number(result.best.score - mean)],
-    ["tokens drawn", String(drawn)], ...(saved === undefined || saved === null ? [] : [["tokens saved", String(saved)]]),
+    ["tokens drawn", String(drawn)], ["tokens saved, at most", String(saved)],
   ]));
   progress.remove();
 }
 
 function rank(list, samples, done = false) {
-  const order = [...samples].sort((a, b) => (b.score ?? -Infinity) - (a.score ?? -Infinity));
+  const ended = (one) => one.finish_reason === "rejected" || one.finish_reason === "guard";
+  const order = [...samples].sort((a, b) => ended(a) - ended(b) || (b.score ?? -Infinity) - (a.score ?? -Infinity));
   list.replaceChildren(...order.map((one, place) => {
-    const lost = one.finish_reason === "rejected" || one.finish_reason === "guard";
+    const lost = ended(one);
     const fade = lost ? 0.75 : 1;
     return h("li", { className: lost ? "lost" : done && place === 0 ? "winner" : "", style: `opacity:${fade}` },
       h("div", { className: "card" },

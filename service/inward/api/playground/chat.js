@@ -1,12 +1,15 @@
 // A conversation whose answers pass a guard: what falls below its threshold is withheld from there on.
-import { post, takes } from "./api.js";
+import { post } from "./api.js";
 import { headSelect } from "./choosing.js";
 import { field, form, h, number, percent } from "./dom.js";
 
 const LEAST = 4; // tokens, before which a running mean means little
+const MOST = 60;
 
 export function chat(panel, listed) {
-  const head = headSelect(listed, ["hybrid", "ensemble", "legend"]);
+  const able = listed.filter(({ calibration: known = {} }) => known.guard?.length || known.acceptable || (known.platt && known.score_deciles));
+  if (!able.length) return void panel.append(h("p", { className: "problem" }, "No head is calibrated for thresholds: fit one with inward fit."));
+  const head = headSelect(able, ["hybrid", "ensemble", "legend"]);
   const rate = h("select", {}, [0.01, 0.02, 0.05, 0.1, 0.2, 0.5].map((value) =>
     h("option", { value, selected: value === 0.05 }, percent(value))));
   const text = h("textarea", { rows: 2, required: true, placeholder: "Say something" });
@@ -21,7 +24,7 @@ export function chat(panel, listed) {
     const waiting = h("li", {}, "…");
     talk.append(mine, waiting);
     try {
-      const answer = await guarded(asked, head.value, Number(rate.value));
+      const answer = await guarded(asked, able.find((one) => one.name === head.value), Number(rate.value));
       waiting.replaceChildren(...answer.shown);
       turns.push(asked.at(-1), { role: "assistant", content: answer.text || "…" });
       text.value = "";
@@ -37,43 +40,25 @@ export function chat(panel, listed) {
     element.requestSubmit();
   });
   panel.append(h("div", { className: "stack" },
-    h("p", { className: "quiet" }, "The guard reads the running mean of the head's score at every token. Where it falls below the threshold, the rest is withheld. The threshold lets through all but this share of acceptable answers."),
+    h("p", { className: "quiet" }, "The guard reads the head's score at every token while the answer is drawn. Where the running score falls below the threshold, the answer ends, and what follows its last safe token is withheld. The threshold follows from the share of acceptable answers that may be stopped by mistake."),
     talk, element));
 }
 
+// The rule that the server applies while it draws: the head's own for this rate where it has one, else the threshold of
+// whole answers for the running mean.
+async function rule(head, rate) {
+  if (head.calibration?.guard?.length) return { head: head.name, fpr: rate };
+  const judged = await post("/v1/moderations", { input: "?", model: head.name, false_positives: rate });
+  return { head: head.name, below: judged.results[0].inward[head.name].threshold, pool: "mean", after: LEAST };
+}
+
 async function guarded(messages, head, rate) {
-  const sampling = { max_tokens: 60 };
-  if (await takes("RerankRequest", "stop_when").catch(() => false)) {
-    try {
-      const drawn = await post("/rerank", { messages, n: 1, head, sampling, stop_when: { head, fpr: rate } });
-      return stopped(drawn.best, head, rate);
-    } catch (error) {
-      if (error.status !== 422) throw error; // this head has no thresholds for a stop: the page applies the rule itself
-    }
-  }
-  const drawn = (await post("/rerank", { messages, n: 1, head, sampling })).best;
-  const asked = { input: drawn.text, model: head, prompt: messages, false_positives: rate };
-  const [scored, judged] = await Promise.all([
-    post("/score", { items: [{ messages: [...messages, { role: "assistant", content: drawn.text }] }], head, detail: ["tokens"] }),
-    post("/v1/moderations", asked),
-  ]);
-  return ruled(scored.scores[0], judged.results[0].inward[head].threshold, head, rate);
-}
-
-function ruled(score, threshold, head, rate) {
-  const { tokens, token_texts: texts } = score;
-  let sum = 0;
-  const at = tokens.findIndex((value, i) => { sum += value; return i + 1 >= LEAST && sum / (i + 1) < threshold; });
-  const text = texts.slice(0, at < 0 ? texts.length : Math.max(0, at - 1)).join("");
-  if (at < 0) return { text, shown: [text, note(`${head}: ${number(score.score)}, threshold ${number(threshold)}`)] };
-  const mean = tokens.slice(0, at + 1).reduce((a, b) => a + b, 0) / (at + 1);
-  const why = `Withheld: ${texts.length - Math.max(0, at - 1)} of ${texts.length} tokens. At token ${at + 1} the running mean of ${head} was ${number(mean)}, below ${number(threshold)} (${percent(rate)} false positives).`;
-  return { text, shown: [text, h("span", { className: "withheld" }, why)] };
-}
-
-function stopped(best, head, rate) {
-  if (best.finish_reason !== "guard") return { text: best.text, shown: [best.text, note(`${head}: ${number(best.score)}`)] };
-  const why = `Stopped after ${best.completion_tokens ?? 0} tokens: the score of ${head} fell below the threshold of ${percent(rate)} false positives.`;
+  const stop = await rule(head, rate);
+  const { best, usage } = await post("/rerank", { messages, n: 1, head: head.name, sampling: { max_tokens: MOST }, stop_when: stop });
+  const limit = stop.below === undefined ? "" : `, threshold ${number(stop.below)}`;
+  if (best.finish_reason !== "guard") return { text: best.text, shown: [best.text, note(`${head.name}: ${number(best.score)}${limit}`)] };
+  const held = usage.drawn_tokens - (best.completion_tokens ?? 0);
+  const why = `Stopped at token ${usage.drawn_tokens}: the running score of ${head.name} was ${number(best.score)}${limit} (${percent(rate)} false positives). ${held} ${held === 1 ? "token is" : "tokens are"} withheld, and at most ${usage.not_drawn_tokens} more were never drawn.`;
   return { text: best.text, shown: [best.text, h("span", { className: "withheld" }, why)] };
 }
 

@@ -65,7 +65,7 @@ async def chat(request: ChatRequest, services: FromApp) -> Response:
         )
         for i, given in enumerate(best(found[0], request.given))
     ]
-    return _answer(ChatAnswer(**about, choices=choices, usage=usage(found)), found)
+    return _answer(ChatAnswer(**about, choices=choices, usage=usage(wanted, found)), found)
 
 
 @router.post(
@@ -91,7 +91,7 @@ async def complete(request: CompletionRequest, services: FromApp) -> Response:
         )
         for i, given in enumerate(givens)
     ]
-    return _answer(CompletionAnswer(**about, choices=choices, usage=usage(found)), found)
+    return _answer(CompletionAnswer(**about, choices=choices, usage=usage(wanted, found)), found)
 
 
 @router.get(

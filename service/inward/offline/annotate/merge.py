@@ -105,7 +105,7 @@ def write(table: Table, results: Callable[[], Iterable[Annotated]], metadata: Ro
         rows = (shape.row(row, annotated) for row, annotated in good(source, results()))
         parquet.write_rows(rows, table.schema, table.fresh, metadata)
     else:
-        with _text(table.fresh, table.out.suffix == ".gz") as file:
+        with text_file(table.fresh, table.out.suffix == ".gz") as file:
             _write_text(file, table, results)
     table.fresh.replace(table.out)
 
@@ -172,7 +172,7 @@ def _trl(pair: Pair) -> Row:
 
 
 @contextmanager
-def _text(path: Path, packed: bool) -> Iterator[IO[str]]:
+def text_file(path: Path, packed: bool) -> Iterator[IO[str]]:
     """UTF-8; half of a surrogate pair, which a CSV cell may have, is written as an escape."""
     options: Any = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
     with gzip.open(path, "wt", **options) if packed else path.open("w", **options) as file:
