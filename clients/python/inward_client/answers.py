@@ -93,6 +93,10 @@ class Score:
     """Calibrated probability that the response is acceptable, where the head is calibrated for it."""
     layers: Mapping[str, Any] | None = None
     tokens: list[float] | None = None
+    token_texts: list[str] | None = None
+    """Of every token; together they are the response."""
+    map: list[list[float]] | None = None
+    """For every token each layer's part, where ``layers`` and ``tokens`` were asked for of a hybrid head."""
 
 
 @dataclass(frozen=True)

@@ -403,7 +403,8 @@ def _left(states: torch.Tensor, T: int) -> torch.Tensor:
 
 
 def _random(spec: SamplingSpec, index: int) -> np.random.Generator:
-    return np.random.default_rng(None if spec.seed is None else [spec.seed % 2**64, index])
+    """Sample i of seed s is sample 0 of seed s + i, as in vLLM, whether they are drawn as one list or apart."""
+    return np.random.default_rng(None if spec.seed is None else (spec.seed + index) % 2**32)
 
 
 def settle(future: Future[Any], result: Any) -> None:
