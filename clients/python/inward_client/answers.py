@@ -45,12 +45,18 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    drawn_tokens: int = 0
+    """Of drawn answers: all that were drawn, those that are not given included."""
+    not_drawn_tokens: int = 0
+    """At most so many more would have been drawn of the answers that were rejected or ended by a guard."""
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(
             self.prompt_tokens + other.prompt_tokens,
             self.completion_tokens + other.completion_tokens,
             self.cached_tokens + other.cached_tokens,
+            self.drawn_tokens + other.drawn_tokens,
+            self.not_drawn_tokens + other.not_drawn_tokens,
         )
 
 
@@ -87,6 +93,10 @@ class Score:
     """Calibrated probability that the response is acceptable, where the head is calibrated for it."""
     layers: Mapping[str, Any] | None = None
     tokens: list[float] | None = None
+    token_texts: list[str] | None = None
+    """Of every token; together they are the response."""
+    map: list[list[float]] | None = None
+    """For every token each layer's part, where ``layers`` and ``tokens`` were asked for of a hybrid head."""
 
 
 @dataclass(frozen=True)
@@ -124,11 +134,13 @@ class Ranked:
     error: ItemError | None = None
     truncated: bool = False
     score: float | None = None
+    """Of an answer that was rejected or ended by a guard: the score that ended it."""
     probability: float | None = None
     completion_tokens: int | None = None
     token_ids: list[int] | None = None
     """If asked for. ``score`` takes them as ``response_ids``, and then scores exactly what was scored here."""
     finish_reason: str | None = None
+    """Of a drawn answer: ``stop``, ``length`` (cut at its limit), ``guard`` or ``rejected``."""
 
 
 @dataclass(frozen=True)

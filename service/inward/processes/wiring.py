@@ -223,7 +223,13 @@ async def open_policies(settings: Settings, backbone: Backbone) -> LocalPolicyCo
 
 
 def about(
-    info: BackboneInfo, policy_version: str, prompts: Prompts, heads: list[str], settings: Settings
+    info: BackboneInfo,
+    policy_version: str,
+    prompts: Prompts,
+    heads: list[str],
+    settings: Settings,
+    *,
+    jobs: bool = False,
 ) -> dict[str, Any]:
     """What ``GET /info`` answers."""
     bounds = limits(settings)
@@ -231,7 +237,7 @@ def about(
         "version": __version__, "model": info.name, "revision": info.revision, "path": info.folder,
         "fingerprint": info.fingerprint, "concurrency": info.concurrency,
         "policy_version": policy_version, "dtype": info.dtype, "device": info.device, "layers": info.layers,
-        "width": info.width, "template": prompts.template, "heads": heads,
+        "width": info.width, "template": prompts.template, "heads": heads, "jobs": jobs,
         "limits": {
             "body_bytes": bounds.body_bytes, "items": bounds.items, "candidates": bounds.candidates,
             "tokens": prompts.max_tokens, "timeout_seconds": bounds.timeout_s, "queue_tokens": settings.queue_tokens,
