@@ -161,6 +161,7 @@ def _alike(scores: Scores, responses_ids: Sequence[Ids], read: Sequence[int]) ->
         probability_N=scores.probability_N and tuple(scores.probability_N[n] for n in places),
         layers_N=scores.layers_N and tuple(scores.layers_N[n] for n in places),
         tokens_N=scores.tokens_N and tuple(scores.tokens_N[n] for n in places),
+        map_N=scores.map_N and tuple(scores.map_N[n] for n in places),
         pair=scores.pair and _tie(scores.pair),
     )
 

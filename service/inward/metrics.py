@@ -190,6 +190,15 @@ HEAD_INFO = Gauge(
 )
 HEAD_UPDATES_TOTAL = Counter("inward_head_updates", "Online updates applied.", ("head",), registry=REGISTRY)
 
+# control.heads
+HEAD_FIT_COSINE = Gauge(
+    "inward_head_fit_cosine",
+    "How well a head that is updated online still fits: the Mahalanobis cosine of it and one refitted on the pairs of "
+    "its last updates, that is the correlation of their scores. From 32 pairs on.",
+    ("head",),
+    registry=REGISTRY,
+)
+
 # wiring and halves
 BUILD_INFO = Gauge(
     "inward_build_info",

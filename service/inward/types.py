@@ -307,6 +307,8 @@ class Scores:
     """Detail ``layers``, per response."""
     tokens_N: tuple[tuple[float, ...], ...] | None = None
     """Detail ``tokens``: per response, the score at every token."""
+    map_N: tuple[tuple[tuple[float, ...], ...], ...] | None = None
+    """Details ``tokens`` and ``layers`` of a head with several layers: per response and token, each layer's part."""
     pair: PairScores | None = None
     """Of a job with ``pair``."""
     listwise: bool = False

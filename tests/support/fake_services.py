@@ -35,6 +35,9 @@ class FakeTokenizer:
     def __call__(self, text: list[str], *, add_special_tokens: bool) -> Any:
         return {"input_ids": [[ord(c) for c in t] for t in text]}
 
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+        return "".join(map(chr, token_ids))
+
 
 class FakeIntake:
     """The score of a response is its number of tokens; ``hold`` makes it wait, ``outcome`` changes what becomes of a
@@ -102,6 +105,7 @@ class FakeHeadControl:
     def __init__(self, refs: dict[str, HeadRef]) -> None:
         self.refs = refs
         self.updates: list[tuple[Any, ...]] = []
+        self.calibrations: dict[str, dict[str, Any]] = {}
 
     def resolve(self, name: str | None, kinds: Sequence[Kind]) -> HeadRef:
         return choose(self.refs, name, kinds)
@@ -112,7 +116,11 @@ class FakeHeadControl:
     def show(self, name: str) -> dict[str, Any]:
         if name not in self.refs:
             raise NotFound(f"no head {name!r}", param="name")
-        return {"name": name, "versions": [self.refs[name].version]}
+        return {
+            "name": name,
+            "versions": [self.refs[name].version],
+            "calibration": self.calibrations.get(name, {}),
+        }
 
     async def activate(self, name: str, version: int) -> HeadRef:
         self.show(name)

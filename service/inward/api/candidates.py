@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass, replace
 from inward.api.elements import REWARD_KINDS, SCORE_KINDS
 from inward.api.scoring import Deadline, hybrid_head, named_head, score_groups
 from inward.api.services import Services
-from inward.errors import InwardError, NotFinite, TooLarge
+from inward.errors import InvalidField, InwardError, NotFinite, TooLarge
 from inward.heads.hybrid import confidence
 from inward.prompts import Grouped, Texts
 from inward.types import EarlyRejection, FinishReason, Group, HeadRef, Ids, Prompt, SamplingSpec, Scored, StopRule
 from inward.wire import Parts, RerankRequest, Sampling
+from inward.wire.requests import GuardOptions, RejectionOptions
 
 MAX_TOKENS = 256
 """Of a drawn answer, where the request does not say."""
@@ -35,6 +36,13 @@ class Candidate:
     def finished(self) -> bool:
         """Whether it was given, or drawn to its end."""
         return self.finish_reason in (None, "stop", "length")
+
+
+def place(finish_reason: FinishReason | None, failed: bool) -> int:
+    """Answers that a guard ended come after the others, and after them those that were rejected, since their scores may
+    be another head's; last those that can't be scored.
+    """
+    return 3 if failed else {"guard": 1, "rejected": 2}.get(finish_reason or "", 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,23 +99,40 @@ async def candidates(
 
 
 async def generation(services: Services, request: RerankRequest, head: str) -> Generation:
-    """What a request without candidates asks for, whose answers ``head`` ranks.
+    """What a request without candidates asks for, whose answers ``head`` ranks. Raises as ``to_draw``."""
+    prompt, field = request.asked()
+    texts = Texts(prompt, (), request.truncate)
+    wanted = await to_draw(services, texts, field, request.n or 1, request.sampling or Sampling())
+    return replace(wanted, spec=watched(services, wanted.spec, head, request.early_rejection, request.stop_when))
+
+
+def watched(
+    services: Services, spec: SamplingSpec, head: str, early: RejectionOptions | None, guard: GuardOptions | None
+) -> SamplingSpec:
+    """``spec`` with what may end an answer before its end, where ``head`` ranks.
+
+    Raises:
+        NotFound: a head that shall decide is not loaded.
+    """
+    rejection, rule = _early_rejection(services, early), _stop_rule(services, guard, head)
+    return replace(spec, early_rejection=rejection, stop_when=rule)
+
+
+async def to_draw(services: Services, texts: Texts, field: str, n: int, sampling: Sampling) -> Generation:
+    """``n`` answers to the prompt of ``texts``, which came in the request's ``field``.
 
     Raises:
         InwardError: the prompt can't be used, or more is asked for than the model or the service gives.
     """
-    prompt, field = request.asked()
-    n, most = request.n or 1, services.limits.candidates
-    if n > most:
+    if n > (most := services.limits.candidates):
         raise TooLarge(f"n is {n} and one request may draw {most} answers; send several", param="n")
-    (grouped,) = await services.prompts.group_many([Texts(prompt, (), request.truncate)])
+    (grouped,) = await services.prompts.group_many([texts])
     if isinstance(grouped, InwardError):
-        raise type(grouped)(grouped.message, param=Parts(prompt, (), field, ()).blame(grouped.param))
+        raise type(grouped)(grouped.message, param=Parts(texts.prompt, (), field, ()).blame(grouped.param))
     prompt_ids = grouped.group.prompt_ids
-    spec = _spec(n, request.sampling or Sampling(), services.prompts.max_tokens - 1 - len(prompt_ids))
-    spec = replace(
-        spec, early_rejection=_early_rejection(services, request), stop_when=_stop_rule(services, request, head)
-    )
+    if not prompt_ids:
+        raise InvalidField("the prompt is empty: there is nothing to go on with", param=field)
+    spec = _spec(n, sampling, services.prompts.max_tokens - 1 - len(prompt_ids))
     return Generation(prompt_ids, spec, grouped.truncated)
 
 
@@ -122,8 +147,7 @@ def _spec(n: int, sampling: Sampling, room: int) -> SamplingSpec:
     return SamplingSpec(n, max_tokens=sampling.max_tokens or min(MAX_TOKENS, room), stop=tuple(sampling.stop), **given)
 
 
-def _early_rejection(services: Services, request: RerankRequest) -> EarlyRejection | None:
-    asked = request.early_rejection
+def _early_rejection(services: Services, asked: RejectionOptions | None) -> EarlyRejection | None:
     if asked is None:
         return None
     if asked.head is not None:
@@ -131,8 +155,7 @@ def _early_rejection(services: Services, request: RerankRequest) -> EarlyRejecti
     return EarlyRejection(asked.keep, tuple(asked.at or ()), asked.max_loss, asked.head)
 
 
-def _stop_rule(services: Services, request: RerankRequest, head: str) -> StopRule | None:
-    asked = request.stop_when
+def _stop_rule(services: Services, asked: GuardOptions | None, head: str) -> StopRule | None:
     if asked is None:
         return None
     name = named_head(services, asked.head or head, SCORE_KINDS, "stop_when.head").name

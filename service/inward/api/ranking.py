@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from inward.api.candidates import Candidate, Candidates, candidates, ranking_heads
+from inward.api.candidates import Candidate, Candidates, candidates, place, ranking_heads
 from inward.api.scoring import Deadline, named
 from inward.api.services import Services
 from inward.types import HeadRef, Timing
@@ -37,17 +37,9 @@ def ranking(services: Services, request: RerankRequest, found: Candidates) -> tu
 
 
 def _results(found: Candidates, request: RerankRequest) -> list[Ranked]:
-    """Best first; equals, and those without a score, in the order in which they came. Answers that a guard ended come
-    after the others, and after them those that were rejected: their scores may be another head's.
-    """
+    """Best first, by their places; equals, and those without a score, in the order in which they came."""
     ranked = [one_ranked(i, answer, request, found.truncated) for i, answer in enumerate(found.answers)]
-    return sorted(ranked, key=lambda r: (_place(r), -(r.score or 0.0)))
-
-
-def _place(ranked: Ranked) -> int:
-    if ranked.error is not None:
-        return 3
-    return {"guard": 1, "rejected": 2}.get(ranked.finish_reason or "", 0)
+    return sorted(ranked, key=lambda r: (place(r.finish_reason, r.error is not None), -(r.score or 0.0)))
 
 
 def one_ranked(index: int, answer: Candidate, request: RerankRequest, truncated: bool) -> Ranked:

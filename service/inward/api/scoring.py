@@ -11,7 +11,7 @@ from inward.api.auth import CALLER
 from inward.api.services import Services
 from inward.errors import DeadlineExceeded, InwardError, NotFinite, NotFound, Unavailable
 from inward.prompts import Grouped, Texts
-from inward.types import Detail, Group, HeadRef, Kind, Scored, Scores, Timing
+from inward.types import Detail, Group, HeadRef, Ids, Kind, Scored, Scores, Timing
 from inward.types import Usage as UsageTokens
 from inward.wire import ErrorDetail, Head, Options, Parts, Scorable, Usage
 
@@ -25,6 +25,8 @@ class Result:
 
     outcome: Scored | InwardError
     truncated: bool = False
+    responses_ids: tuple[Ids, ...] = ()
+    """What was read as the responses."""
 
     def scores(self, head: int = 0) -> Scores | None:
         """What the ``head``-th of the heads asked for says, if the item was scored."""
@@ -165,7 +167,10 @@ async def score_each(
         outcome = next(outcomes) if isinstance(grouped, Grouped) else grouped
         if isinstance(outcome, InwardError) and outcome.param is None:
             outcome = type(outcome)(outcome.message, param=_path(field, i))
-        results.append(Result(outcome, isinstance(grouped, Grouped) and grouped.truncated))
+        if isinstance(grouped, Grouped):
+            results.append(Result(outcome, grouped.truncated, grouped.group.responses_ids))
+        else:
+            results.append(Result(outcome))
     return results
 
 

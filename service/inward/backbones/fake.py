@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from inward.backbones.adapter import read_adapter
 from inward.backbones.base import Capacity, Watch, asleep, guarded, read_samples, stopped
+from inward.backbones.peft_files import read_adapter
 from inward.backbones.readout import Fusion, ReadPlace
 from inward.backbones.transformers.packing import Packed, Segment, pack
 from inward.errors import EngineDead, InternalError

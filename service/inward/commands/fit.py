@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -16,7 +15,7 @@ from inward.commands import COMMANDS
 from inward.commands.options import MODEL_SETTINGS, add_settings, head_folder, settings_of
 from inward.errors import SetupError
 from inward.heads import store
-from inward.processes.wiring import find_model, open_backbone, open_prompts
+from inward.processes.wiring import with_model
 
 EPILOG = {
     "legend": """examples:
@@ -198,23 +197,13 @@ def run(args: argparse.Namespace) -> int:
     else:
         args.position = args.position or ("mean" if args.pool else "eos" if args.kind == "hybrid" else "last")
     cache = _cache_folder(args)
-    head, report = fit(args, lambda use: asyncio.run(_with_model(args, use)), cache)
+    head, report = fit(args, lambda use: asyncio.run(with_model(settings_of(args), use)), cache)
     path = store.save(head, args.out, replace=args.replace)
     shutil.rmtree(cache, ignore_errors=True)
     console = Console(width=None if Console().is_terminal else 120)
     console.print(report)
     console.print(f"saved {args.kind} head {head.ref.name!r} in {path}")
     return 0
-
-
-async def _with_model(args: argparse.Namespace, use: Any) -> Any:
-    settings = settings_of(args)
-    model = find_model(settings)
-    backbone = open_backbone(settings, model)
-    try:
-        return await use(backbone, open_prompts(settings, model, backbone.info.max_tokens))
-    finally:
-        await backbone.close()
 
 
 def _cache_folder(args: argparse.Namespace) -> Path:

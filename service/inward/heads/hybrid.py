@@ -185,6 +185,7 @@ class HybridHead:
             probability_N=tuple(None if s is None else float(platt(s)) for s in scores_N) if platt else None,
             layers_N=self._layers(values_NL, gates_NL) if "layers" in details else None,
             tokens_N=self._tokens(reading) if "tokens" in details else None,
+            map_N=self._map(reading) if {"layers", "tokens"} <= details else None,
             pair=self._pair(scores_N) if pair else None,
             gamma=self.options.confidence.gamma,
         )
@@ -200,6 +201,15 @@ class HybridHead:
             raise InternalError("detail 'tokens' was asked for, but the backbone was not asked to read every token")
         rewards = [self.rewards(self._own(values_TK))[0] for values_TK in reading.tokens_TK]
         return tuple(tuple(map(float, r)) if np.isfinite(r).all() else () for r in rewards)
+
+    def _map(self, reading: Reading) -> tuple[tuple[tuple[float, ...], ...], ...]:
+        """Each layer's probe times its gate, ``[T, L]`` of each response: a token's sum is its score."""
+        parts = []
+        for values_TK in reading.tokens_TK or ():
+            values_TL = self._own(values_TK).astype(np.float64)
+            parts_TL = values_TL * self.rewards(values_TL)[1]
+            parts.append(tuple(tuple(map(float, row)) for row in parts_TL) if np.isfinite(parts_TL).all() else ())
+        return tuple(parts)
 
     def _own(self, values_NK: Floats) -> Floats:
         """Probe outputs, without what the pool reads."""

@@ -137,6 +137,12 @@ class Score(Element):
     """Detail `layers`: each layer's part (`layers`, `values`, for a hybrid head also `gates`)."""
     tokens: list[float] | None = None
     """Detail `tokens`: the score at every token of the response."""
+    token_texts: list[str] | None = None
+    """Detail `tokens`: the text of every token; together they are the response. A token that ends within a character
+    has none, and the next one has all of it."""
+    map: list[list[float]] | None = None
+    """Details `tokens` and `layers`, of a hybrid head: for every token each layer's part of its score, in the order of
+    `layers`."""
 
 
 class RewardPair(Element):

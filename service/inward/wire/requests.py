@@ -81,6 +81,8 @@ class Parts:
         head, _, rest = (param or "").partition(".")
         if head in ("response", "responses"):
             return self.response_fields[int(rest or 0)]
+        if param == "prompt":
+            return self.prompt_field
         if head != "messages":
             return param
         if isinstance(self.prompt, str) or not rest:
@@ -113,9 +115,9 @@ class PromptFields(Wire):
     @model_validator(mode="after")
     def _one_form(self) -> PromptFields:
         if self.prompt is None and self.messages is None:
-            raise _at("prompt", "is missing; give `prompt`, or `messages`")
+            raise at("prompt", "is missing; give `prompt`, or `messages`")
         if self.prompt is not None and self.messages is not None:
-            raise _at("messages", "can't stand beside `prompt`; give one of the two")
+            raise at("messages", "can't stand beside `prompt`; give one of the two")
         return self
 
     def asked(self) -> tuple[str | list[dict[str, str]], str]:
@@ -137,11 +139,11 @@ class Item(PromptFields):
     @model_validator(mode="after")
     def _one_response(self) -> Item:
         if self.response_ids is not None and (self.response is not None or self.messages is not None):
-            raise _at("response_ids", "stands beside `prompt` alone, instead of `response`")
+            raise at("response_ids", "stands beside `prompt` alone, instead of `response`")
         if self.prompt is not None and self.response is None and self.response_ids is None:
-            raise _at("response", "is missing; give the answer to `prompt`")
+            raise at("response", "is missing; give the answer to `prompt`")
         if self.messages is not None and self.response is not None:
-            raise _at("response", "can't stand beside `messages`, whose last message is the response")
+            raise at("response", "can't stand beside `messages`, whose last message is the response")
         return self
 
     def parts(self) -> Parts:
@@ -174,9 +176,9 @@ class Pair(PromptFields):
     def _one_form(self) -> Pair:
         if self.prompt is None and self.messages is None:
             if not any(isinstance(answer, list) and len(answer) > 1 for answer in (self.chosen, self.rejected)):
-                raise _at("prompt", "is missing; give `prompt`, or `messages`")
+                raise at("prompt", "is missing; give `prompt`, or `messages`")
         elif self.prompt is not None and self.messages is not None:
-            raise _at("messages", "can't stand beside `prompt`; give one of the two")
+            raise at("messages", "can't stand beside `prompt`; give one of the two")
         return self
 
     def parts(self) -> Parts:
@@ -262,9 +264,9 @@ class RewardRequest(Options):
     @model_validator(mode="after")
     def _one_list(self) -> RewardRequest:
         if self.items is None and self.pairs is None:
-            raise _at("items", "is missing; give `items`, or `pairs`")
+            raise at("items", "is missing; give `items`, or `pairs`")
         if self.items is not None and self.pairs is not None:
-            raise _at("pairs", "can't stand beside `items`; give one of the two")
+            raise at("pairs", "can't stand beside `items`; give one of the two")
         return self
 
 
@@ -305,11 +307,11 @@ class RejectionOptions(Wire):
     @model_validator(mode="after")
     def _one_rule(self) -> RejectionOptions:
         if self.max_loss is not None and (self.keep is not None or self.at is not None):
-            raise _at("max_loss", "can't stand beside `keep` or `at`; give one or the other")
+            raise at("max_loss", "can't stand beside `keep` or `at`; give one or the other")
         if self.max_loss is None and (self.keep is None or self.at is None):
-            raise _at("keep" if self.keep is None else "at", "is missing; give `keep` and `at`, or `max_loss`")
+            raise at("keep" if self.keep is None else "at", "is missing; give `keep` and `at`, or `max_loss`")
         if self.at is not None and self.at != sorted(set(self.at)):
-            raise _at("at", "must ascend")
+            raise at("at", "must ascend")
         return self
 
 
@@ -338,9 +340,9 @@ class GuardOptions(Wire):
     def _one_threshold(self) -> GuardOptions:
         given = [name for name in ("below", "probability", "fpr") if getattr(self, name) is not None]
         if not given:
-            raise _at("below", "is missing; give `below`, `probability` or `fpr`")
+            raise at("below", "is missing; give `below`, `probability` or `fpr`")
         if len(given) > 1:
-            raise _at(given[1], f"can't stand beside `{given[0]}`; give one of them")
+            raise at(given[1], f"can't stand beside `{given[0]}`; give one of them")
         return self
 
 
@@ -383,20 +385,20 @@ class RerankRequest(Options, PromptFields):
     def _renamed(cls, value: Any) -> Any:
         for old, new in RENAMED.items():
             if isinstance(value, dict) and old in value:
-                raise _at(old, f"is called `{new}`")
+                raise at(old, f"is called `{new}`")
         return value
 
     @model_validator(mode="after")
     def _given_or_drawn(self) -> RerankRequest:
         if self.candidates is None and self.n is None:
-            raise _at("candidates", "is missing; give `candidates`, or `n` to draw them")
+            raise at("candidates", "is missing; give `candidates`, or `n` to draw them")
         if self.candidates is not None and (self.n is not None or self.sampling is not None):
-            raise _at("candidates", "can't stand beside `n` or `sampling`; give one or the other")
+            raise at("candidates", "can't stand beside `n` or `sampling`; give one or the other")
         for name in ("stream", "early_rejection", "stop_when"):
             if self.candidates is not None and getattr(self, name):
-                raise _at(name, "is for answers that are drawn; given candidates are ranked together")
+                raise at(name, "is for answers that are drawn; given candidates are ranked together")
         if self.stream and self.early_rejection is not None:
-            raise _at("early_rejection", "compares answers while they are drawn; a stream draws each by itself")
+            raise at("early_rejection", "compares answers while they are drawn; a stream draws each by itself")
         return self
 
 
@@ -426,7 +428,7 @@ class ActivateRequest(Wire):
     """A version that `GET /heads/{name}` lists."""
 
 
-def _at(field: str, problem: str) -> PydanticCustomError:
+def at(field: str, problem: str) -> PydanticCustomError:
     """An error of a whole object that blames one of its fields."""
     return PydanticCustomError("wrong_form", "{problem}", {"problem": problem, "field": field})
 

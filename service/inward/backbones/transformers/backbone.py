@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from inward.backbones.adapter import read_adapter
 from inward.backbones.base import Capacity, Watch, guarded, read_samples
 from inward.backbones.configuration import max_tokens
+from inward.backbones.end_ids import end_ids, ending_configs
 from inward.backbones.fingerprint import fingerprint
 from inward.backbones.generation import sampling_of
+from inward.backbones.peft_files import read_adapter
 from inward.backbones.readout import Fusion, Span
-from inward.backbones.tokenizer import end_ids, ending_configs, load_tokenizer
+from inward.backbones.tokenizer import load_tokenizer
 from inward.backbones.transformers import packing
 from inward.backbones.transformers.capture import DeviceProduct
 from inward.backbones.transformers.forward import forward_packed, forward_padded

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -41,7 +41,7 @@ ROWS = 64
 Caching = Literal["shared", "repeated", "alone", "none"]
 """What a model's caches allow: rows of several prompts in one, rows of one prompt, one row, or nothing: then the text
 is computed again for each token."""
-_CACHES = ("past_key_values", "cache_params", "state")
+_CACHES = ("cache", "past_key_values", "cache_params", "state")
 """Names under which models give their cache, and take it back."""
 
 
@@ -379,8 +379,17 @@ def _logits(model: Model, ids: Sequence[Sequence[int]], **options: Any) -> tuple
     if "use_cache" in known:
         options.setdefault("use_cache", False)
     output = model.whole(input_ids=torch.tensor(ids, device=model.device), **options)
-    caches = {name: cache for name in _CACHES if (cache := getattr(output, name, None)) is not None}
-    return output.logits[:, -1], caches
+    return output.logits[:, -1], _given(output, known)
+
+
+def _given(output: Any, known: Collection[str]) -> dict[str, Any]:
+    """The cache, by the name under which ``forward`` takes it back; outputs have others for the same."""
+    caches: dict[str, Any] = {}
+    for name in _CACHES:
+        cache = getattr(output, name, None) if name in known else None
+        if cache is not None and all(cache is not other for other in caches.values()):
+            caches[name] = cache
+    return caches
 
 
 def _layers(cache: Any) -> list[DynamicLayer]:
@@ -394,7 +403,8 @@ def _left(states: torch.Tensor, T: int) -> torch.Tensor:
 
 
 def _random(spec: SamplingSpec, index: int) -> np.random.Generator:
-    return np.random.default_rng(None if spec.seed is None else [spec.seed % 2**64, index])
+    """Sample i of seed s is sample 0 of seed s + i, as in vLLM, whether they are drawn as one list or apart."""
+    return np.random.default_rng(None if spec.seed is None else (spec.seed + index) % 2**32)
 
 
 def settle(future: Future[Any], result: Any) -> None:

@@ -13,13 +13,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from inward.backbones.adapter import base_shapes, check_shapes, read_adapter
 from inward.backbones.base import Capacity, Watch, first_alike, guarded, read_samples, spread
 from inward.backbones.configuration import max_tokens
 from inward.backbones.device import choose_dtype
+from inward.backbones.end_ids import end_ids, ending_configs
 from inward.backbones.fingerprint import fingerprint
 from inward.backbones.generation import sampling_of
-from inward.backbones.tokenizer import end_ids, ending_configs, load_tokenizer
+from inward.backbones.peft_files import base_shapes, check_shapes, read_adapter
+from inward.backbones.tokenizer import load_tokenizer
 from inward.backbones.vllm.engine import Engine, built_for
 from inward.backbones.vllm.generation import Generation, Text, feed, lora_request
 from inward.backbones.vllm.layout import Columns, ColumnTable, Policy, ReadRequest, Want, WideLayout, readings

@@ -3,9 +3,9 @@
     v = mean( h(chosen) - h(rejected) ),   for calibration rows  v = mean( h(refusal) - h(harmful) )
 
 The paper takes the last layer after the final norm; that is the default here, and ``layer="sweep"`` chooses a layer by
-validation, which is beyond the paper. Scale and bins come from cross-fitted margins: those of a fold by the direction
-of the other folds. A direction flatters the rows that it was made of, and bins fitted on such margins would be too wide
-for any other pair.
+validation, which is beyond the paper. Scale and bins come from validation pairs, or from cross-fitted margins: those of
+a fold by the direction of the other folds. A direction flatters the rows that it was made of, and bins fitted on such
+margins would be too wide for any other pair.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from inward.errors import DataError
 from inward.heads.calibration import Deciles, MarginScale
 from inward.heads.legend import LegendHead
 from inward.offline.data.pairs import CalibrationRow, Pair, grouped_folds, grouped_split
-from inward.offline.fit.prepare import manifest
+from inward.offline.fit.prepare import calibration, manifest
 from inward.offline.states.saved import PairStates
 from inward.types import Floats
 
@@ -112,8 +112,9 @@ def fit_legend(
     Args:
         states: calibration rows (refusal as chosen, harmful answer as rejected) or labelled pairs.
         layer: None takes the last of ``states.layers``.
-        validation: labelled pairs with the same layers that choose the layer and give the reported agreement; without
-            them both come from ``states``, by cross-validation and from prompts held out of it.
+        validation: labelled pairs with the same layers that choose the layer, give the reported agreement, and say how
+            large a margin is (scale, bins, probabilities): that of a refusal over a harmful answer is larger than most.
+            Without them all of this comes from ``states``, by cross-validation and from prompts held out of it.
         folds: of the cross-fitting; fewer where there are fewer prompts.
         warnings: to be printed with the report (see ``constant_refusal``).
 
@@ -155,12 +156,15 @@ def fit_legend(
         sweep=table,
         warnings=tuple(warnings),
     )
-    # Scores lie where the final direction puts them; directions of folds would shift them, because projections are not
-    # centred.
-    scores_2N = np.concatenate(states.at(best.layer)) @ direction_D
-    calibration = MarginScale.fit(margins_N).dump() | Deciles.fit(scores_2N).dump()
+    if validation is not None:  # pairs as they are annotated, which the direction was not made of
+        calibrated = calibration((np.concatenate(validation.at(best.layer)) @ direction_D).astype(np.float64))
+    else:
+        # Scores lie where the final direction puts them; directions of folds would shift them, because projections are
+        # not centred.
+        scores_2N = np.concatenate(states.at(best.layer)) @ direction_D
+        calibrated = MarginScale.fit(margins_N).dump() | Deciles.fit(scores_2N).dump()
     head = LegendHead(
-        manifest(name, "legend", states, [best.layer], seed=seed, calibration=calibration, metrics=report.metrics()),
+        manifest(name, "legend", states, [best.layer], seed=seed, calibration=calibrated, metrics=report.metrics()),
         direction_D.astype(np.float32),
     )
     return head, report
