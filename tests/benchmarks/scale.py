@@ -5,8 +5,8 @@
 States are drawn (a weak direction in each layer, shared prompts, correlated noise) into a file in the shape of
 SmolLM2, 30 layers of 576, and with ``--wide`` 2,000 pairs of 32 layers of 4,096, Llama-2-7B's. Seconds are of the fit,
 files opened; processor seconds say the same on a busy machine. What is done is kept in ``--out``, so that a run that
-was stopped goes on. The last lines of the table are worked out: 83,000 pairs on Llama-2-7B, by the time that a pair took
-in the wide run (fits are linear in pairs but for the solves, so that this is too much rather than too little).
+was stopped goes on. The last lines of the table are worked out: 83,000 pairs on Llama-2-7B, by the time that a pair
+took in the wide run (fits are linear in pairs but for the solves, so that this is too much rather than too little).
 """
 
 from __future__ import annotations
