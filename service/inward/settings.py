@@ -79,6 +79,11 @@ class Settings(BaseSettings):
     compat_head: str | None = None
     """Head that answers other projects' clients (/get_reward, /classify, /v1/rerank …) where they name none. By
     default the first hybrid head, else the first LEGEND head; for reranking --rerank-head."""
+    guard_head: str | None = None
+    """Head that judges for LiteLLM's guardrail where its configuration names none. By default the first hybrid head."""
+    false_positives: float = Field(0.01, gt=0, le=0.5)
+    """Share of acceptable texts that /v1/moderations and LiteLLM's guardrail may flag by mistake: the thresholds follow
+    from the heads' calibration."""
 
     # Limits
     max_body_bytes: int = Field(8 * 2**20, ge=1)

@@ -77,6 +77,8 @@ def map_path_parameters(ctx, path_parameters):
 """
 """Most names become those of heads that are loaded, so that the requests get further than to a 404; many texts have the
 marks that the chat template writes around turns, in order and out of it."""
+PATIENCE_S = 120
+"""For an answer of a busy machine; schemathesis itself waits ten seconds."""
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
 
 
@@ -109,15 +111,17 @@ def main() -> int:
         folder = Path(state)
         (folder / "schemathesis.toml").write_text(CONFIGURATION)
         (folder / "hooks.py").write_text(HOOKS)
+        (folder / "openapi.json").write_bytes(httpx.get(f"{url}/openapi.json", timeout=PATIENCE_S).content)
         seed = [] if args.seed is None else ["--seed", str(args.seed)]
         command = [
-            str(Path(sys.executable).with_name("schemathesis")), "run", f"{url}/openapi.json", "--checks", CHECKS,
+            str(Path(sys.executable).with_name("schemathesis")), "run", "openapi.json", "--url", url,
+            "--checks", CHECKS, "--request-timeout", str(PATIENCE_S),
             "--max-examples", str(args.examples), "--phases", "examples,coverage,fuzzing", "--continue-on-failure",
             "--suppress-health-check", "all", *seed,
         ]  # fmt: skip
         environment = os.environ | {"SCHEMATHESIS_HOOKS": "hooks", "PYTHONPATH": state}
         status = subprocess.run(command, cwd=state, check=False, env=environment).returncode
-        with httpx.Client(base_url=url) as client:
+        with httpx.Client(base_url=url, timeout=PATIENCE_S) as client:
             sent = sum(
                 float(line.rsplit(" ", 1)[1]) for line in client.get("/metrics").text.splitlines() if _is_count(line)
             )

@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import AsyncExitStack
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,8 +11,8 @@ from inward import codec
 from inward.backbones.fake import FakeBackbone
 from inward.control.channel import UNLOCK, ControlChannel
 from inward.control.heads import LocalHeadControl
-from inward.control.policies import LocalPolicyControl
-from inward.control.remote import ControlAgent, RemoteHeadControl, RemotePolicyControl, WorkerInfo
+from inward.control.lora_adapters import LocalPolicyControl, RemotePolicyControl
+from inward.control.remote import ControlAgent, RemoteHeadControl, WorkerInfo
 from inward.errors import Conflict, DeadlineExceeded, EngineDead, InvalidField, NotFound, Unavailable
 from inward.heads import store
 from inward.heads.base import BackboneRef, Manifest
@@ -299,13 +300,20 @@ async def test_redis_keeps_nothing_of_requests_that_were_done_and_everything_has
 
 
 async def test_a_request_that_no_worker_took_is_forgotten(replica, redis_server, monkeypatch):
-    monkeypatch.setattr("inward.control.channel.STALE_S", 1)
+    monkeypatch.setattr("inward.control.channel.STALE_S", 60)
     with redis_server.client() as client:
         client.xadd(KEYS.requests, {"request": b"x" * 10**6}, id="1000-0")  # in 1970
         with pytest.raises(DeadlineExceeded):
             await replica._control.ask(b"", 0.01)
         assert client.xlen(KEYS.requests) == 1
-        assert 0 < client.ttl(KEYS.requests) <= 1
+        assert 0 < client.ttl(KEYS.requests) <= 60
+
+
+async def test_less_than_a_millisecond_is_no_wait_without_end(replica, monkeypatch):
+    clock = iter([100.0, 100.0])
+    monkeypatch.setattr("inward.control.channel.time", SimpleNamespace(time=lambda: next(clock, 200.0)))
+    with pytest.raises(DeadlineExceeded):
+        await asyncio.wait_for(replica._control.ask(b"", 1e-4), PATIENCE / 2)
 
 
 async def test_the_lock_is_held_as_long_as_it_is_needed_and_no_longer(replica, redis_server):

@@ -44,8 +44,8 @@ def test_there_are_as_many_answers_as_examples():
 
 @pytest.mark.parametrize(
     "file",
-    ["docs/guides/serve.md", "clients/python/README.md", "docs/clients.md"],
-    ids=["guide", "README of the client", "clients"],
+    ["docs/guides/serve.md", "docs/guides/openai.md", "clients/python/README.md", "docs/clients.md"],
+    ids=["guide", "OpenAI", "README of the client", "clients"],
 )
 def test_python_examples_run_as_written(demo_server, file, capsys):
     """All but those that need a data set and a model to train."""

@@ -11,9 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from inward.backbones.end_ids import end_ids, ending_configs
 from inward.backbones.fingerprint import fingerprint
 from inward.backbones.loading import SMOLLM2, resolve
-from inward.backbones.tokenizer import end_ids, ending_configs, load_tokenizer, tokenizer_hash
+from inward.backbones.tokenizer import load_tokenizer, tokenizer_hash
 from inward.backbones.transformers.backbone import TransformersBackbone
 from inward.engine import Engine
 from inward.heads import store

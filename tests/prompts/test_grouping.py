@@ -1,12 +1,16 @@
 import asyncio
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 
+import inward
+from inward.backbones.tokenizer import load_tokenizer
 from inward.errors import InvalidField, SetupError, TooLarge
 from inward.prompts import DATE, Prompts, Texts
 from support.tiny_tokenizer import tokenizer
 
+MODELS = Path(inward.__file__).parent / "models"
 CHAT = tokenizer()
 PLAIN = tokenizer(chat=False)
 
@@ -165,5 +169,24 @@ def test_the_date_is_that_of_a_head_fitted_earlier(monkeypatch):
     tok = tokenizer()
     tok.chat_template = DATED
     before = prompts(tok).template
-    monkeypatch.setattr("inward.prompts.grouping.DATE", DATE + timedelta(days=1))
+    monkeypatch.setattr("inward.prompts.chat_template.DATE", DATE + timedelta(days=1))
     assert prompts(tok).template != before
+
+
+@pytest.mark.parametrize("folder", ["toy/backbone", "smollm2/tokenizer"])
+@pytest.mark.parametrize(
+    "text", ["", "The harbour was quiet.", "  two  spaces\n\tand", "naïve 日本語 🙂👩‍👩‍👧!", " leading", "x" * 50]
+)
+def test_the_pieces_of_a_response_are_its_text_and_no_character_is_torn(folder, text):
+    told = prompts(load_tokenizer(MODELS / folder))
+    ids = told.group("a", [text]).group.responses_ids[0]
+    pieces = told.pieces(ids)
+    assert len(pieces) == len(ids)
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_a_response_that_ends_within_a_character_has_its_rest_as_it_is():
+    told = prompts(load_tokenizer(MODELS / "smollm2/tokenizer"))
+    ids = told.group("a", ["so 👩‍👩‍👧"]).group.responses_ids[0][:-1]
+    assert "".join(told.pieces(ids)).startswith("so ")

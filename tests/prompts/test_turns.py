@@ -66,15 +66,23 @@ def test_a_whole_conversation_scores_as_its_prompt_and_response(family, ends):
     prompts = prompts_of(family, ends=ends)
     for chat in chats(family):
         whole = [*chat, {"role": "assistant", "content": "The harbour was quiet."}]
-        text = prompts.tokenizer.apply_chat_template(
-            whole, tokenize=False, strftime_now=prompts._date.get("strftime_now")
-        )
+        text = prompts._chat(whole, answer_next=False)
         wanted = native(prompts, chat, "The harbour was quiet.")
-        unasked = prompts._apply(chat, answer_next=False)
+        unasked = prompts._chat(chat, answer_next=False)
         for form in (text, text.rstrip(), text.rstrip() + 3 * (FAMILIES[family].pad or FAMILIES[family].eos)):
             assert scored(prompts, form) == wanted
             assert scored(prompts, form, prompts.render(chat)) == wanted
             assert scored(prompts, form, unasked.removesuffix(FAMILIES[family].eos)) == wanted
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_empty_answer_is_one_whatever_ends_it(family):
+    prompts = prompts_of(family)
+    for chat in chats(family):
+        rendered = prompts.render(chat)
+        for form in (rendered, rendered.rstrip(), rendered + FAMILIES[family].eos + "\n"):
+            for prompt in ("", rendered):
+                assert scored(prompts, form, prompt) == native(prompts, chat, "")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -92,7 +100,7 @@ def test_a_bos_that_was_taken_off_or_doubled_changes_nothing(family):
 def test_a_rendered_prompt_is_known_with_and_without_its_generation_prompt(family):
     prompts = prompts_of(family)
     for chat in chats(family):
-        rendered, unasked = prompts.render(chat), prompts._apply(chat, answer_next=False)
+        rendered, unasked = prompts.render(chat), prompts._chat(chat, answer_next=False)
         for form in (rendered, rendered.rstrip(), unasked, unasked.rstrip()):
             assert prompts.turns.is_rendered(form)
             if (

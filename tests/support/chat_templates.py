@@ -91,7 +91,9 @@ FAMILIES = {
         GEMMA, "<eos>", ("<start_of_turn>",), bos="<bos>", adds_bos=True, pad="<pad>", ends=("<end_of_turn>",),
         system=False,
     ),
-    "phi-3": Family(PHI_3, "<|endoftext|>", ("<|user|>", "<|assistant|>", "<|system|>"), ends=("<|end|>",)),
+    "phi-3": Family(  # a mark that begins a turn may end a text, in GLM's configuration the user's too
+        PHI_3, "<|endoftext|>", ("<|system|>",), ends=("<|end|>", "<|assistant|>", "<|user|>"),
+    ),
     "mistral": Family(MISTRAL, "</s>", ("[INST]", "[/INST]"), bos="<s>", adds_bos=True, pad="<pad>", system=False),
     "chatml": Family(CHATML, "</s>", IM, pad="<pad>"),  # whose turns do not end in its EOS
     "smollm2": Family(WITH_DEFAULT_SYSTEM, "<|im_end|>", bos="<|im_start|>", pad="<|im_end|>"),

@@ -39,7 +39,8 @@ def configuration(kind: str, **more: Any) -> Any:
     cls = CONFIG_MAPPING[kind]
     default = cls()
     known = {field.name for field in dataclasses.fields(cls)} | set(cls.attribute_map)
-    known -= {name for name, found in vars(cls).items() if isinstance(found, property) and found.fset is None}
+    fixed = {name for name, found in vars(cls).items() if isinstance(found, property) and found.fset is None}
+    known -= fixed | {alias for alias, name in cls.attribute_map.items() if name in fixed}
     sizes = {name: size for name, size in SIZES.items() if name in known}
     kinds = getattr(default, "layer_types", None)
     if kinds and "layer_types" in known:

@@ -151,6 +151,10 @@ class Services:
     """Head that ranks, where the request names none."""
     compat_head: str | None = None
     """Head that answers on other projects' routes, where the request names none."""
+    guard_head: str | None = None
+    """Head that judges for LiteLLM, where its configuration names none."""
+    false_positives: float = 0.01
+    """Share of acceptable texts that heads as judges may flag by mistake, where a request does not say."""
     jobs: BulkJobs | None = None
     """Bulk jobs, where there is a Redis to keep them."""
     scores: ScoredRows | None = None

@@ -13,17 +13,17 @@ import copy
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from inward.errors import SetupError
-from inward.types import Ids
 
 if TYPE_CHECKING:
-    from jinja2 import Template
     from tokenizers import AddedToken, Tokenizer
+
+    from inward.backbones.chat_template import ChatTemplate
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """Special tokens that every tokenizer may have; other names in the configuration that end so are a model's own."""
@@ -119,19 +119,13 @@ class FolderTokenizer:
         """
         if tokenize:
             raise ValueError("a chat template gives text here; tokenise it")
-        return self._template.render(
-            messages=conversation, tools=None, documents=None, add_generation_prompt=add_generation_prompt,
-            **self.special_tokens, **variables,
-        )  # fmt: skip
+        return self._renderer.render(conversation, add_generation_prompt, **variables)
 
     @cached_property
-    def _template(self) -> Template:
-        text = self.chat_template.get("default") if isinstance(self.chat_template, dict) else self.chat_template
-        if not text:
-            raise ValueError("this tokenizer has no chat template (of several, none is called 'default')")
-        from inward.backbones.chat_template import compile_template
+    def _renderer(self) -> ChatTemplate:
+        from inward.backbones.chat_template import ChatTemplate
 
-        return compile_template(text)
+        return ChatTemplate(self.chat_template, self.special_tokens)
 
     @cached_property
     def _splitting(self) -> Tokenizer:
@@ -197,7 +191,21 @@ def _from_transformers(folder: Path, reason: str) -> Any:
 
     fast = (folder / "tokenizer.json").is_file()
     loader = transformers.PreTrainedTokenizerFast if fast else transformers.AutoTokenizer
-    return loader.from_pretrained(folder, local_files_only=True)
+    tokenizer: Any = loader.from_pretrained(folder, local_files_only=True)
+    tokenizer.apply_chat_template = partial(_render, tokenizer)
+    return tokenizer
+
+
+def _render(
+    tokenizer: Any, conversation: list[dict[str, str]], *, tokenize: bool = False, add_generation_prompt: bool = False,
+    **variables: Any,
+) -> str:  # fmt: skip
+    """In the place of transformers' own, which takes no function for the date since 5.24."""
+    from inward.backbones.chat_template import ChatTemplate
+
+    return ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens_map).render(
+        conversation, add_generation_prompt, **variables
+    )
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -289,46 +297,3 @@ def _tidied(text: str) -> str:
     for contraction in ("n't", "'m", "'s", "'ve", "'re"):
         text = text.replace(f" {contraction}", contraction)
     return text
-
-
-class HasEos(Protocol):
-    """What is known of a tokenizer here: the id that it appends, if any."""
-
-    @property
-    def eos_token_id(self) -> Any: ...
-
-
-def end_ids(tokenizer: HasEos, *configs: Mapping[str, Any]) -> Ids:
-    """The ids that end a text: first the one that is appended for position ``eos``, then others at which generation
-    stops too. Empty where none is known.
-
-    Args:
-        configs: what the model's configurations state, the more trusted first (``ending_configs`` reads them).
-    """
-    ids: dict[int, None] = {}
-    for stated in (tokenizer.eos_token_id, *(config.get("eos_token_id") for config in configs)):
-        for token in stated if isinstance(stated, list | tuple) else (stated,):
-            if isinstance(token, int) and token >= 0:  # some configurations write -1 for none
-                ids[token] = None
-    return tuple(ids)
-
-
-def ending_configs(folder: Path) -> tuple[Mapping[str, Any], ...]:
-    """What a model's files state about the ends of its texts: its (text) configuration, then its generation's.
-
-    Raises:
-        SetupError: a file cannot be read as JSON.
-    """
-    config = _stated(folder / "config.json")
-    text = config.get("text_config")
-    return (text if isinstance(text, dict) else {}, config, _stated(folder / "generation_config.json"))
-
-
-def _stated(file: Path) -> Mapping[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise SetupError(f"{file} cannot be read as JSON: {error}") from error
-    return content if isinstance(content, dict) else {}

@@ -113,19 +113,21 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     folders = [head_folder(args, given) for given in args.compare or ([args.head] if args.head else [])]
 
-    def with_model(use: Any) -> Any:
-        return asyncio.run(_with_model(args, use))
+    def opened(use: Any) -> Any:
+        from inward.processes.wiring import with_model
+
+        return asyncio.run(with_model(settings_of(args), use))
 
     if args.compare:
         from inward.offline.evaluate import compare
 
-        differences, names = compare_heads(args, folders, with_model, _cache_folder)
+        differences, names = compare_heads(args, folders, opened, _cache_folder)
         if args.json:
             print(json.dumps(compare.report(differences, names), indent=2, allow_nan=False))
         else:
             show(compare.table(differences, names, "both on the same responses; 95 % intervals, paired over prompts"))
         return 0
-    judgement, report = evaluate(args, folders, with_model, _cache_folder)
+    judgement, report = evaluate(args, folders, opened, _cache_folder)
     if args.html:
         from inward.offline.evaluate.page import page
 
@@ -151,18 +153,6 @@ def _check(args: argparse.Namespace) -> None:
         raise SetupError(f"--folds {args.folds}: at least 3, since a layer is chosen on folds that are not judged")
     if args.resamples < 1:
         raise SetupError(f"--resamples {args.resamples}: at least 1")
-
-
-async def _with_model(args: argparse.Namespace, use: Any) -> Any:
-    from inward.processes.wiring import find_model, open_backbone, open_prompts
-
-    settings = settings_of(args)
-    model = find_model(settings)
-    backbone = open_backbone(settings, model)
-    try:
-        return await use(backbone, open_prompts(settings, model, backbone.info.max_tokens))
-    finally:
-        await backbone.close()
 
 
 def _cache_folder(rows: Rows) -> Path:

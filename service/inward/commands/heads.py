@@ -17,7 +17,7 @@ from inward.commands import COMMANDS
 from inward.commands.options import MODEL_SETTINGS, add_settings, settings_of
 from inward.errors import HeadError, NotFound
 from inward.heads import store
-from inward.processes.wiring import find_model, heads_folder, open_backbone, open_prompts
+from inward.processes.wiring import find_model, heads_folder, open_prompts, with_model
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -86,17 +86,9 @@ def _drifts(args: argparse.Namespace, folder: Path, print_: str, template: str) 
     heads = {path: store.load(path, fingerprint=print_, template=template) for path in paths}
     if args.states:
         return of_states(heads, args.states)
-    return asyncio.run(_with_model(args, lambda backbone, prompts: of_pairs(backbone, prompts, heads, args.pairs)))
-
-
-async def _with_model(args: argparse.Namespace, use: Any) -> Any:
-    settings = settings_of(args)
-    model = find_model(settings)
-    backbone = open_backbone(settings, model)
-    try:
-        return await use(backbone, open_prompts(settings, model, backbone.info.max_tokens))
-    finally:
-        await backbone.close()
+    return asyncio.run(
+        with_model(settings_of(args), lambda backbone, prompts: of_pairs(backbone, prompts, heads, args.pairs))
+    )
 
 
 def _verify(folder: Path, print_: str, template: str, drifts: Mapping[Path, dict[str, Any]], *, as_json: bool) -> int:

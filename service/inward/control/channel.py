@@ -19,6 +19,8 @@ MOST_NEWS = 100
 """Kept; a worker that missed some reads everything."""
 BLOCK_MS = 1000
 """Of one wait; a wait is repeated until there is something."""
+SHORTEST_S = 0.01
+"""Of one wait for an answer: Redis counts milliseconds, and takes none for no end."""
 ANSWER_S = 60
 """For which an answer that nobody fetches is kept."""
 STALE_S = 300
@@ -80,7 +82,7 @@ class ControlChannel:
         stale = f"{max(0, round(1000 * (now - STALE_S)))}-0"
         await self._redis.script(ASK, [self._keys.requests], [stale, STALE_S, *fields])
         while (left := until - time.time()) > 0:
-            if found := await self._redis("BLPOP", key, min(left, 1.0)):
+            if found := await self._redis("BLPOP", key, min(max(left, SHORTEST_S), 1.0)):
                 return bytes(found[1])
         raise DeadlineExceeded(
             f"no worker answered within {timeout:g} s; ask again: what was done already is not done twice"

@@ -21,7 +21,7 @@ from typing import Any
 from inward import codec, logs
 from inward.control.channel import ControlChannel
 from inward.control.heads import LocalHeadControl
-from inward.control.policies import Activation, History, LocalPolicyControl
+from inward.control.lora_adapters import Activation, History, LocalPolicyControl
 from inward.errors import EngineDead, InternalError, InwardError, Unavailable, from_code
 from inward.heads.registry import KINDS, Registry, choose
 from inward.prompts import Texts
@@ -211,24 +211,6 @@ class RemoteHeadControl:
 
         await self.until_all(serves, head=ref.name, version=ref.version)
         return ref
-
-
-class RemotePolicyControl:
-    """The policy as an API replica sees it: a worker is asked, since only workers have the adapters."""
-
-    def __init__(self, head_control: RemoteHeadControl) -> None:
-        self._head_control = head_control
-
-    async def show(self) -> dict[str, Any]:
-        return dict((await self._head_control.ask("policy", {}))["policy"])
-
-    async def switch(self, version: str) -> dict[str, Any]:
-        policy = dict((await self._head_control.ask("switch_policy", {"version": version}))["policy"])
-        await self._head_control.until_all(
-            lambda worker_info: worker_info.policy_version == policy["policy_version"],
-            policy_version=policy["policy_version"],
-        )
-        return policy
 
 
 class ControlAgent:

@@ -12,7 +12,8 @@ from inward.api.bulk import BulkRunner
 from inward.api.services import Services
 from inward.backbones.tokenizer import tokenizer_hash
 from inward.control.channel import ControlChannel
-from inward.control.remote import RemoteHeadControl, RemotePolicyControl
+from inward.control.lora_adapters import RemotePolicyControl
+from inward.control.remote import RemoteHeadControl
 from inward.errors import Unavailable
 from inward.intake import Intake
 from inward.processes.supervisor import Supervisor
@@ -77,6 +78,8 @@ class ApiProcess:
             keys=key_ring(settings),
             rerank_head=settings.rerank_head,
             compat_head=settings.compat_head,
+            guard_head=settings.guard_head,
+            false_positives=settings.false_positives,
             metrics_open=settings.metrics_open,
             ready=self.ready,
             alive=lambda: True,
@@ -148,7 +151,7 @@ class ApiProcess:
         worker = self.head_control.worker_info
         backbone = replace(worker.backbone, concurrency=sum(one.backbone.concurrency for one in workers))
         heads = [row["name"] for row in worker.heads]
-        return about(backbone, worker.policy_version, self._prompts, heads, self.settings)
+        return about(backbone, worker.policy_version, self._prompts, heads, self.settings, jobs=True)
 
     async def close(self, timeout: float) -> bool:
         """Leaves Redis; whoever still waits has been answered by the server's own draining. True if nothing was

@@ -44,6 +44,8 @@ class Standalone:
             keys=key_ring(settings),
             rerank_head=settings.rerank_head,
             compat_head=settings.compat_head,
+            guard_head=settings.guard_head,
+            false_positives=settings.false_positives,
             metrics_open=settings.metrics_open,
             ready=self.ready,
             alive=self.alive,

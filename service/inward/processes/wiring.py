@@ -7,9 +7,10 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from inward import __version__, logs
 from inward.api.auth import KeyRing
@@ -18,7 +19,7 @@ from inward.backbones import vllm
 from inward.backbones.base import Backbone
 from inward.backbones.fake import FakeBackbone
 from inward.backbones.loading import SMOLLM2, name_of, resolve
-from inward.control.policies import LocalPolicyControl
+from inward.control.lora_adapters import LocalPolicyControl
 from inward.errors import HeadError, InvalidField, InwardError, SetupError
 from inward.heads.registry import Registry
 from inward.prompts import Prompts
@@ -32,6 +33,7 @@ LET_GO_S = 30.0
 MODELS = Path(__file__).parents[1] / "models"
 """What comes with Inward: heads for some models, and one small model."""
 TOY = MODELS / "toy"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +100,27 @@ def open_backbone(settings: Settings, model: ModelFiles, *, serving: bool = Fals
 
 def open_prompts(settings: Settings, model: ModelFiles, max_tokens: int) -> Prompts:
     """The templates and the tokenizer of the model."""
-    from inward.backbones.tokenizer import end_ids, ending_configs, load_tokenizer
+    from inward.backbones.end_ids import end_ids, ending_configs
+    from inward.backbones.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(model.folder)
     ends = end_ids(tokenizer, *ending_configs(model.folder))
     limit = min(max_tokens, settings.max_tokens or max_tokens)
     return Prompts(tokenizer, max_tokens=limit, format=settings.template, end_ids=ends)
+
+
+async def with_model(settings: Settings, use: Callable[[Backbone, Prompts], Awaitable[T]]) -> T:
+    """What ``use`` makes of the model of the settings, which is open for as long.
+
+    Raises:
+        SetupError: it can't be loaded, and why.
+    """
+    model = find_model(settings)
+    backbone = open_backbone(settings, model)
+    try:
+        return await use(backbone, open_prompts(settings, model, backbone.info.max_tokens))
+    finally:
+        await backbone.close()
 
 
 def heads_folder(settings: Settings, fingerprint: str) -> Path | None:
@@ -206,7 +223,13 @@ async def open_policies(settings: Settings, backbone: Backbone) -> LocalPolicyCo
 
 
 def about(
-    info: BackboneInfo, policy_version: str, prompts: Prompts, heads: list[str], settings: Settings
+    info: BackboneInfo,
+    policy_version: str,
+    prompts: Prompts,
+    heads: list[str],
+    settings: Settings,
+    *,
+    jobs: bool = False,
 ) -> dict[str, Any]:
     """What ``GET /info`` answers."""
     bounds = limits(settings)
@@ -214,7 +237,7 @@ def about(
         "version": __version__, "model": info.name, "revision": info.revision, "path": info.folder,
         "fingerprint": info.fingerprint, "concurrency": info.concurrency,
         "policy_version": policy_version, "dtype": info.dtype, "device": info.device, "layers": info.layers,
-        "width": info.width, "template": prompts.template, "heads": heads,
+        "width": info.width, "template": prompts.template, "heads": heads, "jobs": jobs,
         "limits": {
             "body_bytes": bounds.body_bytes, "items": bounds.items, "candidates": bounds.candidates,
             "tokens": prompts.max_tokens, "timeout_seconds": bounds.timeout_s, "queue_tokens": settings.queue_tokens,

@@ -9,7 +9,9 @@ Control tokens that somebody spells out in a prompt or a response are text. Only
 template applied to it already, are they what they say; ``Turns`` knows such texts.
 """
 
-from inward.prompts.grouping import DATE, DEFAULT_FORMAT, Grouped, Prompts, Texts, Tokenizer
+from inward.prompts.chat_template import DATE
+from inward.prompts.grouping import DEFAULT_FORMAT, Prompts, Texts, Tokenizer
+from inward.prompts.length_limit import Grouped
 from inward.prompts.turns import Turns
 from inward.types import Message, Prompt
 

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any, Protocol
 
 from inward import logs, metrics, tracing
-from inward.errors import InternalError, InvalidField, InwardError, SetupError, TooLarge
+from inward.errors import InternalError, InvalidField, InwardError, SetupError
+from inward.prompts.chat_template import DATE, ChatTemplate
 from inward.prompts.control_tokens import ControlTokens
+from inward.prompts.length_limit import Grouped, fit_length
 from inward.prompts.turns import Turns
 from inward.types import Group, Ids, Prompt
 
 LOG = logs.logger("prompts")
 DEFAULT_FORMAT = "{prompt}\n\n{response}"
 """For models without a chat template."""
-DATE = datetime(2024, 7, 26)
-"""Today, for chat templates that print it: a text has the same ids tomorrow. It is the day to which Llama 3's own
-template falls back."""
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
+CONTEXT = 3
+"""Tokens that are decoded before one, so that it has the white space that it has in the text."""
 INLINE_CHARACTERS = 20_000
 """Requests up to this size are tokenised on the event loop (about a millisecond): a thread would cost more than it
 saves."""
@@ -65,14 +64,6 @@ class Texts:
         return prompt * max(1, len(self.responses)) + sum(map(len, self.responses))
 
 
-@dataclass(frozen=True, slots=True)
-class Grouped:
-    """A group ready for the queue, and whether text had to be cut for it."""
-
-    group: Group
-    truncated: bool = False
-
-
 class Prompts:
     """Renders and tokenises for one backbone.
 
@@ -81,7 +72,7 @@ class Prompts:
         max_tokens: most tokens of one prompt + response that the backbone takes; one is kept free for an EOS.
         format: a format string with ``{prompt}`` and, at its very end, ``{response}``; None takes the chat template, or
             ``DEFAULT_FORMAT`` where the tokenizer has none.
-        end_ids: all ids that end a text of this model (``backbones.tokenizer.end_ids``), beside the tokenizer's own.
+        end_ids: all ids that end a text of this model (``backbones.end_ids``), beside the tokenizer's own.
 
     Raises:
         SetupError: the format string lacks a field, or text follows the response.
@@ -97,49 +88,32 @@ class Prompts:
             )
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
-        self._format = format
+        self._format = format or DEFAULT_FORMAT
         self._adds_bos = (
             self._first_ids([""])[:1] == (tokenizer.bos_token_id,) if tokenizer.bos_token_id is not None else False
         )
         self._control = ControlTokens.of(tokenizer)
         ends = [tokenizer.decode([token], skip_special_tokens=False) for token in end_ids]
-        self._date: dict[str, Callable[[str], str]] = {}
-        if format is not None:
-            self.template = f"format:{format}"
-            self.turns = Turns.of(tokenizer, ends, None)
-            return
-        source = str(tokenizer.chat_template)
-        self.template = f"chat:{hashlib.sha256(source.encode()).hexdigest()[:16]}"
-        """Names it in a head's manifest, with the date where it prints one."""
-        if "strftime_now" in source:
-            self._date["strftime_now"] = DATE.strftime  # over the environment's own
-            self.template += f"@{DATE:%Y-%m-%d}"
+        self._chat = ChatTemplate(tokenizer) if format is None else None
+        self.template = f"format:{format}" if self._chat is None else self._chat.name
+        """Names it in a head's manifest."""
+        if self._chat is not None and self._chat.prints_date:
             logs.event(LOG, "template_date_fixed", date=f"{DATE:%Y-%m-%d}")
-        self.turns = Turns.of(tokenizer, ends, self._apply)
+        self.turns = Turns.of(tokenizer, ends, self._chat)
 
     def render(self, prompt: Prompt) -> str:
         """The text up to where the answer begins.
 
         Raises:
             InvalidField: messages that are empty, of an unknown role, end with the assistant, or that the chat template
-                refuses.
+                refuses or leaves out.
         """
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
         _check(messages)
-        if self._format is None:
-            try:
-                return self._apply(messages, answer_next=True)
-            except Exception as error:  # templates refuse by raising whatever they like
-                raise InvalidField(f"the chat template refuses this conversation: {error}", param="messages") from error
+        if self._chat is not None:
+            return _rendered(self._chat, messages)
         text = messages[0]["content"] if len(messages) == 1 else _transcript(messages)
         return self._format.removesuffix("{response}").replace("{prompt}", text)
-
-    def _apply(self, messages: list[dict[str, str]], *, answer_next: bool) -> str:
-        return str(
-            self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=answer_next, **self._date
-            )
-        )
 
     def group(
         self, prompt: Prompt, responses: Sequence[str | Ids], *, truncate: bool = False, rendered: bool = False
@@ -147,8 +121,7 @@ class Prompts:
         """One prompt and its responses as token ids, the prompt with exactly one BOS. A ``rendered`` prompt is a string
         to which the template was applied already.
 
-        Truncation cuts the oldest tokens of the prompt (never its BOS), the same for all responses; a response that
-        would leave the prompt less than a quarter of the room loses its end. Empty responses are legal.
+        Empty responses are legal. ``length_limit`` decides what is too long, and what is cut.
 
         Raises:
             InvalidField: text that is not Unicode, a conversation that the template refuses, or no text at all.
@@ -175,7 +148,25 @@ class Prompts:
             whole[n:] if whole[:n] == apart[0] else alone for whole, alone in zip(together, apart[1:], strict=True)
         ]
         responses_ids = tuple(own if isinstance(r, str) else r for r, own in zip(responses, tokenised, strict=True))
-        return self._fit(prompt_ids, responses_ids, truncate)
+        bos = () if self.tokenizer.bos_token_id is None else (self.tokenizer.bos_token_id,)
+        return fit_length(Group(prompt_ids, responses_ids), self.max_tokens, bos=bos, truncate=truncate)
+
+    def pieces(self, ids: Ids) -> list[str]:
+        """The text of each token of a response; together they are its text. Of a character that takes several tokens
+        the last one has all.
+        """
+        done: list[str] = []
+        start, before = 0, ""  # from where on it is decoded again, and what is said already of that
+        for i in range(len(ids)):
+            text = str(self.tokenizer.decode(list(ids[start : i + 1]), skip_special_tokens=False))
+            broken = text.endswith("\ufffd") and i + 1 < len(ids)
+            done.append("" if broken else text[len(before) :])
+            if not broken:
+                before = str(
+                    self.tokenizer.decode(list(ids[max(start, i - CONTEXT) : i + 1]), skip_special_tokens=False)
+                )
+                start = max(start, i - CONTEXT)
+        return done
 
     async def group_many(self, texts: Sequence[Texts]) -> list[Grouped | InwardError]:
         """``group`` for each, errors in place of the ones that can't be used; off the event loop where it is much."""
@@ -197,26 +188,6 @@ class Prompts:
             return error
         except Exception as error:  # a tokenizer's own failure: this item's, not its neighbours'
             return InternalError(f"this text could not be tokenised ({type(error).__name__})")
-
-    def _fit(self, prompt_ids: Ids, responses_ids: tuple[Ids, ...], truncate: bool) -> Grouped:
-        room = self.max_tokens - 1  # one EOS
-        longest = max(map(len, responses_ids), default=0)
-        if len(prompt_ids) + longest <= room:
-            return Grouped(Group(prompt_ids, responses_ids))
-        if not truncate:
-            worst = max(range(len(responses_ids)), key=lambda i: len(responses_ids[i]), default=0)
-            raise TooLarge(
-                f"prompt ({len(prompt_ids)} tokens) and response ({longest}) are longer than the {room} tokens that "
-                "the "
-                "model takes; shorten them, or send \"truncate\": true",
-                param=f"responses.{worst}" if responses_ids else "prompt",
-            )  # fmt: skip
-        bos = prompt_ids[:1] if prompt_ids[:1] == (self.tokenizer.bos_token_id,) else ()
-        least = min(len(prompt_ids), room // 4)  # of the prompt, so that a long response never stands without one
-        responses_ids = tuple(ids[: room - least] for ids in responses_ids)
-        keep = room - len(bos) - max(map(len, responses_ids), default=0)
-        rest = prompt_ids[len(bos) :]
-        return Grouped(Group(bos + rest[max(0, len(rest) - keep) :], responses_ids), truncated=True)
 
     def _ids(self, texts: list[str], broken: str = "") -> list[Ids]:
         """Of each text; one that has the character ``broken`` is tokenised as the pieces between."""
@@ -247,6 +218,21 @@ class Prompts:
         while text[:1] == (bos,):
             text = text[1:]
         return (bos, *text) if len(text) < len(ids) or self._adds_bos else ids
+
+
+def _rendered(chat: ChatTemplate, messages: list[dict[str, str]]) -> str:
+    """By the chat template, which must take every turn."""
+    try:
+        text = chat(messages, answer_next=True)
+    except Exception as error:  # templates refuse by raising whatever they like
+        raise InvalidField(f"the chat template refuses this conversation: {error}", param="messages") from error
+    if (i := chat.left_out(messages)) is not None:
+        raise InvalidField(
+            f"the model's chat template leaves out this turn of the role {messages[i]['role']!r}: without it, it "
+            "would be another conversation",
+            param=f"messages.{i}.role",
+        )
+    return text
 
 
 def _check(messages: list[dict[str, str]]) -> None:

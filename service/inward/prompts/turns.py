@@ -49,6 +49,7 @@ class Turns:
     blank: str
     """White space that the template writes after an answer."""
     pads: tuple[str, ...]
+    """What may stand before a conversation; where a mark that begins one is an EOS (GLM), that one may not."""
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, ends: Iterable[str], apply: Apply | None) -> Turns:
@@ -63,8 +64,8 @@ class Turns:
         asked = None if apply is None else _ask(apply)
         if asked is None:
             return cls("", any_bos, (), "", (), None, longest_first(pads), "", longest_first(pads))
-        begins, bare, generating, answered, closing = asked
-        bos = any_bos if any_bos and begins[0].startswith(any_bos) else ""
+        starts, bare, generating, answered, closing = asked
+        bos = any_bos if any_bos and starts[0].startswith(any_bos) else ""
         openings = [(answered, generating), (generating, generating)]
         if generating.startswith(bare) and generating != bare:
             openings += [
@@ -73,16 +74,17 @@ class Turns:
                 if seen.startswith(bare)
             ]
         ending = re.search(CONTROL, bare)
+        begins = longest_first(_first_mark(start.removeprefix(any_bos)) for start in starts)
         return cls(
             bos=bos,
             any_bos=any_bos,
-            begins=longest_first(_first_mark(begin.removeprefix(any_bos)) for begin in begins),
+            begins=begins,
             turn_end=ending[0] if ending else "",
             openings=tuple((_loosely(seen), meant) for seen, meant in dict.fromkeys(openings) if seen.strip()),
             unasked=(_loosely(bare), generating) if bare.strip() else None,
             endings=longest_first(pads | {closing.rstrip(), closing.strip(), *CONTROL.findall(closing)}),
             blank=closing if closing.isspace() else "",
-            pads=longest_first(pads),
+            pads=longest_first(pads - set(begins)),
         )
 
     def split(self, text: str, prompt: str = "") -> tuple[str, str]:
@@ -98,7 +100,7 @@ class Turns:
             text = known + self.strip(text.removeprefix(known))
             found = [(m, o) for m, o in self._found(text) if m.start() <= len(known) <= m.end()]
         else:
-            known, text = "", self.strip(text)
+            known, text = "", self.strip(text, whole=True)
             found = self._found(text)
         if found:
             match, opening = max(found, key=lambda one: one[0].end())
@@ -106,13 +108,15 @@ class Turns:
         begun = self.complete(known) if known else text
         return self._begun(begun), text.removeprefix(known) if known else ""
 
-    def strip(self, response: str) -> str:
-        """``response`` without what the template writes after it, end-of-sequence tokens and pads."""
+    def strip(self, response: str, *, whole: bool = False) -> str:
+        """``response`` without what the template writes after it, end-of-sequence tokens and pads. In a ``whole``
+        conversation nothing is taken from the mark that opens an answer (an EOS of Phi-3): the answer is empty.
+        """
         text = response
         while True:
             bare = text.rstrip()
             end = next((end for end in self.endings if bare.endswith(end)), None)
-            if end is None:
+            if end is None or (whole and self._opens_with(end, text)):
                 break
             text = bare.removesuffix(end)
         return text.removesuffix(self.blank) if text == response else text
@@ -137,6 +141,12 @@ class Turns:
 
     def _found(self, text: str) -> list[tuple[re.Match[str], str]]:
         return [(match, opening) for pattern, opening in self.openings for match in pattern.finditer(text)]
+
+    def _opens_with(self, mark: str, text: str) -> bool:
+        """Whether an answer begins at the very end of ``text``, after an opening that ends with ``mark``."""
+        return any(
+            opening.rstrip().endswith(mark) and _at_end(pattern, text) is not None for pattern, opening in self.openings
+        )
 
     def _unpadded(self, text: str) -> str:
         while (pad := next((pad for pad in self.pads if text.startswith(pad)), None)) is not None:

@@ -85,6 +85,8 @@ class Info(AdminAnswer):
     width: int
     template: str
     heads: list[str]
+    jobs: bool = False
+    """Whether bulk jobs are kept here."""
     limits: RequestLimits
 
 

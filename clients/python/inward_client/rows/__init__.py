@@ -19,7 +19,9 @@ from inward_client.rows.files import (
     find,
     format_of,
 )
-from inward_client.rows.layouts import (
+from inward_client.rows.messages import Messages, Prompt, as_turns, messages, text
+from inward_client.rows.pair import Pair, get, paired, read_item, read_prompt, transcript, which
+from inward_client.rows.pair_layouts import (
     AUTO,
     COLUMNS,
     LAYOUTS,
@@ -30,8 +32,6 @@ from inward_client.rows.layouts import (
     read_pair,
     recognise,
 )
-from inward_client.rows.messages import Messages, Prompt, as_turns, messages, text
-from inward_client.rows.pairs import Pair, get, paired, read_item, read_prompt, transcript, which
 from inward_client.rows.terminal import printable
 
 __all__ = [

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from inward_client.rows import arrow, text
 from inward_client.rows.errors import DataError
-from inward_client.rows.layouts import AUTO, LOOKED_AT, recognise
-from inward_client.rows.pairs import Pair
+from inward_client.rows.pair import Pair
+from inward_client.rows.pair_layouts import AUTO, LOOKED_AT, recognise
 from inward_client.rows.terminal import printable
 
 if TYPE_CHECKING:

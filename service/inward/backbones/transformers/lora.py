@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import linear
 
-from inward.backbones.adapter import Adapter, LowRank, check_shapes, misfit
+from inward.backbones.peft_files import Adapter, LowRank, check_shapes, misfit
 from inward.backbones.transformers.model import Model
 from inward.errors import InvalidField
 from inward.types import BASE

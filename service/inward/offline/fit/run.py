@@ -23,13 +23,17 @@ from inward.offline.data.pairs import (
     read_calibration,
     read_lists,
     read_pairs,
+    read_prompts,
     read_texts,
 )
 from inward.offline.fit.ensemble import Judges, fit_ensemble
+from inward.offline.fit.guard import fit_guard
 from inward.offline.fit.hybrid import fit_hybrid
 from inward.offline.fit.legend import constant_refusal, fit_legend
 from inward.offline.fit.pool import fit_pool
+from inward.offline.fit.runs import Runs, draw_runs
 from inward.offline.fit.srr import fit_srr
+from inward.offline.fit.value import fit_value
 from inward.offline.fit.whitened import Choice, Evidence, FromStates, fit_whitened
 from inward.offline.states.moments import Moments
 from inward.offline.states.read import extract_lists, store_pairs, sum_pairs, sum_responses
@@ -37,6 +41,7 @@ from inward.offline.states.saved import ListStates, load_list_states, save_state
 from inward.offline.states.scores import score_pairs, score_states
 from inward.offline.states.stored import PairSource, StoredPairs, blocks
 from inward.prompts import Prompts
+from inward.types import SamplingSpec
 
 T = TypeVar("T")
 WithModel = Callable[[Callable[[Backbone, Prompts], Awaitable[T]]], T]
@@ -55,7 +60,7 @@ def fit(args: Namespace, with_model: WithModel[Any], cache: Path) -> Fitted:
     Raises:
         DataError, SetupError: rows or options that no head can be fitted with.
     """
-    if getattr(args, "pool", None):
+    if getattr(args, "pool", None) and args.kind != "guard":
         return _with_pool(args, with_model, cache)
     match args.kind:
         case "legend" if args.direction == "whitened":
@@ -66,6 +71,10 @@ def fit(args: Namespace, with_model: WithModel[Any], cache: Path) -> Fitted:
             return _hybrid(args, with_model, cache)
         case "ensemble":
             return _ensemble(args, with_model)
+        case "value":
+            return _value(args, with_model, cache)
+        case "guard":
+            return _guard(args, with_model)
         case _:
             return _srr(args, with_model, cache)
 
@@ -285,6 +294,45 @@ def _ensemble(args: Namespace, with_model: WithModel[Any]) -> Fitted:
         scores_PM = await score_pairs(backbone, prompts, pairs, heads)
         groups_N = prompt_groups(pair.prompt for pair in pairs)
         return fit_ensemble(heads, scores_PM, Judges(groups_N, data_hash(pairs)), name=args.name, seed=args.seed)
+
+    fitted: Fitted = with_model(use)
+    return fitted
+
+
+def _value(args: Namespace, with_model: WithModel[Any], cache: Path) -> Fitted:
+    asked = read_prompts(args.rows)[: args.limit]
+
+    async def draw(backbone: Backbone, prompts: Prompts) -> tuple[Head, Runs]:
+        head = store.load(args.of, fingerprint=backbone.info.fingerprint, template=prompts.template)
+        if head.ref.kind in ("srr", "value"):
+            raise SetupError(f"--head {head.ref.name}: a {head.ref.kind} head gives no answer a reward of its own")
+        spec = _drawn(args)
+        layers = numbers(args.layers, backbone.info.layers) if args.layers else quarters(backbone.info.layers)
+        at = [point for point in args.at if point < spec.max_tokens]
+        return head, await draw_runs(backbone, prompts, head, asked, spec, at=at, layers=layers, cache=cache)
+
+    head, runs = with_model(draw)
+    return fit_value(runs, head, name=args.name, seed=args.seed)
+
+
+def _drawn(args: Namespace) -> SamplingSpec:
+    try:
+        return SamplingSpec(args.samples, **{"max_tokens": 128, "seed": args.seed} | args.sampling)
+    except TypeError as error:
+        raise SetupError(f"--sampling: {error}") from None
+
+
+def quarters(depth: int) -> list[int]:
+    """Four layers, evenly spaced, the last among them."""
+    return sorted({max(1, round(depth * k / 4)) for k in range(1, 5)})
+
+
+def _guard(args: Namespace, with_model: WithModel[Any]) -> Fitted:
+    texts = read_texts(args.rows)[: args.limit]
+
+    async def use(backbone: Backbone, prompts: Prompts) -> Fitted:
+        head = store.load(args.of, fingerprint=backbone.info.fingerprint, template=prompts.template)
+        return await fit_guard(backbone, prompts, head, texts, name=args.name, pool=args.pool or "")
 
     fitted: Fitted = with_model(use)
     return fitted

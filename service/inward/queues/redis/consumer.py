@@ -17,7 +17,7 @@ from typing import TypeVar
 from inward import codec, logs, metrics
 from inward.errors import InternalError, Unavailable
 from inward.queues.base import Closed
-from inward.queues.redis import scripts
+from inward.queues.redis import redelivery, scripts
 from inward.queues.redis.producer import MOST_REPLIES, REPLIES_S
 from inward.stores.connection import Arg, Connection, GroupLost
 from inward.stores.keys import FORGOTTEN_S, GROUP, Keys
@@ -26,9 +26,6 @@ from inward.types import Failed, Job, Outcome
 LOG = logs.logger("queues.redis")
 MOST_LETTERS = 10_000
 """Dead letters kept; the oldest go first."""
-ORPHANS = 16
-"""Jobs of dead workers taken over at once. Should the one that killed them be among them, so many are suspects next
-time."""
 BULK_FIRST = 8
 """In one of so many rounds bulk jobs go first, so that they don't starve."""
 T = TypeVar("T")
@@ -251,13 +248,11 @@ class RedisConsumer:
                 self._held.append(job)
 
     async def _reclaim(self) -> list[Job]:
-        """Some jobs of workers that are gone, unless we have such ones in hand already.
-
-        The last delivery that a job has left is to a worker that runs it alone: if it is poison, it takes nobody along.
-        """
+        """Some jobs of workers that are gone, unless we have such ones in hand already."""
         self._orphans &= self._claims.keys()
         while not self._orphans and self._clock() >= self._reclaim_at:
-            args: list[Arg] = [GROUP, self.worker, round(self._idle * 1000), ORPHANS, max(2, self._max_deliveries)]
+            args: list[Arg] = [GROUP, self.worker, round(self._idle * 1000), redelivery.AT_ONCE]
+            args.append(max(2, self._max_deliveries))  # from here on a job is a suspect
             found = _parsed(await self._redis.script(scripts.RECLAIM, self._keys.book, args))
             if not found:
                 self._reclaim_at = self._clock() + self._idle / 3
@@ -266,11 +261,10 @@ class RedisConsumer:
                 for deliveries, fields in found:
                     metrics.REDELIVERED_TOTAL.inc()
                     job = await self._understood(fields, deliveries)
-                    if job is not None and deliveries > self._max_deliveries:
+                    reason = redelivery.given_up(deliveries, self._max_deliveries)
+                    if job is not None and reason is not None:
                         self._drop(job.id)
-                        await self._bury(
-                            job.id, job.reply_to, deliveries, f"{deliveries - 1} workers ended while they had it"
-                        )
+                        await self._bury(job.id, job.reply_to, deliveries, reason)
                     elif job is not None:
                         logs.event(LOG, "job_taken_over", job=job.id, deliveries=deliveries)
                         jobs.append(job)
@@ -291,7 +285,7 @@ class RedisConsumer:
                 id=job_id,
                 reply_to=replica,
                 deliveries=deliveries,
-                alone=1 < deliveries >= self._max_deliveries,
+                alone=redelivery.alone(deliveries, self._max_deliveries),
             )
         except codec.Unreadable as error:
             await self._bury(job_id, replica, deliveries, str(error))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from inward.backbones.adapter import check_shapes, read_adapter
+from inward.backbones.peft_files import check_shapes, read_adapter
 from inward.errors import InvalidField
 from support.adapters import Q_PROJ, write_adapter
 

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from inward.backbones.fake import FakeBackbone
-from inward.control.policies import REMEMBERED, LocalPolicyControl
+from inward.control.lora_adapters import REMEMBERED, LocalPolicyControl
 from inward.errors import Conflict, InvalidField, NotFound
 from inward.metrics import exposition
 from inward.types import Group, SamplingSpec, Scored

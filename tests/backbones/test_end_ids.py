@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from inward.backbones.tokenizer import end_ids, ending_configs
+from inward.backbones.end_ids import end_ids, ending_configs
 from inward.errors import SetupError
 
 

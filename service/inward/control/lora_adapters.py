@@ -1,4 +1,5 @@
-"""Which version of the policy the backbone carries: switched, remembered and listed.
+"""Which version of the policy, a LoRA adapter, the backbone carries: switched, remembered and listed; in the process
+that owns the backbone, and as an API replica sees it.
 
 A version is the name of a folder in the adapters folder, and ``base`` is the backbone as it was loaded. What a name
 stands for must not change once it was published.
@@ -12,13 +13,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from inward import metrics
-from inward.backbones.adapter import CONFIG, TENSORS
 from inward.backbones.base import Backbone
+from inward.backbones.peft_files import CONFIG, TENSORS
 from inward.errors import Conflict, InvalidField, NotFound
 from inward.types import BASE
+
+if TYPE_CHECKING:
+    from inward.control.remote import RemoteHeadControl
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 REMEMBERED = 100
@@ -132,3 +136,21 @@ class LocalPolicyControl:
     def _observe(self) -> None:
         metrics.POLICY_INFO.clear()
         metrics.POLICY_INFO.labels(version=self._backbone.policy_version).set(1)
+
+
+class RemotePolicyControl:
+    """The policy as an API replica sees it: a worker is asked, since only workers have the adapters."""
+
+    def __init__(self, workers: RemoteHeadControl) -> None:
+        self._workers = workers
+
+    async def show(self) -> dict[str, Any]:
+        return dict((await self._workers.ask("policy", {}))["policy"])
+
+    async def switch(self, version: str) -> dict[str, Any]:
+        policy = dict((await self._workers.ask("switch_policy", {"version": version}))["policy"])
+        await self._workers.until_all(
+            lambda worker_info: worker_info.policy_version == policy["policy_version"],
+            policy_version=policy["policy_version"],
+        )
+        return policy

@@ -1,0 +1,45 @@
+"""Whether a prompt and its responses are too long for the model, and what is cut if they may be cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from inward.errors import TooLarge
+from inward.types import Group, Ids
+
+
+@dataclass(frozen=True, slots=True)
+class Grouped:
+    """A group ready for the queue, and whether text had to be cut for it."""
+
+    group: Group
+    truncated: bool = False
+
+
+def fit_length(group: Group, max_tokens: int, *, bos: Ids, truncate: bool) -> Grouped:
+    """The group as it is, or cut until the longest of its texts and one EOS are at most ``max_tokens``.
+
+    The oldest tokens of the prompt are cut (never its ``bos``), the same for all responses; a response that would leave
+    the prompt less than a quarter of the room loses its end.
+
+    Raises:
+        TooLarge: it is longer, and ``truncate`` is off.
+    """
+    room = max_tokens - 1  # one EOS
+    prompt_ids, responses_ids = group.prompt_ids, group.responses_ids
+    longest = max(map(len, responses_ids), default=0)
+    if len(prompt_ids) + longest <= room:
+        return Grouped(group)
+    if not truncate:
+        worst = max(range(len(responses_ids)), key=lambda i: len(responses_ids[i]), default=0)
+        raise TooLarge(
+            f"prompt ({len(prompt_ids)} tokens) and response ({longest}) are longer than the {room} tokens that the "
+            'model takes; shorten them, or send "truncate": true',
+            param=f"responses.{worst}" if responses_ids else "prompt",
+        )
+    kept = bos if prompt_ids[:1] == bos else ()
+    least = min(len(prompt_ids), room // 4)  # of the prompt, so that a long response never stands without one
+    responses_ids = tuple(ids[: room - least] for ids in responses_ids)
+    rest = prompt_ids[len(kept) :]
+    left = room - len(kept) - max(map(len, responses_ids), default=0)
+    return Grouped(Group(kept + rest[max(0, len(rest) - left) :], responses_ids), truncated=True)
