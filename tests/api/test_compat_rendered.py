@@ -84,6 +84,7 @@ IMAGE = {"type": "input_image", "image_url": "data:,"}
             "'str'",
         ),
         ({"role": "assistant", "content": "a", "tool_calls": [CALL]}, "response.output.0.tool_calls", "tool_calls"),
+        ({"role": "assistant", "content": "", "reasoning": "a"}, "response.output.0.content", "'reasoning'"),
         (CALL, "response.output.0", "'function_call'"),
     ],
 )

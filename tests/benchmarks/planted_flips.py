@@ -34,7 +34,7 @@ from inward_client.rows import collect_pairs
 Doubles = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 HEADS: tuple[Like, ...] = ("hybrid", "whitened")
-FOLDS = 5
+FOLDS = 3
 RESAMPLES = 500
 TFIDF_C = 3.0
 

@@ -1,5 +1,6 @@
 """``inward annotate`` from end to end: the bundled heads on the fake backbone, and a real server with a real model."""
 
+import io
 import json
 import logging
 import os
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from pyarrow import parquet
@@ -257,6 +259,16 @@ def test_only_what_is_asked_for_is_written_and_the_summary_is_of_all(tmp_path, c
         assert "60 of 60 pairs annotated" in capsys.readouterr().out
     assert not (tmp_path / "some.jsonl.rejected.jsonl").exists()
     assert annotate(path, out, *FAKE, "--drop-below", 2) == 2
+
+
+def test_standard_input_is_annotated_and_records_for_argilla_come_out(tmp_path, monkeypatch):
+    content = "".join(json.dumps(row(n)) + "\n" for n in range(9)).encode()
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(content)))
+    assert annotate("-", tmp_path / "out.jsonl", *FAKE, "--argilla", tmp_path / "records.json") == 0
+    assert [one["id"] for one in read(tmp_path / "out.jsonl")] == list(range(9))
+    records = json.loads((tmp_path / "records.json").read_text())
+    assert [one["metadata"]["row"] for one in records] == list(range(1, 10))
+    assert not list(tmp_path.glob("*.stdin*"))
 
 
 def decide(path, *decided):

@@ -35,3 +35,8 @@ def test_a_question_that_is_asked_again_later_does_not_swallow_the_first_one():
     context = joined(Context.of_text("a", "prompt"), Context.of([said, asked], "chosen"), "chosen")
     assert context.turns == [asked, said, asked]
     assert context.fields == ("prompt", "chosen.0", "chosen.1")
+
+
+def test_a_prompt_may_be_the_last_question_of_the_conversation():
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    assert joined(Context.of_text("c", "prompt"), Context.of(turns, "chosen"), "chosen").turns == turns

@@ -8,9 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from inward_client.errors import UnreadableAnswer
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 T = TypeVar("T")
 
@@ -165,6 +168,20 @@ class Answer:
     policy_version: str
     head: Head
     usage: Usage = field(default_factory=Usage)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Its list as a frame, one row an element, with the reason of a missing score in ``error``.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        try:
+            import pandas as pd
+        except ImportError:
+            raise ImportError("to_pandas needs pandas: pip install pandas") from None
+        elements: list[Any] = next(value for value in vars(self).values() if isinstance(value, list))
+        rows = [{**vars(one), "error": one.error.message if one.error else None} for one in elements]
+        return pd.DataFrame(rows, columns=None if rows else ["error"])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -148,10 +148,10 @@ def _add_ensemble(parser: argparse.ArgumentParser) -> None:
 def _add_value(parser: argparse.ArgumentParser) -> None:
     _add_of(parser, "head whose reward is predicted")
     parser.add_argument("--samples", type=int, default=8, metavar="N", help="answers to each prompt (default: 8)")
-    parser.add_argument("--answer-tokens", type=int, default=128, metavar="N", help="of an answer (default: 128)")
     parser.add_argument(
-        "--sampling", type=json.loads, default={}, help='how they are drawn, as JSON, such as {"top_p": 0.95}'
-    )
+        "--sampling", type=json.loads, default={}, metavar="JSON",
+        help='how they are drawn, such as {"top_p": 0.95} (default: up to 128 tokens)',
+    )  # fmt: skip
     parser.add_argument(
         "--at", type=_points, default=(8, 16, 32, 64), help="tokens after which it may be decided (default: 8,16,32,64)"
     )

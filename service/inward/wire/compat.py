@@ -152,6 +152,8 @@ class VerifyRequest(BaseModel):
 
 TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
 """Types of the parts of a message's content that are text."""
+UNSAID = ("reasoning_content", "reasoning", "thinking", "audio", "images")
+"""Fields of a message that hold something else than what was said; one that has nothing else is no empty answer."""
 
 
 def message(turn: dict[str, Any], where: str) -> dict[str, str]:
@@ -168,6 +170,10 @@ def message(turn: dict[str, Any], where: str) -> dict[str, str]:
     content = turn.get("content")
     if not content and isinstance(turn.get("refusal"), str):
         content = turn["refusal"]
+    if content == "" and (unsaid := next((name for name in UNSAID if turn.get(name)), None)):
+        raise InvalidField(
+            f"{where}.content is empty beside {unsaid!r}: there is no text to score", param=f"{where}.content"
+        )
     return {"role": turn["role"], "content": text_of(content, f"{where}.content")}
 
 

@@ -42,8 +42,8 @@ class Context:
 def joined(prompt: Context, before: Context, field: str) -> Context:
     """The whole context of an answer: the prompt, and the turns ``before`` it that came with the answer, each once.
 
-    Such conversations repeat the prompt (with a system turn before it, or more turns after it), or go on from it. A
-    repeated prompt counts once, whatever white space is around it.
+    Such conversations repeat the prompt (with a system turn or a whole conversation before it, or more turns after it),
+    or go on from it. A repeated prompt counts once, whatever white space is around it.
 
     Raises:
         InvalidField: the turns neither hold the prompt nor go on from it.
@@ -59,6 +59,8 @@ def joined(prompt: Context, before: Context, field: str) -> Context:
             return prompt + before.after(shared)
     if said[0]["role"] in ("assistant", "tool") or asked[-1]["role"] == "assistant":
         return prompt + before
+    if same(asked, said[-len(asked) :]):  # the last question of the conversation
+        return before
     raise InvalidField(
         f"{field} holds a conversation that neither repeats the prompt nor goes on from it: which of the two was asked "
         "can't be told",

@@ -158,7 +158,13 @@ def test_the_whole_context_of_a_row_is_its_prompt(row, prompt):
         ("trl", {"prompt": "Hi", "chosen": "\ud800", "rejected": "b"}, "not Unicode"),
         ("trl", {"prompt": "Ho", "chosen": [USER, ANSWER], "rejected": "b"}, "neither repeats the prompt nor goes on"),
         ("trl", {"prompt": "Hi", "chosen": [OTHER, MORE, ANSWER], "rejected": "b"}, "answer different prompts"),
-        ("trl", {"prompt": "Hi", "chosen": "a", "rejected": "b", "tools": [{"name": "f"}]}, "'tools' describes tools"),
+        ("trl", {"prompt": "Hi", "chosen": "a", "rejected": "b", "tools": [{"name": "f"}]}, "'tools' is context which"),
+        ("trl", {"prompt": "Hi", "chosen": "a", "rejected": "b", "images": ["a.png"]}, "'images' is context which"),
+        (
+            "trl",
+            {"prompt": "Hi", "chosen": [{"role": "assistant", "content": "", "thinking": "x"}], "rejected": "b"},
+            "'chosen', message 1 has 'thinking' and no text",
+        ),
         ("trl", {"prompt": "Hi", "chosen": "a", "rejected": "b", "system": ["x"]}, "'system' must be text"),
         ("trl", {"prompt": [SYSTEM, USER], "chosen": "a", "rejected": "b", "system": "x"}, "the system turn .* differ"),
         ("chat", {"chosen": [USER, ANSWER], "rejected": [{**USER, "content": "Ho"}, OTHER]}, "different prompts"),
@@ -193,6 +199,32 @@ def test_columns_that_look_like_a_part_of_the_pair_and_are_not_read_are_told():
     row = {"prompt": "Hi", "chosen": "a", "rejected": "b", "input": "x", "history": [], "messages": None, "id": 3}
     (told,) = recognise([row]).notes([row])
     assert "not read: the columns 'input' (layout trl)" in told
+    row = {"question": "Hi", "chosen": "a", "rejected": "b", "system_prompt": "x"}
+    assert "'system_prompt'" in recognise([row]).notes([row])[0]
+    assert recognise([row], {"system": "system_prompt", "prompt": "question"}).notes([row]) == []
+
+
+@pytest.mark.parametrize("tools", [None, [], "[]", " null", ""])
+def test_no_tools_are_none_however_they_are_written(tools):
+    assert read_pair({"prompt": "Hi", "chosen": "a", "rejected": "b", "tools": tools}) == Pair("Hi", "a", "b")
+
+
+def test_a_history_may_be_messages():
+    row = {"instruction": "Ho", "history": [USER, ANSWER], "chosen": "a", "rejected": "b"}
+    assert read_pair(row).prompt == [USER, ANSWER, {"role": "user", "content": "Ho"}]
+
+
+def test_a_prompt_may_be_the_last_question_of_the_conversation():
+    row = {"prompt": MORE["content"], "chosen": [USER, OTHER, MORE, ANSWER], "rejected": [USER, OTHER, MORE, OTHER]}
+    assert read_pair(row).prompt == [USER, OTHER, MORE]
+
+
+def test_conversations_that_are_stored_as_json_text_are_named():
+    row = {"chosen": json.dumps([USER, ANSWER]), "rejected": json.dumps([USER, OTHER])}
+    with pytest.raises(DataError, match="'chosen' holds messages as JSON text"):
+        read_pair(row)
+    with pytest.raises(DataError, match="as JSON text in 'chosen', 'rejected'"):
+        recognise([row])
 
 
 def test_messages_that_are_stored_as_json_text_are_told_and_read_if_asked():

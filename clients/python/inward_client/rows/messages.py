@@ -17,6 +17,10 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 ALIASES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 """Sharegpt's names."""
 TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
+UNSAID = ("reasoning_content", "reasoning", "thinking", "audio", "images")
+"""Fields of a turn that hold something else than what was said. Beside an answer they are no part of it; a turn that
+has nothing else is no empty answer.
+"""
 
 
 def is_messages(value: Any) -> bool:
@@ -83,8 +87,8 @@ def as_turns(prompt: Prompt) -> Messages:
 def joined(prompt: Prompt | None, before: Messages, column: str) -> Prompt | None:
     """The whole context of an answer: the row's prompt and the turns that stand before the answer itself, each once.
 
-    Datasets repeat the prompt in the answer's conversation (with a system turn before it, or more turns after it), or
-    go on from it. A repeated prompt counts once, whatever white space is around it.
+    Datasets repeat the prompt in the answer's conversation (with a system turn or a whole conversation before it, or
+    more turns after it), or go on from it. A repeated prompt counts once, whatever white space is around it.
 
     Raises:
         DataError: the turns neither hold the prompt nor go on from it.
@@ -104,6 +108,8 @@ def joined(prompt: Prompt | None, before: Messages, column: str) -> Prompt | Non
             return [*turns, *before[shared:]]
     if before[0]["role"] in ("assistant", "tool") or turns[-1]["role"] == "assistant":
         return [*turns, *before]
+    if same(turns, before[-len(turns) :]):  # the last question of the conversation
+        return before
     raise DataError(
         f"{column!r} holds a conversation that neither repeats the prompt nor goes on from it: which of the two was "
         "asked can't be told",
@@ -129,6 +135,8 @@ def _message(turn: Mapping[str, Any], where: str, column: str) -> dict[str, str]
     content = turn.get(key)
     if not content and isinstance(turn.get("refusal"), str):
         content = turn["refusal"]
+    if content == "" and (unsaid := next((name for name in UNSAID if _given(turn.get(name))), None)):
+        raise DataError(f"{where} has {unsaid!r} and no text: there is nothing to score", column=column)
     return {"role": role, "content": text(content, where, column)}
 
 

@@ -1,7 +1,7 @@
 """What a row holds of a pair: its prompt with the whole context, and its answers.
 
 The context of a row is never dropped: what stands before the last turn of an answer, a ``system`` column, Alpaca's
-``input`` and ``history``. What can't be carried (``tools``) is refused by name.
+``input`` and ``history``. What can't be carried (``tools``, images) is refused by name.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from inward_client.rows.errors import DataError
-from inward_client.rows.messages import Messages, Prompt, answer, as_turns, joined, messages, same
+from inward_client.rows.messages import Messages, Prompt, answer, as_turns, is_messages, joined, messages, same
 
 Row = Mapping[str, Any]
 TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):[ \t]?")
+UNCARRIED = ("tools", "images", "image", "videos", "audios")
+"""Columns of a row's context that are no text."""
+NONE_AS_TEXT = frozenset({"", "[]", "{}", "null"})
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 
@@ -92,16 +95,18 @@ def paired(row: Row, prompt: Prompt | None, chosen: Any, rejected: Any, names: S
 
 
 def with_system(row: Row, prompt: Prompt) -> Prompt:
-    """The prompt after the row's ``system`` text; ``tools`` are refused.
+    """The prompt after the row's ``system`` text; tools and images are refused.
 
     Raises:
-        DataError: the row has tools, or the conversation has another system turn of its own.
+        DataError: the row has them, or the conversation has another system turn of its own.
     """
-    if given(row.get("tools")) and row["tools"] != "[]":
-        raise DataError(
-            "'tools' describes tools, which a prompt can't carry here: read the row without it (--columns tools=)",
-            column="tools",
-        )
+    for name in UNCARRIED:
+        held = row.get(name)
+        if given(held) and not (isinstance(held, str) and held.strip() in NONE_AS_TEXT):
+            raise DataError(
+                f"{name!r} is context which a prompt of text can't carry: read the row without it (--columns {name}=)",
+                column=name,
+            )
     system = row.get("system")
     if not given(system):
         return prompt
@@ -175,13 +180,15 @@ def alpaca_prompt(row: Row) -> Prompt:
     """Instruction and input are one turn, as LLaMA-Factory and Stanford's own template read them."""
     asked = "\n".join(text_of(row, name) for name in ("instruction", "input") if given(row.get(name)))
     turns: Messages = []
+    if is_messages(row.get("history")):
+        return [*messages(row["history"], "history"), {"role": "user", "content": asked}]
     for exchange in row.get("history") or ():
         if (
             not isinstance(exchange, list | tuple)
             or len(exchange) != 2
             or not all(isinstance(t, str) for t in exchange)
         ):
-            raise DataError("'history' must be a list of [question, answer] texts", column="history")
+            raise DataError("'history' must be a list of [question, answer] texts, or messages", column="history")
         turns += [{"role": "user", "content": exchange[0]}, {"role": "assistant", "content": exchange[1]}]
     return [*turns, {"role": "user", "content": asked}] if turns else asked
 

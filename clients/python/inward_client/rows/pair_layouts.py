@@ -12,6 +12,7 @@ from typing import Any
 from inward_client.rows.errors import DataError
 from inward_client.rows.messages import Prompt, is_messages
 from inward_client.rows.pair import (
+    UNCARRIED,
     Pair,
     Row,
     alpaca_prompt,
@@ -26,10 +27,13 @@ from inward_client.rows.pair import (
     which,
 )
 
-CONTEXT = frozenset({"system", "tools"})
+CONTEXT = frozenset({"system", *UNCARRIED})
 """Columns that every layout may have beside its own."""
+ALIKE = frozenset({"system_prompt", "system_message", "context", "functions", "chat_template_kwargs"})
+"""Columns that no layout reads, under whose names context is kept."""
 LOOKED_AT = 100
 """Rows of a table from which its layout is recognised."""
+PARSE = "store them as lists, or give --parse-json where there is that option"
 AUTO = "auto"
 """Instead of a layout's name: recognise it."""
 
@@ -86,19 +90,17 @@ class PairReader:
         """What a reader of these rows should be told: columns that look like a part of the pair and are not read, and
         messages that are stored as text.
         """
+        suspects = sorted((COLUMNS | ALIKE) - self.taken - set(self.rename))
+        unread = [name for name in suspects if any(given(row.get(name)) for row in rows)]
         rows = [renamed(row, self.rename) for row in rows]
-        unread = [name for name in sorted(COLUMNS - self.layout.columns) if any(given(row.get(name)) for row in rows)]
         stored = [name for name in sorted(self.layout.columns) if any(is_json_messages(row.get(name)) for row in rows)]
         told = []
         if unread:
-            names = ", ".join(repr(self.rename.get(name, name)) for name in unread)
+            names = ", ".join(map(repr, unread))
             told.append(f"not read: the columns {names} (layout {self.layout.name})")
         if stored and not self.parse_json:
             names = ", ".join(repr(self.rename.get(name, name)) for name in stored)
-            told.append(
-                f"messages are stored as JSON text in {names} and are read as plain text: store them as lists, or give "
-                "--parse-json where there is that option"
-            )
+            told.append(f"messages are stored as JSON text in {names} and are read as plain text: {PARSE}")
         return told
 
 
@@ -125,8 +127,10 @@ def recognise(
     if not counts[best] or 2 * counts[best] < len(rows):
         found = ", ".join(sorted({str(column) for row in rows for column in row})) or "none"
         known = "\n".join(f"  {layout.name:9} {layout.says}" for layout in LAYOUTS.values())
+        stored = sorted({str(column) for row in plain for column, value in row.items() if is_json_messages(value)})
+        hint = f"Messages are stored as JSON text in {', '.join(map(repr, stored))}: {PARSE}.\n" if stored else ""
         raise DataError(
-            f"no layout of preference pairs recognised; the columns are: {found}. Known are\n{known}\n"
+            f"no layout of preference pairs recognised; the columns are: {found}. Known are\n{known}\n{hint}"
             "Name one with --layout, or say which columns to take: "
             "--columns prompt=question,chosen=answer_a,rejected=answer_b"
         )
@@ -139,8 +143,10 @@ def read_pair(row: Row) -> Pair:
     Raises:
         DataError: no layout fits, or names the column that is wrong.
     """
-    fitting = next((layout for layout in LAYOUTS.values() if layout.fits(row)), LAYOUTS["trl"])
-    return PairReader(fitting).pair(row)
+    fitting = next((layout for layout in LAYOUTS.values() if layout.fits(row)), None)
+    if fitting is None and (stored := next((name for name, value in row.items() if is_json_messages(value)), None)):
+        raise DataError(f"{stored!r} holds messages as JSON text: {PARSE}", column=stored)
+    return PairReader(fitting or LAYOUTS["trl"]).pair(row)
 
 
 def notes(rows: Sequence[Row]) -> list[str]:

@@ -14,7 +14,7 @@ from inward.offline.annotate.cells import to_csv, to_json
 from inward.offline.annotate.decisions import Applied, Decided
 from inward.offline.annotate.merge import text_file
 from inward.offline.annotate.options import AnnotateOptions
-from inward.offline.annotate.plan import outputs, protect_input
+from inward.offline.annotate.plan import inputs, outputs, protect_input
 from inward_client import rows
 from inward_client.rows import LOOKED_AT, Format, PairReader, Row, Source, printable
 
@@ -29,7 +29,7 @@ def correct(options: AnnotateOptions) -> None:
     """
     assert options.apply is not None
     decided = decisions.read(options.apply)
-    sources = rows.find(options.input)
+    sources = inputs(options)
     outs, format = outputs(options.output, sources)
     protect_input(options, sources, outs)
     if there := [str(out) for out in outs if out.exists() and not options.restart]:

@@ -133,9 +133,14 @@ def write_rejected(sources: Sequence[Source], results: Callable[[Source], Iterab
 
 def good(source: Source, results: Iterable[Annotated]) -> Iterator[tuple[Row, Annotated]]:
     """The rows that were annotated."""
-    for row, annotated in zip(source.rows(), results, strict=True):
+    return ((row, annotated) for _, row, annotated in numbered(source, results))
+
+
+def numbered(source: Source, results: Iterable[Annotated]) -> Iterator[tuple[int, Row, Annotated]]:
+    """The same with their numbers, from 1."""
+    for number, (row, annotated) in enumerate(zip(source.rows(), results, strict=True), start=1):
         if annotated.columns is not None and not isinstance(row, DataError):
-            yield row, annotated
+            yield number, row, annotated
 
 
 def _readable(source: Source, shape: Shape) -> Iterator[Row]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from inward.errors import SetupError
+from inward.offline.annotate import fetch
 from inward_client.rows import AUTO, LAYOUTS
 
 SUSPICIOUS = 10
@@ -47,12 +48,20 @@ class AnnotateOptions:
     """Decisions to write into the set; nothing is annotated then."""
     only_flipped: bool = False
     drop_below: float | None = None
+    split: str = "train"
+    """Of a hub's dataset; with a configuration as ``CONFIG/SPLIT``."""
+    argilla: Path | None = None
     suspicious: int = 0
     html: Path | None = None
     page_rows: int = ON_PAGE
     page_of: PageOf = "suspicious"
     token_scores: bool = False
     json: bool = False
+
+    @property
+    def from_stdin(self) -> bool:
+        """Whether IN is ``-``."""
+        return str(self.input) == fetch.STDIN
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> AnnotateOptions:
@@ -75,7 +84,13 @@ class AnnotateOptions:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds them all."""
     add = parser.add_argument
-    add("input", metavar="IN", type=Path, help="a file, a folder of files, or a dataset that was saved to disk")
+    add(
+        "input",
+        metavar="IN",
+        type=Path,
+        help="a file, a folder of files, a dataset that was saved to disk, a hub's organisation/dataset, or - for JSON "
+        "on standard input",
+    )
     add("output", metavar="OUT", type=Path, help="a file, or for several tables a folder; its ending is the format")
     add = parser.add_argument_group("what is read and written").add_argument
     add("--layout", default=AUTO, metavar="NAME", help=f"{', '.join(LAYOUTS)} (default: recognised)")
@@ -91,6 +106,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--only-flipped", action="store_true", help="write only rows whose label the head contradicts")
     add("--drop-below", type=float, metavar="P", help="leave out rows whose label_probability is below P")
     add("--apply", type=Path, metavar="FILE", help="write IN with the decisions that the page gave out; loads no model")
+    add("--split", default="train", help="of a hub's dataset; CONFIG/SPLIT where it has several (default: %(default)s)")
     add("--limit", type=int, metavar="N", help="only the first N rows of each table")
     add = parser.add_argument_group("how").add_argument
     add("--url", help="a running service instead of a model here (key: $INWARD_API_KEY, or in the URL)")
@@ -112,6 +128,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="those whose labels are contradicted most, or a sample of all (default: %(default)s)",
     )
     add("--token-scores", action="store_true", help="with the score of every token of the pairs on the page")
+    add("--argilla", type=Path, metavar="FILE", help="records for Argilla, with the head's suggestions")
     add("--json", action="store_true", help="print the summary as JSON")
 
 

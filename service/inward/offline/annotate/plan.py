@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 from inward.errors import DataError, SetupError
+from inward.offline.annotate import fetch
 from inward.offline.annotate.merge import Shape, Table, schema_for
 from inward.offline.annotate.options import AnnotateOptions
 from inward_client import rows
@@ -41,7 +42,7 @@ def plan(options: AnnotateOptions) -> Plan:
         SetupError: an option, or the output, can't be used.
         DataError: the input can't be read, or Parquet can't hold it.
     """
-    sources = [replace(source, limit=options.limit) for source in rows.find(options.input)]
+    sources = [replace(source, limit=options.limit) for source in inputs(options)]
     outs, format = outputs(options.output, sources)
     protect_input(options, sources, outs)
     firsts = [row for source in sources for row in islice(source.rows(), LOOKED_AT) if isinstance(row, dict)]
@@ -61,6 +62,21 @@ def plan(options: AnnotateOptions) -> Plan:
         for source, out in zip(sources, outs, strict=True)
     )
     return Plan(options, tables, counts, reader, _characters(reader, firsts), tuple(_notes(reader, firsts, sources)))
+
+
+def inputs(options: AnnotateOptions) -> list[Source]:
+    """The tables that are read: of a path, of standard input, or of a hub's dataset.
+
+    Raises:
+        SetupError: there is nothing, or nobody to fetch it from.
+        DataError: what is there is not known.
+    """
+    if options.from_stdin:
+        return rows.find(fetch.spool(options.output))
+    if fetch.is_hub_id(options.input):
+        config, _, split = options.split.rpartition("/")
+        return [fetch.from_hub(options.input.as_posix(), split, config or None)]
+    return rows.find(options.input)
 
 
 def beside(out: Path, ending: str) -> Path:
@@ -90,7 +106,7 @@ def protect_input(options: AnnotateOptions, sources: Sequence[Source], outs: Seq
     """
     written = [*outs, *(out.with_name(f".{out.name}.new") for out in outs)]
     written += [beside(options.output, ending) for ending in (".rejected.jsonl", ".annotation.json")]
-    written += [options.html] if options.html else []
+    written += [path for path in (options.html, options.argilla) if path]
     sources = [*sources] + ([] if options.apply is None else [replace(sources[0], paths=(options.apply,))])
     for read in (path for source in sources for path in source.paths):
         for path in written:

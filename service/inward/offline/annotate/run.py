@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from inward import __version__
 from inward.files import write
-from inward.offline.annotate import merge
+from inward.offline.annotate import argilla, merge
 from inward.offline.annotate.corrected import correct
 from inward.offline.annotate.held_out import HeldOut
 from inward.offline.annotate.options import AnnotateOptions
@@ -162,9 +162,14 @@ class Annotation:
             tokens = await scorer.token_scores([one.pair for one in pairs]) if options.token_scores and scorer else ()
             shown = page(options.input.name, annotator, summary, pairs, quality, tokens)
             options.html.write_text(shown, encoding="utf-8")
+        if options.argilla:
+            numbered = ((source.name, merge.numbered(source, results(source))) for source in sources)
+            argilla.write(options.argilla, numbered, reader, annotator.head["name"])
         most = options.suspicious
         self._tell(summary, quality, pick(sources, results, reader, most) if most else [], len(versions))
         progress.remove()
+        if options.from_stdin:
+            sources[0].paths[0].unlink(missing_ok=True)
         self.annotated = summary.annotated
 
     def _tell(self, summary: Summary, quality: Quality, pairs: Sequence[Picked], versions: int) -> None:

@@ -26,13 +26,9 @@ from inward_client import (
     Unauthorized,
     UnreadableAnswer,
 )
+from inward_client.frames import COLUMNS as COLUMNS
 from inward_client.rows import Pair
 
-COLUMNS = (
-    "margin", "margin_scaled", "margin_bin", "label_probability", "confidence", "chosen_score", "rejected_score",
-    "label_agrees",
-)  # fmt: skip
-"""What is added to a row."""
 PROBE = Pair("question", "answer", "another")
 """Scored once, to learn who scores."""
 FIRST_CONTACT = Retries(patience=3.0)

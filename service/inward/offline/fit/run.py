@@ -302,13 +302,20 @@ def _value(args: Namespace, with_model: WithModel[Any], cache: Path) -> Fitted:
         head = store.load(args.of, fingerprint=backbone.info.fingerprint, template=prompts.template)
         if head.ref.kind in ("srr", "value"):
             raise SetupError(f"--head {head.ref.name}: a {head.ref.kind} head gives no answer a reward of its own")
-        spec = SamplingSpec(args.samples, max_tokens=args.answer_tokens, seed=args.seed, **args.sampling)
+        spec = _drawn(args)
         layers = numbers(args.layers, backbone.info.layers) if args.layers else quarters(backbone.info.layers)
         at = [point for point in args.at if point < spec.max_tokens]
         return head, await draw_runs(backbone, prompts, head, asked, spec, at=at, layers=layers, cache=cache)
 
     head, runs = with_model(draw)
     return fit_value(runs, head, name=args.name, seed=args.seed)
+
+
+def _drawn(args: Namespace) -> SamplingSpec:
+    try:
+        return SamplingSpec(args.samples, **{"max_tokens": 128, "seed": args.seed} | args.sampling)
+    except TypeError as error:
+        raise SetupError(f"--sampling: {error}") from None
 
 
 def quarters(depth: int) -> list[int]:
