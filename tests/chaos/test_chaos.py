@@ -449,7 +449,7 @@ async def test_a_worker_whose_device_hangs_ends_itself_and_others_have_its_jobs(
 
 
 async def test_a_drawing_whose_caller_left_keeps_nobody_waiting(folder, redis):
-    """As it was found: it was drawn to its end, and until then everybody else got a 504 from a worker that was ready."""
+    """As it was found: it was drawn to its end, and until then others got a 504 from a worker that was ready."""
     drawing = {"prompt": "question", "n": 64, "sampling": {"max_tokens": 64}}
     item = {"prompt": "question", "response": "answer"}
     with Fleet(folder, redis.url, queue="chaos", timeout=PATIENCE) as fleet:
