@@ -9,7 +9,6 @@ from pyarrow import parquet
 from inward.errors import SetupError
 from inward.offline.annotate.options import AnnotateOptions
 from inward.offline.annotate.plan import plan
-from inward_client import rows
 from inward_client.rows import DataError
 
 ROW = {"prompt": "four", "chosen": "five5", "rejected": "six6"}
@@ -69,7 +68,7 @@ def test_what_parquet_can_not_hold_is_found_here(tmp_path):
 @pytest.mark.parametrize(("content", "said"), [("\n", "has no rows"), ("[1]\n", "must be a JSON object")])
 def test_without_a_row_that_can_be_read_it_is_said_why(tmp_path, content, said):
     (tmp_path / "in.jsonl").write_text(content)
-    with pytest.raises(rows.DataError, match=said):
+    with pytest.raises(DataError, match=said):
         plan(AnnotateOptions(tmp_path / "in.jsonl", tmp_path / "out.jsonl"))
 
 
