@@ -335,3 +335,10 @@ def test_a_redis_that_is_away_for_a_moment_is_waited_for(own_redis):
     source.settle(first.receipts)
     assert [pair.id for pair in source.take(1, first.cursor).pairs] == entries[1:]
     source.close()
+
+
+@pytest.mark.parametrize("url", ["redis://:s3cret/x@host:6379", "redis://:a@host:s3cret", "s3cret"])
+def test_no_part_of_a_password_is_in_the_message_about_a_url(url):
+    with pytest.raises(OptionsError, match="--redis-url") as caught:
+        StreamedPairs(url, "rows", group="g", consumer="c")
+    assert "s3cret" not in str(caught.value)
