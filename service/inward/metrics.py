@@ -133,6 +133,15 @@ PREFIX_TOKENS_SAVED_TOTAL = Counter(
     "Prompt tokens not computed again, because a group shares its prompt or a cache had them.",
     registry=REGISTRY,
 )
+DRAWN_TOKENS_TOTAL = Counter("inward_drawn_tokens", "Tokens of drawn responses.", registry=REGISTRY)
+NOT_DRAWN_TOKENS_TOTAL = Counter(
+    "inward_not_drawn_tokens",
+    "Tokens that responses which were rejected or ended by a guard would have had at most.",
+    registry=REGISTRY,
+)
+EARLY_STOPS_TOTAL = Counter(
+    "inward_early_stops", "Drawn responses that were not drawn to their end.", ["reason"], registry=REGISTRY
+)
 SCORES = Histogram(
     "inward_reward", "Scores given, by head and version.", ("head", "version"), buckets=SCORE, registry=REGISTRY
 )
@@ -180,6 +189,15 @@ HEAD_INFO = Gauge(
     registry=REGISTRY,
 )
 HEAD_UPDATES_TOTAL = Counter("inward_head_updates", "Online updates applied.", ("head",), registry=REGISTRY)
+
+# control.heads
+HEAD_FIT_COSINE = Gauge(
+    "inward_head_fit_cosine",
+    "How well a head that is updated online still fits: the Mahalanobis cosine of it and one refitted on the pairs of "
+    "its last updates, that is the correlation of their scores. From 32 pairs on.",
+    ("head",),
+    registry=REGISTRY,
+)
 
 # wiring and halves
 BUILD_INFO = Gauge(

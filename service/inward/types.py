@@ -30,9 +30,41 @@ response: ``last``)."""
 Detail = Literal["layers", "tokens"]
 Priority = Literal["interactive", "bulk"]
 """Interactive jobs go first, but never so that bulk jobs starve."""
-Kind = Literal["legend", "hybrid", "srr", "ensemble"]
+Kind = Literal["legend", "hybrid", "srr", "ensemble", "value"]
 BASE = "base"
 """The policy version of a backbone that carries no adapter."""
+
+
+@dataclass(frozen=True, slots=True)
+class EarlyRejection:
+    """Which responses are not drawn to their end: at the decision points ``at`` the share ``keep`` of those that still
+    run goes on; or, with ``max_loss``, those that can still win, by what a value head was calibrated to.
+    """
+
+    keep: float | None = None
+    at: tuple[int, ...] = ()
+    """Tokens after which it is decided, ascending."""
+    max_loss: float | None = None
+    """Share of what best-of-N gains over a single response that may be lost on average."""
+    head: str | None = None
+    """Whose scores decide; by default the value head of the one that ranks, else that one's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class StopRule:
+    """A response ends where its pooled score falls below a threshold, which is given in one of three ways."""
+
+    head: str
+    below: float | None = None
+    """A score."""
+    probability: float | None = None
+    """A calibrated probability that the response is acceptable."""
+    fpr: float | None = None
+    """Share of the acceptable responses, at calibration, that would be stopped."""
+    pool: str = ""
+    """As ``heads.pooling.Pool.parse`` reads it; empty: the head's own, else ``max_ema``."""
+    after: int = 0
+    """Tokens that are drawn whatever they score."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +80,8 @@ class SamplingSpec:
     repetition_penalty: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    early_rejection: EarlyRejection | None = None
+    stop_when: StopRule | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,13 +161,38 @@ class GroupReading:
     """Which adapter, if any, all of it was computed with."""
 
 
+FinishReason = Literal["stop", "length", "guard", "rejected"]
+"""Why a drawn response ends: by itself (or at a stop string), at its length limit, by a ``StopRule``, or by an
+``EarlyRejection``."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One drawn response. ``ids`` has no EOS; ``finish_reason`` is ``stop`` or ``length``."""
+    """One drawn response; ``ids`` has no EOS."""
 
     ids: Ids
     text: str
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason
+    stop_score: float | None = None
+    """Of one that was ended by a guard or rejected: the score that ended it; it has no other."""
+    held_back: int = 0
+    """Tokens of such a one that were drawn and are not given."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether it was drawn to its end."""
+        return self.finish_reason in ("stop", "length")
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """The end of a response that is still drawn."""
+
+    reason: Literal["guard", "rejected"]
+    given: int
+    """Tokens of it that may be given."""
+    score: float
+    """That ended it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +288,15 @@ class PairScores:
 
 
 @dataclass(frozen=True, slots=True)
+class Gamma:
+    """How the confidence of a pair follows from the rewards of its two answers, see ``heads.hybrid.confidence``."""
+
+    alpha: float
+    squash: bool
+    floor: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Scores:
     """What one head says of the N responses of a group. ``None`` marks a response that has no finite score."""
 
@@ -239,10 +307,14 @@ class Scores:
     """Detail ``layers``, per response."""
     tokens_N: tuple[tuple[float, ...], ...] | None = None
     """Detail ``tokens``: per response, the score at every token."""
+    map_N: tuple[tuple[tuple[float, ...], ...], ...] | None = None
+    """Details ``tokens`` and ``layers`` of a head with several layers: per response and token, each layer's part."""
     pair: PairScores | None = None
     """Of a job with ``pair``."""
     listwise: bool = False
     """Whether a score depends on the other responses of its list (SRR, by design)."""
+    gamma: Gamma | None = None
+    """Of a head that states confidences: any two of ``scores_N`` give one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,12 +326,18 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    drawn_tokens: int = 0
+    """Of drawn responses, those that were not given included."""
+    not_drawn_tokens: int = 0
+    """At most so many more would have been drawn of the responses that were rejected or ended by a guard."""
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(
             self.prompt_tokens + other.prompt_tokens,
             self.completion_tokens + other.completion_tokens,
             self.cached_tokens + other.cached_tokens,
+            self.drawn_tokens + other.drawn_tokens,
+            self.not_drawn_tokens + other.not_drawn_tokens,
         )
 
 

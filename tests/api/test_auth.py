@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 
 import pytest
+from starlette.datastructures import Headers
 
 from inward.api.auth import KeyRing, credential
 from inward.errors import SetupError
@@ -18,7 +19,8 @@ GUARDED = [
     "/info",
     "/docs",
     "/openapi.json",
-    "/redoc",
+    "/",
+    "/playground/app.js",
     "/nothing",
     "/livez/",
     "//livez",
@@ -131,4 +133,4 @@ def test_a_file_of_keys_without_any_is_refused_at_the_start(tmp_path, content):
 
 
 def test_a_password_may_hold_colons():
-    assert credential(basic("user", "a:b")) == b"a:b"
+    assert credential(Headers({"authorization": basic("user", "a:b")})) == b"a:b"

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from inward.errors import DeadlineExceeded, EngineDead, InternalError, Overloaded
+from inward.heads.hybrid import confidence
 from inward.types import Scored, Scores
 from support.fake_services import HYBRID, LEGEND, MAX_TOKENS, SRR, FakeServices, error
 
@@ -27,7 +28,8 @@ async def test_a_margin_answer_names_everything_it_should(api):
     assert body["model"] == "tiny"
     assert body["policy_version"] == "base"
     assert body["head"] == {"name": "harmless", "kind": "legend", "version": 3}
-    assert body["usage"] == {"prompt_tokens": 24, "completion_tokens": 17, "cached_tokens": 12}
+    drawn = {"drawn_tokens": 0, "not_drawn_tokens": 0}
+    assert body["usage"] == {"prompt_tokens": 24, "completion_tokens": 17, "cached_tokens": 12} | drawn
     assert body["margins"] == [
         {
             "error": None, "truncated": False, "margin": 7.0, "margin_scaled": 3.5, "bin": 0.5,
@@ -183,7 +185,7 @@ async def test_rerank_gives_best_first_and_a_pair_for_dpo(api):
         "rejected": "a",
         **scores,
         "margin": 3.0,
-        "confidence": 0.75,
+        "confidence": pytest.approx(float(confidence(4.0, 1.0))),
         **given,
     }
     assert body["listwise"] is False
@@ -222,6 +224,25 @@ async def test_rerank_sends_all_candidates_as_one_group_and_says_when_scores_dep
     assert body["pair"]["confidence"] is None
     (call,) = api.intake.calls
     assert [len(group.responses_ids) for group in call["groups"]] == [2]
+
+
+async def test_the_confidence_of_the_pair_is_the_hybrid_heads_and_comes_from_the_pass_that_ranks():
+    api = FakeServices(SRR, HYBRID)
+    body = (await api.post("/rerank", {"prompt": "p", "candidates": ["bb", "a"], "head": "lists"})).json()
+    assert body["pair"]["confidence"] == pytest.approx(float(confidence(2.0, 1.0)))
+    assert [call["heads"] for call in api.intake.calls] == [("lists", "helpful")]
+
+
+async def test_without_a_head_the_hybrid_one_ranks_else_legend_else_a_ranker_unless_the_setting_says_another():
+    for refs, setting, ranks in (
+        ((LEGEND, HYBRID, SRR), None, HYBRID),
+        ((LEGEND, SRR), None, LEGEND),
+        ((SRR,), None, SRR),
+        ((LEGEND, HYBRID, SRR), SRR.name, SRR),
+    ):
+        api = FakeServices(*refs, rerank_head=setting)
+        body = (await api.post("/rerank", {"prompt": "p", "candidates": ["bb", "a"]})).json()
+        assert body["head"]["name"] == ranks.name
 
 
 async def test_candidates_that_can_not_be_used_stand_last_with_their_errors(api):

@@ -12,10 +12,11 @@ import pytest
 from api.test_drawn import ASK, serving
 from inward.api.streamed_ranking import stream_ranking
 from inward.errors import InternalError
-from inward.types import Scores
+from inward.heads.hybrid import confidence
+from inward.types import Gamma, Group, Scores
 from inward.wire import RerankAnswer, RerankRequest
 from support.corridor import FakeHead
-from support.fake_services import LEGEND, SRR, error
+from support.fake_services import HYBRID, LEGEND, SRR, error
 from support.waiting import PATIENCE, until
 
 STREAM = {**ASK, "stream": True}
@@ -72,6 +73,21 @@ async def test_a_listwise_head_scores_in_the_end_only():
     assert {sample["error"] for _, sample in samples} == {None}
     assert len({ranked["score"] for ranked in result["results"]}) == 6
     assert result["listwise"] is True
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_the_confidence_of_the_pair_comes_from_the_pass_that_draws(stream):
+    async with serving() as (api, c):
+        api.refs[HYBRID.name] = HYBRID
+        c.registry.heads[HYBRID.name] = FakeHead(HYBRID.name, HYBRID.version, seed=1, gamma=Gamma(7.5, True, None))
+        response = await api.post("/rerank", {**ASK, "stream": stream, "head": LEGEND.name, "return_token_ids": True})
+        result = events(response.text)[-1][1] if stream else response.json()
+        assert c.backbone.calls == (ASK["n"] if stream else 1)
+        prompt_ids = tuple(map(ord, ASK["prompt"] + "\n\n"))
+        best, *_, worst = (tuple(ranked["token_ids"]) for ranked in result["results"])
+        (again,) = await c.score([Group(prompt_ids, (best, worst))], heads=(HYBRID.name,))
+    assert result["head"]["name"] == LEGEND.name
+    assert result["pair"]["confidence"] == pytest.approx(float(confidence(*again.scores[0].scores_N, floor=None)))
 
 
 async def test_what_can_be_refused_before_the_beginning_is_an_ordinary_error():

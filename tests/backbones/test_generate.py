@@ -178,6 +178,14 @@ def test_no_more_rows_than_there_is_room_for_and_later_ones_follow(load: Load, m
     assert asyncio.run(backbone.sample(Group((3, 9, 27), sampling=spec))) == few
 
 
+def test_a_list_of_a_seed_holds_what_the_seeds_after_it_give_alone(load: Load) -> None:
+    def draw(n: int, seed: int) -> list[Sample]:
+        spec = SamplingSpec(n, max_tokens=8, seed=seed)
+        return asyncio.run(load("llama").sample(Group((3, 9, 27), sampling=spec)))
+
+    assert [sample.ids for sample in draw(3, 4)] == [draw(1, 4 + i)[0].ids for i in range(3)]
+
+
 def test_a_sample_depends_on_its_seed_and_number_alone(load: Load) -> None:
     def draw(n: int) -> list[Sample]:
         return asyncio.run(load("llama").sample(Group((3, 9, 27), sampling=SamplingSpec(n, max_tokens=8, seed=4))))

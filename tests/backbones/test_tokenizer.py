@@ -7,12 +7,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from inward.backbones.tokenizer import FolderTokenizer, load_tokenizer, tokenizer_hash
+from inward.backbones.tokenizer import FolderTokenizer, _from_transformers, load_tokenizer, tokenizer_hash
 from inward.errors import SetupError
 from inward.processes.wiring import TOY
 from inward.prompts import DATE, Prompts
@@ -220,22 +221,25 @@ def test_names_and_sizes_are_transformers(ours, theirs):
 
 @pytest.mark.parametrize("open_answer", [True, False])
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
-def test_conversations_are_rendered_as_by_transformers_or_refused_alike(ours, theirs, conversation, open_answer):
-    date = DATE.strftime
+def test_conversations_are_rendered_as_by_transformers_or_refused_alike(
+    ours, theirs, folder, conversation, open_answer, monkeypatch
+):
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", SimpleNamespace(now=lambda: DATE))
 
-    def render(tokenizer):
+    def render(tokenizer, **variables):
         try:
             return tokenizer.apply_chat_template(
-                conversation, tokenize=False, add_generation_prompt=open_answer, strftime_now=date
+                conversation, tokenize=False, add_generation_prompt=open_answer, **variables
             )
         except Exception as error:
             return str(error)
 
-    assert render(ours) == render(theirs)
+    date = {"strftime_now": DATE.strftime}
+    assert render(ours, **date) == render(theirs) == render(_from_transformers(folder, ""), **date)
 
 
-def test_groups_and_the_name_of_the_template_are_those_of_transformers(ours, theirs):
-    one, other = Prompts(ours, max_tokens=10_000), Prompts(theirs, max_tokens=10_000)
+def test_groups_and_the_name_of_the_template_are_those_of_transformers(ours, folder):
+    one, other = Prompts(ours, max_tokens=10_000), Prompts(_from_transformers(folder, ""), max_tokens=10_000)
     assert one.template == other.template
     for text in filter(None, TEXTS):
         assert one.group(text, TEXTS[1:]) == other.group(text, TEXTS[1:])

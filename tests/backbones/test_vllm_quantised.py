@@ -37,6 +37,11 @@ INT8 = {
 }  # fmt: skip
 
 
+LARGEST = 63
+"""Of a stored weight. Processors without VNNI add two 8-bit products in 16 bits, which saturate: with weights up to 127
+a state is off by as much as 0.9 there (seen on AVX2), with these it can't be."""
+
+
 def quantised(model: Path, folder: Path) -> Path:
     """The model with 8-bit linear layers in ``folder``; ``model`` itself gets the rounded weights."""
     shutil.copytree(model, folder)
@@ -44,7 +49,7 @@ def quantised(model: Path, folder: Path) -> Path:
     stored, rounded = dict(weights), dict(weights)
     for name, weight in weights.items():
         if name.endswith("_proj.weight"):
-            scale = weight.abs().amax(dim=1, keepdim=True) / 127
+            scale = weight.abs().amax(dim=1, keepdim=True) / LARGEST
             stored[name] = (weight / scale).round().char()
             stored[f"{name}_scale"] = scale
             rounded[name] = stored[name] * scale
@@ -60,14 +65,13 @@ TWO_RANKS = pytest.mark.skipif(
 )
 
 
-@pytest.mark.skip(reason="compiled 8-bit layers differ from the eager ones by more than 0.1: not understood yet")
 @pytest.mark.parametrize(("way", "tolerance"), [pytest.param("two ranks", 1e-4, marks=TWO_RANKS), ("eight bits", 0.1)])
 def test_readouts_and_samples_are_those_of_the_model(tmp_path: Path, way: str, tolerance: float) -> None:
     model = folder = parity.save(transformers.LlamaConfig, tmp_path / "model", num_key_value_heads=2)
     options, dtype = EAGER, "float32"
     if way == "two ranks":
         options = {**EAGER, "tensor_parallel_size": 2}
-    else:  # activations are rounded, too, so agreement is as good as 8 bits are
+    else:  # activations are rounded, too, so agreement is as good as 8 bits are (seen: 0.05, compiled 0.06)
         folder, dtype = quantised(model, tmp_path / "quantised"), "bfloat16"
     reference = TransformersBackbone(model, name="reference", dtype="float32", device="cpu")
     backbone = VllmBackbone(folder, name="options", dtype=dtype, options=options)

@@ -1,5 +1,6 @@
 """``inward annotate`` from end to end: the bundled heads on the fake backbone, and a real server with a real model."""
 
+import io
 import json
 import logging
 import os
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from pyarrow import parquet
@@ -14,7 +16,9 @@ from pyarrow import parquet
 from inward import logs
 from inward.__main__ import main
 from inward.offline.annotate import work
+from inward.offline.annotate.decisions import key_of
 from inward.offline.annotate.scorer import COLUMNS
+from inward_client.rows import Pair
 from support import real_data as real
 from support.serving import serve, write_model
 
@@ -74,7 +78,7 @@ def test_rows_come_back_with_columns_and_bad_ones_go_aside(tmp_path, capsys):
     assert "598 of 600 pairs annotated" in said.out and said.out.count("── in, row") == 2
     assert "annotate" in said.err  # the progress bar
     flipped = about["summary"]["flipped"]
-    assert (tmp_path / "look.html").read_text().count("<article>") == min(200, flipped)
+    assert (tmp_path / "look.html").read_text().count('"place"') == min(200, flipped)
     assert not (tmp_path / "out.jsonl.progress").exists()
 
 
@@ -236,6 +240,73 @@ def test_ties_nan_and_hidden_characters(tmp_path, capsys):
     assert "\\u202ea" in said
     assert "\\x1b[31m" in said
     assert not {"\x1b", "\u202e"} & set(said)
+
+
+def test_only_what_is_asked_for_is_written_and_the_summary_is_of_all(tmp_path, capsys):
+    path = write(tmp_path / "in.jsonl", [row(n) for n in range(60)])
+    assert annotate(path, tmp_path / "all.parquet", *FAKE, "--head", "hybrid") == 0
+    every = parquet.read_table(tmp_path / "all.parquet").to_pylist()
+    for option, wanted in (
+        (("--only-flipped",), [one["id"] for one in every if one["label_agrees"] is False]),
+        (("--drop-below", 0.5), [one["id"] for one in every if one["label_probability"] >= 0.5]),
+    ):
+        assert 0 < len(wanted) < 60
+        for ending in ("parquet", "jsonl"):
+            out = tmp_path / f"some.{ending}"
+            assert annotate(path, out, *FAKE, "--head", "hybrid", "--restart", *option) == 0
+            got = parquet.read_table(out).to_pylist() if ending == "parquet" else read(out)
+            assert [one["id"] for one in got] == wanted
+        assert "60 of 60 pairs annotated" in capsys.readouterr().out
+    assert not (tmp_path / "some.jsonl.rejected.jsonl").exists()
+    assert annotate(path, out, *FAKE, "--drop-below", 2) == 2
+
+
+def test_standard_input_is_annotated_and_records_for_argilla_come_out(tmp_path, monkeypatch):
+    content = "".join(json.dumps(row(n)) + "\n" for n in range(9)).encode()
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(content)))
+    assert annotate("-", tmp_path / "out.jsonl", *FAKE, "--argilla", tmp_path / "records.json") == 0
+    assert [one["id"] for one in read(tmp_path / "out.jsonl")] == list(range(9))
+    records = json.loads((tmp_path / "records.json").read_text())
+    assert [one["metadata"]["row"] for one in records] == list(range(1, 10))
+    assert not list(tmp_path.glob("*.stdin*"))
+
+
+def test_clusters_of_the_states_are_told_and_kept(tmp_path, capsys):
+    path = write(tmp_path / "in.jsonl", [row(n) for n in range(40)])
+    assert annotate(path, tmp_path / "out.jsonl", *FAKE, "--clusters", 2) == 0
+    about = json.loads((tmp_path / "out.jsonl.annotation.json").read_text())["summary"]
+    assert sum(one["pairs"] for one in about["clusters"]) == 40 - about["ties"]
+    assert "clusters" in capsys.readouterr().out
+    assert annotate(path, tmp_path / "no.jsonl", "--clusters", "--url", "http://127.0.0.1:1") == 2
+
+
+def decide(path, *decided):
+    lines = [f"in,1,{key_of(Pair(one['prompt'], one['chosen'], one['rejected']))},{said}" for one, said in decided]
+    path.write_text("\n".join(["source,row,key,decision", *lines]) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "jsonl.gz", "parquet"])
+def test_decisions_are_applied_to_any_format_without_a_model(tmp_path, ending):
+    path = write(tmp_path / "in.jsonl", [row(n) for n in range(5)])
+    decisions = decide(tmp_path / "decisions.csv", (row(1), "flip"), (row(2), "drop"), (row(3), "right"))
+    out, again = tmp_path / f"out.{ending}", tmp_path / "again.parquet"
+    assert annotate(path, out, "--apply", decisions) == 0
+    assert annotate(out, again, "--apply", decide(tmp_path / "none.csv")) == 0  # reads it back
+    got = parquet.read_table(again).to_pylist()
+    assert [int(one["id"]) for one in got] == [0, 1, 3, 4]
+    assert (got[1]["chosen"], got[1]["rejected"]) == (row(1)["rejected"], row(1)["chosen"])
+
+
+def test_decisions_of_other_pairs_are_refused_and_nothing_is_written(tmp_path, capsys):
+    path = write(tmp_path / "in.jsonl", [row(n) for n in range(5)])
+    decisions = decide(tmp_path / "decisions.csv", (row(1), "flip"), (row(77), "drop"))
+    assert annotate(path, tmp_path / "out.jsonl", "--apply", decisions) == 2
+    assert "1 of 2 decisions are of pairs" in capsys.readouterr().err
+    assert sorted(one.name for one in tmp_path.iterdir() if one.is_file()) == ["decisions.csv", "in.jsonl"]
+    assert annotate(path, path, "--apply", decisions, "--restart") == 2
+    assert annotate(path, decisions, "--apply", decisions, "--restart") == 2
+    assert "an input is never written to" in capsys.readouterr().err
 
 
 def test_an_input_is_not_replaced_by_its_own_annotation(tmp_path, capsys):

@@ -16,7 +16,7 @@ from prometheus_client.metrics import MetricWrapperBase
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs/reference"
-TAGS = ["scoring", "bulk", "heads", "policy", "about", "health", "compatibility"]
+TAGS = ["scoring", "openai", "verdicts", "bulk", "heads", "policy", "about", "health", "compatibility"]
 """In the order in which somebody new wants to know of them."""
 NOTE = "<!-- Written by `make contract` from the code; changes are made there. -->\n"
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
 from inward.errors import DataError, HeadError, InvalidField
-from inward.heads.calibration import BIN_VALUES, Deciles, MarginScale, PairCalibration, Platt, sigmoid
+from inward.heads.calibration import BIN_VALUES, Acceptable, Deciles, MarginScale, PairCalibration, Platt, sigmoid
 from inward.types import PairScores
 
 
@@ -117,3 +117,53 @@ def test_deciles_that_are_none_are_refused(edges):
 def test_scores_that_give_no_deciles_are_refused(scores):
     with pytest.raises(DataError):
         Deciles.fit(scores)
+
+
+def test_a_threshold_has_the_false_positives_that_were_asked_for():
+    scores = np.random.default_rng(0).normal(size=5000)
+    acceptable = Acceptable.load(Acceptable.fit(scores).dump())
+    assert acceptable is not None and not acceptable.estimated
+    for rate in (0.001, 0.01, 0.05, 0.5):
+        assert (scores < acceptable.threshold(rate)).mean() == pytest.approx(rate, rel=0.1)
+    assert acceptable.threshold(0.01) < acceptable.threshold(0.015) < acceptable.threshold(0.02)
+
+
+def test_a_rate_that_the_calibration_set_is_too_small_for_is_refused():
+    acceptable = Acceptable.fit(np.arange(100.0))
+    assert min(acceptable.rates) == 0.01
+    for rate in (0.009, 0.6):
+        with pytest.raises(InvalidField, match=r"tells 0\.01 to 0\.5"):
+            acceptable.threshold(rate)
+
+
+def test_a_head_that_kept_only_tenths_has_its_threshold_estimated():
+    """From two classes with known scores: what is estimated is near what would have been kept."""
+    rng = np.random.default_rng(0)
+    good, bad = rng.normal(1, 1, size=20_000), rng.normal(-1, 1, size=20_000)
+    both, labels = np.concatenate([good, bad]), np.arange(40_000) < 20_000
+    calibration = Deciles.fit(both).dump() | {"platt": Platt.fit(both, labels).dump()}
+    estimated, known = Acceptable.load(calibration), Acceptable.fit(good)
+    assert estimated is not None and estimated.estimated
+    for rate in (0.01, 0.05, 0.2, 0.5):
+        seen = (good < estimated.threshold(rate)).mean()
+        assert rate / 2 < seen < 2 * rate, (rate, seen, known.threshold(rate))
+    assert Acceptable.load({**calibration, "platt": None}) is None
+    assert Acceptable.load({}) is None
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [None, {}, {"rates": [], "scores": []}, {"rates": [0.1, 0.01], "scores": [1, 2]}, {"rates": [0.1], "scores": ["x"]},
+     {"rates": [0.1, 0.2], "scores": [2, 1]}, {"rates": [0.1], "scores": [math.nan]}],
+)  # fmt: skip
+def test_thresholds_that_are_none_are_refused(entry):
+    with pytest.raises(HeadError, match=r"calibration\.acceptable"):
+        Acceptable.load({"acceptable": entry})
+
+
+def test_a_quantile_grows_with_the_score_and_is_the_share_below_it():
+    scores = np.random.default_rng(0).normal(size=10_000)
+    deciles = Deciles.fit(scores)
+    quantiles = [deciles.quantile(x) for x in (-5, -1.5, -0.5, 0, 0.5, 1.5, 5)]
+    assert quantiles == sorted(quantiles) and 0 < quantiles[0] < quantiles[-1] < 1
+    assert deciles.quantile(0) == pytest.approx(0.5, abs=0.02)

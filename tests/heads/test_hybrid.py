@@ -110,6 +110,10 @@ def test_token_scores_are_the_reward_at_every_token():
     scores = one.score(Reading(tokens[-1:], (tokens,)), details=frozenset({"tokens"}))
     assert scores.tokens_N[0] == pytest.approx([by_hand(state)[2] for state in h], rel=1e-4)
     assert scores.tokens_N[0][-1] == scores.scores_N[0]
+    both = one.score(Reading(tokens[-1:], (tokens,)), details=frozenset({"tokens", "layers"}))
+    assert scores.map_N is None
+    assert [sum(row) for row in both.map_N[0]] == pytest.approx(scores.tokens_N[0], rel=1e-6)
+    assert {len(row) for row in both.map_N[0]} == {len(one.manifest.layers)}
 
 
 def test_pair_gives_margin_bin_agreement_and_both_confidences():

@@ -1,12 +1,16 @@
 import asyncio
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 
+import inward
+from inward.backbones.tokenizer import load_tokenizer
 from inward.errors import InvalidField, SetupError, TooLarge
 from inward.prompts import DATE, Prompts, Texts
 from support.tiny_tokenizer import tokenizer
 
+MODELS = Path(inward.__file__).parent / "models"
 CHAT = tokenizer()
 PLAIN = tokenizer(chat=False)
 
@@ -55,30 +59,6 @@ def test_a_boundary_inside_a_token_does_not_change_with_the_neighbours():
     assert together.prompt_ids == alone.prompt_ids
     assert together.responses_ids[0] == alone.responses_ids[0]
     assert PLAIN.decode([*alone.prompt_ids, *alone.responses_ids[0]], skip_special_tokens=True) == "the harbour was"
-
-
-def test_text_that_is_too_long_is_refused_and_the_longest_response_named():
-    with pytest.raises(TooLarge) as caught:
-        prompts(max_tokens=40).group("short", ["fine", "x y z " * 50])
-    assert caught.value.param == "responses.1"
-    assert "truncate" in caught.value.message
-
-
-def test_truncation_cuts_the_oldest_prompt_tokens_keeps_the_bos_and_says_so():
-    p = prompts(max_tokens=60)
-    whole = prompts(max_tokens=10_000).group("one two three " * 40, ["The coast redwood.", "No."]).group
-    cut = p.group("one two three " * 40, ["The coast redwood.", "No."], truncate=True)
-    assert cut.truncated
-    assert cut.group.responses_ids == whole.responses_ids
-    assert cut.group.prompt_ids[0] == 0
-    assert cut.group.prompt_ids[1:] == whole.prompt_ids[-(len(cut.group.prompt_ids) - 1) :]
-    assert len(cut.group.prompt_ids) + max(map(len, cut.group.responses_ids)) == 59
-
-
-def test_a_response_that_alone_is_too_long_loses_its_end_only_on_request():
-    cut = prompts(max_tokens=30).group("hi", ["seven birds on the wire " * 40], truncate=True)
-    assert cut.truncated
-    assert len(cut.group.prompt_ids) + len(cut.group.responses_ids[0]) == 29
 
 
 @pytest.mark.parametrize(
@@ -167,3 +147,22 @@ def test_the_date_is_that_of_a_head_fitted_earlier(monkeypatch):
     before = prompts(tok).template
     monkeypatch.setattr("inward.prompts.chat_template.DATE", DATE + timedelta(days=1))
     assert prompts(tok).template != before
+
+
+@pytest.mark.parametrize("folder", ["toy/backbone", "smollm2/tokenizer"])
+@pytest.mark.parametrize(
+    "text", ["", "The harbour was quiet.", "  two  spaces\n\tand", "naïve 日本語 🙂👩‍👩‍👧!", " leading", "x" * 50]
+)
+def test_the_pieces_of_a_response_are_its_text_and_no_character_is_torn(folder, text):
+    told = prompts(load_tokenizer(MODELS / folder))
+    ids = told.group("a", [text]).group.responses_ids[0]
+    pieces = told.pieces(ids)
+    assert len(pieces) == len(ids)
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_a_response_that_ends_within_a_character_has_its_rest_as_it_is():
+    told = prompts(load_tokenizer(MODELS / "smollm2/tokenizer"))
+    ids = told.group("a", ["so 👩‍👩‍👧"]).group.responses_ids[0][:-1]
+    assert "".join(told.pieces(ids)).startswith("so ")

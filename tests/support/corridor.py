@@ -22,19 +22,25 @@ from support.waiting import PATIENCE, until
 class FakeHead:
     """One tap at the last layer; the score is its number. ``bad`` ids at the end of a response make it not finite."""
 
-    def __init__(self, name="plain", version=1, seed=0, layer=4, width=16):
+    def __init__(self, name="plain", version=1, seed=0, layer=4, width=16, gamma=None):
         weight = np.random.default_rng(seed).normal(size=(width, 1)).astype(np.float32)
         self.readout = Readout((Tap(layer, "last", weight),))
         self.ref = HeadRef(name, "legend", version)
-        self.manifest = SimpleNamespace(calibration={})
+        self.manifest = SimpleNamespace(kind="legend", calibration={}, options={}, pool=None)
         self.pools = False
+        self.gamma = gamma
 
     def score(self, reading, *, details=frozenset(), pair=False):
         if "layers" in details:
             raise InvalidField("this head has no layers", param="detail")
         values = reading.values_NK[:, 0]
         scores = tuple(float(v) if np.isfinite(v) else None for v in values)
-        return Scores(scores, pair=PairCalibration(None, None).compare(scores) if pair else None)
+        return Scores(
+            scores,
+            tokens_N=tuple(tuple(map(float, values[:, 0])) for values in reading.tokens_TK or ()) or None,
+            pair=PairCalibration(None, None).compare(scores) if pair else None,
+            gamma=self.gamma,
+        )
 
 
 class FakeRegistry:
@@ -55,6 +61,9 @@ class FakeSnapshot:
         if name not in self._heads:
             raise NotFound(f"no head {name!r}")
         return self._heads[name]
+
+    def value_of(self, name):
+        return next((head for head in self._heads.values() if head.manifest.options.get("of") == name), None)
 
 
 class Corridor:

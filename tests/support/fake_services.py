@@ -16,7 +16,7 @@ from inward.api.services import Limits, Services
 from inward.errors import Conflict, InwardError, NotFound
 from inward.heads.registry import choose
 from inward.prompts import Prompts
-from inward.types import Group, HeadRef, Kind, LayerScores, PairScores, Scored, Scores, Timing, Usage
+from inward.types import Gamma, Group, HeadRef, Kind, LayerScores, PairScores, Scored, Scores, Timing, Usage
 
 LEGEND = HeadRef("harmless", "legend", 3)
 HYBRID = HeadRef("helpful", "hybrid", 1)
@@ -34,6 +34,9 @@ class FakeTokenizer:
 
     def __call__(self, text: list[str], *, add_special_tokens: bool) -> Any:
         return {"input_ids": [[ord(c) for c in t] for t in text]}
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+        return "".join(map(chr, token_ids))
 
 
 class FakeIntake:
@@ -92,6 +95,7 @@ def _scores(ref: HeadRef, lengths: tuple[float, ...], details: frozenset[str], p
         tokens_N=tuple(tuple(range(int(n))) for n in lengths) if "tokens" in details else None,
         pair=comparison,
         listwise=ref.kind == "srr",
+        gamma=Gamma(7.5, True, 0.5) if ref.kind == "hybrid" else None,
     )
 
 
@@ -101,6 +105,7 @@ class FakeHeadControl:
     def __init__(self, refs: dict[str, HeadRef]) -> None:
         self.refs = refs
         self.updates: list[tuple[Any, ...]] = []
+        self.calibrations: dict[str, dict[str, Any]] = {}
 
     def resolve(self, name: str | None, kinds: Sequence[Kind]) -> HeadRef:
         return choose(self.refs, name, kinds)
@@ -111,7 +116,11 @@ class FakeHeadControl:
     def show(self, name: str) -> dict[str, Any]:
         if name not in self.refs:
             raise NotFound(f"no head {name!r}", param="name")
-        return {"name": name, "versions": [self.refs[name].version]}
+        return {
+            "name": name,
+            "versions": [self.refs[name].version],
+            "calibration": self.calibrations.get(name, {}),
+        }
 
     async def activate(self, name: str, version: int) -> HeadRef:
         self.show(name)

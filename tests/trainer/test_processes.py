@@ -47,7 +47,7 @@ def test_two_processes_learn_what_one_does(tmp_path):
     assert [line.get("pairs") for line in two] == [line.get("pairs") for line in one]
     for name in ("loss", "grad_norm", "rewards/margins", "gamma", "eval/loss", "eval/loss_se"):
         found = [[line[name] for line in lines if name in line] for lines in (one, two)]
-        assert found[0] and found[1] == pytest.approx(found[0], rel=1e-3, abs=1e-5), name
+        assert found[0] and found[1] == pytest.approx(found[0], rel=1e-6 if "loss" in name else 1e-3, abs=1e-6), name
     assert (tmp_path / "two/best/adapter_model.safetensors").is_file()
 
 

@@ -105,6 +105,24 @@ def test_draws_that_take_too_long_are_asked_for_in_parts_from_then_on():
         assert drawn.confidence is None, "no request has seen best and worst together: it is asked for"
 
 
+def test_samples_that_were_rejected_are_left_out():
+    fake = FakeInward()
+    original = fake.answer
+
+    def rejecting(method, path, body):
+        status, answer = original(method, path, body)
+        if body.get("early_rejection"):
+            answer["results"][0]["finish_reason"] = "rejected"
+        return status, answer
+
+    fake.answer = rejecting
+    rule = {"keep": 0.5, "at": [16]}
+    with service(fake) as asked:
+        ((whole,), (kept,)) = (asked.draw(draws(1), 4, {}, "hybrid", early_rejection) for early_rejection in ({}, rule))
+    assert [body.get("early_rejection") for path, body in fake.asked if path == "/rerank"] == [None, rule]
+    assert kept.samples == whole.samples[1:]
+
+
 def test_one_sample_that_takes_too_long_is_told_with_what_would_help():
     with (
         service(FakeInward(most_at_once=0)) as asked,

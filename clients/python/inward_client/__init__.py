@@ -41,7 +41,9 @@ from inward_client.errors import (
     UnknownEncoding,
     UnreadableAnswer,
 )
+from inward_client.frames import annotate
 from inward_client.retries import Retries
+from inward_client.rows import DataError
 
 __version__ = "0.1.0"
 
@@ -52,6 +54,7 @@ __all__ = [
     "BestAgainstWorst",
     "Conflict",
     "ConnectionFailed",
+    "DataError",
     "DeadlineExceeded",
     "Head",
     "HeadInfo",
@@ -84,4 +87,5 @@ __all__ = [
     "UnknownEncoding",
     "UnreadableAnswer",
     "Usage",
+    "annotate",
 ]

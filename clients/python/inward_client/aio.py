@@ -217,6 +217,8 @@ class AsyncInward:
         truncate: bool = False,
         return_token_ids: bool = False,
         append_to: str | None = None,
+        early_rejection: Mapping[str, Any] | None = None,
+        stop_when: Mapping[str, Any] | None = None,
         timeout: float | None = None,
     ) -> RerankAnswer:
         """Ranks candidates, or draws `n` answers and ranks those (`POST /rerank`).
@@ -230,13 +232,18 @@ class AsyncInward:
             truncate: cut text that is longer than the model takes instead of refusing it.
             return_token_ids: give each answer's token ids as well.
             append_to: name of a stream to which best against worst is appended, for trainers that consume it.
+            early_rejection: which drawn answers are not drawn to their end: `keep` and `at`, or `max_loss`.
+            stop_when: when a guard ends a drawn answer: `below`, `probability` or `fpr`, `head`, `pool`, `after`.
             timeout: seconds for one try, also told to the service.
 
         Raises:
             InwardError: no candidate could be scored, or the service could not do its part.
         """
         return await self._send(
-            calls.rerank(prompt, candidates, n, sampling, head, truncate, return_token_ids, append_to), timeout
+            calls.rerank(
+                prompt, candidates, n, sampling, head, truncate, return_token_ids, append_to, early_rejection, stop_when
+            ),
+            timeout,
         )
 
     async def rerank_stream(
@@ -249,6 +256,7 @@ class AsyncInward:
         truncate: bool = False,
         return_token_ids: bool = False,
         append_to: str | None = None,
+        stop_when: Mapping[str, Any] | None = None,
         timeout: float | None = None,
     ) -> AsyncIterator[Event]:
         """Draws `n` answers and gives each as soon as it is drawn and scored, in the end the ranking (`POST /rerank`
@@ -265,6 +273,7 @@ class AsyncInward:
             truncate: cut a prompt that is longer than the model takes.
             return_token_ids: give each answer's token ids as well.
             append_to: name of a stream to which best against worst is appended, for trainers that consume it.
+            stop_when: when a guard ends an answer: `below`, `probability` or `fpr`, `head`, `pool`, `after`.
             timeout: seconds, also told to the service.
 
         Yields:
@@ -273,7 +282,9 @@ class AsyncInward:
         Raises:
             InwardError: the service could not do its part, also in the middle.
         """
-        call = calls.rerank(prompt, None, n, sampling, head, truncate, return_token_ids, append_to, stream=True)
+        call = calls.rerank(
+            prompt, None, n, sampling, head, truncate, return_token_ids, append_to, stop_when=stop_when, stream=True
+        )
         response = await self._persist(call, timeout, self._open)
         try:
             events = Events(response.headers.get("x-request-id"))
@@ -328,6 +339,18 @@ class AsyncInward:
     async def load_policy(self, version: str, *, timeout: float | None = None) -> Policy:
         """Puts an adapter of the policy on the backbone; "base" takes it off (`POST /policy`)."""
         return await self._send(calls.load_policy(version), timeout)
+
+    async def sleep(self, *, timeout: float | None = None) -> bool:
+        """Lends the service's GPU to somebody else, once what was begun is finished (`POST /sleep`). True: it sleeps.
+
+        Raises:
+            StatusError: 409 where its backbone does not sleep.
+        """
+        return await self._send(calls.sleep(), timeout)
+
+    async def wake(self, *, timeout: float | None = None) -> bool:
+        """Takes the GPU back (`POST /wake`). False: it is awake."""
+        return await self._send(calls.wake(), timeout)
 
     async def create_job(
         self,

@@ -8,9 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from inward_client.errors import UnreadableAnswer
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 T = TypeVar("T")
 
@@ -42,12 +45,18 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    drawn_tokens: int = 0
+    """Of drawn answers: all that were drawn, those that are not given included."""
+    not_drawn_tokens: int = 0
+    """At most so many more would have been drawn of the answers that were rejected or ended by a guard."""
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(
             self.prompt_tokens + other.prompt_tokens,
             self.completion_tokens + other.completion_tokens,
             self.cached_tokens + other.cached_tokens,
+            self.drawn_tokens + other.drawn_tokens,
+            self.not_drawn_tokens + other.not_drawn_tokens,
         )
 
 
@@ -84,6 +93,10 @@ class Score:
     """Calibrated probability that the response is acceptable, where the head is calibrated for it."""
     layers: Mapping[str, Any] | None = None
     tokens: list[float] | None = None
+    token_texts: list[str] | None = None
+    """Of every token; together they are the response."""
+    map: list[list[float]] | None = None
+    """For every token each layer's part, where ``layers`` and ``tokens`` were asked for of a hybrid head."""
 
 
 @dataclass(frozen=True)
@@ -121,11 +134,13 @@ class Ranked:
     error: ItemError | None = None
     truncated: bool = False
     score: float | None = None
+    """Of an answer that was rejected or ended by a guard: the score that ended it."""
     probability: float | None = None
     completion_tokens: int | None = None
     token_ids: list[int] | None = None
     """If asked for. ``score`` takes them as ``response_ids``, and then scores exactly what was scored here."""
     finish_reason: str | None = None
+    """Of a drawn answer: ``stop``, ``length`` (cut at its limit), ``guard`` or ``rejected``."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +168,20 @@ class Answer:
     policy_version: str
     head: Head
     usage: Usage = field(default_factory=Usage)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Its list as a frame, one row an element, with the reason of a missing score in ``error``.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        try:
+            import pandas as pd
+        except ImportError:
+            raise ImportError("to_pandas needs pandas: pip install pandas") from None
+        elements: list[Any] = next(value for value in vars(self).values() if isinstance(value, list))
+        rows = [{**vars(one), "error": one.error.message if one.error else None} for one in elements]
+        return pd.DataFrame(rows, columns=None if rows else ["error"])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,9 +77,12 @@ def rerank(
     truncate: bool,
     return_token_ids: bool,
     append_to: str | None,
+    early_rejection: Mapping[str, Any] | None = None,
+    stop_when: Mapping[str, Any] | None = None,
     stream: bool = False,
 ) -> Call[answers.RerankAnswer]:
     given = {"candidates": candidates and list(candidates), "n": n, "sampling": sampling, "append_to": append_to}
+    given |= {"early_rejection": early_rejection, "stop_when": stop_when}
     given |= {"return_token_ids": return_token_ids or None, "stream": stream or None}
     body = {"prompt": prompt if isinstance(prompt, str) else list(prompt), **_given(given), **_options(head, truncate)}
     return Call("POST", "/rerank", lambda value: read(answers.RerankAnswer, value), body, deadline=True, stream=stream)
@@ -110,6 +113,14 @@ def policy() -> Call[answers.Policy]:
 
 def load_policy(version: str) -> Call[answers.Policy]:
     return Call("POST", "/policy", lambda value: read(answers.Policy, value), {"version": version})
+
+
+def sleep() -> Call[bool]:
+    return Call("POST", "/sleep", lambda value: bool(value["asleep"]), {})
+
+
+def wake() -> Call[bool]:
+    return Call("POST", "/wake", lambda value: bool(value["asleep"]), {})
 
 
 def create_job(

@@ -107,6 +107,9 @@ class SourceOptions(_Options):
     """Samples of each prompt, of which the best and the worst make a pair."""
     sampling: JsonObject = Field(default_factory=lambda: dict(SAMPLING))
     """How samples are drawn, as JSON."""
+    early_rejection: JsonObject = Field(default_factory=dict)
+    """Which samples are not drawn to their end, as JSON: {"keep": 0.5, "at": [16, 32]}, or {"max_loss": 0.1} where the
+    service has a value head for the one that ranks. They are in no pair; ask for more --samples instead."""
 
 
 class ConfidenceOptions(_Options):

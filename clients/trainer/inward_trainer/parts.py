@@ -210,6 +210,7 @@ class Parts:
                 n=options.samples,
                 sampling=options.sampling,
                 head=self._named_head(),
+                early_rejection=options.early_rejection,
                 epochs=None if options.steps else options.epochs,
                 seed=options.seed,
             )

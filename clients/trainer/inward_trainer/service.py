@@ -51,7 +51,7 @@ TRANSFER_S = 30.0
 """What an answer may take beyond the service's own deadline."""
 SEED_STRIDE = 0x9E3779B1
 """Between the seeds of the parts of one prompt's samples (the golden ratio of 2**32: no two parts meet)."""
-OPTIONS = ("sampling", "n", "head", "return_token_ids")
+OPTIONS = ("sampling", "n", "head", "return_token_ids", "early_rejection")
 """Fields of a draw that are refused whatever the prompt is."""
 SHORTER = "fewer --samples, a smaller max_tokens in --sampling, a smaller --batch-size"
 
@@ -175,20 +175,29 @@ class Service:
         )
         return info
 
-    def draw(self, draws: Sequence[Draw], n: int, sampling: Mapping[str, Any], head: str) -> list[Drawn | None]:
+    def draw(
+        self,
+        draws: Sequence[Draw],
+        n: int,
+        sampling: Mapping[str, Any],
+        head: str,
+        early_rejection: Mapping[str, Any] | None = None,
+    ) -> list[Drawn | None]:
         """N samples of each, of the policy as it is in the service now; None where fewer than one could be scored, or
         the service refuses the prompt (the log says why).
 
-        A request that takes longer than the service allows is drawn in parts from then on.
+        A request that takes longer than the service allows is drawn in parts from then on. Samples that
+        ``early_rejection`` did not let come to their end are left out.
 
         Raises:
             ServiceError: one sample takes longer than the service allows.
         """
+        options = {"sampling": sampling, "head": head, "early_rejection": early_rejection or None}
 
         async def all_of_them() -> list[Drawn | None]:
             turns = asyncio.Semaphore(self._at_once)
             async with told("sampling", n * len(draws), SHORTER) as progress:
-                jobs = [self._draw(draw, n, sampling, head, turns, progress) for draw in draws]
+                jobs = [self._draw(draw, n, options, turns, progress) for draw in draws]
                 return await _together(jobs)
 
         return self._wait(all_of_them())
@@ -282,16 +291,16 @@ class Service:
         return self._wait(self._client.job_results(id))
 
     async def _draw(
-        self, draw: Draw, n: int, sampling: Mapping[str, Any], head: str, turns: asyncio.Semaphore, progress: Progress
+        self, draw: Draw, n: int, options: Mapping[str, Any], turns: asyncio.Semaphore, progress: Progress
     ) -> Drawn | None:
-        """All samples of one prompt, in as many parts as it takes."""
+        """All samples of one prompt, in as many parts as it takes; ``options`` are those of ``Inward.rerank``."""
         parts: list[RerankAnswer] = []
         start = 0
         try:
             while start < n:
                 async with turns:
                     most = min(n - start, self._most_drawn)
-                    answer = await self._part(draw, start, most, sampling, head)
+                    answer = await self._part(draw, start, most, options)
                 if answer is not None:
                     parts.append(answer)
                     start += most
@@ -305,15 +314,12 @@ class Service:
             return None
         return _ranked(parts)
 
-    async def _part(
-        self, draw: Draw, start: int, most: int, sampling: Mapping[str, Any], head: str
-    ) -> RerankAnswer | None:
+    async def _part(self, draw: Draw, start: int, most: int, options: Mapping[str, Any]) -> RerankAnswer | None:
         """Samples ``start`` to ``start + most``; None where that took too long and fewer are to be asked for."""
-        seeded = {**sampling, "seed": (draw.seed + SEED_STRIDE * start) % 2**32}
+        seeded = {**options["sampling"], "seed": (draw.seed + SEED_STRIDE * start) % 2**32}
+        asked = {**options, "sampling": seeded, "n": most, "return_token_ids": True}
         try:
-            return await self._current(
-                lambda: self._client.rerank(draw.prompt, n=most, sampling=seeded, head=head, return_token_ids=True)
-            )
+            return await self._current(lambda: self._client.rerank(draw.prompt, **asked))
         except DeadlineExceeded as error:
             if most == 1:
                 raise ServiceError(
@@ -377,7 +383,7 @@ def _ranked(parts: Sequence[RerankAnswer]) -> Drawn | None:
         Sample(one.text, one.score, tuple(one.token_ids) if one.token_ids else None, one.finish_reason != "length")
         for part in parts
         for one in part.results
-        if one.score is not None and one.text is not None
+        if one.score is not None and one.text is not None and one.finish_reason not in ("rejected", "guard")
     ]
     versions = {part.policy_version for part in parts}
     if not usable or len(versions) > 1:

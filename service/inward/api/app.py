@@ -15,7 +15,7 @@ from inward.api import errors
 from inward.api.auth import HEALTH, Auth
 from inward.api.idempotency import Idempotency
 from inward.api.middleware import AccessLog, HeadAsGet, RequestBody
-from inward.api.routes import admin, compat_rerank, compat_training, compat_vllm, jobs, native
+from inward.api.routes import admin, compat_rerank, compat_training, compat_vllm, jobs, native, openai, pages, verdicts
 from inward.api.services import Services
 
 DESCRIPTION = (
@@ -31,15 +31,17 @@ ROUTERS = (
     native.router,
     jobs.router,
     admin.router,
+    openai.router,
+    verdicts.router,
     compat_training.router,
     compat_training.gym,
     compat_rerank.v1,
     compat_rerank.v2,
     compat_vllm.router,
+    pages.router,
 )
 PATHS = frozenset(
-    {route.path for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)}
-    | {"/docs", "/redoc", "/openapi.json"}
+    {route.path for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)} | {"/openapi.json"}
 )
 
 
@@ -50,6 +52,8 @@ def create_app(services: Services) -> FastAPI:
         title="Inward",
         version=__version__,
         description=DESCRIPTION,
+        docs_url=None,  # ``pages`` has them, without anything from elsewhere
+        redoc_url=None,
         redirect_slashes=False,
         routes=list(_routes()),
         middleware=[  # in the order in which a request passes them

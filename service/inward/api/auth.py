@@ -1,4 +1,6 @@
-"""Who may come in: holders of a key, as ``Authorization: Bearer KEY`` or as Basic with the key as password."""
+"""Who may come in: holders of a key, as ``Authorization: Bearer KEY``, as Basic with the key as password, or as
+``x-api-key``.
+"""
 
 from __future__ import annotations
 
@@ -91,7 +93,7 @@ class Auth:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self._keys and scope["path"] not in self._open:
-            given = credential(Headers(scope=scope).get("authorization", ""))
+            given = credential(Headers(scope=scope))
             if not self._keys.knows(given):
                 missing = "a key is needed" if given is None else "this key is not known"
                 message = f'{missing}; send "Authorization: Bearer KEY", or Basic with the key as password'
@@ -101,9 +103,11 @@ class Auth:
         await self.app(scope, receive, send)
 
 
-def credential(header: str) -> bytes | None:
-    """The key in an ``Authorization`` header; None where there is none."""
-    scheme, _, value = header.partition(" ")
+def credential(headers: Headers) -> bytes | None:
+    """The key in an ``Authorization`` header, else in ``x-api-key``, as gateways send it; None where there is none."""
+    if "authorization" not in headers and (key := headers.get("x-api-key")):
+        return key.strip().encode("latin-1")
+    scheme, _, value = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
         return value.strip().encode("latin-1")  # Starlette reads headers as Latin-1
     if scheme.lower() != "basic":

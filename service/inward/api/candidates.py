@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import asdict, dataclass, replace
 
-from inward.api.scoring import Deadline, score_groups
+from inward.api.elements import REWARD_KINDS, SCORE_KINDS
+from inward.api.scoring import Deadline, hybrid_head, named_head, score_groups
 from inward.api.services import Services
-from inward.errors import InwardError, NotFinite, TooLarge
+from inward.errors import InvalidField, InwardError, NotFinite, TooLarge
+from inward.heads.hybrid import confidence
 from inward.prompts import Grouped, Texts
-from inward.types import Group, Ids, Prompt, SamplingSpec, Scored
+from inward.types import EarlyRejection, FinishReason, Group, HeadRef, Ids, Prompt, SamplingSpec, Scored, StopRule
 from inward.wire import Parts, RerankRequest, Sampling
+from inward.wire.requests import GuardOptions, RejectionOptions
 
 MAX_TOKENS = 256
 """Of a drawn answer, where the request does not say."""
@@ -25,8 +27,22 @@ class Candidate:
     ids: Ids = ()
     score: float | None = None
     probability: float | None = None
-    finish_reason: Literal["stop", "length"] | None = None
+    reward: float | None = None
+    """By the head that states confidences, if any does."""
+    finish_reason: FinishReason | None = None
     error: InwardError | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether it was given, or drawn to its end."""
+        return self.finish_reason in (None, "stop", "length")
+
+
+def place(finish_reason: FinishReason | None, failed: bool) -> int:
+    """Answers that a guard ended come after the others, and after them those that were rejected, since their scores may
+    be another head's; last those that can't be scored.
+    """
+    return 3 if failed else {"guard": 1, "rejected": 2}.get(finish_reason or "", 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +50,14 @@ class Candidates:
     """All answers to one prompt, in the order in which they came."""
 
     scored: Scored
-    prompt_ids: Ids
     answers: Sequence[Candidate]
     truncated: bool = False
 
-    def pair(self, chosen: int, rejected: int) -> Group:
-        """Two of them as a group."""
-        return Group(self.prompt_ids, (self.answers[chosen].ids, self.answers[rejected].ids))
+    def confidence(self, chosen: int, rejected: int) -> float | None:
+        """Of two of them as a pair, by the last of the heads that scored them, where that one states any."""
+        gamma = self.scored.scores[-1].gamma
+        good, bad = self.answers[chosen].reward, self.answers[rejected].reward
+        return None if gamma is None or good is None or bad is None else float(confidence(good, bad, **asdict(gamma)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,43 +70,69 @@ class Generation:
 
     def found(self, scored: Scored) -> Candidates:
         """What was drawn."""
-        answers = [
-            answered(scored, i, Candidate(sample.text, sample.ids, finish_reason=sample.finish_reason))
-            for i, sample in enumerate(scored.samples)
-        ]
-        return Candidates(scored, self.prompt_ids, answers, self.truncated)
+        answers = [sampled(scored, i) for i in range(len(scored.samples))]
+        return Candidates(scored, answers, self.truncated)
 
 
-async def candidates(services: Services, request: RerankRequest, head: str, deadline: Deadline) -> Candidates:
-    """Scores the candidates; those that can't be scored have an error.
+def ranking_heads(services: Services, head: HeadRef) -> tuple[str, ...]:
+    """The head that ranks, and the hybrid one that gives the confidence of a pair, where that is another."""
+    confident = None if head.kind in REWARD_KINDS else hybrid_head(services)
+    return (head.name, confident) if confident else (head.name,)
+
+
+async def candidates(
+    services: Services, request: RerankRequest, heads: tuple[str, ...], deadline: Deadline
+) -> Candidates:
+    """Scores the candidates, in one pass by all ``heads``, of which the first ranks; those that can't be scored have an
+    error.
 
     Raises:
         InwardError: the service could not do its part.
     """
     if request.candidates is None:
-        wanted = await generation(services, request)
-        found = wanted.found(await score_one(services, Group(wanted.prompt_ids, sampling=wanted.spec), head, deadline))
+        wanted = await generation(services, request, heads[0])
+        found = wanted.found(await score_one(services, Group(wanted.prompt_ids, sampling=wanted.spec), heads, deadline))
     else:
         prompt, field = request.asked()
-        found = await _given(services, request.candidates, request.truncate, prompt, field, head, deadline)
+        found = await _given(services, request.candidates, request.truncate, prompt, field, heads, deadline)
     return found
 
 
-async def generation(services: Services, request: RerankRequest) -> Generation:
-    """What a request without candidates asks for.
+async def generation(services: Services, request: RerankRequest, head: str) -> Generation:
+    """What a request without candidates asks for, whose answers ``head`` ranks. Raises as ``to_draw``."""
+    prompt, field = request.asked()
+    texts = Texts(prompt, (), request.truncate)
+    wanted = await to_draw(services, texts, field, request.n or 1, request.sampling or Sampling())
+    return replace(wanted, spec=watched(services, wanted.spec, head, request.early_rejection, request.stop_when))
+
+
+def watched(
+    services: Services, spec: SamplingSpec, head: str, early: RejectionOptions | None, guard: GuardOptions | None
+) -> SamplingSpec:
+    """``spec`` with what may end an answer before its end, where ``head`` ranks.
+
+    Raises:
+        NotFound: a head that shall decide is not loaded.
+    """
+    rejection, rule = _early_rejection(services, early), _stop_rule(services, guard, head)
+    return replace(spec, early_rejection=rejection, stop_when=rule)
+
+
+async def to_draw(services: Services, texts: Texts, field: str, n: int, sampling: Sampling) -> Generation:
+    """``n`` answers to the prompt of ``texts``, which came in the request's ``field``.
 
     Raises:
         InwardError: the prompt can't be used, or more is asked for than the model or the service gives.
     """
-    prompt, field = request.asked()
-    n, most = request.n or 1, services.limits.candidates
-    if n > most:
+    if n > (most := services.limits.candidates):
         raise TooLarge(f"n is {n} and one request may draw {most} answers; send several", param="n")
-    (grouped,) = await services.prompts.group_many([Texts(prompt, (), request.truncate)])
+    (grouped,) = await services.prompts.group_many([texts])
     if isinstance(grouped, InwardError):
-        raise type(grouped)(grouped.message, param=Parts(prompt, (), field, ()).blame(grouped.param))
+        raise type(grouped)(grouped.message, param=Parts(texts.prompt, (), field, ()).blame(grouped.param))
     prompt_ids = grouped.group.prompt_ids
-    spec = _spec(n, request.sampling or Sampling(), services.prompts.max_tokens - 1 - len(prompt_ids))
+    if not prompt_ids:
+        raise InvalidField("the prompt is empty: there is nothing to go on with", param=field)
+    spec = _spec(n, sampling, services.prompts.max_tokens - 1 - len(prompt_ids))
     return Generation(prompt_ids, spec, grouped.truncated)
 
 
@@ -104,8 +147,29 @@ def _spec(n: int, sampling: Sampling, room: int) -> SamplingSpec:
     return SamplingSpec(n, max_tokens=sampling.max_tokens or min(MAX_TOKENS, room), stop=tuple(sampling.stop), **given)
 
 
+def _early_rejection(services: Services, asked: RejectionOptions | None) -> EarlyRejection | None:
+    if asked is None:
+        return None
+    if asked.head is not None:
+        named_head(services, asked.head, (*SCORE_KINDS, "value"), "early_rejection.head")
+    return EarlyRejection(asked.keep, tuple(asked.at or ()), asked.max_loss, asked.head)
+
+
+def _stop_rule(services: Services, asked: GuardOptions | None, head: str) -> StopRule | None:
+    if asked is None:
+        return None
+    name = named_head(services, asked.head or head, SCORE_KINDS, "stop_when.head").name
+    return StopRule(name, asked.below, asked.probability, asked.fpr, asked.pool or "", asked.after)
+
+
 async def _given(
-    services: Services, texts: Sequence[str], truncate: bool, prompt: Prompt, field: str, head: str, deadline: Deadline
+    services: Services,
+    texts: Sequence[str],
+    truncate: bool,
+    prompt: Prompt,
+    field: str,
+    heads: tuple[str, ...],
+    deadline: Deadline,
 ) -> Candidates:
     """All that can be used are one group, tokenised together as they are scored. Only where that fails, each is tried
     alone, to find those to blame.
@@ -130,24 +194,32 @@ async def _given(
         grouped = await group(usable)
     if isinstance(grouped, InwardError):
         raise grouped
-    scored = await score_one(services, grouped.group, head, deadline)
+    scored = await score_one(services, grouped.group, heads, deadline)
     for n, i in enumerate(usable):
         answers[i] = answered(scored, n, replace(answers[i], ids=grouped.group.responses_ids[n]), f"candidates.{i}")
-    return Candidates(scored, grouped.group.prompt_ids, answers, grouped.truncated)
+    return Candidates(scored, answers, grouped.truncated)
 
 
-async def score_one(services: Services, group: Group, head: str, deadline: Deadline) -> Scored:
+async def score_one(services: Services, group: Group, heads: tuple[str, ...], deadline: Deadline) -> Scored:
     """Scores a group, or raises why it can't be scored."""
-    (scored,) = await score_groups(services, [group], (head,), deadline)
+    (scored,) = await score_groups(services, [group], heads, deadline)
     if isinstance(scored, InwardError):
         raise scored
     return scored
 
 
+def sampled(scored: Scored, n: int) -> Candidate:
+    """The ``n``-th sample, with what the heads say of it, or with the score that ended it."""
+    sample = scored.samples[n]
+    bare = Candidate(sample.text, sample.ids, score=sample.stop_score, finish_reason=sample.finish_reason)
+    return answered(scored, n, bare) if sample.finished else bare
+
+
 def answered(scored: Scored, n: int, candidate: Candidate, param: str | None = None) -> Candidate:
-    """``candidate`` with what the head says of the ``n``-th response."""
+    """``candidate`` with what the heads say of the ``n``-th response."""
     scores = scored.scores[0]
     if scores.scores_N[n] is None:
         return replace(candidate, error=NotFinite("the score is not a finite number", param=param))
     probability = scores.probability_N[n] if scores.probability_N else None
-    return replace(candidate, score=scores.scores_N[n], probability=probability)
+    reward = scored.scores[-1].scores_N[n]
+    return replace(candidate, score=scores.scores_N[n], probability=probability, reward=reward)

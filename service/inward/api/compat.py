@@ -138,7 +138,7 @@ async def score_candidates(
     asked = RerankRequest(prompt=query, candidates=list(texts), truncate=cut)
     head = requested_head(services, request, kinds or RERANK_KINDS, None if kinds else services.rerank_head)
     try:
-        found = await candidates(services, asked, head.name, Deadline(None, services.limits.timeout_s))
+        found = await candidates(services, asked, (head.name,), Deadline(None, services.limits.timeout_s))
     except InwardError as error:
         raise _renamed(error, field) from None
     for answer in found.answers:

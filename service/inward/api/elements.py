@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 from inward.api.scoring import Result, find_head, hybrid_head
 from inward.api.services import Services
-from inward.types import Kind, Scores
+from inward.types import Ids, Kind, Scores
 from inward.wire import Margin, RewardPair, Score
 
 MARGIN_KINDS: tuple[Kind, ...] = ("legend", "hybrid", "ensemble")
@@ -56,8 +57,8 @@ def _confidence(result: Result) -> float | None:
     return of.pair.confidence if of and of.pair else None
 
 
-def score(result: Result, where: str | None) -> Score:
-    """Of one item."""
+def score(result: Result, where: str | None, pieces: Callable[[Ids], list[str]] | None = None) -> Score:
+    """Of one item; ``pieces`` tells the texts of its tokens, where scores at tokens were asked for."""
     scores, error = result.scores(), result.error(where)
     if scores is None or error is not None:
         return Score(error=error, truncated=result.truncated)
@@ -67,6 +68,8 @@ def score(result: Result, where: str | None) -> Score:
         probability=_at(scores, 0),
         layers=_layers(scores, 0),
         tokens=_tokens(scores, 0),
+        token_texts=pieces(result.responses_ids[0]) if pieces and scores.tokens_N else None,
+        map=[list(row) for row in scores.map_N[0]] if scores.map_N else None,
     )
 
 

@@ -24,8 +24,13 @@ DONE = "data: [DONE]\n\n"
 
 def event(name: str, body: BaseModel | dict[str, Any]) -> str:
     """One event with JSON in ASCII, so that no text can end it early."""
+    return f"event: {name}\n{data(body)}"
+
+
+def data(body: BaseModel | dict[str, Any]) -> str:
+    """An event without a name."""
     value = body if isinstance(body, dict) else body.model_dump(mode="json")
-    return f"event: {name}\ndata: {json.dumps(value, allow_nan=False)}\n\n"
+    return f"data: {json.dumps(value, allow_nan=False)}\n\n"
 
 
 class EventStream(Response):

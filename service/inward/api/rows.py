@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from inward.api import elements
 from inward.api.errors import explain
-from inward.api.scoring import Result, find_head, score_each
+from inward.api.scoring import Result, find_head, score_each, tokenise
 from inward.api.services import Services
 from inward.errors import InvalidField, InwardError
 from inward.types import HeadRef, Kind, Scored
@@ -105,6 +105,28 @@ async def score_rows(
             found = await _score(services, kind, some, head, options or Options(), of_pairs=of_pairs)
             answers |= dict(zip(places, found, strict=True))
     return [failed(row) if isinstance(row, InwardError) else answers[i] for i, row in enumerate(checked)]
+
+
+async def token_scores(
+    services: Services, pairs: Sequence[Row], *, head: str, options: Options
+) -> list[tuple[list[tuple[str, float]], list[tuple[str, float]]] | None]:
+    """Of both answers of each pair the text of every token and the head's score at it; None where it has none."""
+    asked = [_PAIR.validate_python(pair) for pair in pairs]
+    grouped = await tokenise(services, None, asked, truncate=options.truncate)
+    results = await score_each(services, None, asked, (head,), options, details=frozenset({"tokens"}), pair=True)
+    found: list[tuple[list[tuple[str, float]], list[tuple[str, float]]] | None] = []
+    for one, result in zip(grouped, results, strict=True):
+        scores = result.scores()
+        if isinstance(one, InwardError) or scores is None or scores.tokens_N is None:
+            found.append(None)
+            continue
+        decode = services.prompts.tokenizer.decode
+        chosen, rejected = (
+            [(str(decode([token], skip_special_tokens=False)), score) for token, score in zip(ids, said, strict=False)]
+            for ids, said in zip(one.group.responses_ids, scores.tokens_N, strict=True)
+        )
+        found.append((chosen, rejected))
+    return found
 
 
 def failed(error: InwardError) -> RowAnswer:

@@ -11,7 +11,7 @@ from inward.api.auth import CALLER
 from inward.api.services import Services
 from inward.errors import DeadlineExceeded, InwardError, NotFinite, NotFound, Unavailable
 from inward.prompts import Grouped, Texts
-from inward.types import Detail, Group, HeadRef, Kind, Scored, Scores, Timing
+from inward.types import Detail, Group, HeadRef, Ids, Kind, Scored, Scores, Timing
 from inward.types import Usage as UsageTokens
 from inward.wire import ErrorDetail, Head, Options, Parts, Scorable, Usage
 
@@ -25,6 +25,8 @@ class Result:
 
     outcome: Scored | InwardError
     truncated: bool = False
+    responses_ids: tuple[Ids, ...] = ()
+    """What was read as the responses."""
 
     def scores(self, head: int = 0) -> Scores | None:
         """What the ``head``-th of the heads asked for says, if the item was scored."""
@@ -96,10 +98,19 @@ def find_head(services: Services, name: str | None, kinds: Sequence[Kind]) -> He
     Raises:
         NotFound: there is none.
     """
+    return named_head(services, name, kinds, "head")
+
+
+def named_head(services: Services, name: str | None, kinds: Sequence[Kind], field: str) -> HeadRef:
+    """The head that a request names in ``field``.
+
+    Raises:
+        NotFound: there is none.
+    """
     try:
         return services.heads.resolve(name, kinds)
     except NotFound as error:
-        raise NotFound(error.message, param=error.param or "head") from None
+        raise NotFound(error.message, param=field) from None
 
 
 def hybrid_head(services: Services) -> str | None:
@@ -156,7 +167,10 @@ async def score_each(
         outcome = next(outcomes) if isinstance(grouped, Grouped) else grouped
         if isinstance(outcome, InwardError) and outcome.param is None:
             outcome = type(outcome)(outcome.message, param=_path(field, i))
-        results.append(Result(outcome, isinstance(grouped, Grouped) and grouped.truncated))
+        if isinstance(grouped, Grouped):
+            results.append(Result(outcome, grouped.truncated, grouped.group.responses_ids))
+        else:
+            results.append(Result(outcome))
     return results
 
 

@@ -110,6 +110,19 @@ class PolicyControl(Protocol):
         ...
 
 
+class SleepControl(Protocol):
+    """Where the backbone is told to lend its device to somebody else."""
+
+    @property
+    def asleep(self) -> bool: ...
+
+    async def sleep(self) -> None:
+        """Raises ``Conflict`` where it can't."""
+        ...
+
+    async def wake(self) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What one request may ask for."""
@@ -147,10 +160,16 @@ class Services:
     """Any of them opens every route; none: open."""
     metrics_open: bool = True
     """``/metrics`` needs no key."""
+    sleeper: SleepControl | None = None
+    """None where the backbone is in other processes."""
     rerank_head: str | None = None
     """Head that ranks, where the request names none."""
     compat_head: str | None = None
     """Head that answers on other projects' routes, where the request names none."""
+    guard_head: str | None = None
+    """Head that judges for LiteLLM, where its configuration names none."""
+    false_positives: float = 0.01
+    """Share of acceptable texts that heads as judges may flag by mistake, where a request does not say."""
     jobs: BulkJobs | None = None
     """Bulk jobs, where there is a Redis to keep them."""
     scores: ScoredRows | None = None

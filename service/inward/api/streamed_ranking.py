@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import replace
 
-from inward.api.candidates import Candidate, Candidates, Generation, answered, generation, score_one
+from inward.api.candidates import Candidate, Candidates, Generation, generation, ranking_heads, sampled, score_one
 from inward.api.events import EventStream, event
 from inward.api.ranking import one_ranked, ranking
 from inward.api.scoring import Deadline, charge
@@ -33,15 +33,24 @@ async def stream_ranking(
         InwardError: nothing has begun; what goes wrong later is an event ``error``.
     """
     deadline = Deadline(request.timeout, services.limits.timeout_s)
-    wanted = await generation(services, request)
+    wanted = await generation(services, request, head.name)
+    outcomes = await begin(services, wanted, ranking_heads(services, head), deadline)
+    events = _events(services, request, wanted, outcomes, deadline, finish)
+    await anext(events)  # a generator that was never begun would not close ``outcomes`` when it is closed
+    return EventStream(events)
+
+
+async def begin(services: Services, wanted: Generation, heads: tuple[str, ...], deadline: Deadline) -> Coming:
+    """Admits each answer that is wanted as a job of its own.
+
+    Raises:
+        InwardError: they were not admitted.
+    """
     spec = wanted.spec
     alone = [replace(spec, n=1, seed=None if spec.seed is None else (spec.seed + i) % 2**32) for i in range(spec.n)]
     groups = [Group(wanted.prompt_ids, sampling=one) for one in alone]
     await charge(services, groups)
-    outcomes = await services.intake.stream(groups, heads=(head.name,), timeout=deadline.left)
-    events = _events(services, request, wanted, outcomes, deadline, finish)
-    await anext(events)  # a generator that was never begun would not close ``outcomes`` when it is closed
-    return EventStream(events)
+    return await services.intake.stream(groups, heads=heads, timeout=deadline.left)
 
 
 async def _events(
@@ -55,59 +64,67 @@ async def _events(
     drawn: dict[int, Scored] = {}
     try:
         yield ""  # begun
-        async for i, scored in _successes(outcomes):
+        async for i, scored in successes(outcomes):
             drawn[i] = scored
-            yield event("sample", one_ranked(i, _candidate(scored), request, wanted.truncated))
+            yield event("sample", one_ranked(i, candidate(scored), request, wanted.truncated))
     finally:
         await outcomes.aclose()
-    all_drawn = [drawn[i] for i in range(len(drawn))]
-    if len({scored.version for scored in all_drawn}) > 1:
-        raise Unavailable("the head or the policy was switched during this stream; send it again", retry_after=1.0)
-    found = await _found(services, wanted, all_drawn, deadline)
-    answer, _ = await ranking(services, request, found, deadline)
+    found = await together(services, wanted, [drawn[i] for i in range(len(drawn))], deadline)
+    answer, _ = ranking(services, request, found)
     await finish(answer)
     yield event("result", answer)
 
 
-async def _successes(outcomes: AsyncIterator[tuple[int, Scored | InwardError]]) -> AsyncIterator[tuple[int, Scored]]:
+async def successes(outcomes: AsyncIterator[tuple[int, Scored | InwardError]]) -> AsyncIterator[tuple[int, Scored]]:
+    """Each answer with its number, or what went wrong, raised."""
     async for i, outcome in outcomes:
         if isinstance(outcome, InwardError):
             raise outcome
         yield i, outcome
 
 
-def _candidate(scored: Scored) -> Candidate:
+def candidate(scored: Scored) -> Candidate:
     """What is known of an answer by itself."""
-    sample = scored.samples[0]
-    bare = Candidate(sample.text, sample.ids, finish_reason=sample.finish_reason)
-    return bare if scored.scores[0].listwise else answered(scored, 0, bare)
+    found = sampled(scored, 0)
+    return replace(found, score=None, error=None) if scored.scores[0].listwise and found.finished else found
 
 
-async def _found(services: Services, wanted: Generation, drawn: Sequence[Scored], deadline: Deadline) -> Candidates:
-    """All answers as one list, which a listwise head has still to see."""
+async def together(services: Services, wanted: Generation, drawn: Sequence[Scored], deadline: Deadline) -> Candidates:
+    """All answers as one list, which a listwise head has still to see.
+
+    Raises:
+        Unavailable: they are not all of one version of head and policy.
+    """
+    switched = Unavailable("the head or the policy was switched during this stream; send it again", retry_after=1.0)
+    if len({scored.version for scored in drawn}) > 1:
+        raise switched
     samples = tuple(scored.samples[0] for scored in drawn)
-    together = _together(drawn)
-    if together.scores[0].listwise:
+    one = _as_one(drawn)
+    if one.scores[0].listwise:
         listed = Group(wanted.prompt_ids, tuple(sample.ids for sample in samples))
-        read = await score_one(services, listed, together.heads[0].name, deadline)
-        if read.version != together.version:
-            raise Unavailable("the head or the policy was switched during this stream; send it again", retry_after=1.0)
-        together = replace(read, samples=samples, usage=together.usage)
-    return wanted.found(together)
+        read = await score_one(services, listed, tuple(ref.name for ref in one.heads), deadline)
+        if read.version != one.version:
+            raise switched
+        one = replace(read, samples=samples, usage=one.usage)
+    return wanted.found(one)
 
 
-def _together(drawn: Sequence[Scored]) -> Scored:
+def _as_one(drawn: Sequence[Scored]) -> Scored:
     """Outcomes of one answer each as one of all of them."""
-    scores = [scored.scores[0] for scored in drawn]
-    probability_N = tuple(one.probability_N[0] if one.probability_N else None for one in scores)
-    listed = Scores(
-        tuple(one.scores_N[0] for one in scores),
-        probability_N=probability_N if scores[0].probability_N else None,
-        listwise=scores[0].listwise,
-    )
+    listed = tuple(map(_listed, zip(*(scored.scores for scored in drawn), strict=True)))
     samples = tuple(scored.samples[0] for scored in drawn)
     usage = sum((scored.usage for scored in drawn), Usage())
-    return replace(drawn[0], scores=(listed,), samples=samples, usage=usage, timing=_longest(drawn))
+    return replace(drawn[0], scores=listed, samples=samples, usage=usage, timing=_longest(drawn))
+
+
+def _listed(scores: Sequence[Scores]) -> Scores:
+    """What one head says of one answer each as what it says of all of them."""
+    probability_N = tuple(one.probability_N[0] if one.probability_N else None for one in scores)
+    return replace(
+        scores[0],
+        scores_N=tuple(one.scores_N[0] for one in scores),
+        probability_N=probability_N if scores[0].probability_N else None,
+    )
 
 
 def _longest(drawn: Sequence[Scored]) -> Timing:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+import math
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from inward.types import BackboneInfo, Group, GroupReading, Ids, Reading, Readout, Sample
+import numpy as np
+
+from inward.errors import Unavailable
+from inward.types import BackboneInfo, Floats, Group, GroupReading, Ids, Reading, Readout, Sample, Stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +26,35 @@ class Capacity:
     drawings: int = 0
     """Calls that draw and may be in flight beside those, since they leave the device to others at every token; 0: they
     count as any other call."""
+
+
+class Watch(Protocol):
+    """Looks at the responses of one group while they are drawn, and says which of them end. What it says depends on
+    their tokens alone, not on how many of them it is shown at once, nor in which order.
+    """
+
+    readouts: tuple[Readout, ...]
+    """What it wants to see of every response token, whatever the positions of their taps."""
+    guards: bool
+    """Whether the finished responses have to pass ``check`` before they are given."""
+
+    def due(self, seen: int, now: int) -> bool:
+        """Whether it wants to look at a response that has ``now`` tokens, of which it has seen ``seen``."""
+        ...
+
+    def look(self, news: Mapping[int, Sequence[Floats]], ended: Iterable[int] = ()) -> dict[int, Stop]:
+        """Takes in the next tokens of some responses; gives those that end. A later look may overrule an earlier one,
+        and end one that has ended by itself.
+
+        Args:
+            news: for each of them, by index, the numbers of each of ``readouts``, ``[t, K]``.
+            ended: those that have no further tokens.
+        """
+        ...
+
+    def check(self, tokens: Sequence[Floats]) -> Stop | None:
+        """Whether a finished response would have been ended by the guard, all of whose tokens are given."""
+        ...
 
 
 class Backbone(Protocol):
@@ -72,15 +105,34 @@ class Backbone(Protocol):
         ...
 
     async def sample_and_read(
-        self, group: Group, readouts: Sequence[Readout], *, tokens: bool = False
+        self, group: Group, readouts: Sequence[Readout], *, tokens: bool = False, watch: Watch | None = None
     ) -> tuple[list[Sample], GroupReading]:
         """``sample``, and ``read`` of what was drawn: in the pass that draws it where the backbone can, else after it.
 
-        Equal samples are computed once, and read alike.
+        Equal samples are computed once, and read alike. What ``watch`` ends is not drawn further, and not read: its
+        numbers are NaN.
 
         Raises:
             EngineDead: the backbone can't compute any more.
         """
+        ...
+
+    @property
+    def asleep(self) -> bool:
+        """Whether it has lent its device to somebody else; calls raise Unavailable meanwhile."""
+        ...
+
+    async def sleep(self) -> None:
+        """Gives the device's memory away, until ``wake``. Calls in flight finish first; sleeping twice changes nothing.
+
+        Raises:
+            Conflict: it can't, and why.
+            EngineDead: the backbone can't compute any more.
+        """
+        ...
+
+    async def wake(self) -> None:
+        """Computes again, with the policy that it carried. Raises as ``sleep``."""
         ...
 
     def healthy(self) -> bool:
@@ -94,21 +146,86 @@ class Backbone(Protocol):
         ...
 
 
+def asleep() -> Unavailable:
+    """What calls get from a backbone that sleeps."""
+    return Unavailable("the backbone sleeps: POST /wake", retry_after=5.0)
+
+
 async def read_samples(
-    prompt_ids: Ids, samples: Sequence[Sample], read: Callable[[Group], Awaitable[GroupReading]]
+    prompt_ids: Ids,
+    samples: Sequence[Sample],
+    readouts: Sequence[Readout],
+    read: Callable[[Group], Awaitable[GroupReading]],
+    policy_version: str,
 ) -> tuple[list[Sample], GroupReading]:
-    """``Backbone.sample_and_read`` for a backbone that does one after the other: what ``read`` gives for the
-    distinct samples, for all.
+    """``Backbone.sample_and_read`` for a backbone that does one after the other: what ``read`` gives for the distinct
+    finished samples, for all.
     """
-    firsts = first_alike([sample.ids for sample in samples])
+    finished = [i for i, sample in enumerate(samples) if sample.finished]
+    firsts = first_alike([samples[i].ids for i in finished])
     distinct = sorted(set(firsts))
-    reading = await read(Group(prompt_ids, tuple(samples[i].ids for i in distinct)))
-    rows = [distinct.index(i) for i in firsts]
-    readings = tuple(
-        Reading(r.values_NK[rows], None if r.tokens_TK is None else tuple(r.tokens_TK[row] for row in rows))
-        for r in reading.readings
-    )
-    return list(samples), replace(reading, readings=readings)
+    if not finished:
+        return list(samples), spread(None, readouts, [None] * len(samples), policy_version)
+    reading = await read(Group(prompt_ids, tuple(samples[finished[i]].ids for i in distinct)))
+    rows: list[int | None] = [None] * len(samples)
+    for i, first in zip(finished, firsts, strict=True):
+        rows[i] = distinct.index(first)
+    return list(samples), spread(reading, readouts, rows, reading.policy_version)
+
+
+def spread(
+    reading: GroupReading | None, readouts: Sequence[Readout], rows: Sequence[int | None], policy_version: str
+) -> GroupReading:
+    """What was read of some responses as that of all: of each the row of ``reading`` that it has; NaN without one."""
+    if reading is None:
+        none = tuple(Reading(np.zeros((0, width(readout)), np.float32)) for readout in readouts)
+        reading = GroupReading(none, 0, 0, policy_version)
+    return replace(reading, readings=tuple(_spread(own, rows) for own in reading.readings))
+
+
+def _spread(reading: Reading, rows: Sequence[int | None]) -> Reading:
+    K = reading.values_NK.shape[1]
+    values_NK = np.full((len(rows), K), np.nan, np.float32)
+    for i, row in enumerate(rows):
+        if row is not None:
+            values_NK[i] = reading.values_NK[row]
+    tokens = reading.tokens_TK
+    if tokens is None:
+        return Reading(values_NK)
+    empty = np.zeros((0, K), np.float32)
+    return Reading(values_NK, tuple(empty if row is None else tokens[row] for row in rows))
+
+
+def width(readout: Readout) -> int:
+    """How many numbers a readout gives, whose taps all have weights."""
+    return sum(tap.weight_DK.shape[1] for tap in readout.taps if tap.weight_DK is not None)
+
+
+def guarded(
+    samples: Sequence[Sample], reading: GroupReading, watch: Watch | None, decode: Callable[[Ids], str]
+) -> tuple[list[Sample], GroupReading]:
+    """The last look: finished samples that the watch's guard does not let pass are cut, whether or not it saw all of
+    their tokens while they were drawn. ``reading`` ends with the readings of the watch's own readouts, which are taken
+    off, where it guards.
+    """
+    if watch is None or not watch.guards:
+        return list(samples), reading
+    own = len(reading.readings) - len(watch.readouts)
+    checked = list(samples)
+    for i, sample in enumerate(samples):
+        tokens = [one.tokens_TK[i] for one in reading.readings[own:] if one.tokens_TK is not None]
+        if sample.finished and (stop := watch.check(tokens)) is not None:
+            checked[i] = stopped(sample.ids, stop, decode)
+    kept = [i if sample.finished else None for i, sample in enumerate(checked)]
+    return checked, spread(replace(reading, readings=reading.readings[:own]), (), kept, reading.policy_version)
+
+
+def stopped(ids: Ids, stop: Stop, decode: Callable[[Ids], str]) -> Sample:
+    """The sample that a watch has ended, of which these tokens were drawn. Half a character at its end is no text."""
+    given = ids[: stop.given]
+    text = decode(given).rstrip("\ufffd")
+    score = stop.score if math.isfinite(stop.score) else None
+    return Sample(given, text, stop.reason, stop_score=score, held_back=len(ids) - len(given))
 
 
 def first_alike(texts: Sequence[Ids]) -> list[int]:

@@ -8,7 +8,9 @@ that begins with an underscore.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from datetime import datetime
+from functools import lru_cache
 from typing import Any, NoReturn
 
 from jinja2 import Template, TemplateError, nodes
@@ -33,6 +35,38 @@ class Generation(Extension):
         return str(caller())
 
 
+class ChatTemplate:
+    """What turns conversations into texts.
+
+    Args:
+        source: the template, or several by name, of which ``default`` is taken.
+        special_tokens: which it may name.
+
+    Raises:
+        ValueError: there is none.
+        jinja2.TemplateError: it is no template.
+    """
+
+    def __init__(self, source: str | Mapping[str, str] | None, special_tokens: Mapping[str, Any]) -> None:
+        text = source.get("default") if isinstance(source, Mapping) else source
+        if not text:
+            raise ValueError("this tokenizer has no chat template (of several, none is called 'default')")
+        self._template = compile_template(text)
+        self._special_tokens = special_tokens
+
+    def render(self, conversation: list[dict[str, str]], add_generation_prompt: bool, **variables: Any) -> str:
+        """The conversation as text. ``variables`` are the template's, beside its own.
+
+        Raises:
+            jinja2.TemplateError: the template is damaged, or refuses the conversation.
+        """
+        return self._template.render(
+            messages=conversation, tools=None, documents=None, add_generation_prompt=add_generation_prompt,
+            **self._special_tokens, **variables,
+        )  # fmt: skip
+
+
+@lru_cache(maxsize=8)
 def compile_template(text: str) -> Template:
     """The template ``text``, ready to render.
 

@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from inward.backbones.base import Capacity, read_samples
+from inward.backbones.base import Capacity, Watch, asleep, guarded, read_samples, stopped
 from inward.backbones.peft_files import read_adapter
 from inward.backbones.readout import Fusion, ReadPlace
-from inward.backbones.transformers.packing import Packed, pack
+from inward.backbones.transformers.packing import Packed, Segment, pack
 from inward.errors import EngineDead, InternalError
-from inward.types import BASE, BackboneInfo, Floats, Group, GroupReading, Ids, Readout, Sample
+from inward.types import BASE, BackboneInfo, Floats, Group, GroupReading, Ids, Reading, Readout, Sample, Stop
 
 _ODD = np.uint64(0x9E3779B97F4A7C15)
 
@@ -65,6 +65,7 @@ class FakeBackbone:
         self._vocabulary, self._eos_id, self._decode = vocabulary, eos_id, decode
         self._fails: Callable[[Group], bool] = lambda group: False
         self._alive = True
+        self.asleep = False
         self._device = asyncio.Lock()
         self._draws = 0
 
@@ -95,12 +96,18 @@ class FakeBackbone:
             self.calls += 1
             await self._work(len(packed.ids_T), groups)
             self.computed += groups
-        prefixes_T, salt = _prefixes(packed), np.uint64(_salt(version))
-        readings = fusion.evaluate(lambda place, rows: self._states(place, prefixes_T[rows] ^ salt), packed.spans)
         return [
             GroupReading(reading, len(segment.rows), max(len(segment.responses) - 1, 0) * len(segment.prompt), version)
-            for reading, segment in zip(readings, packed.segments, strict=True)
+            for reading, segment in self._readings(groups, fusion, version)
         ]
+
+    def _readings(
+        self, groups: Sequence[Group], fusion: Fusion, version: str
+    ) -> list[tuple[tuple[Reading, ...], Segment]]:
+        packed = pack(groups, self._eos_id if fusion.eos else None)
+        prefixes_T, salt = _prefixes(packed), np.uint64(_salt(version))
+        readings = fusion.evaluate(lambda place, rows: self._states(place, prefixes_T[rows] ^ salt), packed.spans)
+        return list(zip(readings, packed.segments, strict=True))
 
     async def sample(self, group: Group) -> list[Sample]:
         version, spec = self.policy_version, group.sampling
@@ -114,14 +121,46 @@ class FakeBackbone:
         return [self._draw(rng, spec.max_tokens) for _ in range(spec.n)]
 
     async def sample_and_read(
-        self, group: Group, readouts: Sequence[Readout], *, tokens: bool = False
+        self, group: Group, readouts: Sequence[Readout], *, tokens: bool = False, watch: Watch | None = None
     ) -> tuple[list[Sample], GroupReading]:
         version = self.policy_version
+        samples = await self.sample(group)
+        if watch is not None:
+            samples = self._watched(group.prompt_ids, samples, watch, version)
+        wanted = [*readouts, *watch.readouts] if watch is not None and watch.guards else list(readouts)
 
         async def read(answered: Group) -> GroupReading:
-            return (await self._read([answered], readouts, tokens, version))[0]
+            return (await self._read([answered], wanted, tokens or len(wanted) > len(readouts), version))[0]
 
-        return await read_samples(group.prompt_ids, await self.sample(group), read)
+        return guarded(*await read_samples(group.prompt_ids, samples, wanted, read, version), watch, self._decode)
+
+    def _watched(self, prompt: Ids, samples: Sequence[Sample], watch: Watch, version: str) -> list[Sample]:
+        """As if they were drawn token by token, all at one pace."""
+        group = Group(prompt, tuple(sample.ids for sample in samples))
+        ((reading, segment),) = self._readings([group], Fusion(
+            watch.readouts, layers=self.info.layers, width=self.info.width, tokens=True
+        ), version)  # fmt: skip
+        stops: dict[int, tuple[Stop, int]] = {}
+        for t in range(1 + max(map(len, segment.responses), default=0)):
+            going = [i for i in range(len(samples)) if i not in stops]
+            news = {
+                i: [own.tokens_TK[i][t : t + 1] for own in reading if own.tokens_TK is not None]
+                for i in going
+                if t < len(samples[i].ids)
+            }
+            for i, stop in watch.look(news, [i for i in going if t >= len(samples[i].ids)]).items():
+                stops[i] = (stop, min(t + 1, len(samples[i].ids)))
+        return [
+            stopped(sample.ids[: stops[i][1]], stops[i][0], self._decode) if i in stops else sample
+            for i, sample in enumerate(samples)
+        ]
+
+    async def sleep(self) -> None:
+        async with self._device:
+            self.asleep = True
+
+    async def wake(self) -> None:
+        self.asleep = False
 
     def healthy(self) -> bool:
         return self._alive
@@ -135,6 +174,8 @@ class FakeBackbone:
             await asyncio.sleep(self.delay_per_token * tokens)
         if not self._alive:
             raise EngineDead("the fake backbone is dead")
+        if self.asleep:
+            raise asleep()
         if any(self._fails(group) for group in groups):
             raise InternalError("the fake backbone was told to fail on this group")
 

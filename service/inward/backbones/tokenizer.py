@@ -13,7 +13,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 from inward.errors import SetupError
 
 if TYPE_CHECKING:
-    from jinja2 import Template
     from tokenizers import AddedToken, Tokenizer
+
+    from inward.backbones.chat_template import ChatTemplate
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """Special tokens that every tokenizer may have; other names in the configuration that end so are a model's own."""
@@ -118,19 +119,13 @@ class FolderTokenizer:
         """
         if tokenize:
             raise ValueError("a chat template gives text here; tokenise it")
-        return self._template.render(
-            messages=conversation, tools=None, documents=None, add_generation_prompt=add_generation_prompt,
-            **self.special_tokens, **variables,
-        )  # fmt: skip
+        return self._renderer.render(conversation, add_generation_prompt, **variables)
 
     @cached_property
-    def _template(self) -> Template:
-        text = self.chat_template.get("default") if isinstance(self.chat_template, dict) else self.chat_template
-        if not text:
-            raise ValueError("this tokenizer has no chat template (of several, none is called 'default')")
-        from inward.backbones.chat_template import compile_template
+    def _renderer(self) -> ChatTemplate:
+        from inward.backbones.chat_template import ChatTemplate
 
-        return compile_template(text)
+        return ChatTemplate(self.chat_template, self.special_tokens)
 
     @cached_property
     def _splitting(self) -> Tokenizer:
@@ -196,7 +191,21 @@ def _from_transformers(folder: Path, reason: str) -> Any:
 
     fast = (folder / "tokenizer.json").is_file()
     loader = transformers.PreTrainedTokenizerFast if fast else transformers.AutoTokenizer
-    return loader.from_pretrained(folder, local_files_only=True)
+    tokenizer: Any = loader.from_pretrained(folder, local_files_only=True)
+    tokenizer.apply_chat_template = partial(_render, tokenizer)
+    return tokenizer
+
+
+def _render(
+    tokenizer: Any, conversation: list[dict[str, str]], *, tokenize: bool = False, add_generation_prompt: bool = False,
+    **variables: Any,
+) -> str:  # fmt: skip
+    """In the place of transformers' own, which takes no function for the date since 5.24."""
+    from inward.backbones.chat_template import ChatTemplate
+
+    return ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens_map).render(
+        conversation, add_generation_prompt, **variables
+    )
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from inward import logs
 from inward.commands import COMMANDS
@@ -16,7 +16,8 @@ from inward.settings import Settings
 
 if TYPE_CHECKING:
     from inward.offline.annotate.options import AnnotateOptions
-    from inward.offline.annotate.scorer import Scorer
+    from inward.offline.annotate.scorer import Scorer, TokenScores
+    from inward.types import Floats
 
 HELP = """\
 Reads preference pairs and writes every row with new columns: margin, margin_scaled, margin_bin, label_probability,
@@ -32,6 +33,7 @@ examples:
   inward annotate pairs.parquet annotated.parquet --model Qwen/Qwen2.5-0.5B-Instruct --heads ./heads --html look.html
   inward annotate qa.csv out.csv --columns prompt=question,chosen=good,rejected=bad --url http://127.0.0.1:8080
   inward annotate pairs.jsonl for_training.parquet --trl     # prompt, chosen, rejected, margin: TRL's RewardTrainer
+  inward annotate pairs.jsonl corrected.jsonl --apply decisions.csv      # what was decided on the page of --html
 """
 ALONE = {
     "timeout": 1e6, "api_keys": frozenset[str](), "max_body_bytes": 2**30, "queue_tokens": 10**9, "sharing_window": 0.0,
@@ -66,8 +68,8 @@ def run(args: argparse.Namespace) -> int:
 @asynccontextmanager
 async def _in_process(options: AnnotateOptions, settings: Settings) -> AsyncIterator[Scorer]:
     """The model of the settings, loaded here: each pair is scored as a row of a bulk job is."""
-    from inward.api.rows import score_rows
-    from inward.offline.annotate.scorer import RowScorer
+    from inward.api.rows import score_rows, token_scores
+    from inward.offline.annotate.scorer import RowScorer, TokenScores
     from inward.processes.standalone import Standalone
     from inward.wire import Options
 
@@ -75,6 +77,25 @@ async def _in_process(options: AnnotateOptions, settings: Settings) -> AsyncIter
     try:
         request = Options(truncate=options.truncate)
         score = partial(score_rows, house.services, "margin", head=options.head, options=request)
-        yield RowScorer(score, house.info(), house.backbone.capacity.tokens)
+
+        def fit_of(head: str) -> Mapping[str, Any]:
+            fit: Mapping[str, Any] = house.services.heads.show(head).get("fit", {})
+            return fit
+
+        async def tokens_of(head: str, pairs: Sequence[Mapping[str, Any]]) -> list[TokenScores | None]:
+            found = await token_scores(house.services, pairs, head=head, options=request)
+            return [TokenScores(*both) if both else None for both in found]
+
+        async def states_of(pairs: Sequence[Any]) -> Floats:
+            import numpy as np
+
+            from inward.offline.states.read import extract_pairs
+
+            middle = [round(house.backbone.info.layers / 2)]
+            states = await extract_pairs(house.backbone, house.prompts, pairs, layers=middle, position="mean")
+            both = [states.chosen_NLD[:, 0], states.rejected_NLD[:, 0]]
+            return np.asarray(np.mean(both, axis=0), dtype=np.float32)
+
+        yield RowScorer(score, house.info(), house.backbone.capacity.tokens, fit_of, tokens_of, states_of)
     finally:
         await house.close(timeout=5.0)

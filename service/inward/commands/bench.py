@@ -30,12 +30,15 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--pairs", type=Path, help="JSONL with prompt, chosen, rejected (default: made-up words of HH's lengths)"
     )
     parser.add_argument("--n", type=int, default=64, help="pairs (default: %(default)s)")
-    parser.add_argument("--dtype", default="bfloat16", help="of (b), (c) and (d) (default: %(default)s)")
+    parser.add_argument(
+        "--dtype", default="auto", help="of (b), (c) and (d); auto: as the service takes it (default: %(default)s)"
+    )
     parser.add_argument("--callers", type=int, default=32, help="at once, of (d) (default: %(default)s)")
     parser.add_argument("--ways", default=WAYS, help="comma-separated (default: %(default)s)")
     parser.add_argument(
         "--heads", type=int, nargs="+", default=[1], help="numbers of heads to measure (c) with (default: 1)"
     )
+    parser.add_argument("--pool", metavar="NAME", help="of the heads, as inward fit takes it (default: the last token)")
     parser.add_argument("--json", action="store_true", help="as JSON")
     parser.set_defaults(run=run)
 
@@ -46,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
     from rich.console import Console
 
+    from inward.backbones.device import choose_device, choose_dtype
     from inward.offline.bench.measure import Plan, measure, report
     from inward.offline.bench.workload import write_random_model
     from inward.processes.wiring import TOY, find_model
@@ -58,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
             write_random_model(args.shape, model, TOY / "backbone")
         else:
             model = find_model(Settings(model=args.model)).folder
-        plan = Plan(args.pairs, args.n, tuple(args.ways.split(",")), tuple(args.heads), args.dtype, args.callers)
+        dtype = str(choose_dtype(args.dtype, choose_device("auto"))).removeprefix("torch.")
+        plan = Plan(args.pairs, args.n, tuple(args.ways.split(",")), tuple(args.heads), dtype, args.callers, args.pool)
         results = {"model": args.shape or args.model, **measure(model, plan, folder)}
     if args.json:
         print(json.dumps(results, indent=2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import os
 import shutil
 from pathlib import Path
@@ -27,20 +28,28 @@ Rows: prompt, harmful, refusal (the paper's calibration) or prompt, chosen, reje
     'Rows: prompt, responses: [{"text", "safe"}, …].',
     "ensemble": "example: inward fit ensemble --heads heads/hybrid heads/legend --pairs others.jsonl --out heads/both\n"
     "Rows: prompt, chosen, rejected; best of prompts that none of the heads was fitted on.",
+    "value": "example: inward fit value --head hybrid --prompts prompts.jsonl --out heads/hybrid-value\n"
+    "Rows: prompt. Each is answered --samples times; better 200 prompts and more.",
+    "guard": "example: inward fit guard --head hybrid --safe answers.jsonl --out heads/hybrid\n"
+    "Rows: prompt, response (or responses), all of them acceptable.",
 }
 ABOUT = {
     "legend": "a safety direction without training (arXiv 2406.08124)",
     "hybrid": "a linear probe per layer and a gate (arXiv 2503.10093)",
     "srr": "a listwise ranker of safe responses (arXiv 2505.15710)",
     "ensemble": "the weighted sum of several heads' scores, as one head",
+    "value": "what a head will say of a finished answer, predicted from any token of it (arXiv 2310.17022)",
+    "guard": "a head's thresholds for ending answers, by false-positive rate",
 }
+ROWS = {"srr": "lists", "value": "prompts", "guard": "safe"}
+"""The option that names the rows; pairs where nothing is said."""
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "fit", help=COMMANDS["fit"], description="Fits a head for a model, from JSONL or Parquet, or from states."
     )
-    kinds = parser.add_subparsers(dest="kind", metavar="legend|hybrid|srr|ensemble", required=True)
+    kinds = parser.add_subparsers(dest="kind", metavar="|".join(ABOUT), required=True)
     for kind, about in ABOUT.items():
         one = kinds.add_parser(
             kind,
@@ -49,7 +58,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
             epilog=EPILOG[kind],
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        _add_common(one, "lists" if kind == "srr" else "pairs")
+        _add_common(one, ROWS.get(kind, "pairs"))
         _ADD[kind](one)
         add_settings(one, MODEL_SETTINGS)
     parser.set_defaults(run=run)
@@ -58,7 +67,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def _add_common(parser: argparse.ArgumentParser, rows: str) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(f"--{rows}", dest="rows", type=Path, metavar="FILE", help="JSONL or Parquet; see below")
-    source.add_argument("--states", type=Path, metavar="FILE", help="states of such rows, saved with --save-states")
+    if rows in ("pairs", "lists"):
+        source.add_argument("--states", type=Path, metavar="FILE", help="states of such rows, saved with --save-states")
     out = "folder of the head; its name is the head's"
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help=out)
     parser.add_argument("--name", help="another name for the head")
@@ -135,7 +145,43 @@ def _add_ensemble(parser: argparse.ArgumentParser) -> None:
     )
 
 
-_ADD = {"legend": _add_legend, "hybrid": _add_hybrid, "srr": _add_srr, "ensemble": _add_ensemble}
+def _add_value(parser: argparse.ArgumentParser) -> None:
+    _add_of(parser, "head whose reward is predicted")
+    parser.add_argument("--samples", type=int, default=8, metavar="N", help="answers to each prompt (default: 8)")
+    parser.add_argument(
+        "--sampling", type=json.loads, default={}, metavar="JSON",
+        help='how they are drawn, such as {"top_p": 0.95} (default: up to 128 tokens)',
+    )  # fmt: skip
+    parser.add_argument(
+        "--at", type=_points, default=(8, 16, 32, 64), help="tokens after which it may be decided (default: 8,16,32,64)"
+    )
+    parser.add_argument("--layers", help="layers to choose from: all, last, or numbers (default: four, evenly spaced)")
+
+
+def _add_guard(parser: argparse.ArgumentParser) -> None:
+    _add_of(parser, "head that guards")
+    parser.add_argument(
+        "--pool", metavar="NAME", help="how scores of tokens make a running one (default: its own, else max_ema)"
+    )
+
+
+def _add_of(parser: argparse.ArgumentParser, what: str) -> None:
+    where = "its folder, or its name in the heads folder of the model"
+    parser.add_argument("--head", dest="of", required=True, metavar="HEAD", help=f"{what}: {where}")
+
+
+def _points(text: str) -> tuple[int, ...]:
+    return tuple(sorted({int(part) for part in text.split(",")}))
+
+
+_ADD = {
+    "legend": _add_legend,
+    "hybrid": _add_hybrid,
+    "srr": _add_srr,
+    "ensemble": _add_ensemble,
+    "value": _add_value,
+    "guard": _add_guard,
+}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -144,7 +190,9 @@ def run(args: argparse.Namespace) -> int:
     if args.out.exists() and not args.replace:
         raise SetupError(f"{args.out} exists already: choose another folder, or say --replace")
     args.name = args.name or args.out.name
-    if args.kind == "ensemble":
+    if args.kind in ("value", "guard"):
+        args.of = head_folder(args, args.of)
+    elif args.kind == "ensemble":
         args.parts = [head_folder(args, one) for one in args.parts]
     else:
         args.position = args.position or ("mean" if args.pool else "eos" if args.kind == "hybrid" else "last")

@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from inward import metrics
 from inward.backbones.base import Backbone
 from inward.batching import within
 from inward.errors import InvalidField, InwardError, Unavailable
 from inward.heads.hybrid import HybridHead
 from inward.heads.online import online_step
+from inward.heads.recent import RecentPairs
 from inward.heads.registry import Registry
 from inward.prompts import Prompts, Texts
 from inward.types import Floats, Group, HeadRef, Kind, Readout, Tap
@@ -26,6 +28,8 @@ class LocalHeadControl:
     def __init__(self, registry: Registry, backbone: Backbone, prompts: Prompts) -> None:
         self._registry, self._backbone, self._prompts = registry, backbone, prompts
         self._one_update_at_a_time = asyncio.Lock()
+        self._recent: dict[str, RecentPairs] = {}
+        """Of every head that is updated."""
 
     def resolve(self, name: str | None, kinds: Sequence[Kind]) -> HeadRef:
         """The active version of the head ``name``, or of the first one of the first of ``kinds`` that is loaded.
@@ -77,7 +81,15 @@ class LocalHeadControl:
             chosen_NLD, rejected_NLD = await self._states(head, pairs)
             new = await asyncio.to_thread(online_step, head, chosen_NLD, rejected_NLD, lr=lr)
             added = await asyncio.to_thread(lambda: self._registry.add_version(new, sequence=sequence))
+            await asyncio.to_thread(self._watch, name, new, chosen_NLD, rejected_NLD)
             return added.ref
+
+    def _watch(self, name: str, head: HybridHead, chosen_NLD: Floats, rejected_NLD: Floats) -> None:
+        """Says how well the head fits the pairs of its last updates."""
+        recent = self._recent.setdefault(name, RecentPairs())
+        recent.add(chosen_NLD, rejected_NLD)
+        if (cosine := recent.cosine(head)) is not None:
+            metrics.HEAD_FIT_COSINE.labels(head=name).set(cosine)
 
     async def _states(self, head: HybridHead, pairs: Sequence[Texts]) -> tuple[Floats, Floats]:
         """The pairs' states at the head's layers, ``[N, L, D]`` each, in batches that the backbone takes."""

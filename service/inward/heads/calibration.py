@@ -10,6 +10,7 @@ Everything is fitted on margins or scores that were held out from the head's own
     platt          {"slope", "intercept"} of the calibrated probability that a response is acceptable
     platt_pair     the same of the probability that a pair's label is right, by its margin
     score_deciles  the nine numbers between the tenths of the calibration scores
+    acceptable     {"rates", "scores"}: the share of acceptable responses below each score
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ from numpy.typing import ArrayLike, NDArray
 from inward.errors import DataError, HeadError, InvalidField
 from inward.types import PairScores
 
+TINY = 1e-9
+"""In place of a width of nothing."""
+FALSE_POSITIVE_RATES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+"""At which thresholds are kept."""
 BIN_VALUES = (0.0, 1 / 3, 2 / 3, 1.0)
 """The scale that TRL documents for the margins of Llama 2's reward model."""
 
@@ -234,6 +239,99 @@ class Deciles:
     def tenth(self, score: float) -> int:
         """1 for scores like the lowest tenth of the calibration set, up to 10."""
         return 1 + int(np.searchsorted(self.edges, score, side="right"))
+
+    def quantile(self, score: float) -> float:
+        """Share of the calibration scores below ``score``, in (0, 1); beyond the outer tenths as in ``Acceptable``."""
+        low, high = self.edges[0], self.edges[-1]
+        if score < low:
+            return float(0.1 * math.exp((score - low) / max(self.edges[1] - low, TINY)))
+        if score > high:
+            return float(1 - 0.1 * math.exp((high - score) / max(high - self.edges[-2], TINY)))
+        return float(np.interp(score, self.edges, np.arange(1, 10) / 10))
+
+
+@dataclass(frozen=True, slots=True)
+class Acceptable:
+    """How acceptable responses of the calibration set are scored: what a threshold costs in false positives.
+
+    Heads fitted before this was kept have it estimated, from the tenths of all scores and the calibrated probability
+    at each score; beyond the outer tenths scores are taken to thin out exponentially, as fast as the last tenth begins.
+    """
+
+    rates: tuple[float, ...]
+    scores: tuple[float, ...]
+    estimated: bool = False
+
+    @classmethod
+    def fit(cls, scores: ArrayLike) -> Self:
+        """Of acceptable calibration scores ``[N]``; only rates of which the set has at least one response.
+
+        Raises:
+            DataError: none, or some are not finite.
+        """
+        scores_N = np.asarray(scores, dtype=np.float64).ravel()
+        if not len(scores_N) or not np.isfinite(scores_N).all():
+            raise DataError("calibration scores must be finite, and there must be some")
+        rates = [rate for rate in FALSE_POSITIVE_RATES if rate * len(scores_N) >= 1] or [FALSE_POSITIVE_RATES[-1]]
+        return cls(tuple(rates), tuple(float(s) for s in np.quantile(scores_N, rates)))
+
+    @classmethod
+    def load(cls, calibration: Mapping[str, Any]) -> Self | None:
+        """Out of a manifest's ``calibration``; estimated where it isn't there, None where that can't be done.
+
+        Raises:
+            HeadError: an entry that can't be used.
+        """
+        if "acceptable" not in calibration:
+            deciles, platt = Deciles.load(calibration), Platt.load(calibration)
+            return cls._estimate(deciles, platt) if deciles and platt else None
+        try:
+            rates = tuple(float(r) for r in calibration["acceptable"]["rates"])
+            scores = tuple(float(s) for s in calibration["acceptable"]["scores"])
+        except (TypeError, ValueError, KeyError) as error:
+            raise HeadError(f"calibration.acceptable in head.json needs lists rates and scores ({error!r})") from None
+        ascending = list(rates) == sorted(set(rates)) and list(scores) == sorted(scores)
+        if not rates or len(rates) != len(scores) or not ascending or not all(map(math.isfinite, (*rates, *scores))):
+            raise HeadError("calibration.acceptable in head.json must ascend in rates and scores: fit the head again")
+        return cls(rates, scores)
+
+    @classmethod
+    def _estimate(cls, deciles: Deciles, platt: Platt) -> Self | None:
+        edges = np.asarray(deciles.edges)
+        tails = np.linspace(-10, 0, 101)  # in widths of the outer inner tenth
+        first, last = max(edges[1] - edges[0], TINY), max(edges[-1] - edges[-2], TINY)
+        grid = np.concatenate(
+            [
+                edges[0] + first * tails,
+                np.interp(np.linspace(0, 8, 81)[1:], np.arange(9), edges),
+                edges[-1] - last * tails[-2::-1],
+            ]
+        )
+        below = np.concatenate([0.1 * np.exp(tails), np.linspace(0.1, 0.9, 81)[1:], 1 - 0.1 * np.exp(tails[-2::-1])])
+        share = np.cumsum(np.diff(below) * platt((grid[1:] + grid[:-1]) / 2))
+        if not share[-1] > 0:
+            return None
+        share /= share[-1]
+        rates = [rate for rate in FALSE_POSITIVE_RATES if rate >= share[0]]
+        return cls(tuple(rates), tuple(float(s) for s in np.interp(rates, share, grid[1:])), estimated=True)
+
+    def dump(self) -> dict[str, Any]:
+        """The entry of a manifest's ``calibration``."""
+        return {"acceptable": {"rates": list(self.rates), "scores": list(self.scores)}}
+
+    def threshold(self, rate: float) -> float:
+        """Score below which the share ``rate`` of acceptable responses lies; between two known rates, between theirs.
+
+        Raises:
+            InvalidField: the calibration set is too small for so low a rate, or the rate is above all that are kept.
+        """
+        if not self.rates[0] <= rate <= self.rates[-1]:
+            raise InvalidField(
+                f"a false-positive rate of {rate:g} is not known for this head: its calibration tells "
+                f"{self.rates[0]:g} to {self.rates[-1]:g}",
+                param="false_positives",
+            )
+        return float(np.interp(math.log(rate), np.log(self.rates), self.scores))
 
 
 @dataclass(frozen=True, slots=True)

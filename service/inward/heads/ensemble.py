@@ -116,6 +116,7 @@ class EnsembleHead:
             layers_N=self._layers(said) if "layers" in details else None,
             tokens_N=self._tokens(said) if "tokens" in details else None,
             pair=self._pair(scores_N) if pair else None,
+            gamma=self.options.confidence.gamma,
         )
 
     def _split(self, reading: Reading) -> list[Reading]:

@@ -23,7 +23,7 @@ from inward.heads.base import Manifest
 from inward.heads.calibration import Deciles, PairCalibration, Platt, sigmoid
 from inward.heads.pooling import Pooler, shapes
 from inward.heads.tensors import expect, pooler_of
-from inward.types import Detail, Floats, HeadRef, LayerScores, PairScores, Reading, Readout, Scores, Tap
+from inward.types import Detail, Floats, Gamma, HeadRef, LayerScores, PairScores, Reading, Readout, Scores, Tap
 
 Gate = Literal["sigmoid", "softmax"]
 Doubles = NDArray[np.float64]
@@ -37,6 +37,11 @@ class Confidence(BaseModel):
     alpha: float = Field(7.5, gt=0, allow_inf_nan=False)
     squash: bool = True
     floor: float | None = Field(0.5, ge=0, le=1)
+
+    @property
+    def gamma(self) -> Gamma:
+        """As it travels with scores."""
+        return Gamma(self.alpha, self.squash, self.floor)
 
 
 class HybridOptions(BaseModel):
@@ -180,7 +185,9 @@ class HybridHead:
             probability_N=tuple(None if s is None else float(platt(s)) for s in scores_N) if platt else None,
             layers_N=self._layers(values_NL, gates_NL) if "layers" in details else None,
             tokens_N=self._tokens(reading) if "tokens" in details else None,
+            map_N=self._map(reading) if {"layers", "tokens"} <= details else None,
             pair=self._pair(scores_N) if pair else None,
+            gamma=self.options.confidence.gamma,
         )
 
     def _layers(self, values_NL: Floats, gates_NL: Doubles) -> tuple[LayerScores, ...]:
@@ -194,6 +201,15 @@ class HybridHead:
             raise InternalError("detail 'tokens' was asked for, but the backbone was not asked to read every token")
         rewards = [self.rewards(self._own(values_TK))[0] for values_TK in reading.tokens_TK]
         return tuple(tuple(map(float, r)) if np.isfinite(r).all() else () for r in rewards)
+
+    def _map(self, reading: Reading) -> tuple[tuple[tuple[float, ...], ...], ...]:
+        """Each layer's probe times its gate, ``[T, L]`` of each response: a token's sum is its score."""
+        parts = []
+        for values_TK in reading.tokens_TK or ():
+            values_TL = self._own(values_TK).astype(np.float64)
+            parts_TL = values_TL * self.rewards(values_TL)[1]
+            parts.append(tuple(tuple(map(float, row)) for row in parts_TL) if np.isfinite(parts_TL).all() else ())
+        return tuple(parts)
 
     def _own(self, values_NK: Floats) -> Floats:
         """Probe outputs, without what the pool reads."""

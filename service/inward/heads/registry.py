@@ -19,9 +19,10 @@ from inward import metrics
 from inward.errors import Conflict, HeadError, NotFound
 from inward.heads import store
 from inward.heads.base import Head, Manifest
+from inward.heads.value import OF
 from inward.types import BackboneInfo, HeadRef, Kind
 
-KINDS: tuple[Kind, ...] = ("legend", "hybrid", "srr", "ensemble")
+KINDS: tuple[Kind, ...] = ("legend", "hybrid", "srr", "ensemble", "value")
 KEPT_UPDATES = 20
 """Versions made by online updates that are kept on disk, to roll back to; the oldest go first. What was fitted
 stays."""
@@ -86,6 +87,11 @@ class Snapshot:
             NotFound: no such head, or it is of no kind that will do here; lists what is loaded.
         """
         return self.loaded[choose(self._refs(), name, kinds).name].head
+
+    def value_of(self, name: str) -> Head | None:
+        """The value head that predicts the finished reward of head ``name``; of several the first by name."""
+        heads = (loaded.head for loaded in self.loaded.values())
+        return next((h for h in heads if h.ref.kind == "value" and h.manifest.options.get(OF) == name), None)
 
     def _refs(self) -> dict[str, HeadRef]:
         return {name: loaded.head.ref for name, loaded in self.loaded.items()}

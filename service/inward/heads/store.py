@@ -49,6 +49,7 @@ KINDS: Mapping[Kind, HeadClass] = {
     "hybrid": HybridHead,
     "srr": SrrHead,
     "ensemble": EnsembleHead,
+    "value": LegendHead,
 }
 
 

@@ -60,8 +60,8 @@ class Sizes:
     harmful: int = 240
     harmless: int = 100
     pairs: int = 420
-    monitor: int = 300
-    """Pairs of other prompts, for the head that watches the first."""
+    monitor: int = 150
+    """Pairs of other prompts, for the head that watches the first; LEGEND's rows come to them."""
 
 
 def held_out(prompt: Prompt) -> bool:
@@ -136,11 +136,13 @@ def main() -> None:
     pairs, test_pairs = _apart(pair for pair in read_pairs(args.pairs) if _is_short(pair))
     lists, test_lists = _apart(map(shortened, read_lists(args.lists)))
     listed = [pair for one in lists for pair in pairs_of(one)]
+    calibrating = calibration(harmful)
+    labelled = [*pairs[: sizes.pairs], *listed]
     files: dict[str, Sequence[Any]] = {
-        "calibration": calibration(harmful),
-        "validation": listed,
-        "pairs": [*pairs[: sizes.pairs], *listed, *answered(harmless)],
-        "monitor": pairs[sizes.pairs :][: sizes.monitor],
+        "calibration": calibrating,
+        "validation": labelled,
+        "pairs": [*labelled, *answered(harmless)],
+        "monitor": [*pairs[sizes.pairs :][: sizes.monitor], *(row.pair for row in calibrating)],
         "lists": lists,
         "test_pairs": test_pairs,
         "test_lists": test_lists,

@@ -78,6 +78,8 @@ class ApiProcess:
             keys=key_ring(settings),
             rerank_head=settings.rerank_head,
             compat_head=settings.compat_head,
+            guard_head=settings.guard_head,
+            false_positives=settings.false_positives,
             metrics_open=settings.metrics_open,
             ready=self.ready,
             alive=lambda: True,
@@ -149,7 +151,7 @@ class ApiProcess:
         worker = self.head_control.worker_info
         backbone = replace(worker.backbone, concurrency=sum(one.backbone.concurrency for one in workers))
         heads = [row["name"] for row in worker.heads]
-        return about(backbone, worker.policy_version, self._prompts, heads, self.settings)
+        return about(backbone, worker.policy_version, self._prompts, heads, self.settings, jobs=True)
 
     async def close(self, timeout: float) -> bool:
         """Leaves Redis; whoever still waits has been answered by the server's own draining. True if nothing was

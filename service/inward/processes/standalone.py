@@ -38,12 +38,15 @@ class Standalone:
             intake=Intake(SingleFlight(self.queue, window=settings.sharing_window, current=self.current)),
             heads=LocalHeadControl(registry, backbone, prompts),
             policies=loaded.policies,
+            sleeper=backbone,
             model=backbone.info.name,
             info=self.info,
             limits=limits(settings),
             keys=key_ring(settings),
             rerank_head=settings.rerank_head,
             compat_head=settings.compat_head,
+            guard_head=settings.guard_head,
+            false_positives=settings.false_positives,
             metrics_open=settings.metrics_open,
             ready=self.ready,
             alive=self.alive,
@@ -83,6 +86,8 @@ class Standalone:
             return False, f"the engine is dead: {self.worker.dead or 'the backbone stopped'}"
         if self.draining:
             return False, "shutting down"
+        if self.backbone.asleep:
+            return False, "the backbone sleeps: POST /wake"
         return self._tasks.problem is None, self._tasks.problem or "ready"
 
     def current(self, scored: Scored) -> bool:

@@ -19,6 +19,8 @@ LOG = logs.logger("prompts")
 DEFAULT_FORMAT = "{prompt}\n\n{response}"
 """For models without a chat template."""
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
+CONTEXT = 3
+"""Tokens that are decoded before one, so that it has the white space that it has in the text."""
 INLINE_CHARACTERS = 20_000
 """Requests up to this size are tokenised on the event loop (about a millisecond): a thread would cost more than it
 saves."""
@@ -148,6 +150,23 @@ class Prompts:
         responses_ids = tuple(own if isinstance(r, str) else r for r, own in zip(responses, tokenised, strict=True))
         bos = () if self.tokenizer.bos_token_id is None else (self.tokenizer.bos_token_id,)
         return fit_length(Group(prompt_ids, responses_ids), self.max_tokens, bos=bos, truncate=truncate)
+
+    def pieces(self, ids: Ids) -> list[str]:
+        """The text of each token of a response; together they are its text. Of a character that takes several tokens
+        the last one has all.
+        """
+        done: list[str] = []
+        start, before = 0, ""  # from where on it is decoded again, and what is said already of that
+        for i in range(len(ids)):
+            text = str(self.tokenizer.decode(list(ids[start : i + 1]), skip_special_tokens=False))
+            broken = text.endswith("\ufffd") and i + 1 < len(ids)
+            done.append("" if broken else text[len(before) :])
+            if not broken:
+                before = str(
+                    self.tokenizer.decode(list(ids[max(start, i - CONTEXT) : i + 1]), skip_special_tokens=False)
+                )
+                start = max(start, i - CONTEXT)
+        return done
 
     async def group_many(self, texts: Sequence[Texts]) -> list[Grouped | InwardError]:
         """``group`` for each, errors in place of the ones that can't be used; off the event loop where it is much."""

@@ -85,6 +85,8 @@ class Info(AdminAnswer):
     width: int
     template: str
     heads: list[str]
+    jobs: bool = False
+    """Whether bulk jobs are kept here."""
     limits: RequestLimits
 
 
@@ -92,6 +94,12 @@ class Status(AdminAnswer):
     """Answer of the health routes, where all is well."""
 
     status: str
+
+
+class SleepAnswer(AdminAnswer):
+    """Answer of `/sleep` and `/wake`."""
+
+    asleep: bool
 
 
 class Job(AdminAnswer):

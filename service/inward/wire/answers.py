@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
-from inward.types import HeadRef, Kind
+from inward.types import FinishReason, HeadRef, Kind
 from inward.types import Usage as UsageTokens
 from inward.wire.base import Wire
 
@@ -48,6 +48,10 @@ class Usage(Wire):
     completion_tokens: int
     cached_tokens: int
     """Prompt tokens that did not have to be computed again."""
+    drawn_tokens: int = 0
+    """Of drawn answers: all that were drawn, those that are not given included."""
+    not_drawn_tokens: int = 0
+    """At most so many more would have been drawn of the answers that were rejected or ended by a guard."""
 
     @classmethod
     def of(cls, usage: UsageTokens) -> Usage:
@@ -56,6 +60,8 @@ class Usage(Wire):
             prompt_tokens=usage.prompt_tokens,
             completion_tokens=usage.completion_tokens,
             cached_tokens=usage.cached_tokens,
+            drawn_tokens=usage.drawn_tokens,
+            not_drawn_tokens=usage.not_drawn_tokens,
         )
 
 
@@ -131,6 +137,12 @@ class Score(Element):
     """Detail `layers`: each layer's part (`layers`, `values`, for a hybrid head also `gates`)."""
     tokens: list[float] | None = None
     """Detail `tokens`: the score at every token of the response."""
+    token_texts: list[str] | None = None
+    """Detail `tokens`: the text of every token; together they are the response. A token that ends within a character
+    has none, and the next one has all of it."""
+    map: list[list[float]] | None = None
+    """Details `tokens` and `layers`, of a hybrid head: for every token each layer's part of its score, in the order of
+    `layers`."""
 
 
 class RewardPair(Element):
@@ -168,15 +180,17 @@ class Ranked(Element):
     text: str | None
     """None where it is not Unicode text."""
     score: float | None = None
-    """None for candidates that can't be scored; they stand last."""
+    """None for candidates that can't be scored; they stand last. Of an answer that was rejected or ended by a guard:
+    the score that ended it, which may be another head's; it stands after those that were drawn to their end."""
     probability: float | None = None
     """Calibrated probability that the response is acceptable, where the head is calibrated for it."""
     completion_tokens: int | None = None
     token_ids: list[int] | None = None
     """Of the answer, if asked for. `/score` takes them as `response_ids`, and then scores exactly what was scored
     here."""
-    finish_reason: Literal["stop", "length"] | None = None
-    """Of a drawn answer: whether it ended by itself, or stands cut at its length limit."""
+    finish_reason: FinishReason | None = None
+    """Of a drawn answer: whether it ended by itself (`stop`), stands cut at its length limit (`length`), was ended by
+    `stop_when` (`guard`) or by `early_rejection` (`rejected`)."""
 
 
 class BestAgainstWorst(Wire):
@@ -190,9 +204,10 @@ class BestAgainstWorst(Wire):
     margin: float
     confidence: float | None = None
     """Gamma of the hybrid reward, where a hybrid head is loaded: the weight of the pair's label in cDPO."""
-    chosen_finish_reason: Literal["stop", "length"] | None = None
-    """Of a drawn answer; one that was cut (`length`) should not be followed by an end-of-sequence token in training."""
-    rejected_finish_reason: Literal["stop", "length"] | None = None
+    chosen_finish_reason: FinishReason | None = None
+    """Of a drawn answer; only one that ended by itself (`stop`) should be followed by an end-of-sequence token in
+    training."""
+    rejected_finish_reason: FinishReason | None = None
 
 
 class MarginAnswer(Answer):

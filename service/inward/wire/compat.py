@@ -16,7 +16,9 @@ from inward.wire.requests import RerankRequest, ScoreRequest, Text
 HeadName = Annotated[str, Field(min_length=1, max_length=64)]
 Texts = Annotated[list[Text], Field(min_length=1)]
 Messages = Annotated[list[dict[str, Any]], Field(min_length=1)]
-COMPAT_TAGS = frozenset({"as native", "as documents", "as texts", "as text pairs", "as one", "as many", "as object"})
+COMPAT_TAGS = frozenset(
+    {"as native", "as documents", "as texts", "as text pairs", "as one", "as many", "as object", "as parts"}
+)
 """Steps in the path of a pydantic error that are no field of the caller's JSON."""
 
 

@@ -81,6 +81,8 @@ class Parts:
         head, _, rest = (param or "").partition(".")
         if head in ("response", "responses"):
             return self.response_fields[int(rest or 0)]
+        if param == "prompt":
+            return self.prompt_field
         if head != "messages":
             return param
         if isinstance(self.prompt, str) or not rest:
@@ -113,9 +115,9 @@ class PromptFields(Wire):
     @model_validator(mode="after")
     def _one_form(self) -> PromptFields:
         if self.prompt is None and self.messages is None:
-            raise _at("prompt", "is missing; give `prompt`, or `messages`")
+            raise at("prompt", "is missing; give `prompt`, or `messages`")
         if self.prompt is not None and self.messages is not None:
-            raise _at("messages", "can't stand beside `prompt`; give one of the two")
+            raise at("messages", "can't stand beside `prompt`; give one of the two")
         return self
 
     def asked(self) -> tuple[str | list[dict[str, str]], str]:
@@ -137,11 +139,11 @@ class Item(PromptFields):
     @model_validator(mode="after")
     def _one_response(self) -> Item:
         if self.response_ids is not None and (self.response is not None or self.messages is not None):
-            raise _at("response_ids", "stands beside `prompt` alone, instead of `response`")
+            raise at("response_ids", "stands beside `prompt` alone, instead of `response`")
         if self.prompt is not None and self.response is None and self.response_ids is None:
-            raise _at("response", "is missing; give the answer to `prompt`")
+            raise at("response", "is missing; give the answer to `prompt`")
         if self.messages is not None and self.response is not None:
-            raise _at("response", "can't stand beside `messages`, whose last message is the response")
+            raise at("response", "can't stand beside `messages`, whose last message is the response")
         return self
 
     def parts(self) -> Parts:
@@ -174,9 +176,9 @@ class Pair(PromptFields):
     def _one_form(self) -> Pair:
         if self.prompt is None and self.messages is None:
             if not any(isinstance(answer, list) and len(answer) > 1 for answer in (self.chosen, self.rejected)):
-                raise _at("prompt", "is missing; give `prompt`, or `messages`")
+                raise at("prompt", "is missing; give `prompt`, or `messages`")
         elif self.prompt is not None and self.messages is not None:
-            raise _at("messages", "can't stand beside `prompt`; give one of the two")
+            raise at("messages", "can't stand beside `prompt`; give one of the two")
         return self
 
     def parts(self) -> Parts:
@@ -262,9 +264,9 @@ class RewardRequest(Options):
     @model_validator(mode="after")
     def _one_list(self) -> RewardRequest:
         if self.items is None and self.pairs is None:
-            raise _at("items", "is missing; give `items`, or `pairs`")
+            raise at("items", "is missing; give `items`, or `pairs`")
         if self.items is not None and self.pairs is not None:
-            raise _at("pairs", "can't stand beside `items`; give one of the two")
+            raise at("pairs", "can't stand beside `items`; give one of the two")
         return self
 
 
@@ -286,6 +288,64 @@ class Sampling(Wire):
     """Texts that end an answer, and are not part of it."""
 
 
+class RejectionOptions(Wire):
+    """Which answers are not drawn to their end, so that more can be begun for the same tokens."""
+
+    keep: Annotated[StrictFloat, Field(gt=0, lt=1)] | None = None
+    """At each of `at`: the share of the answers still running that goes on, at least one."""
+    at: Annotated[list[Annotated[StrictInt, Field(ge=1, le=MOST)]], Field(min_length=1, max_length=64)] | None = None
+    """Tokens of an answer after which it is decided, ascending."""
+    max_loss: Annotated[StrictFloat, Field(gt=0, lt=1)] | None = None
+    """Instead of `keep` and `at`: the share of what the best of `n` gains over a single answer that may be lost on
+    average, by the calibration of a value head."""
+    head: str | None = None
+    """Whose running score decides. By default the value head that was fitted for the one that ranks (`inward fit
+    value`), else the mean of that one's own scores so far."""
+    in_pair: StrictBool = False
+    """Let a rejected answer be the `rejected` of `pair`, cut as it is. Its score is the one that rejected it."""
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> RejectionOptions:
+        if self.max_loss is not None and (self.keep is not None or self.at is not None):
+            raise at("max_loss", "can't stand beside `keep` or `at`; give one or the other")
+        if self.max_loss is None and (self.keep is None or self.at is None):
+            raise at("keep" if self.keep is None else "at", "is missing; give `keep` and `at`, or `max_loss`")
+        if self.at is not None and self.at != sorted(set(self.at)):
+            raise at("at", "must ascend")
+        return self
+
+
+class GuardOptions(Wire):
+    """An answer ends as soon as its pooled score falls below a threshold. What follows its last safe token is not
+    given.
+
+    The threshold is given by one of `below`, `probability` and `fpr`.
+    """
+
+    head: str | None = None
+    """Whose score it is; by default that of the head which ranks."""
+    below: Annotated[StrictFloat, Field(allow_inf_nan=False)] | None = None
+    """A score of the head."""
+    probability: Annotated[StrictFloat, Field(gt=0, lt=1)] | None = None
+    """A probability that the answer is acceptable, where the head is calibrated for it."""
+    fpr: Annotated[StrictFloat, Field(gt=0, lt=1)] | None = None
+    """The share of acceptable answers that may be ended, where the head is calibrated for it (`inward fit guard`)."""
+    pool: Annotated[str, Field(max_length=64)] | None = None
+    """How the scores of the tokens so far make one: `last`, `mean`, `max_ema:alpha=0.5`, `max_rolling:window=10`,
+    `topk:k=10`. By default the head's own pool, else `max_ema`."""
+    after: Annotated[StrictInt, Field(ge=0, le=MOST)] = 0
+    """Tokens that are drawn whatever they score."""
+
+    @model_validator(mode="after")
+    def _one_threshold(self) -> GuardOptions:
+        given = [name for name in ("below", "probability", "fpr") if getattr(self, name) is not None]
+        if not given:
+            raise at("below", "is missing; give `below`, `probability` or `fpr`")
+        if len(given) > 1:
+            raise at(given[1], f"can't stand beside `{given[0]}`; give one of them")
+        return self
+
+
 class RerankRequest(Options, PromptFields):
     """Candidate answers to one prompt, given or to be drawn, to be ranked.
 
@@ -299,6 +359,10 @@ class RerankRequest(Options, PromptFields):
     """Instead of `candidates`: how many answers to draw from the model."""
     sampling: Sampling | None = None
     """How they are drawn."""
+    early_rejection: RejectionOptions | None = None
+    """Which of them are not drawn to their end. They come after those that are, with `finish_reason` `rejected`."""
+    stop_when: GuardOptions | None = None
+    """When an answer is ended by a guard. It comes after those that were not, with `finish_reason` `guard`."""
     return_token_ids: StrictBool = False
     """Give each answer's token ids as well."""
     stream: StrictBool = False
@@ -311,6 +375,7 @@ class RerankRequest(Options, PromptFields):
             "examples": [
                 {"prompt": "How do I sharpen a knife?", "candidates": ["No idea.", "Use a whetstone."]},
                 {"prompt": "How do I sharpen a knife?", "n": 8, "sampling": {"temperature": 0.8, "max_tokens": 128}},
+                {"prompt": "How do I sharpen a knife?", "n": 16, "early_rejection": {"keep": 0.5, "at": [16, 32]}},
             ]
         }
     )
@@ -320,17 +385,20 @@ class RerankRequest(Options, PromptFields):
     def _renamed(cls, value: Any) -> Any:
         for old, new in RENAMED.items():
             if isinstance(value, dict) and old in value:
-                raise _at(old, f"is called `{new}`")
+                raise at(old, f"is called `{new}`")
         return value
 
     @model_validator(mode="after")
     def _given_or_drawn(self) -> RerankRequest:
         if self.candidates is None and self.n is None:
-            raise _at("candidates", "is missing; give `candidates`, or `n` to draw them")
+            raise at("candidates", "is missing; give `candidates`, or `n` to draw them")
         if self.candidates is not None and (self.n is not None or self.sampling is not None):
-            raise _at("candidates", "can't stand beside `n` or `sampling`; give one or the other")
-        if self.candidates is not None and self.stream:
-            raise _at("stream", "is for answers that are drawn; given candidates are ranked together")
+            raise at("candidates", "can't stand beside `n` or `sampling`; give one or the other")
+        for name in ("stream", "early_rejection", "stop_when"):
+            if self.candidates is not None and getattr(self, name):
+                raise at(name, "is for answers that are drawn; given candidates are ranked together")
+        if self.stream and self.early_rejection is not None:
+            raise at("early_rejection", "compares answers while they are drawn; a stream draws each by itself")
         return self
 
 
@@ -360,7 +428,7 @@ class ActivateRequest(Wire):
     """A version that `GET /heads/{name}` lists."""
 
 
-def _at(field: str, problem: str) -> PydanticCustomError:
+def at(field: str, problem: str) -> PydanticCustomError:
     """An error of a whole object that blames one of its fields."""
     return PydanticCustomError("wrong_form", "{problem}", {"problem": problem, "field": field})
 

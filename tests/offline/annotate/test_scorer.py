@@ -2,10 +2,11 @@ import json
 from types import SimpleNamespace
 
 import httpx
+import numpy as np
 import pytest
 
 from inward.errors import NotFound, SetupError, Unavailable
-from inward.offline.annotate.scorer import COLUMNS, PATIENCE, RowScorer, ServiceScorer
+from inward.offline.annotate.scorer import COLUMNS, PATIENCE, RowScorer, ServiceScorer, TokenScores
 from inward_client import aio
 from inward_client.rows import Pair
 
@@ -134,6 +135,8 @@ async def test_who_annotates_is_asked_first_and_the_head_of_the_confidence_is_th
         by = {"model": "m", "policy_version": "base"}
         if request.url.path == "/reward":
             return httpx.Response(200, json={**by, "head": HYBRID, "rewards": [{"margin": 1.0}]})
+        if request.url.path == "/heads/legend":
+            return httpx.Response(200, json={**HEAD, "fit": fit_of("legend")})
         return httpx.Response(200, json={**by, "head": HEAD, "margins": [{"margin": 1.0, "confidence": 0.75}]})
 
     async with httpx.AsyncClient(transport=httpx.MockTransport(handler)) as client:
@@ -141,12 +144,28 @@ async def test_who_annotates_is_asked_first_and_the_head_of_the_confidence_is_th
         annotator = await scorer.annotator()
         _, by = await scorer.annotate(PAIRS[:1])
     assert (annotator.head, annotator.confidence_head, annotator.model) == (HEAD, HYBRID, "m")
+    assert annotator.held_out == {"agreement": 0.7, "pairs": 60}
     assert by == {**BY, "confidence_head": HYBRID}
 
 
 async def test_an_address_that_is_none_is_refused():
     with pytest.raises(SetupError, match="must begin with http"):
         ServiceScorer("service:8080", None, head=None, truncate=False)
+
+
+def fit_of(head):
+    """As a manifest has it."""
+    return {"metrics": {"held_out": 0.7, "held_out_rows": 60}} if head == HEAD["name"] else {}
+
+
+async def tokens_of(head, pairs):
+    """As the model has them."""
+    return [TokenScores([(pair["chosen"], 1.0)], [(head, 0.0)]) for pair in pairs]
+
+
+async def states_of(pairs):
+    """As the backbone has them."""
+    return np.ones((len(pairs), 2), dtype=np.float32)
 
 
 class Row:
@@ -167,10 +186,13 @@ async def test_rows_that_are_scored_in_this_process_come_the_same_way():
         sent.extend(rows)
         return [Row(error="too long") if row["chosen"] == "chosen 1" else Row(2.0) for row in rows]
 
-    scorer = RowScorer(score, INFO, 4096)
-    assert (await scorer.annotator()).head == HEAD
+    scorer = RowScorer(score, INFO, 4096, fit_of, tokens_of, states_of)
+    annotator = await scorer.annotator()
+    assert annotator.head == HEAD and annotator.held_out == {"agreement": 0.7, "pairs": 60}
     results, by = await scorer.annotate(PAIRS[:3])
-    assert sent[1:] == [pair.body() for pair in PAIRS[:3]]
+    assert await scorer.token_scores(PAIRS[:1]) == [TokenScores([(PAIRS[0].chosen, 1.0)], [("legend", 0.0)])]
+    assert (await scorer.states(PAIRS[:3])).shape == (3, 2)
+    assert sent[1:4] == [pair.body() for pair in PAIRS[:3]]
     assert [one.error for one in results] == [None, "too long", None]
     assert (results[0].columns["margin"], results[0].columns["margin_bin"], by) == (2.0, 0.5, BY)
 
@@ -180,4 +202,4 @@ async def test_no_such_head_in_this_process_is_refused_before_anything_is_read()
         raise NotFound("no head 'nobody'")
 
     with pytest.raises(SetupError, match="nobody"):
-        await RowScorer(score, INFO, None).annotator()
+        await RowScorer(score, INFO, None, fit_of, tokens_of, states_of).annotator()

@@ -4,9 +4,8 @@ import json
 import numpy as np
 import pytest
 
-from inward.offline.annotate.page import page
-from inward.offline.annotate.scorer import Annotated, Annotator
-from inward.offline.annotate.summary import binned, histogram, shown, summarise, suspicious
+from inward.offline.annotate.scorer import Annotated
+from inward.offline.annotate.summary import Wanted, binned, histogram, pick, shown, summarise
 from inward_client.rows import LAYOUTS, PairReader, find
 
 READER = PairReader(LAYOUTS["trl"])
@@ -44,7 +43,7 @@ def test_a_summary_counts_flips_cuts_and_reasons():
     assert summary.reasons == (("612 tokens, but the model takes 512", 2),)
     assert summary.to_json()["label_agreement"] == pytest.approx(0.6)
     assert summary.to_json()["margin"]["mean"] == pytest.approx(0.1)
-    assert "2 labels look flipped (40.0%)" in summary.text()
+    assert "2 labels are contradicted by the head (40.0%)" in summary.text()
 
 
 def test_reasons_that_differ_by_a_name_are_not_one():
@@ -60,7 +59,7 @@ def test_ties_are_neither_flipped_nor_suspicious(source):
     assert (summary.annotated, summary.flipped, summary.ties) == (6, 2, 1)
     assert summary.to_json()["label_agreement"] == pytest.approx(0.6)
     assert "1 pairs are ties" in summary.text()
-    assert suspicious([source], {source.name: [tie] * 6}, READER, 3) == []
+    assert pick([source], lambda _: [tie] * 6, READER, 3) == []
 
 
 def test_a_summary_of_nothing_is_no_division_by_zero():
@@ -77,17 +76,24 @@ def test_bars_count_everything_and_never_mix_the_signs(values):
 
 
 def test_pairs_that_contradict_their_labels_come_first_with_their_texts_and_no_others_are_suspicious(source):
-    found = suspicious([source], {source.name: RESULTS}, READER, 3)
+    found = pick([source], lambda _: RESULTS, READER, 3)
     assert [one.columns["margin"] for one in found] == [-4.0, -1.0]
     assert [one.row for one in found] == [5, 2]
     assert found[0].pair.chosen == "good 4"
     assert "good 4" in shown(found[0]) and "row 5" in shown(found[0])
 
 
-def test_the_page_shows_them_and_runs_nothing_that_stands_in_the_data(source):
-    head = {"name": "legend", "kind": "legend", "version": 1}
-    annotator = Annotator("model<script>", "", "", "float32", "base", "t", head, None, "0")
-    found = suspicious([source], {source.name: RESULTS}, READER, 10)
-    html = page("in.jsonl", annotator, summarise(RESULTS), found)
-    assert html.count("<article>") == 2
-    assert "&lt;b&gt;question 4&lt;/b&gt;" in html and "<b>question" not in html and "model<script>" not in html
+def test_a_sample_is_of_all_annotated_pairs_and_the_same_each_time(source):
+    found = pick([source], lambda _: RESULTS, READER, 10, "sample")
+    assert sorted(one.row for one in found) == [1, 2, 4, 5, 6]
+    assert pick([source], lambda _: RESULTS, READER, 2, "sample") == found[:2]
+
+
+def test_only_rows_that_are_asked_for_are_written():
+    agreeing, against = result(1.0), result(-1.0)
+    against.columns["label_probability"] = 0.2
+    assert Wanted(only_flipped=True).or_left_out(agreeing).columns is None
+    assert Wanted(only_flipped=True).or_left_out(against) is against
+    assert Wanted(least=0.3).or_left_out(against).columns is None
+    assert Wanted(least=0.2).or_left_out(against) is against
+    assert Wanted(least=0.9).or_left_out(agreeing) is agreeing  # its probability is not known

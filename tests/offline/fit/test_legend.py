@@ -89,6 +89,16 @@ def test_bins_fit_new_pairs_since_the_margins_were_cross_fitted():
     assert 0.15 < share_of_highest < 0.35
 
 
+def test_validation_pairs_say_how_large_a_margin_is():
+    """Refusals are far from harmful answers; pairs as they are annotated are not, and their bins must differ, too."""
+    calibration = pair_states(strength=(0.0, 0.0, 9.0), seed=1)
+    validation = pair_states(strength=(0.0, 0.0, 1.0), seed=2)
+    head, _ = fit_legend(calibration, layer=3, validation=validation)
+    own, _ = fit_legend(calibration, layer=3)
+    assert max(head.manifest.calibration["bin_edges"]) < min(own.manifest.calibration["bin_edges"])
+    assert head.manifest.calibration["platt_pair"]["slope"] > 0
+
+
 def test_validation_pairs_choose_the_layer_and_give_the_agreement():
     calibration = pair_states(strength=(3.0, 2.0, 0.5), seed=1)
     validation = pair_states(strength=(0.0, 0.2, 2.0), seed=2)

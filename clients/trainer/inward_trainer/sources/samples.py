@@ -21,6 +21,7 @@ class SampledPairs:
     Args:
         n: samples of each prompt.
         head: hybrid head that ranks them and gives the confidence.
+        early_rejection: which of them are not drawn to their end, and are in no pair.
         epochs: how often each prompt is used; None is for ever.
     """
 
@@ -34,12 +35,14 @@ class SampledPairs:
         n: int = 8,
         sampling: Mapping[str, Any] = SAMPLING,
         head: str,
+        early_rejection: Mapping[str, Any] | None = None,
         epochs: int | None = None,
         seed: int = 0,
     ) -> None:
         if not prompts:
             raise DataError("there are no prompts to sample from")
         self._service, self._prompts, self._n, self._sampling, self._head = service, prompts, n, dict(sampling), head
+        self._early_rejection = early_rejection
         self._order, self._seed = Order(len(prompts), epochs=epochs, seed=seed), seed
 
     def take(self, n: int, cursor: Cursor) -> Taken:
@@ -47,7 +50,7 @@ class SampledPairs:
         start = int(cursor or 0)
         while True:
             draws = [self._draw(start + i, place) for i, place in enumerate(self._order.after(start, n))]
-            drawn = self._service.draw(draws, self._n, self._sampling, self._head)
+            drawn = self._service.draw(draws, self._n, self._sampling, self._head, self._early_rejection)
             found = [
                 best_against_worst(str(start + i), draw.prompt, one)
                 for i, (draw, one) in enumerate(zip(draws, drawn, strict=True))

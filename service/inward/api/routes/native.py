@@ -69,7 +69,7 @@ async def score(request: AnyScore, services: FromApp) -> Response:
     results = await scoring.score_all(
         services, "items", request.items, (head.name,), request, details=frozenset(request.detail)
     )
-    scores = [elements.score(result, f"items.{i}") for i, result in enumerate(results.results)]
+    scores = [elements.score(result, f"items.{i}", services.prompts.pieces) for i, result in enumerate(results.results)]
     return scored(ScoreAnswer(**results.named(services), scores=scores), results.timing)
 
 
@@ -84,7 +84,9 @@ async def reward(request: RewardRequest, services: FromApp) -> Response:
         rewards = [elements.reward_pair(result, f"pairs.{i}") for i, result in enumerate(results.results)]
     else:
         results = await scoring.score_all(services, "items", request.items or [], head, request, details=details)
-        rewards = [elements.score(result, f"items.{i}") for i, result in enumerate(results.results)]
+        rewards = [
+            elements.score(result, f"items.{i}", services.prompts.pieces) for i, result in enumerate(results.results)
+        ]
     return scored(RewardAnswer(**results.named(services), rewards=rewards), results.timing)
 
 

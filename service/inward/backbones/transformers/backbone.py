@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from inward.backbones.base import Capacity, read_samples
+from inward.backbones.base import Capacity, Watch, guarded, read_samples
 from inward.backbones.configuration import max_tokens
 from inward.backbones.end_ids import end_ids, ending_configs
 from inward.backbones.fingerprint import fingerprint
@@ -27,9 +27,10 @@ from inward.backbones.transformers.model import load_model
 from inward.backbones.transformers.norms import fuse_norms
 from inward.backbones.transformers.scheduler import Scheduler, Turns
 from inward.backbones.transformers.selfcheck import choose_mode, is_causal
+from inward.backbones.transformers.watching import Watched
 from inward.batching import within
-from inward.errors import InvalidField
-from inward.types import BackboneInfo, Floats, Group, GroupReading, Reading, Readout, Sample
+from inward.errors import Conflict, InvalidField
+from inward.types import BackboneInfo, Floats, Group, GroupReading, Ids, Reading, Readout, Sample
 
 log = logging.getLogger(__name__)
 Read = tuple[tuple[Reading, ...], int, int]
@@ -133,24 +134,44 @@ class TransformersBackbone:
     async def sample(self, group: Group) -> list[Sample]:
         return await self._sample_with(self._policy, group)
 
-    async def _sample_with(self, policy: Policy, group: Group) -> list[Sample]:
+    async def _sample_with(self, policy: Policy, group: Group, watch: Watch | None = None) -> list[Sample]:
         spec = sampling_of(group)
         if not self._draws:
             why = "reads in both directions" if self._model.generates else "has no language-model head"
             raise InvalidField(f"{self.info.name} {why}: it scores given texts but cannot write any", param="n")
         if not group.prompt_ids:
             raise InvalidField("the prompt is empty: there is nothing that a response could continue", param="prompt")
-        return await self._scheduler.draw(Drawing(group.prompt_ids, spec, policy))
+        size = {"layers": self.info.layers, "width": self.info.width}
+        watched = Watched(watch, **size, device=self._model.device) if watch is not None else None
+        return await self._scheduler.draw(Drawing(group.prompt_ids, spec, policy, watched))
 
     async def sample_and_read(
-        self, group: Group, readouts: Sequence[Readout], *, tokens: bool = False
+        self, group: Group, readouts: Sequence[Readout], *, tokens: bool = False, watch: Watch | None = None
     ) -> tuple[list[Sample], GroupReading]:
         policy = self._policy
+        checked = watch.readouts if watch is not None and watch.guards else ()
+        wanted = [*readouts, *checked]
 
         async def read(answered: Group) -> GroupReading:
-            return (await self._read_with(policy, [answered], readouts, tokens))[0]
+            return (await self._read_with(policy, [answered], wanted, tokens or bool(checked)))[0]
 
-        return await read_samples(group.prompt_ids, await self._sample_with(policy, group), read)
+        samples = await self._sample_with(policy, group, watch)
+        return guarded(
+            *await read_samples(group.prompt_ids, samples, wanted, read, policy.version), watch, self._decode
+        )
+
+    def _decode(self, ids: Ids) -> str:
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    @property
+    def asleep(self) -> bool:
+        return False
+
+    async def sleep(self) -> None:
+        raise Conflict("the transformers backbone does not sleep: serve with --backbone vllm, or stop the service")
+
+    async def wake(self) -> None:
+        return None
 
     def healthy(self) -> bool:
         return self._scheduler.dead is None

@@ -80,6 +80,20 @@ def capture(
 
 
 @contextmanager
+def last_states(
+    base: torch.nn.Module, blocks: torch.nn.ModuleList, places: Iterable[ReadPlace]
+) -> Iterator[dict[ReadPlace, torch.Tensor]]:
+    """The states of the last token of each row, ``[B, D]``, at these places, once the model has run."""
+    states: dict[ReadPlace, torch.Tensor] = {}
+
+    def read(place: ReadPlace, states_BTD: torch.Tensor) -> None:
+        states[place] = states_BTD[:, -1]
+
+    with _hooks(base, blocks, places, read):
+        yield states
+
+
+@contextmanager
 def _hooks(
     base: torch.nn.Module,
     blocks: torch.nn.ModuleList,

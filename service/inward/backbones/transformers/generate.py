@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -24,12 +24,16 @@ import torch
 from torch.nn.functional import pad
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from inward.backbones.base import stopped
 from inward.backbones.generation import finished
+from inward.backbones.readout import ReadPlace
+from inward.backbones.transformers.capture import last_states
 from inward.backbones.transformers.lora import Policy
 from inward.backbones.transformers.model import Model
 from inward.backbones.transformers.sampling import Choice, choose
 from inward.backbones.transformers.selfcheck import TOLERANCE
-from inward.types import Ids, Sample, SamplingSpec
+from inward.backbones.transformers.watching import Watched
+from inward.types import Ids, Sample, SamplingSpec, Stop
 
 log = logging.getLogger(__name__)
 ROWS = 64
@@ -48,15 +52,39 @@ class Drawing:
     prompt: Ids
     spec: SamplingSpec
     policy: Policy
+    watched: Watched | None = None
     future: Future[list[Sample]] = field(default_factory=Future)
     started: int = 0
     drawn: dict[int, Sample] = field(default_factory=dict)
+    stops: dict[int, Stop] = field(default_factory=dict)
+    """Of responses that the watch ended, perhaps after they had ended by themselves."""
 
     def finish(self, index: int, sample: Sample) -> None:
-        """Response number ``index`` has ended."""
+        """Response number ``index`` has ended by itself."""
         self.drawn[index] = sample
-        if len(self.drawn) == self.spec.n:
-            settle(self.future, [self.drawn[i] for i in range(self.spec.n)])
+        if self.watched is not None:
+            self._look(lambda watched: watched.ended([index]))
+
+    def look(self, states: Mapping[ReadPlace, torch.Tensor], rows: Mapping[int, int]) -> None:
+        """The tokens that its responses ``rows`` have fed are shown to its watch."""
+        self._look(lambda watched: watched.look(states, rows))
+
+    def _look(self, look: Callable[[Watched], dict[int, Stop]]) -> None:
+        try:
+            if self.watched is not None:
+                self.stops |= look(self.watched)
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:  # its own watch's affair, not its neighbours'
+            settle_error(self.future, error)
+
+    def settle(self, decode: Callable[[Ids], str]) -> None:
+        """Tells its caller, once all responses have ended."""
+        if len(self.drawn) < self.spec.n:
+            return
+        samples = [self.drawn[i] for i in range(self.spec.n)]
+        stops = self.stops
+        settle(self.future, [stopped(s.ids, stops[i], decode) if i in stops else s for i, s in enumerate(samples)])
 
     @property
     def over(self) -> bool:
@@ -118,9 +146,10 @@ class Sampler:
         return ROWS - sum(len(cohort.rows) for cohort in self._cohorts)
 
     def _forget(self) -> None:
-        """Drops the rows of drawings that are over."""
+        """Drops the rows of drawings that are over, and those that a watch has ended."""
         self._waiting = deque(drawing for drawing in self._waiting if not drawing.over)
         for cohort in self._cohorts:
+            self._drop(cohort)
             cohort.keep([i for i, row in enumerate(cohort.rows) if not row.drawing.over])
         self._cohorts = deque(cohort for cohort in self._cohorts if cohort.rows)
 
@@ -143,10 +172,39 @@ class Sampler:
         self._guarded([drawing], begin)
 
     def _advance(self, cohort: Cohort) -> None:
-        with cohort.rows[0].drawing.policy.carried():
+        watched = [row.drawing.watched for row in cohort.rows if row.drawing.watched is not None]
+        with (
+            cohort.rows[0].drawing.policy.carried(),
+            last_states(
+                self._model.base, self._model.blocks, {place for own in watched for place in own.places}
+            ) as states,
+        ):
             logits_BV = cohort.feed(self._model, [row.ids[-1] for row in cohort.rows])
-        self._choose(cohort, logits_BV)
+        if watched:
+            logits_BV = logits_BV[self._look(cohort, states)]
+        if cohort.rows:
+            self._choose(cohort, logits_BV)
         self._put(cohort)
+
+    def _look(self, cohort: Cohort, states: Mapping[ReadPlace, torch.Tensor]) -> list[int]:
+        """Shows the token that each row has fed to who watches it; rows that end leave the cohort. Which ones stay."""
+        for drawing in dict.fromkeys(row.drawing for row in cohort.rows):
+            drawing.look(states, {row.index: b for b, row in enumerate(cohort.rows) if row.drawing is drawing})
+        return self._drop(cohort)
+
+    def _drop(self, cohort: Cohort) -> list[int]:
+        """Rows that were ended meanwhile leave the cohort. Which ones stay."""
+        going = [row.index not in row.drawing.stops for row in cohort.rows]
+        for row, goes_on in zip(cohort.rows, going, strict=True):
+            if not goes_on:
+                row.drawing.drawn.setdefault(row.index, Sample(tuple(row.ids), "", "length"))
+                row.drawing.settle(self._decode)
+        stay = [b for b, goes_on in enumerate(going) if goes_on]
+        cohort.keep(stay)
+        return stay
+
+    def _decode(self, ids: Ids) -> str:
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def _put(self, cohort: Cohort) -> None:
         if not cohort.rows:
@@ -168,6 +226,7 @@ class Sampler:
         for row, goes_on in zip(cohort.rows, going, strict=True):
             if not goes_on:
                 row.drawing.finish(row.index, finished(row.ids, self._tokenizer, self._end_ids, row.drawing.spec))
+                row.drawing.settle(self._decode)
         cohort.keep([i for i, goes_on in enumerate(going) if goes_on])
 
     def _ended(self, row: Row) -> bool:
@@ -344,7 +403,8 @@ def _left(states: torch.Tensor, T: int) -> torch.Tensor:
 
 
 def _random(spec: SamplingSpec, index: int) -> np.random.Generator:
-    return np.random.default_rng(None if spec.seed is None else [spec.seed % 2**64, index])
+    """Sample i of seed s is sample 0 of seed s + i, as in vLLM, whether they are drawn as one list or apart."""
+    return np.random.default_rng(None if spec.seed is None else (spec.seed + index) % 2**32)
 
 
 def settle(future: Future[Any], result: Any) -> None:

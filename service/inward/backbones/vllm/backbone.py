@@ -7,12 +7,13 @@ import itertools
 import logging
 from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from inward.backbones.base import Capacity, first_alike, read_samples
+from inward.backbones.base import Capacity, Watch, first_alike, guarded, read_samples, spread
 from inward.backbones.configuration import max_tokens
 from inward.backbones.device import choose_dtype
 from inward.backbones.end_ids import end_ids, ending_configs
@@ -24,6 +25,7 @@ from inward.backbones.vllm.engine import Engine, built_for
 from inward.backbones.vllm.generation import Generation, Text, feed, lora_request
 from inward.backbones.vllm.layout import Columns, ColumnTable, Policy, ReadRequest, Want, WideLayout, readings
 from inward.backbones.vllm.protocol import INSTALL, INSTALL_WIDE, NORM, PLACE_COLUMNS, TABLE_COLUMNS, TAKE, plain
+from inward.backbones.vllm.watching import GroupWatch
 from inward.errors import InternalError, InvalidField, SetupError
 from inward.types import BackboneInfo, Floats, Group, GroupReading, Ids, Readout, Sample, SamplingSpec, Tap
 
@@ -194,23 +196,64 @@ class VllmBackbone:
         return await _all(self._generation.sample(prompt, spec, i, request) for i in range(spec.n))
 
     async def sample_and_read(
-        self, group: Group, readouts: Sequence[Readout], *, tokens: bool = False
+        self, group: Group, readouts: Sequence[Readout], *, tokens: bool = False, watch: Watch | None = None
     ) -> tuple[list[Sample], GroupReading]:
         spec, policy = sampling_of(group), self._policy
+        checked = watch.readouts if watch is not None else ()
+        wanted = [*readouts, *checked]
 
         async def work() -> tuple[list[Sample], GroupReading]:
-            async with self._requested(readouts, tokens, policy) as request:
+            async with self._requested(wanted, tokens or bool(checked), policy) as request:
                 if request.wide:
                     samples = await self._sample(group.prompt_ids, spec, ReadRequest(policy, request.layout))
-                    return await read_samples(group.prompt_ids, samples, lambda answered: self._read(answered, request))
-                drawn = await _all(
-                    self._generation.read(group.prompt_ids, spec, i, request, self._key(request)) for i in range(spec.n)
-                )
+                    return await read_samples(
+                        group.prompt_ids,
+                        samples,
+                        wanted,
+                        lambda answered: self._read(answered, request),
+                        policy.version,
+                    )
+                drawn = await self._drawn(group.prompt_ids, spec, request, watch)
                 samples = [sample for sample, _ in drawn]
-                answered = Group(group.prompt_ids, tuple(sample.ids for sample in samples))
-                return samples, await self._reading(answered, request, [text for _, text in drawn])
+                texts = [text for _, text in drawn]
+                kept = [i for i, text in enumerate(texts) if text is not None]
+                answered = Group(group.prompt_ids, tuple(samples[i].ids for i in kept))
+                rows = [kept.index(i) if i in kept else None for i in range(len(samples))]
+                reading = await self._reading(answered, request, [texts[i] for i in kept])
+                return samples, spread(reading, wanted, rows, policy.version)
 
-        return await self._engine.call(work)
+        samples, reading = await self._engine.call(work)
+        samples, reading = guarded(samples, reading, watch, self._generation.decode)
+        return samples, replace(reading, readings=reading.readings[: len(readouts)])
+
+    async def _drawn(
+        self, prompt: Ids, spec: SamplingSpec, request: ReadRequest, watch: Watch | None
+    ) -> list[tuple[Sample, Text | None]]:
+        """Each response, and where its rows are, unless ``watch`` has ended it."""
+        keys = [self._key(request) for _ in range(spec.n)]
+        if watch is None:
+            read = (self._generation.read(prompt, spec, i, request, keys[i]) for i in range(spec.n))
+            return [*await _all(read)]
+        # with stop strings a text is fed anew in the end, under a key of its own
+        shown = [self._key(request) for _ in keys] if spec.stop and request.eos else keys
+        watched = GroupWatch(self._engine, watch, request, 1 if prompt else 0, shown)
+        drawn = await watched.draw(
+            lambda i, progress: self._generation.read(prompt, spec, i, request, keys[i], progress),
+            self._generation.decode,
+        )
+        taken = {text.key for _, text in drawn if text is not None}
+        self._forget += [key for key in request.keys if key not in taken]
+        return drawn
+
+    @property
+    def asleep(self) -> bool:
+        return self._engine.asleep
+
+    async def sleep(self) -> None:
+        await self._engine.sleep()
+
+    async def wake(self) -> None:
+        await self._engine.wake()
 
     def healthy(self) -> bool:
         return self._engine.dead is None

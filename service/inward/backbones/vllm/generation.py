@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from inward.backbones.generation import finished
 from inward.backbones.vllm.engine import Engine
@@ -41,6 +41,16 @@ class Text:
     cached: int
 
 
+class Progress(Protocol):
+    """Who follows a response while it is drawn."""
+
+    key: str
+
+    def tell(self, drawn: Sequence[int]) -> None:
+        """All of its tokens that were drawn so far."""
+        ...
+
+
 async def feed(engine: Engine, ids: Ids, start: int, request: ReadRequest, key: str) -> Text:
     """Feeds a text. vLLM draws a token at least; nobody looks at it."""
     params = SamplingParams(
@@ -62,24 +72,40 @@ class Generation:
         self.end_ids = end_ids
         self._engine, self._tokenizer = engine, tokenizer
 
+    def decode(self, ids: Ids) -> str:
+        """Their text."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
     async def sample(self, prompt: Ids, spec: SamplingSpec, index: int, request: ReadRequest) -> Sample:
         """The response number ``index`` of ``spec.n``, not read."""
         output = await self._engine.final(_prompt(prompt, request), self._params(spec, index), _lora(request))
         return self._finished(output.outputs[0].token_ids, spec)
 
     async def read(
-        self, prompt: Ids, spec: SamplingSpec, index: int, request: ReadRequest, key: str
+        self,
+        prompt: Ids,
+        spec: SamplingSpec,
+        index: int,
+        request: ReadRequest,
+        key: str,
+        progress: Progress | None = None,
     ) -> tuple[Sample, Text]:
-        """The same, and read in the pass that draws it."""
+        """The same, and read in the pass that draws it; ``progress`` is told of its tokens meanwhile, and they can be
+        seen under ``progress.key``.
+        """
         start = max(len(prompt) - 1, 0)
         if request.eos and not spec.stop:
-            return await self._session(prompt, spec, index, request, key)
+            return await self._session(prompt, spec, index, request, key, progress)
         again = request.eos
-        params = self._params(
-            spec, index, more=0 if again else 1, extra_args=None if again else _extra_args(key, request, start)
-        )
-        output = await self._engine.final(_prompt(prompt, request), params, _lora(request))
-        drawn = output.outputs[0].token_ids
+        extra_args: dict[str, Any] | None = _extra_args(key, request, start)
+        if again:
+            extra_args = _extra_args(progress.key, request, start) if progress else None
+        params = self._params(spec, index, more=0 if again else 1, extra_args=extra_args, deltas=progress is not None)
+        drawn: list[int] = []
+        async for output in self._engine.generate(_prompt(prompt, request), params, _lora(request)):
+            drawn += output.outputs[0].token_ids
+            if progress is not None:
+                progress.tell(self._own(drawn, spec))
         sample = self._finished(drawn, spec)
         text = Text(key, start, len(prompt) + len(drawn) - 1 - output.num_cached_tokens, output.num_cached_tokens)
         if again:
@@ -88,7 +114,13 @@ class Generation:
         return sample, text
 
     async def _session(
-        self, prompt: Ids, spec: SamplingSpec, index: int, request: ReadRequest, key: str
+        self,
+        prompt: Ids,
+        spec: SamplingSpec,
+        index: int,
+        request: ReadRequest,
+        key: str,
+        progress: Progress | None,
     ) -> tuple[Sample, Text]:
         start = max(len(prompt) - 1, 0)
         extra_args = _extra_args(key, request, start)
@@ -98,7 +130,7 @@ class Generation:
             yield StreamingInput(_prompt(prompt, request), params)
             yield StreamingInput(_prompt(await rest, request), last)
 
-        params = self._params(spec, index, extra_args=extra_args, session=True)
+        params = self._params(spec, index, extra_args=extra_args, deltas=True, interval=1 if progress else AT_THE_END)
         last = SamplingParams(
             max_tokens=1, temperature=0, detokenize=False, output_kind=RequestOutputKind.DELTA, extra_args=extra_args
         )
@@ -109,6 +141,8 @@ class Generation:
                 continue
             cached = max(cached, output.num_cached_tokens or 0)
             drawn += output.outputs[0].token_ids
+            if progress is not None:
+                progress.tell(self._own(drawn, spec))
             if (
                 output.outputs[0].finish_reason is not None
             ):  # vLLM drops the last token drawn, which has not entered the model
@@ -123,8 +157,10 @@ class Generation:
         *,
         more: int = 0,
         extra_args: dict[str, Any] | None = None,
-        session: bool = False,
+        deltas: bool = False,
+        interval: int = 1,
     ) -> SamplingParams:
+        """``deltas``: say what was drawn since the last time, every ``interval`` tokens, not all in the end."""
         return SamplingParams(
             max_tokens=spec.max_tokens + more,
             temperature=spec.temperature,
@@ -136,10 +172,14 @@ class Generation:
             stop=list(spec.stop) or None,
             stop_token_ids=list(self.end_ids),
             detokenize=bool(spec.stop),
-            output_kind=RequestOutputKind.DELTA if session else RequestOutputKind.FINAL_ONLY,
+            output_kind=RequestOutputKind.DELTA if deltas else RequestOutputKind.FINAL_ONLY,
             extra_args=extra_args,
-            **({"stream_interval": AT_THE_END} if session and has("SamplingParams", "stream_interval") else {}),
+            **({"stream_interval": interval} if deltas and has("SamplingParams", "stream_interval") else {}),
         )
+
+    def _own(self, drawn: Sequence[int], spec: SamplingSpec) -> Sequence[int]:
+        """Without the end of the text, or what is drawn beyond the limit."""
+        return drawn[:-1] if drawn and drawn[-1] in self.end_ids else drawn[: spec.max_tokens]
 
     def _finished(self, drawn: Sequence[int], spec: SamplingSpec) -> Sample:
         return finished(drawn[: spec.max_tokens], self._tokenizer, self.end_ids, spec)

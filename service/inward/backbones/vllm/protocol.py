@@ -20,7 +20,7 @@ PLACE_COLUMNS = 144
 """Most of them that one place contributes: its product has this size from the start, whatever heads come and go."""
 
 INSTALL, INSTALL_WIDE = "inward_install", "inward_install_wide"
-TAKE, NORM, HELD = "inward_take", "inward_norm", "inward_held"
+TAKE, PEEK, NORM, HELD = "inward_take", "inward_peek", "inward_norm", "inward_held"
 """Methods of ``WORKER``, called between two steps."""
 
 

@@ -65,7 +65,7 @@ class ResidualReader:
         self._padding = 0
         self._table: torch.Tensor | None = None
         self._step: tuple[Any, torch.Tensor | None] = (None, None)
-        self._device = device
+        self.device = device
         blocks, self.norm = _parts(model, layers)
         self.norm_forward: Callable[..., Any] = self.norm.forward
         self._wrap(blocks, layers)
@@ -78,15 +78,25 @@ class ResidualReader:
         """
         self._layer, self._padding = layer, slots
         # what was never read is no score
-        self._table = torch.full((slots + 1, TABLE_COLUMNS), torch.nan, device=self._device)
+        self._table = torch.full((slots + 1, TABLE_COLUMNS), torch.nan, device=self.device)
+
+    def close_table(self) -> None:
+        """Gives its memory back; nothing is read until it is opened again."""
+        self._table = None
+
+    @torch.inference_mode()
+    def reopen_table(self) -> None:
+        """An empty one, as large as before."""
+        if self._layer:
+            self.open_table(self._padding, self._layer)
 
     @torch.inference_mode()
     def install(self, parts: Sequence[TableColumns], live: Sequence[int]) -> None:
         """Copies new weights to their columns. ``live``: columns of the table that somebody has; others rest."""
         for part in parts:
-            bias = _floats(part.bias).to(self._device)
-            at = torch.tensor(part.at, dtype=torch.int64, device=self._device)
-            self._weights_PDK[part.place].index_copy_(1, at, _floats(part.weight).view(-1, len(bias)).to(self._device))
+            bias = _floats(part.bias).to(self.device)
+            at = torch.tensor(part.at, dtype=torch.int64, device=self.device)
+            self._weights_PDK[part.place].index_copy_(1, at, _floats(part.weight).view(-1, len(bias)).to(self.device))
             self._biases_PK[part.place].index_copy_(0, at, bias)
             self._sources |= {column: (part.place, k) for column, k in zip(part.columns, part.at, strict=True)}
         self._sources = {column: self._sources[column] for column in live}
@@ -97,11 +107,11 @@ class ResidualReader:
         order = [0] * (max(self._sources, default=-1) + 1)
         for column, (place, k) in self._sources.items():
             order[column] = int(starts[place]) + k
-        self._order = torch.tensor(order, dtype=torch.int64, device=self._device)
+        self._order = torch.tensor(order, dtype=torch.int64, device=self.device)
 
     def install_wide(self, number: int, width: int, parts: Sequence[WidePart]) -> None:
         """From now on wide rows of this layout can be expected."""
-        self._wide[number] = WideRows({part.place: WideMap(part, self._device) for part in parts}, width)
+        self._wide[number] = WideRows({part.place: WideMap(part, self.device) for part in parts}, width)
 
     def retire(self, numbers: Sequence[int]) -> None:
         """Forgets wide layouts."""

@@ -21,7 +21,7 @@ import torch
 
 from inward.backbones.vllm.internals import FullAttentionSpec, SlidingWindowSpec, Worker, current_platform
 from inward.backbones.vllm.protocol import EXTRA_ARG, OWNER, TABLE_COLUMNS, TableColumns, WidePart, Wish
-from inward.backbones.vllm.reading import ResidualReader, Slots, WideRows
+from inward.backbones.vllm.reading import ResidualReader, Slots, TableRows, WideRows
 
 if current_platform.is_cpu():
     from inward.backbones.vllm import cpu_lora
@@ -93,6 +93,18 @@ class ReadingWorker(Worker):  # type: ignore[misc]
         self._reader.finish_step()
         return output
 
+    def sleep(self, level: int = 1) -> None:
+        """What was read goes with the keys and values, which vLLM drops."""
+        super().sleep(level)
+        if self._reader is not None:
+            self._reader.close_table()
+
+    def wake_up(self, tags: Any = None) -> None:
+        """A new table for new keys and values."""
+        super().wake_up(tags)
+        if self._reader is not None:
+            self._reader.reopen_table()
+
     def _follow(self, scheduler_output: Any) -> None:
         for request in self._requests.finished(scheduler_output.finished_req_ids):
             self._gather(request)  # before this step may write to the slots that the request has left
@@ -130,6 +142,18 @@ class ReadingWorker(Worker):  # type: ignore[misc]
         rows = [self._requests.gathered.pop(key) for key in keys]
         if not rows:
             return b"", []
+        together = torch.cat(rows)
+        chosen = torch.tensor(columns, dtype=torch.int64, device=together.device)
+        return together.index_select(1, chosen).cpu().numpy().tobytes(), [len(part) for part in rows]
+
+    @torch.inference_mode()
+    def inward_peek(self, keys: Sequence[str], since: Sequence[int], columns: Sequence[int]) -> tuple[bytes, list[int]]:
+        """These columns of what has been read so far of requests that may still run, each from its row ``since`` on;
+        nothing of one that waits. Rows stay where they are.
+        """
+        if self._reader is None:
+            return b"", []
+        rows = [self._requests.so_far(key, start, self._reader) for key, start in zip(keys, since, strict=True)]
         together = torch.cat(rows)
         chosen = torch.tensor(columns, dtype=torch.int64, device=together.device)
         return together.index_select(1, chosen).cpu().numpy().tobytes(), [len(part) for part in rows]
@@ -194,6 +218,8 @@ class RequestTable:
     block_size: int = 0
     requests: dict[str, Request] = field(default_factory=dict)
     gathered: dict[str, torch.Tensor] = field(default_factory=dict)
+    stepped: set[str] = field(default_factory=set)
+    """Keys of those in the last step: their tokens are in the cache; one that was preempted has lost them."""
 
     def note(self, step: Any) -> list[tuple[Request, int]]:
         """Takes in a ``SchedulerOutput``; gives its wanted requests, and how many tokens each had before.
@@ -219,7 +245,18 @@ class RequestTable:
                 request.blocks += blocks[0] if blocks else []
                 request.computed = computed + step.num_scheduled_tokens[req_id]
                 stepping.append((request, computed))
+        self.stepped = {request.wish.key for request, _ in stepping}
         return stepping
+
+    def so_far(self, key: str, start: int, reader: ResidualReader) -> torch.Tensor:
+        """Rows of one request from ``start`` on, as far as they are there."""
+        if key in self.gathered:
+            return self.gathered[key][start:]
+        request = next((one for one in self.requests.values() if one.wish.key == key), None)
+        rows = reader.rows(0)
+        if not isinstance(rows, TableRows) or request is None or key not in self.stepped:
+            return torch.zeros((0, TABLE_COLUMNS), device=reader.device)
+        return rows.take(request.slots(self.block_size, request.wish.start + start))
 
     def finished(self, ids: set[str]) -> list[Request]:
         """These requests, which have ended."""

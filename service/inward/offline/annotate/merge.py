@@ -105,7 +105,7 @@ def write(table: Table, results: Callable[[], Iterable[Annotated]], metadata: Ro
         rows = (shape.row(row, annotated) for row, annotated in good(source, results()))
         parquet.write_rows(rows, table.schema, table.fresh, metadata)
     else:
-        with _text(table.fresh, table.out.suffix == ".gz") as file:
+        with text_file(table.fresh, table.out.suffix == ".gz") as file:
             _write_text(file, table, results)
     table.fresh.replace(table.out)
 
@@ -133,9 +133,14 @@ def write_rejected(sources: Sequence[Source], results: Callable[[Source], Iterab
 
 def good(source: Source, results: Iterable[Annotated]) -> Iterator[tuple[Row, Annotated]]:
     """The rows that were annotated."""
-    for row, annotated in zip(source.rows(), results, strict=True):
+    return ((row, annotated) for _, row, annotated in numbered(source, results))
+
+
+def numbered(source: Source, results: Iterable[Annotated]) -> Iterator[tuple[int, Row, Annotated]]:
+    """The same with their numbers, from 1."""
+    for number, (row, annotated) in enumerate(zip(source.rows(), results, strict=True), start=1):
         if annotated.columns is not None and not isinstance(row, DataError):
-            yield row, annotated
+            yield number, row, annotated
 
 
 def _readable(source: Source, shape: Shape) -> Iterator[Row]:
@@ -172,7 +177,7 @@ def _trl(pair: Pair) -> Row:
 
 
 @contextmanager
-def _text(path: Path, packed: bool) -> Iterator[IO[str]]:
+def text_file(path: Path, packed: bool) -> Iterator[IO[str]]:
     """UTF-8; half of a surrogate pair, which a CSV cell may have, is written as an escape."""
     options: Any = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
     with gzip.open(path, "wt", **options) if packed else path.open("w", **options) as file:

@@ -6,13 +6,20 @@ import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from inward.errors import SetupError
+from inward.offline.annotate import fetch
 from inward_client.rows import AUTO, LAYOUTS
 
 SUSPICIOUS = 10
 """Pairs that are printed where ``--suspicious`` has no number."""
+CLUSTERS = 8
+"""Where ``--clusters`` has no number."""
+ON_PAGE = 200
+"""Pairs on the page."""
+PageOf = Literal["suspicious", "sample"]
+"""Which pairs: those whose labels are contradicted most, or any, drawn by a hash."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +44,27 @@ class AnnotateOptions:
     gpus: float = 0.0
     at_once: int | None = None
     restart: bool = False
+    by: str | None = None
+    """A column that divides the estimates."""
+    apply: Path | None = None
+    """Decisions to write into the set; nothing is annotated then."""
+    only_flipped: bool = False
+    drop_below: float | None = None
+    split: str = "train"
+    """Of a hub's dataset; with a configuration as ``CONFIG/SPLIT``."""
+    argilla: Path | None = None
+    clusters: int = 0
     suspicious: int = 0
     html: Path | None = None
+    page_rows: int = ON_PAGE
+    page_of: PageOf = "suspicious"
+    token_scores: bool = False
     json: bool = False
+
+    @property
+    def from_stdin(self) -> bool:
+        """Whether IN is ``-``."""
+        return str(self.input) == fetch.STDIN
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> AnnotateOptions:
@@ -49,16 +74,35 @@ class AnnotateOptions:
             SetupError: names the option.
         """
         given: dict[str, Any] = {field.name: getattr(args, field.name) for field in fields(cls)}
-        for name, least in (("limit", 0), ("at_once", 1), ("actors", 1), ("suspicious", 0)):
+        for name, least in (
+            ("limit", 0),
+            ("at_once", 1),
+            ("actors", 1),
+            ("suspicious", 0),
+            ("page_rows", 1),
+            ("clusters", 0),
+        ):
             if given[name] is not None and given[name] < least:
                 raise SetupError(f"--{name.replace('_', '-')} {given[name]}: at least {least}")
+        if args.drop_below is not None and not 0 <= args.drop_below <= 1:
+            raise SetupError(f"--drop-below {args.drop_below}: a probability, from 0 to 1")
+        if args.token_scores and (args.html is None or args.url is not None or args.engine != "local"):
+            raise SetupError("--token-scores colours the page of --html, and needs the model in this process")
+        if args.clusters and (args.url is not None or args.engine != "local"):
+            raise SetupError("--clusters reads states, which needs the model in this process")
         return cls(**given | {"columns": _columns(args.columns)})
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds them all."""
     add = parser.add_argument
-    add("input", metavar="IN", type=Path, help="a file, a folder of files, or a dataset that was saved to disk")
+    add(
+        "input",
+        metavar="IN",
+        type=Path,
+        help="a file, a folder of files, a dataset that was saved to disk, a hub's organisation/dataset, or - for JSON "
+        "on standard input",
+    )
     add("output", metavar="OUT", type=Path, help="a file, or for several tables a folder; its ending is the format")
     add = parser.add_argument_group("what is read and written").add_argument
     add("--layout", default=AUTO, metavar="NAME", help=f"{', '.join(LAYOUTS)} (default: recognised)")
@@ -71,6 +115,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--truncate", action="store_true", help="cut text that is longer than the model takes; else the row is left out"
     )
+    add("--only-flipped", action="store_true", help="write only rows whose label the head contradicts")
+    add("--drop-below", type=float, metavar="P", help="leave out rows whose label_probability is below P")
+    add("--apply", type=Path, metavar="FILE", help="write IN with the decisions that the page gave out; loads no model")
+    add("--split", default="train", help="of a hub's dataset; CONFIG/SPLIT where it has several (default: %(default)s)")
     add("--limit", type=int, metavar="N", help="only the first N rows of each table")
     add = parser.add_argument_group("how").add_argument
     add("--url", help="a running service instead of a model here (key: $INWARD_API_KEY, or in the URL)")
@@ -80,9 +128,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--at-once", type=int, metavar="N", help="chunks in flight (default: 1, which is reproducible; with --url 4)")
     add("--restart", action="store_true", help="throw away what an interrupted job has done, and an OUT that is there")
     add = parser.add_argument_group("what is shown in the end").add_argument
+    add("--by", metavar="COLUMN", help="estimate the share of wrong labels for each value of a column, too")
+    add(
+        "--clusters",
+        type=int,
+        nargs="?",
+        const=CLUSTERS,
+        default=0,
+        metavar="N",
+        help=f"where contradicted labels gather: N ({CLUSTERS}) clusters of states, which are read once more",
+    )
     add("--suspicious", type=int, nargs="?", const=SUSPICIOUS, default=0, metavar="N",
         help=f"print the N ({SUSPICIOUS}) pairs whose labels are contradicted most")  # fmt: skip
-    add("--html", type=Path, metavar="FILE", help="a page for looking through the 200 most suspicious pairs")
+    add("--html", type=Path, metavar="FILE", help="a page for looking through pairs and deciding on their labels")
+    add("--page-rows", type=int, default=ON_PAGE, metavar="N", help="pairs on the page (default: %(default)s)")
+    add(
+        "--page-of",
+        choices=get_args(PageOf),
+        default="suspicious",
+        help="those whose labels are contradicted most, or a sample of all (default: %(default)s)",
+    )
+    add("--token-scores", action="store_true", help="with the score of every token of the pairs on the page")
+    add("--argilla", type=Path, metavar="FILE", help="records for Argilla, with the head's suggestions")
     add("--json", action="store_true", help="print the summary as JSON")
 
 

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 from inward.errors import DataError, SetupError
+from inward.offline.annotate import fetch
 from inward.offline.annotate.merge import Shape, Table, schema_for
 from inward.offline.annotate.options import AnnotateOptions
 from inward_client import rows
@@ -41,14 +42,16 @@ def plan(options: AnnotateOptions) -> Plan:
         SetupError: an option, or the output, can't be used.
         DataError: the input can't be read, or Parquet can't hold it.
     """
-    sources = [replace(source, limit=options.limit) for source in rows.find(options.input)]
-    outs, format = _outs(options.output, sources)
-    _protect_input(options, sources, outs)
+    sources = [replace(source, limit=options.limit) for source in inputs(options)]
+    outs, format = outputs(options.output, sources)
+    protect_input(options, sources, outs)
     firsts = _firsts(options, sources)
     reader = rows.recognise(firsts, options.columns, name=options.layout, parse_json=options.parse_json)
     shape = Shape(reader, options.prefix, options.trl)
     if not options.replace_columns:
         _check_names(options.input, firsts, shape)
+    if options.by is not None and not any(options.by in row for row in firsts):
+        raise SetupError(f"--by {options.by}: {options.input} has no such column in its first {len(firsts)} rows")
     if there := [str(out) for out in outs if out.exists() and not options.restart]:
         raise SetupError(f"{', '.join(there)} is there already: --restart overwrites it")
     counts = tuple(source.count() for source in sources)
@@ -59,6 +62,21 @@ def plan(options: AnnotateOptions) -> Plan:
         for source, out in zip(sources, outs, strict=True)
     )
     return Plan(options, tables, counts, reader, _characters(reader, firsts), tuple(_notes(reader, firsts, sources)))
+
+
+def inputs(options: AnnotateOptions) -> list[Source]:
+    """The tables that are read: of a path, of standard input, or of a hub's dataset.
+
+    Raises:
+        SetupError: there is nothing, or nobody to fetch it from.
+        DataError: what is there is not known.
+    """
+    if options.from_stdin:
+        return rows.find(fetch.spool(options.output))
+    if fetch.is_hub_id(options.input):
+        config, _, split = options.split.rpartition("/")
+        return [fetch.from_hub(options.input.as_posix(), split, config or None)]
+    return rows.find(options.input)
 
 
 def beside(out: Path, ending: str) -> Path:
@@ -75,7 +93,7 @@ def _firsts(options: AnnotateOptions, sources: Sequence[Source]) -> list[Row]:
     raise broken or rows.DataError(f"{options.input} has no rows")
 
 
-def _outs(out: Path, sources: Sequence[Source]) -> tuple[list[Path], Format]:
+def outputs(out: Path, sources: Sequence[Source]) -> tuple[list[Path], Format]:
     """A file for each source; for a folder Parquet, which keeps types and what was annotated."""
     if out.suffix and not out.is_dir():
         if len(sources) > 1:
@@ -89,7 +107,7 @@ def _outs(out: Path, sources: Sequence[Source]) -> tuple[list[Path], Format]:
     return [out / f"{source.name}.parquet" for source in sources], "parquet"
 
 
-def _protect_input(options: AnnotateOptions, sources: Sequence[Source], outs: Sequence[Path]) -> None:
+def protect_input(options: AnnotateOptions, sources: Sequence[Source], outs: Sequence[Path]) -> None:
     """Nothing that is written may be something that is read, by whatever name (links, too).
 
     Raises:
@@ -97,7 +115,8 @@ def _protect_input(options: AnnotateOptions, sources: Sequence[Source], outs: Se
     """
     written = [*outs, *(out.with_name(f".{out.name}.new") for out in outs)]
     written += [beside(options.output, ending) for ending in (".rejected.jsonl", ".annotation.json")]
-    written += [options.html] if options.html else []
+    written += [path for path in (options.html, options.argilla) if path]
+    sources = [*sources] + ([] if options.apply is None else [replace(sources[0], paths=(options.apply,))])
     for read in (path for source in sources for path in source.paths):
         for path in written:
             if _is_same(read, path):

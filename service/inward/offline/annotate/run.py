@@ -10,22 +10,25 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from inward import __version__
 from inward.files import write
-from inward.offline.annotate import merge
+from inward.offline.annotate import argilla, merge
+from inward.offline.annotate.clusters import MOST_PAIRS, Cluster, cluster
+from inward.offline.annotate.corrected import correct
+from inward.offline.annotate.held_out import HeldOut
 from inward.offline.annotate.options import AnnotateOptions
 from inward.offline.annotate.page import page
 from inward.offline.annotate.plan import Plan, beside, plan
+from inward.offline.annotate.quality import Quality, Survey
 from inward.offline.annotate.scorer import Annotated, Annotator, OpenScorer, Scorer
-from inward.offline.annotate.summary import Summary, Suspicious, shown, summarise, suspicious
+from inward.offline.annotate.summary import Picked, Summary, Wanted, pick, shown, summarise
 from inward.offline.annotate.work import Chunk, Cursor, Done, Progress, chunk_rows, chunks, do, identity
 from inward.offline.data import data_errors
 from inward_client.rows import Source, printable
 
-ON_PAGE = 200
-"""Pairs on the page."""
 AT_ONCE_AT_URL = 4
 """Chunks in flight to a service. In this process one: what shares a pass with what does not depend on the moment
 then, so the same file gives the same bytes, also after an interruption."""
@@ -41,6 +44,9 @@ def annotate(options: AnnotateOptions, opened: OpenScorer) -> int:
     Raises:
         SetupError: names the option or the file, and what to do.
     """
+    if options.apply is not None:
+        correct(options)
+        return 0
     planned = plan(options)
     for note in planned.notes:
         print(f"note: {printable(note)}", file=sys.stderr)
@@ -72,7 +78,7 @@ class Annotation:
             with self._progress(annotator, scorer.tokens) as progress:
                 with self._bar(progress) as bar:
                     await self._work(scorer, self._todo(progress), at_once, self._keep(progress, bar))
-                self._finish(annotator, progress)
+                await self._finish(annotator, progress, scorer)
 
     def in_ray(self) -> None:
         """Through the actors of a cluster."""
@@ -85,7 +91,7 @@ class Annotation:
             with self._progress(annotator, tokens) as progress:
                 with self._bar(progress) as bar:
                     cluster.work(self._todo(progress), self._keep(progress, bar))
-                self._finish(annotator, progress)
+                asyncio.run(self._finish(annotator, progress, None))
 
     def _progress(self, annotator: Annotator, tokens: int | None) -> Progress:
         rows = chunk_rows(tokens, self._plan.characters)
@@ -132,35 +138,73 @@ class Annotation:
         except* Exception as errors:
             raise errors.exceptions[0] from None
 
-    def _finish(self, annotator: Annotator, progress: Progress) -> None:
+    async def _finish(self, annotator: Annotator, progress: Progress, scorer: Scorer | None) -> None:
         """Writes everything, says what was found, and forgets the progress."""
-        options, tables = self._options, self._plan.tables
+        options, sources, reader = self._options, self._plan.sources, self._plan.reader
 
         def results(source: Source) -> Iterable[Annotated]:
-            own = [chunk for chunk in self._chunks if self._plan.sources[chunk.source] is source]
+            own = [chunk for chunk in self._chunks if sources[chunk.source] is source]
             return progress.results(own)
 
         versions = {json.dumps(by, sort_keys=True) for chunk in self._chunks if (by := progress.read(chunk).by)}
         metadata = self._metadata(annotator, [json.loads(version) for version in sorted(versions)])
-        for table in tables:
-            merge.write(table, lambda table=table: results(table.source), metadata)  # type: ignore[misc]
-        rejected = beside(options.output, ".rejected.jsonl")
-        merge.write_rejected(self._plan.sources, results, rejected)
-        summary = summarise(row for source in self._plan.sources for row in results(source))
-        about = metadata | {"summary": summary.to_json()}
+        summary = summarise(row for source in sources for row in results(source))
+        wanted = Wanted(options.only_flipped, options.drop_below)
+        for table in self._plan.tables:
+            merge.write(table, lambda table=table: map(wanted.or_left_out, results(table.source)), metadata)  # type: ignore[misc]
+        merge.write_rejected(sources, results, beside(options.output, ".rejected.jsonl"))
+        survey = Survey(reader, options.by)
+        for source in sources:
+            survey.add(merge.good(source, results(source)))
+        quality = survey.quality(HeldOut(**annotator.held_out) if annotator.held_out else None)
+        clusters = await self._clusters(results, scorer, annotator) if options.clusters and scorer else []
+        told = summary.to_json() | {"quality": quality.to_json()}
+        told |= {"clusters": [one.to_json() for one in clusters]} if options.clusters else {}
+        about = metadata | {"summary": told}
         write(beside(options.output, ".annotation.json"), json.dumps(about, indent=2).encode() + b"\n")
-        most = max(options.suspicious, ON_PAGE if options.html else 0)
-        by_source = {source.name: results(source) for source in self._plan.sources}
-        pairs = suspicious(self._plan.sources, by_source, self._plan.reader, most) if most else []
         if options.html:
-            options.html.write_text(page(options.input.name, annotator, summary, pairs[:ON_PAGE]), encoding="utf-8")
-        self._tell(summary, pairs[: options.suspicious], len(versions))
+            pairs = pick(sources, results, reader, options.page_rows, options.page_of)
+            tokens = await scorer.token_scores([one.pair for one in pairs]) if options.token_scores and scorer else ()
+            shown = page(options.input.name, annotator, summary, pairs, quality, tokens)
+            options.html.write_text(shown, encoding="utf-8")
+        if options.argilla:
+            numbered = ((source.name, merge.numbered(source, results(source))) for source in sources)
+            argilla.write(options.argilla, numbered, reader, annotator.head["name"])
+        most = options.suspicious
+        self._tell(
+            summary, quality, clusters, told, pick(sources, results, reader, most) if most else [], len(versions)
+        )
         progress.remove()
+        if options.from_stdin:
+            sources[0].paths[0].unlink(missing_ok=True)
         self.annotated = summary.annotated
 
-    def _tell(self, summary: Summary, pairs: Sequence[Suspicious], versions: int) -> None:
+    async def _clusters(
+        self, results: Callable[[Source], Iterable[Annotated]], scorer: Scorer, annotator: Annotator
+    ) -> list[Cluster]:
+        """Of a sample of the pairs, whose states are read once more."""
+        sample = pick(self._plan.sources, results, self._plan.reader, MOST_PAIRS, "sample")
+        pairs = [one for one in sample if one.columns["label_agrees"] is not None]
+        judges = annotator.held_out is None or HeldOut(**annotator.held_out).better_than_chance
+        states_ND = await scorer.states([one.pair for one in pairs]) if pairs else np.empty((0, 1), dtype=np.float32)
+        return cluster(pairs, states_ND, self._options.clusters, judges=judges)
+
+    def _tell(
+        self,
+        summary: Summary,
+        quality: Quality,
+        clusters: Sequence[Cluster],
+        told: Mapping[str, Any],
+        pairs: Sequence[Picked],
+        versions: int,
+    ) -> None:
         options = self._options
-        print(json.dumps(summary.to_json(), indent=2) if options.json else printable(summary.text()))
+        if options.json:
+            print(json.dumps(told, indent=2))
+        else:
+            print(printable(summary.text(quality)))
+            for line in ["", "clusters", *(line for one in clusters for line in one.text())] if clusters else ():
+                print(printable(line))
         for one in pairs:
             print("\n" + printable(shown(one)))
         if versions > 1:

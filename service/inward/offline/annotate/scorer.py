@@ -11,7 +11,9 @@ import httpx
 
 from inward import errors
 from inward.errors import SetupError, Unavailable
+from inward.offline.annotate.held_out import HeldOut
 from inward.offline.annotate.options import AnnotateOptions
+from inward.types import Floats
 from inward_client import (
     AsyncInward,
     BadRequest,
@@ -25,13 +27,9 @@ from inward_client import (
     Unauthorized,
     UnreadableAnswer,
 )
+from inward_client.frames import COLUMNS as COLUMNS
 from inward_client.rows import Pair
 
-COLUMNS = (
-    "margin", "margin_scaled", "margin_bin", "label_probability", "confidence", "chosen_score", "rejected_score",
-    "label_agrees",
-)  # fmt: skip
-"""What is added to a row."""
 PROBE = Pair("question", "answer", "another")
 """Scored once, to learn who scores."""
 FIRST_CONTACT = Retries(patience=3.0)
@@ -62,12 +60,23 @@ class Annotator:
     """And of the one that gives the confidences."""
     inward: str
     """Version of the service."""
+    held_out: dict[str, Any] | None = None
+    """How often the head agrees with held-out labels: fields of ``HeldOut``, where its manifest says so."""
 
     @classmethod
-    def of(cls, info: Mapping[str, Any], by: By) -> Annotator:
-        """From what ``/info`` says, and from who scored a pair."""
+    def of(cls, info: Mapping[str, Any], by: By, fit: Mapping[str, Any]) -> Annotator:
+        """From what ``/info`` says, from who scored a pair, and from how that head was fitted."""
         same = {name: info[name] for name in ("model", "revision", "fingerprint", "dtype", "template")}
-        return cls(**same, **by, inward=info["version"])
+        known = HeldOut.of(fit)
+        return cls(**same, **by, inward=info["version"], held_out=asdict(known) if known else None)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScores:
+    """Of both answers of a pair: the text of each token and the head's score at it."""
+
+    chosen: Sequence[tuple[str, float]]
+    rejected: Sequence[tuple[str, float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +104,14 @@ class Scorer(Protocol):
         """One result for each pair, in order, and who gave them (None: no pair was annotated)."""
         ...
 
+    async def token_scores(self, pairs: Sequence[Pair]) -> Sequence[TokenScores | None]:
+        """Of each pair the head's score at every token; None where it has none. In this process only."""
+        ...
+
+    async def states(self, pairs: Sequence[Pair]) -> Floats:
+        """Of each pair the mean state of both answers, ``[N, D]``. In this process only."""
+        ...
+
 
 OpenScorer = Callable[[], AbstractAsyncContextManager[Scorer]]
 """Opens one, here or in another process: it can be pickled."""
@@ -120,6 +137,12 @@ class RowScorer:
     score: Callable[[Sequence[Mapping[str, Any]]], Awaitable[Sequence[ScoredRow]]]
     info: Mapping[str, Any]
     tokens: int | None
+    fit_of: Callable[[str], Mapping[str, Any]]
+    """How the head of a name was fitted, as its manifest says."""
+    tokens_of: Callable[[str, Sequence[Mapping[str, Any]]], Awaitable[Sequence[TokenScores | None]]]
+    """The scores of a head at every token."""
+    states_of: Callable[[Sequence[Pair]], Awaitable[Floats]]
+    """The mean state of both answers."""
 
     async def annotator(self) -> Annotator:
         """See ``Scorer``."""
@@ -129,13 +152,21 @@ class RowScorer:
             raise SetupError(f"the model can't annotate pairs: {error.message}") from None
         if row.by is None:
             raise SetupError(f"the model can't annotate pairs: {row.body()['error']['message']}")
-        return Annotator.of(self.info, row.by)
+        return Annotator.of(self.info, row.by, self.fit_of(row.by["head"]["name"]))
 
     async def annotate(self, pairs: Sequence[Pair]) -> tuple[list[Annotated], By | None]:
         """See ``Scorer``."""
         rows = await self.score([pair.body() for pair in pairs])
         by = next((row.by for row in reversed(rows) if row.by is not None), None)
         return [_annotated(row.body()) for row in rows], by
+
+    async def token_scores(self, pairs: Sequence[Pair]) -> Sequence[TokenScores | None]:
+        """See ``Scorer``."""
+        return await self.tokens_of((await self.annotator()).head["name"], [pair.body() for pair in pairs])
+
+    async def states(self, pairs: Sequence[Pair]) -> Floats:
+        """See ``Scorer``."""
+        return await self.states_of(pairs)
 
 
 class ServiceScorer:
@@ -172,9 +203,10 @@ class ServiceScorer:
                     own = answer.head.kind == "hybrid"
                     hybrid = answer if own else await client.reward_pairs([PROBE.body()])
                     self._confidence_head = asdict(hybrid.head)
+                fit = (await client.head(answer.head.name)).fit
             except InwardError as error:
                 raise _refused(error) from None
-        return Annotator.of(info, self._by(answer))
+        return Annotator.of(info, self._by(answer), fit)
 
     async def annotate(self, pairs: Sequence[Pair]) -> tuple[list[Annotated], By | None]:
         """See ``Scorer``. What the service refuses as a whole is asked in halves, so that a bad row harms itself only.
@@ -199,6 +231,14 @@ class ServiceScorer:
         except InwardError as error:
             raise _refused(error) from None
         return [_annotated(asdict(margin)) for margin in answer.margins], self._by(answer)
+
+    async def token_scores(self, pairs: Sequence[Pair]) -> Sequence[TokenScores | None]:
+        """See ``Scorer``: a service gives scores without the texts of their tokens."""
+        return [None] * len(pairs)
+
+    async def states(self, pairs: Sequence[Pair]) -> Floats:
+        """See ``Scorer``: a service keeps its states."""
+        raise SetupError("a service gives no states: annotate with the model in this process")
 
     def _by(self, answer: Any) -> By:
         return {

@@ -7,20 +7,24 @@ from __future__ import annotations
 import heapq
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from inward.offline.annotate.duplicates import hashed
+from inward.offline.annotate.options import PageOf
+from inward.offline.annotate.quality import Quality
 from inward.offline.annotate.scorer import Annotated, Columns
-from inward_client.rows import DataError, Pair, PairReader, Source, as_turns
+from inward_client.rows import DataError, Pair, PairReader, Row, Source, as_turns
 
 BARS = 15
 WIDTH = 44
 """Characters of the longest bar."""
 MOST_REASONS = 5
+LEFT_OUT = Annotated(None, "not asked for")
 COUNTED = re.compile(r"'[^']*'|(\d[\d,]*)")
 """A number in a reason that differs from row to row; what stands in quotation marks is a name."""
 
@@ -64,7 +68,7 @@ class Summary:
             "reasons": [{"reason": reason, "rows": rows} for reason, rows in self.reasons],
         }  # fmt: skip
 
-    def text(self) -> str:
+    def text(self, quality: Quality | None = None) -> str:
         """A few lines for the terminal."""
         lines = [
             f"{self.annotated:,} of {self.rows:,} pairs annotated"
@@ -72,7 +76,9 @@ class Summary:
         ]
         lines += [f"  {rows:,} × {reason}" for reason, rows in self.reasons]
         if self.annotated:
-            lines.append(f"{self.flipped:,} labels look flipped ({self.flipped / self.annotated:.1%})")
+            judged = max(self.annotated - self.ties, 1)
+            lines.append(f"{self.flipped:,} labels are contradicted by the head ({self.flipped / judged:.1%})")
+            lines += quality.text() if quality else []
             if self.ties:
                 lines.append(f"{self.ties:,} pairs are ties: both answers are the same")
             if self.confidence is not None:
@@ -82,14 +88,37 @@ class Summary:
 
 
 @dataclass(frozen=True, slots=True)
-class Suspicious:
-    """A pair whose margin contradicts its label."""
+class Wanted:
+    """Which annotated rows are written.
+
+    Args:
+        only_flipped: those whose label the head contradicts.
+        least: label probability; a row without one is written.
+    """
+
+    only_flipped: bool = False
+    least: float | None = None
+
+    def or_left_out(self, one: Annotated) -> Annotated:
+        """The row, or one that has no columns."""
+        if one.columns is None or (self.only_flipped and one.columns["label_agrees"] is not False):
+            return LEFT_OUT
+        probability = one.columns.get("label_probability")
+        low = self.least is not None and probability is not None and probability < self.least
+        return LEFT_OUT if low else one
+
+
+@dataclass(frozen=True, slots=True)
+class Picked:
+    """A pair to look at."""
 
     source: str
     row: int
     """Of its source, from 1."""
     pair: Pair
     columns: Columns
+    rest: Row = field(default_factory=dict)
+    """What else the row holds."""
 
 
 def summarise(results: Iterable[Annotated]) -> Summary:
@@ -118,25 +147,37 @@ def summarise(results: Iterable[Annotated]) -> Summary:
     return Summary(rows, len(margin_N), truncated, flipped, ties, margin_N, confidence, _common(reasons))
 
 
-def suspicious(
-    sources: Sequence[Source], results: Mapping[str, Iterable[Annotated]], reader: PairReader, most: int
-) -> list[Suspicious]:
-    """The ``most`` pairs whose margins contradict their labels most, smallest margin first."""
+def pick(
+    sources: Sequence[Source],
+    results: Callable[[Source], Iterable[Annotated]],
+    reader: PairReader,
+    most: int,
+    of: PageOf = "suspicious",
+) -> list[Picked]:
+    """At most ``most`` pairs: those whose margins contradict their labels most, smallest margin first, and no others;
+    or a sample of all, which a hash draws. Held are these, however many rows there are.
+    """
 
-    def places() -> Iterator[tuple[float, int, int, Columns]]:
+    def places() -> Iterator[tuple[float, int, int, Annotated]]:
         for number, source in enumerate(sources):
-            for row, one in enumerate(results[source.name]):
-                if one.columns is not None and one.columns["label_agrees"] is False:
-                    yield float(one.columns["margin"] or 0.0), number, row, one.columns
+            for row, one in enumerate(results(source)):
+                if one.columns is None:
+                    continue
+                if of == "sample":
+                    yield float(hashed(source.name, str(row))), number, row, one
+                elif one.columns["label_agrees"] is False:
+                    yield float(one.columns["margin"] or 0.0), number, row, one
 
     chosen = heapq.nsmallest(most, places(), key=lambda place: place[:3])
-    wanted = {(number, row): columns for _, number, row, columns in chosen}
-    found: dict[tuple[int, int], Suspicious] = {}
+    wanted = {(number, row): one for _, number, row, one in chosen}
+    found: dict[tuple[int, int], Picked] = {}
     for number, source in enumerate(sources):
         last = max((row for n, row in wanted if n == number), default=-1)
         for row, content in zip(range(last + 1), source.rows(), strict=False):
-            if (number, row) in wanted and not isinstance(content, DataError):
-                found[number, row] = Suspicious(source.name, row + 1, reader.pair(content), wanted[number, row])
+            columns = wanted[number, row].columns if (number, row) in wanted else None
+            if columns is not None and not isinstance(content, DataError):
+                rest = {name: value for name, value in content.items() if name not in reader.taken}
+                found[number, row] = Picked(source.name, row + 1, reader.pair(content), columns, rest)
     return [found[number, row] for _, number, row, _ in chosen if (number, row) in found]
 
 
@@ -162,17 +203,18 @@ def binned(values_N: NDArray[np.float32], bars: int) -> tuple[NDArray[np.int64],
     return counts, edges
 
 
-def shown(one: Suspicious) -> str:
-    """A suspicious pair for the terminal."""
+def shown(one: Picked) -> str:
+    """A pair for the terminal."""
     turns = as_turns(one.pair.prompt)
     prompt = turns[0]["content"] if len(turns) == 1 else "\n".join(f"[{m['role']}] {m['content']}" for m in turns)
     columns = one.columns
-    confidence = "" if columns["confidence"] is None else f", confidence {columns['confidence']:.3f}"
+    probability = columns.get("label_probability")
+    told = "" if probability is None else f", label right with probability {probability:.3f}"
     answers = [
         f"  {name:8} ({columns[f'{name}_score']:.3f}): {text}"
         for name, text in (("chosen", one.pair.chosen), ("rejected", one.pair.rejected))
     ]
-    heading = f"── {one.source}, row {one.row}: margin {columns['margin']:.3f}{confidence} "
+    heading = f"── {one.source}, row {one.row}: margin {columns['margin']:.3f}{told} "
     return "\n".join([f"{heading:─<100}", prompt, *answers])
 
 

@@ -50,6 +50,7 @@ __all__ = [
     "read_calibration",
     "read_lists",
     "read_pairs",
+    "read_prompts",
     "read_texts",
     "save_states",
     "whole_prompts",
@@ -141,6 +142,13 @@ def read_texts(path: Path) -> list[tuple[Prompt, tuple[str, ...]]]:
         return prompt, tuple(_said(one, i) for i, one in enumerate(rows.get(row, "responses")))
 
     return told(rows.collect(Path(path), read)).values
+
+
+@data_errors()
+def read_prompts(path: Path) -> list[Prompt]:
+    """What was asked, in rows of any layout, each once."""
+    found = told(rows.collect(Path(path), rows.read_prompt)).values
+    return list({json.dumps(_plain(prompt)): prompt for prompt in found}.values())
 
 
 @data_errors()

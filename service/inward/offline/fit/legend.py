@@ -3,9 +3,9 @@
     v = mean( h(chosen) - h(rejected) ),   for calibration rows  v = mean( h(refusal) - h(harmful) )
 
 The paper takes the last layer after the final norm; that is the default here, and ``layer="sweep"`` chooses a layer by
-validation, which is beyond the paper. Scale and bins come from cross-fitted margins: those of a fold by the direction
-of the other folds. A direction flatters the rows that it was made of, and bins fitted on such margins would be too wide
-for any other pair.
+validation, which is beyond the paper. Scale and bins come from validation pairs, or from cross-fitted margins: those of
+a fold by the direction of the other folds. A direction flatters the rows that it was made of, and bins fitted on such
+margins would be too wide for any other pair.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from inward.errors import DataError
 from inward.heads.calibration import Deciles, MarginScale
 from inward.heads.legend import LegendHead
 from inward.offline.data.pairs import CalibrationRow, Pair, grouped_folds, grouped_split
-from inward.offline.fit.prepare import manifest
-from inward.offline.states.saved import PairStates
+from inward.offline.fit.prepare import calibration, manifest
+from inward.offline.states.saved import layer_axis
+from inward.offline.states.stored import PairSource, Subset, blocks
 from inward.types import Floats
 
 Doubles = NDArray[np.float64]
@@ -97,11 +98,11 @@ class LegendReport:
 
 
 def fit_legend(
-    states: PairStates,
+    states: PairSource,
     *,
     name: str = "legend",
     layer: int | Literal["sweep"] | None = None,
-    validation: PairStates | None = None,
+    validation: PairSource | None = None,
     folds: int = 5,
     bootstraps: int = 200,
     seed: int = 0,
@@ -109,11 +110,14 @@ def fit_legend(
 ) -> tuple[LegendHead, LegendReport]:
     """Fits the direction on all of ``states``, after judging it by directions that had not seen the judged pairs.
 
+    States are read one layer at a time, so that memory does not grow with the layers.
+
     Args:
         states: calibration rows (refusal as chosen, harmful answer as rejected) or labelled pairs.
         layer: None takes the last of ``states.layers``.
-        validation: labelled pairs with the same layers that choose the layer and give the reported agreement; without
-            them both come from ``states``, by cross-validation and from prompts held out of it.
+        validation: labelled pairs with the same layers that choose the layer, give the reported agreement, and say how
+            large a margin is (scale, bins, probabilities): that of a refusal over a harmful answer is larger than most.
+            Without them all of this comes from ``states``, by cross-validation and from prompts held out of it.
         folds: of the cross-fitting; fewer where there are fewer prompts.
         warnings: to be printed with the report (see ``constant_refusal``).
 
@@ -126,13 +130,15 @@ def fit_legend(
             f"the validation states are of position {validation.position!r}, the others of {states.position!r}"
         )
     if validation is None:
-        develop, last = (states.rows(part) for part in grouped_split(states.groups_N, [1 - HELD_OUT, HELD_OUT], seed))
+        develop, last = (
+            Subset(states, part) for part in grouped_split(states.groups_N, [1 - HELD_OUT, HELD_OUT], seed)
+        )
         table = tuple(_judge(develop, None, k, folds, seed) for k in candidates)
     else:
         select, last = (
-            validation.rows(part) for part in grouped_split(validation.groups_N, [1 - HELD_OUT, HELD_OUT], seed)
+            Subset(validation, part) for part in grouped_split(validation.groups_N, [1 - HELD_OUT, HELD_OUT], seed)
         )
-        develop = states
+        develop = Subset(states, np.arange(len(states)))
         table = tuple(_judge(develop, select, k, folds, seed) for k in candidates)
     best = max(table, key=lambda row: (row.validation, row.separation))
     direction_D = _direction(_differences(states, best.layer))
@@ -155,12 +161,15 @@ def fit_legend(
         sweep=table,
         warnings=tuple(warnings),
     )
-    # Scores lie where the final direction puts them; directions of folds would shift them, because projections are not
-    # centred.
-    scores_2N = np.concatenate(states.at(best.layer)) @ direction_D
-    calibration = MarginScale.fit(margins_N).dump() | Deciles.fit(scores_2N).dump()
+    if validation is not None:  # pairs as they are annotated, which the direction was not made of
+        calibrated = calibration(_scores(validation, best.layer, direction_D))
+    else:
+        # Scores lie where the final direction puts them; directions of folds would shift them, because projections are
+        # not centred.
+        scores_2N = _scores(states, best.layer, direction_D)
+        calibrated = MarginScale.fit(margins_N).dump() | Deciles.fit(scores_2N).dump()
     head = LegendHead(
-        manifest(name, "legend", states, [best.layer], seed=seed, calibration=calibration, metrics=report.metrics()),
+        manifest(name, "legend", states, [best.layer], seed=seed, calibration=calibrated, metrics=report.metrics()),
         direction_D.astype(np.float32),
     )
     return head, report
@@ -178,7 +187,7 @@ def constant_refusal(rows: Sequence[CalibrationRow | Pair]) -> list[str]:
     ]
 
 
-def _judge(train: PairStates, validation: PairStates | None, layer: int, folds: int, seed: int) -> LayerAgreement:
+def _judge(train: PairSource, validation: PairSource | None, layer: int, folds: int, seed: int) -> LayerAgreement:
     """Agreement of one layer's direction on ``validation``, or by cross-validation where there is none."""
     differences_ND = _differences(train, layer)
     direction_D = _direction(differences_ND)
@@ -189,7 +198,7 @@ def _judge(train: PairStates, validation: PairStates | None, layer: int, folds: 
     return LayerAgreement(layer, agreement(differences_ND @ direction_D), agreement(judged_M), separation)
 
 
-def _crossfitted(states: PairStates, layer: int, folds: int, seed: int) -> Doubles:
+def _crossfitted(states: PairSource, layer: int, folds: int, seed: int) -> Doubles:
     """``[N]``: each pair's margin by the direction of folds that its prompt is not in."""
     differences_ND = _differences(states, layer)
     margins_N = np.empty(len(states))
@@ -198,9 +207,22 @@ def _crossfitted(states: PairStates, layer: int, folds: int, seed: int) -> Doubl
     return margins_N
 
 
-def _differences(states: PairStates, layer: int) -> Floats:
-    chosen_ND, rejected_ND = states.at(layer)
-    return chosen_ND - rejected_ND
+def _differences(states: PairSource, layer: int) -> Floats:
+    """``[N, D]``: chosen minus rejected."""
+    axis = layer_axis(states.layers, layer)
+    differences_ND = np.empty((len(states), states.width), dtype=np.float32)
+    for index, chosen, rejected in blocks(states, [axis]):
+        np.subtract(chosen[:, 0], rejected[:, 0], out=differences_ND[index[0] : index[-1] + 1])
+    return differences_ND
+
+
+def _scores(states: PairSource, layer: int, direction_D: Floats) -> Doubles:
+    """``[2N]``: of the chosen and then of the rejected states."""
+    scores_2N = np.empty((2, len(states)))
+    for index, *sides in blocks(states, [layer_axis(states.layers, layer)]):
+        for side, states_NLD in enumerate(sides):
+            scores_2N[side, index] = states_NLD[:, 0] @ direction_D
+    return scores_2N.ravel()
 
 
 def _direction(differences_ND: Floats) -> Floats:
@@ -233,7 +255,7 @@ def length_matched(margins_N: Doubles, length_difference_N: Doubles | None) -> t
 
 
 def _stability(
-    states: PairStates, layer: int, direction_D: Floats, bootstraps: int, seed: int
+    states: PairSource, layer: int, direction_D: Floats, bootstraps: int, seed: int
 ) -> tuple[float, float, float]:
     """Cosines of directions of resampled prompts with the direction: 2.5 % quantile, mean, 97.5 % quantile."""
     labels, inverse_N = np.unique(states.groups_N, return_inverse=True)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from inward import __version__
 from inward.errors import DataError
 from inward.heads.base import BackboneRef, Manifest
-from inward.heads.calibration import Deciles, MarginScale, Platt
+from inward.heads.calibration import Acceptable, Deciles, MarginScale, Platt
 from inward.offline.fit.probes import labels
 from inward.offline.states.saved import ListStates
 from inward.offline.states.stored import PairSource
@@ -70,7 +70,8 @@ def record(data: str, rows: int, seed: int, metrics: Mapping[str, Any]) -> dict[
 
 
 def calibration(scores_M: NDArray[np.float64]) -> dict[str, Any]:
-    """Probabilities of a response and of a pair's label, tenths of the scores and the scale of margins.
+    """Probabilities of a response and of a pair's label, tenths of the scores, where acceptable ones lie, and the scale
+    of margins.
 
     A pair and the same pair turned round say the same, so the pair's curve is fitted on both and passes through 1/2 at
     margin 0.
@@ -85,7 +86,7 @@ def calibration(scores_M: NDArray[np.float64]) -> dict[str, Any]:
         "platt": Platt.fit(scores_M, labels(n)).dump(),
         "platt_pair": {"slope": pair.slope, "intercept": 0.0},
     }
-    found |= Deciles.fit(scores_M).dump()
+    found |= Deciles.fit(scores_M).dump() | Acceptable.fit(scores_M[:n]).dump()
     try:
         return found | MarginScale.fit(margins_N).dump()
     except DataError:  # too few margins above zero for bins: the report tells how bad the head is

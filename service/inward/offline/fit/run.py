@@ -23,20 +23,25 @@ from inward.offline.data.pairs import (
     read_calibration,
     read_lists,
     read_pairs,
+    read_prompts,
     read_texts,
 )
 from inward.offline.fit.ensemble import Judges, fit_ensemble
+from inward.offline.fit.guard import fit_guard
 from inward.offline.fit.hybrid import fit_hybrid
 from inward.offline.fit.legend import constant_refusal, fit_legend
 from inward.offline.fit.pool import fit_pool
+from inward.offline.fit.runs import Runs, draw_runs
 from inward.offline.fit.srr import fit_srr
+from inward.offline.fit.value import fit_value
 from inward.offline.fit.whitened import Choice, Evidence, FromStates, fit_whitened
 from inward.offline.states.moments import Moments
-from inward.offline.states.read import extract_lists, extract_pairs, store_pairs, sum_pairs, sum_responses
-from inward.offline.states.saved import ListStates, PairStates, load_list_states, load_pair_states, save_states
+from inward.offline.states.read import extract_lists, store_pairs, sum_pairs, sum_responses
+from inward.offline.states.saved import ListStates, load_list_states, save_states
 from inward.offline.states.scores import score_pairs, score_states
-from inward.offline.states.stored import PairSource, StoredPairs, blocks, in_memory
+from inward.offline.states.stored import PairSource, StoredPairs, blocks
 from inward.prompts import Prompts
+from inward.types import SamplingSpec
 
 T = TypeVar("T")
 WithModel = Callable[[Callable[[Backbone, Prompts], Awaitable[T]]], T]
@@ -55,7 +60,7 @@ def fit(args: Namespace, with_model: WithModel[Any], cache: Path) -> Fitted:
     Raises:
         DataError, SetupError: rows or options that no head can be fitted with.
     """
-    if getattr(args, "pool", None):
+    if getattr(args, "pool", None) and args.kind != "guard":
         return _with_pool(args, with_model, cache)
     match args.kind:
         case "legend" if args.direction == "whitened":
@@ -66,6 +71,10 @@ def fit(args: Namespace, with_model: WithModel[Any], cache: Path) -> Fitted:
             return _hybrid(args, with_model, cache)
         case "ensemble":
             return _ensemble(args, with_model)
+        case "value":
+            return _value(args, with_model, cache)
+        case "guard":
+            return _guard(args, with_model)
         case _:
             return _srr(args, with_model, cache)
 
@@ -87,7 +96,7 @@ def _with_pool(args: Namespace, with_model: WithModel[Any], cache: Path) -> Fitt
             return fit_hybrid(states, name=args.name, gate=args.gate, seed=args.seed)
         if args.direction == "mean":
             layer = _single(args.layer or "last")
-            return fit_legend(in_memory(states), name=args.name, layer=layer, seed=args.seed, warnings=warnings)
+            return fit_legend(states, name=args.name, layer=layer, seed=args.seed, warnings=warnings)
         choice = _choice(args.layer or "sum", states.layers)
         return fit_whitened(FromStates.of(states), name=args.name, layer=choice, seed=args.seed, warnings=warnings)
 
@@ -115,23 +124,27 @@ def _legend(args: Namespace, with_model: WithModel[Any], cache: Path) -> Fitted:
     if args.covariance:
         raise SetupError("--covariance is for --direction whitened: a mean difference needs none")
     warnings: list[str] = []
-    validation = None
+    validation: PairSource | None = None
+    states: PairSource
     if args.states:
-        states = load_pair_states(args.states)
+        states = StoredPairs.open(args.states)
         if args.validation:
             raise SetupError("--validation needs --pairs: with --states, give states that hold all pairs")
     else:
         files, warnings = _pairs(args)
         layers = args.layers if layer == "sweep" or args.layers != "all" else layer
 
-        async def extract(backbone: Backbone, prompts: Prompts) -> list[PairStates]:
-            where = {"layers": numbers(layers, backbone.info.layers), "position": args.position, "final_norm": True}
-            return [await extract_pairs(backbone, prompts, pairs, **where, cache=cache) for pairs in files]
+        paths = [args.save_states or cache / "states.safetensors", cache / "validation.safetensors"]
 
-        states, *more = with_model(extract)
+        async def store(backbone: Backbone, prompts: Prompts) -> list[StoredPairs]:
+            where = {"layers": numbers(layers, backbone.info.layers), "position": args.position, "final_norm": True}
+            return [
+                await store_pairs(backbone, prompts, pairs, path, **where)
+                for pairs, path in zip(files, paths, strict=False)
+            ]
+
+        states, *more = with_model(store)
         validation = more[0] if more else None
-        if args.save_states:
-            save_states(states, args.save_states)
     return fit_legend(
         states,
         name=args.name,
@@ -281,6 +294,45 @@ def _ensemble(args: Namespace, with_model: WithModel[Any]) -> Fitted:
         scores_PM = await score_pairs(backbone, prompts, pairs, heads)
         groups_N = prompt_groups(pair.prompt for pair in pairs)
         return fit_ensemble(heads, scores_PM, Judges(groups_N, data_hash(pairs)), name=args.name, seed=args.seed)
+
+    fitted: Fitted = with_model(use)
+    return fitted
+
+
+def _value(args: Namespace, with_model: WithModel[Any], cache: Path) -> Fitted:
+    asked = read_prompts(args.rows)[: args.limit]
+
+    async def draw(backbone: Backbone, prompts: Prompts) -> tuple[Head, Runs]:
+        head = store.load(args.of, fingerprint=backbone.info.fingerprint, template=prompts.template)
+        if head.ref.kind in ("srr", "value"):
+            raise SetupError(f"--head {head.ref.name}: a {head.ref.kind} head gives no answer a reward of its own")
+        spec = _drawn(args)
+        layers = numbers(args.layers, backbone.info.layers) if args.layers else quarters(backbone.info.layers)
+        at = [point for point in args.at if point < spec.max_tokens]
+        return head, await draw_runs(backbone, prompts, head, asked, spec, at=at, layers=layers, cache=cache)
+
+    head, runs = with_model(draw)
+    return fit_value(runs, head, name=args.name, seed=args.seed)
+
+
+def _drawn(args: Namespace) -> SamplingSpec:
+    try:
+        return SamplingSpec(args.samples, **{"max_tokens": 128, "seed": args.seed} | args.sampling)
+    except TypeError as error:
+        raise SetupError(f"--sampling: {error}") from None
+
+
+def quarters(depth: int) -> list[int]:
+    """Four layers, evenly spaced, the last among them."""
+    return sorted({max(1, round(depth * k / 4)) for k in range(1, 5)})
+
+
+def _guard(args: Namespace, with_model: WithModel[Any]) -> Fitted:
+    texts = read_texts(args.rows)[: args.limit]
+
+    async def use(backbone: Backbone, prompts: Prompts) -> Fitted:
+        head = store.load(args.of, fingerprint=backbone.info.fingerprint, template=prompts.template)
+        return await fit_guard(backbone, prompts, head, texts, name=args.name, pool=args.pool or "")
 
     fitted: Fitted = with_model(use)
     return fitted

@@ -1,0 +1,155 @@
+"""OpenAI's decisions: questions that a head or a ranker can answer, and refusals where none can."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from inward.api.candidates import candidates
+from inward.api.compat import POINTWISE, Conversation
+from inward.api.scoring import Deadline
+from inward.api.services import Services
+from inward.api.verdicts import read
+from inward.errors import NotFound
+from inward.heads.calibration import Deciles
+from inward.types import Kind, Scored, Usage
+from inward.wire import RerankRequest
+from inward.wire.compat import message
+from inward.wire.verdicts import (
+    ChoiceDecision,
+    ChoiceProbability,
+    DecisionRequest,
+    Level,
+    LevelProbability,
+    PredicateDecision,
+    Question,
+    Refusal,
+    ScoreDecision,
+)
+
+RANKERS: tuple[Kind, ...] = ("srr", "hybrid", "legend", "ensemble")
+Decision = PredicateDecision | ChoiceDecision | ScoreDecision | Refusal
+
+
+async def decide(services: Services, request: DecisionRequest) -> tuple[list[Decision], Usage]:
+    """Answers in the order of the questions, and what they cost.
+
+    Raises:
+        InwardError: the input can't be read, or the service could not do its part.
+    """
+    request.check()
+    deadline = Deadline(None, services.limits.timeout_s)
+    turns = _turns(request)
+    named = [
+        None if question.type == "choice" else _head(services, request, question) for question in request.questions
+    ]
+    heads = sorted({name for name in named if name is not None})
+    usage = Usage()
+    scored: Scored | None = None
+    if heads:
+        (scored,) = await read(services, [_judged(turns)], heads, "input", deadline)
+        usage += scored.usage
+    answers: list[Decision] = []
+    for i, (question, name) in enumerate(zip(request.questions, named, strict=True)):
+        if question.type == "choice":
+            answer, cost = await _choose(services, request, i, turns, deadline)
+            usage += cost
+        elif name is None or scored is None:
+            answer = Refusal(name=question.name)
+        else:
+            answer = _answer(services, question, name, scored, heads.index(name))
+        answers.append(answer)
+    return answers, usage
+
+
+def _turns(request: DecisionRequest) -> list[dict[str, str]]:
+    if isinstance(request.input, str):
+        return [{"role": "user", "content": request.input}]
+    return [message(turn, f"input.{i}") for i, turn in enumerate(request.input)]
+
+
+def _judged(turns: Sequence[dict[str, str]]) -> Conversation:
+    """The last turn, as an answer to those before it where it is one."""
+    *before, last = turns
+    return Conversation(before if before and last["role"] == "assistant" else "", last["content"])
+
+
+def _head(services: Services, request: DecisionRequest, question: Question) -> str | None:
+    """The head that knows what is asked; None where there is none."""
+    for name in (question.name, request.head, request.model):
+        try:
+            if name is not None:
+                return services.heads.resolve(name, POINTWISE).name
+        except NotFound:
+            if name == question.name or name == request.head:
+                return None
+    try:
+        return services.heads.resolve(services.compat_head, POINTWISE).name
+    except NotFound:
+        return None
+
+
+def _answer(services: Services, question: Question, name: str, scored: Scored, head: int) -> Decision:
+    scores = scored.scores[head]
+    if question.type == "predicate":
+        probability = scores.probability_N[0] if scores.probability_N else None
+        if probability is None:  # not calibrated for it
+            return Refusal(name=question.name)
+        return PredicateDecision(name=question.name, probability=probability)
+    deciles = Deciles.load(services.heads.show(name).get("calibration") or {})
+    score = scores.scores_N[0]
+    if deciles is None or score is None:
+        return Refusal(name=question.name)
+    return _levels(question.name, question.levels or [], deciles.quantile(score))
+
+
+def _levels(name: str | None, levels: Sequence[Level], quantile: float) -> ScoreDecision:
+    """On levels that hold equal shares of the calibration set, with its place between the middles of two of them."""
+    place = min(max(quantile * len(levels) - 0.5, 0.0), len(levels) - 1.0)
+    probabilities = [max(0.0, 1.0 - abs(place - i)) for i in range(len(levels))]
+    return ScoreDecision(
+        name=name,
+        score=place,
+        confidence=max(probabilities),
+        probabilities=[
+            LevelProbability(label=level.label, value=i, probability=probabilities[i]) for i, level in enumerate(levels)
+        ],
+    )
+
+
+async def _choose(
+    services: Services, request: DecisionRequest, i: int, turns: Sequence[dict[str, str]], deadline: Deadline
+) -> tuple[Decision, Usage]:
+    """Asks the question after the input, with its choices as the answers to rank."""
+    question = request.questions[i]
+    choices = question.choices or []
+    try:
+        head = services.heads.resolve(services.rerank_head, RANKERS)
+    except NotFound:
+        return Refusal(name=question.name), Usage()
+    asked = {"role": "user", "content": request.instructions(i)}
+    ranking = RerankRequest.model_validate(
+        {"messages": [*turns, asked], "candidates": [choice.text for choice in choices], "head": head.name}
+    )
+    found = await candidates(services, ranking, (head.name,), deadline)
+    scores = [answer.score for answer in found.answers]
+    if None in scores:
+        return Refusal(name=question.name), found.scored.usage
+    shares = _softmax([score for score in scores if score is not None])
+    best = max(range(len(shares)), key=shares.__getitem__)
+    decision = ChoiceDecision(
+        name=question.name,
+        choice=choices[best].value,
+        confidence=shares[best],
+        probabilities=[
+            ChoiceProbability(value=choice.value, probability=share)
+            for choice, share in zip(choices, shares, strict=True)
+        ],
+    )
+    return decision, found.scored.usage
+
+
+def _softmax(scores: Sequence[float]) -> list[float]:
+    highest = max(scores)
+    weights = [math.exp(score - highest) for score in scores]
+    return [weight / sum(weights) for weight in weights]

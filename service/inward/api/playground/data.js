@@ -1,0 +1,113 @@
+// A file of pairs: margins of all, where they lie, and the labels that look wrong.
+import { get, post, text, upload } from "./api.js";
+import { histogram } from "./charts.js";
+import { headSelect } from "./choosing.js";
+import { field, figures, h, number, percent } from "./dom.js";
+
+const CHUNK = 16;
+const SHOWN = 20;
+const LOOK_MS = 500;
+const COLUMNS = ["margin", "margin_scaled", "bin", "chosen_score", "rejected_score", "label_agrees", "label_probability", "confidence", "error"];
+
+export function data(panel, listed) {
+  const head = headSelect(listed, ["hybrid", "ensemble", "legend"]);
+  const file = h("input", { type: "file", accept: ".jsonl,.ndjson,.json,application/x-ndjson" });
+  const out = h("div", { className: "stack", "aria-live": "polite" });
+  const drop = h("div", { className: "drop" }, h("p", {}, "Drop a JSONL file of pairs here, or"), field("choose one: ", file),
+    h("p", { className: "quiet" }, "One object a line, with prompt, chosen and rejected. It goes to this server and nowhere else."));
+  const take = async (chosen) => {
+    if (!chosen) return;
+    try {
+      await work(out, chosen, head.value);
+    } catch (error) {
+      out.replaceChildren(h("p", { className: "problem", role: "alert" }, error.message));
+    }
+  };
+  file.addEventListener("change", () => take(file.files[0]));
+  drop.addEventListener("dragover", (event) => { event.preventDefault(); drop.classList.add("over"); });
+  drop.addEventListener("dragleave", () => drop.classList.remove("over"));
+  drop.addEventListener("drop", (event) => { event.preventDefault(); drop.classList.remove("over"); take(event.dataTransfer.files[0]); });
+  panel.append(h("div", { className: "stack" }, h("div", { className: "row" }, field("Head", head)), drop, out));
+}
+
+function parse(content) {
+  return content.split("\n").filter((line) => line.trim()).map((line, i) => {
+    try {
+      return JSON.parse(line);
+    } catch {
+      throw new Error(`line ${i + 1} is not JSON`);
+    }
+  });
+}
+
+async function work(out, file, head) {
+  const rows = parse(await file.text());
+  if (!rows.length) throw new Error("the file has no rows");
+  const progress = h("progress", { max: rows.length, value: 0, ariaLabel: "Pairs scored" });
+  const said = h("p", { className: "quiet" }, `0 of ${rows.length}`);
+  out.replaceChildren(h("div", { className: "card" }, said, progress));
+  const tell = (done) => { progress.value = done; said.textContent = `${done} of ${rows.length}`; };
+  const pairs = rows.map(({ prompt, messages, chosen, rejected }) =>
+    Object.fromEntries(Object.entries({ prompt, messages, chosen, rejected }).filter(([, value]) => value !== undefined)));
+  const margins = await ((await get("/info")).jobs ? byJob : byRequests)(pairs, head, tell);
+  show(out, file.name, rows, margins);
+}
+
+async function byJob(pairs, head, tell) {
+  let job = await upload(`/jobs?kind=margin&head=${encodeURIComponent(head)}`, pairs.map((pair) => JSON.stringify(pair)).join("\n"));
+  while (job.state === "running") {
+    tell(job.done);
+    await new Promise((wake) => setTimeout(wake, LOOK_MS));
+    job = await get(`/jobs/${job.id}`);
+  }
+  return (await text(`/jobs/${job.id}/results`)).split("\n").filter(Boolean).map((line) => JSON.parse(line));
+}
+
+async function byRequests(pairs, head, tell) {
+  const margins = [];
+  for (let i = 0; i < pairs.length; i += CHUNK) {
+    margins.push(...(await chunk(pairs.slice(i, i + CHUNK), head)));
+    tell(margins.length);
+  }
+  return margins;
+}
+
+// A request in which nothing can be scored is an error; then each row has its own.
+async function chunk(pairs, head) {
+  try {
+    return (await post("/margin", { pairs, head })).margins;
+  } catch (error) {
+    if (error.status !== 422 && error.status !== 413) throw error;
+    if (pairs.length === 1) return [{ error: { message: error.message } }];
+    return (await Promise.all(pairs.map((pair) => chunk([pair], head)))).flat();
+  }
+}
+
+function show(out, name, rows, margins) {
+  const good = margins.map((margin, i) => ({ ...margin, i })).filter((one) => typeof one.margin === "number");
+  const wrong = good.filter((one) => one.label_agrees === false);
+  const worst = [...good].sort((a, b) => a.margin - b.margin).slice(0, SHOWN);
+  const chart = good.length ? histogram(good.map((one) => one.margin), "Margins", 0) : "";
+  const blob = new Blob([rows.map((row, i) => `${JSON.stringify({ ...row, ...columns(margins[i]) })}\n`).join("")], { type: "application/x-ndjson" });
+  const download = h("a", { href: URL.createObjectURL(blob), download: name.replace(/(\.\w+)?$/, ".margins.jsonl") }, "Download with columns");
+  out.replaceChildren(
+    h("div", { className: "card stack" },
+      figures([
+        ["pairs", String(rows.length)], ["could not be scored", String(rows.length - good.length)],
+        ["labels that look flipped", `${wrong.length} (${percent(good.length ? wrong.length / good.length : 0)})`, wrong.length ? "bad" : ""],
+      ]), chart, h("p", {}, download)),
+    h("div", { className: "card" }, h("h2", {}, "Most suspicious pairs"), h("div", { className: "scroll", tabIndex: 0, role: "region", ariaLabel: "Most suspicious pairs" }, table(worst, rows))));
+}
+
+function columns(margin) {
+  return Object.fromEntries(COLUMNS.filter((name) => margin?.[name] !== undefined && margin[name] !== null)
+    .map((name) => [name, name === "error" ? margin.error.message : margin[name]]));
+}
+
+function table(worst, rows) {
+  const brief = (value) => { const said = typeof value === "string" ? value : JSON.stringify(value ?? ""); return said.length > 160 ? `${said.slice(0, 160)} …` : said; };
+  return h("table", {}, h("thead", {}, h("tr", {}, ["row", "margin", "label is right", "prompt", "chosen", "rejected"].map((name) => h("th", { scope: "col" }, name)))),
+    h("tbody", {}, worst.map((one) => h("tr", {},
+      h("td", { className: "number" }, String(one.i + 1)), h("td", { className: "number" }, number(one.margin)), h("td", { className: "number" }, percent(one.label_probability)),
+      ["prompt", "chosen", "rejected"].map((name) => h("td", {}, brief(rows[one.i][name] ?? rows[one.i].messages)))))));
+}

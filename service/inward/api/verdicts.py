@@ -1,0 +1,118 @@
+"""Heads as judges of texts: calibrated thresholds, and what lies below them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from inward.api.compat import POINTWISE, Conversation, unit
+from inward.api.scoring import Deadline, score_groups, tokenise
+from inward.api.services import Services
+from inward.errors import InvalidField, InwardError, NotFinite, NotFound
+from inward.heads.calibration import Acceptable
+from inward.prompts import Grouped
+from inward.types import HeadRef, Scored
+from inward.wire.verdicts import Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """A head and the score below which it flags a text."""
+
+    ref: HeadRef
+    threshold: float
+    false_positives: float
+    estimated: bool
+
+    def verdict(self, score: float) -> Verdict:
+        """On a text with this score."""
+        return Verdict(
+            score=score, threshold=self.threshold, false_positives=self.false_positives, estimated=self.estimated
+        )
+
+    def reason(self, score: float) -> str:
+        """Why a text with this score is flagged, without the text."""
+        rate = f"{'about ' if self.estimated else ''}{self.false_positives:.2%} false positives"
+        return f"the head {self.ref.name!r} scores {score:.3f}, below its threshold {self.threshold:.3f} ({rate})"
+
+
+def judges(services: Services, rate: float | None) -> list[Judge]:
+    """All heads that judge one text by itself and are calibrated for this rate.
+
+    Raises:
+        NotFound: there are none.
+    """
+    found = []
+    for row in services.heads.listing():
+        if row["kind"] in POINTWISE:
+            with suppress(InvalidField):
+                found.append(judge(services, row["name"], rate))
+    if not found:
+        raise NotFound(f"no head is calibrated for thresholds at this rate; {_fit_again()}", param="head")
+    return found
+
+
+def judge(services: Services, name: str | None, rate: float | None, param: str = "head") -> Judge:
+    """One head.
+
+    Raises:
+        NotFound: there is no such head.
+        InvalidField: it isn't calibrated, or not for such a rate.
+    """
+    ref = services.heads.resolve(name, POINTWISE)
+    rate = rate or services.false_positives
+    acceptable = _acceptable(services, ref.name)
+    if acceptable is None:
+        raise InvalidField(f"head {ref.name!r} is not calibrated for thresholds; {_fit_again()}", param=param)
+    return Judge(ref, acceptable.threshold(rate), rate, acceptable.estimated)
+
+
+async def read(
+    services: Services,
+    conversations: Sequence[Conversation],
+    heads: Sequence[str],
+    field: str,
+    deadline: Deadline | None = None,
+) -> list[Scored]:
+    """Each text, which came in the request's ``field``, by all of the heads in one pass.
+
+    Raises:
+        InwardError: one of them could not be scored: a text that nobody read is not one that nobody objects to.
+    """
+    deadline = deadline or Deadline(None, services.limits.timeout_s)
+    groups = []
+    for i, grouped in enumerate(await tokenise(services, None, conversations, truncate=False)):
+        if not isinstance(grouped, Grouped):
+            raise type(grouped)(grouped.message, param=f"{field}.{i}", retry_after=grouped.retry_after)
+        groups.append(grouped.group)
+    scored = []
+    for i, outcome in enumerate(await score_groups(services, groups, tuple(heads), deadline)):
+        if isinstance(outcome, InwardError):
+            raise type(outcome)(outcome.message, param=f"{field}.{i}", retry_after=outcome.retry_after)
+        if any(None in scores.scores_N for scores in outcome.scores):
+            raise NotFinite("the score is not a finite number", param=f"{field}.{i}")
+        scored.append(outcome)
+    return scored
+
+
+def raw(scored: Scored, head: int) -> float:
+    """What the ``head``-th of the heads says of a text that ``read`` gave."""
+    score = scored.scores[head].scores_N[0]
+    assert score is not None
+    return score
+
+
+def badness(scored: Scored, head: int) -> float:
+    """The probability that the text is not acceptable, as far as the head is calibrated for it."""
+    return 1.0 - unit(scored.scores[head], 0)
+
+
+def _acceptable(services: Services, name: str) -> Acceptable | None:
+    about: dict[str, Any] = services.heads.show(name)
+    return Acceptable.load(about.get("calibration") or {})
+
+
+def _fit_again() -> str:
+    return "a hybrid head fitted on pairs is, and a LEGEND head fitted with --validation"

@@ -1,0 +1,106 @@
+"""What a value head was calibrated to: how much of best-of-N early rejection by it costs, from runs drawn to their end.
+
+A response that lies by more than ``z`` standard deviations below the best one at a decision point is rejected, where
+the deviation is that of the finished rewards about what the head predicts there. So one number says how bold all points
+are, and a table says what each costs: the share of best-of-N's gain over a single response that was lost, as mean over
+prompts and as the upper end of its interval.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from inward.errors import HeadError, InvalidField
+
+KEY = "rejection"
+OF = "of"
+"""Key of ``Manifest.options`` under which a value head names the head whose reward it predicts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Boldness:
+    """One row of the table: what rejecting at ``z`` costs and saves."""
+
+    z: float
+    loss: float
+    upper: float
+    """End of the 95 % interval of ``loss`` over prompts."""
+    drawn: float
+    """Share of the tokens that were drawn."""
+
+
+@dataclass(frozen=True, slots=True)
+class RejectionCurve:
+    """Manifest's ``calibration["rejection"]``."""
+
+    at: tuple[int, ...]
+    deviations: tuple[float, ...]
+    """Of the finished reward about the prediction, at each of ``at``, within a prompt."""
+    n: int
+    """Responses a prompt in the runs."""
+    table: tuple[Boldness, ...]
+    """By ascending ``z``."""
+
+    @classmethod
+    def load(cls, calibration: Mapping[str, Any]) -> Self | None:
+        """Out of a manifest's ``calibration``; None where there is none.
+
+        Raises:
+            HeadError: an entry that can't be used.
+        """
+        entry = calibration.get(KEY)
+        if entry is None:
+            return None
+        try:
+            table = tuple(Boldness(**{name: float(value) for name, value in row.items()}) for row in entry["table"])
+            at = tuple(int(point) for point in entry["at"])
+            deviations = tuple(float(deviation) for deviation in entry["deviations"])
+            curve = cls(at, deviations, int(entry["n"]), table)
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise HeadError(f"calibration.{KEY} in head.json can't be read ({error!r}): fit the head again") from None
+        if len(at) != len(deviations) or list(at) != sorted(set(at)) or not all(map(math.isfinite, deviations)):
+            raise HeadError(f"calibration.{KEY} in head.json needs a deviation for each of its points: fit it again")
+        return curve
+
+    def dump(self) -> dict[str, Any]:
+        """The entry of a manifest's ``calibration``."""
+        return asdict(self) | {"at": list(self.at), "deviations": list(self.deviations)}
+
+    def gaps(self, max_loss: float) -> tuple[float, ...] | None:
+        """How far below the best one a response may lie at each point, so that no more is lost; None where no row of
+        the table is that careful.
+        """
+        careful = [row for row in self.table if row.upper <= max_loss]
+        if not careful:
+            return None
+        z = min(careful, key=lambda row: row.drawn).z
+        return tuple(z * deviation for deviation in self.deviations)
+
+
+def rejection_gaps(
+    calibration: Mapping[str, Any], max_loss: float, *, head: str
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """The decision points of a value head, and how far below the best one a response may lie at each.
+
+    Raises:
+        InvalidField: the head is not calibrated for it, or not for so small a loss.
+    """
+    curve = RejectionCurve.load(calibration)
+    if curve is None:
+        raise InvalidField(
+            f"head {head!r} is not calibrated for early rejection: fit a value head (inward fit value), or give "
+            "early_rejection.keep and at",
+            param="early_rejection.max_loss",
+        )
+    gaps = curve.gaps(max_loss)
+    if gaps is None:
+        least = min((row.upper for row in curve.table), default=1.0)
+        raise InvalidField(
+            f"with head {head!r} a loss of at most {max_loss:g} can't be kept; its calibration reaches {least:.3g}: "
+            "ask for that, or leave early_rejection out",
+            param="early_rejection.max_loss",
+        )
+    return curve.at, gaps

@@ -1,0 +1,165 @@
+"""How many labels are wrong, by the margins of pairs and the labels themselves.
+
+Two estimates, since the usual one counts a judge's own errors as errors of the labels.
+
+``wrong``: a logistic curve with flips (robust logistic regression, Bootkrajang and Kabán, ECML 2012). A label is what
+the curve says, and with probability ``share`` it was turned round:
+
+    P(label | margin) = (1 - share) sigmoid(k margin) + share sigmoid(-k margin)
+
+``share`` and ``k`` are most likely together, on a grid. A judge that is weak has a flat curve; labels that are wrong
+keep the curve from its ends. No held-out calibration is needed.
+
+``flagged``: confident learning (Northcutt et al., JAIR 2021, arXiv 1911.00068) on out-of-fold probabilities p. A pair
+has two classes, "the first is better" and "the second is", and shown the other way round it has the other one; so both
+have the same threshold t = mean of p, and the labels with 1 - p >= t are the ones that it would call wrong. The number
+is that of ``cleanlab`` on pairs shown both ways round, which a test compares; it is written out because an interval
+needs hundreds of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from inward.offline.data.pairs import grouped_folds, whole_prompts
+from inward.offline.evaluate.statistics import Doubles, Estimate, Indices, bootstrap, mean
+from inward.types import Floats
+
+FOLDS = 5
+FEWEST_PROMPTS = 20
+"""Of which a share of wrong labels is estimated."""
+BINS = 256
+"""Of margins, each with its mean: what lies in one is one to the likelihood."""
+SLOPES = np.geomspace(0.05, 30.0, 48)
+"""Of the curve, for margins whose root mean square is 1."""
+SHARES = np.linspace(0.0, 0.49, 50)
+STEPS = 60
+"""Halvings of the slope's interval: more than a double has digits."""
+RESAMPLES = 500
+MOST_PAIRS = 20_000
+"""That an estimate is made from: of more, all those of some prompts."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Noise:
+    """Of one set of pairs."""
+
+    wrong: Estimate
+    """Share of labels that are wrong."""
+    flagged: Estimate
+    """Share that confident learning calls wrong: an upper bound in practice."""
+    slope: float
+    """The curve's, for the margins as they are."""
+
+    def posterior(self, margin_N: Doubles) -> Doubles:
+        """Probability that each label is wrong, ``[N]``."""
+        right_N, wrong_N = _sigmoid(self.slope * margin_N), _sigmoid(-self.slope * margin_N)
+        share = self.wrong.value
+        return np.asarray(share * wrong_N / np.maximum((1 - share) * right_N + share * wrong_N, 1e-300))
+
+
+def noise(margin_N: Doubles, groups_N: NDArray[np.int64], *, seed: int = 0, resamples: int = RESAMPLES) -> Noise | None:
+    """Both estimates with their 95 % intervals over prompts.
+
+    Args:
+        margin_N: in favour of the label, by a head that was fitted on other prompts; without ties.
+        groups_N: the prompt of each pair.
+
+    Returns:
+        None of too few prompts, or where the margins speak against most labels: the head can't judge these.
+    """
+    if len(np.unique(groups_N)) < FEWEST_PROMPTS or float(np.mean(margin_N > 0)) <= 0.5:
+        return None
+    some = whole_prompts(groups_N, MOST_PAIRS)
+    margin_N, groups_N = margin_N[some], groups_N[some]
+    spread = float(np.sqrt(np.mean(margin_N**2)))
+    bin_N, centre_C = _bins(margin_N / spread)
+    log_GC = _log_likelihood(centre_C)
+    member_NC = _members(bin_N, len(centre_C))
+
+    def share(weights_BN: Doubles) -> Doubles:
+        best_B = np.argmax(log_GC @ (weights_BN @ member_NC).T, axis=0)
+        return np.asarray(SHARES[best_B % len(SHARES)])
+
+    wrong = bootstrap(share, groups_N, resamples=resamples, seed=seed)
+    best = int(np.argmax(log_GC @ np.bincount(bin_N, minlength=len(centre_C))))
+    p_N = out_of_fold(margin_N, groups_N)
+    flagged = bootstrap(lambda weights_BN: confident(p_N, weights_BN), groups_N, resamples=resamples, seed=seed)
+    assert wrong is not None and flagged is not None
+    return Noise(wrong, flagged, float(SLOPES[best // len(SHARES)]) / spread)
+
+
+def agreement(margin_N: Doubles, groups_N: NDArray[np.int64], *, seed: int = 0) -> Estimate | None:
+    """Share of labels that the margins agree with; None of a single prompt."""
+    if len(np.unique(groups_N)) < 2:
+        return None
+    some = whole_prompts(groups_N, MOST_PAIRS)
+    return bootstrap(mean(margin_N[some] > 0), groups_N[some], resamples=RESAMPLES, seed=seed)
+
+
+def out_of_fold(margin_N: Doubles, groups_N: NDArray[np.int64]) -> Doubles:
+    """Probability of each label as it is given, ``[N]``, by a logistic curve through zero that was fitted on the labels
+    of other prompts.
+    """
+    probability_N = np.empty(len(margin_N))
+    for train, held_out in grouped_folds(groups_N, FOLDS, 0):
+        probability_N[held_out] = _sigmoid(slope(margin_N[train]) * margin_N[held_out])
+    return probability_N
+
+
+def slope(margin_N: Doubles) -> float:
+    """The logistic curve's, at least 0: most likely where every label says that its margin should be above zero."""
+    spread = float(np.sqrt(np.mean(margin_N**2)))
+    if not spread:
+        return 0.0
+    x_N = margin_N / spread
+
+    def gradient(k: float) -> float:
+        return float(np.mean(x_N * _sigmoid(-k * x_N)))
+
+    low, high = 0.0, 100.0  # labels that are all right have no finite best slope
+    if gradient(low) <= 0:
+        return 0.0
+    for _ in range(STEPS):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if gradient(middle) > 0 else (low, middle)
+    return 0.5 * (low + high) / spread
+
+
+def confident(p_N: Doubles, weights_BN: Doubles) -> Doubles:
+    """Share of labels that confident learning calls wrong, ``[B]``, of weighted rows."""
+    order_N: Indices = np.argsort(p_N, kind="stable")
+    total_B = weights_BN.sum(axis=1)
+    threshold_B = np.maximum((weights_BN @ p_N) / total_B, 0.5)
+    below_BN = np.concatenate([np.zeros((len(weights_BN), 1)), np.cumsum(weights_BN[:, order_N], axis=1)], axis=1)
+    wrong = np.searchsorted(p_N[order_N], 1 - threshold_B, "right")
+    return np.asarray(below_BN[np.arange(len(weights_BN)), wrong] / total_B, dtype=np.float64)
+
+
+def _bins(margin_N: Doubles) -> tuple[Indices, Doubles]:
+    """Of each margin its bin, ``[N]``, and the mean of each bin, ``[C]``."""
+    if len(margin_N) <= BINS:
+        return np.arange(len(margin_N)), margin_N
+    edges = np.unique(np.quantile(margin_N, np.linspace(0, 1, BINS + 1)[1:-1]))
+    _, bin_N = np.unique(np.searchsorted(edges, margin_N, "right"), return_inverse=True)
+    return bin_N, np.bincount(bin_N, margin_N) / np.bincount(bin_N)
+
+
+def _members(bin_N: Indices, bins: int) -> Floats:
+    member_NC = np.zeros((len(bin_N), bins), dtype=np.float32)
+    member_NC[np.arange(len(bin_N)), bin_N] = 1.0
+    return member_NC
+
+
+def _log_likelihood(centre_C: Doubles) -> Doubles:
+    """``[G, C]`` of every slope with every share."""
+    right_SC = _sigmoid(SLOPES[:, None] * centre_C)
+    mixed_SRC = (1 - SHARES[:, None]) * right_SC[:, None] + SHARES[:, None] * (1 - right_SC[:, None])
+    return np.asarray(np.log(np.maximum(mixed_SRC, 1e-300)).reshape(-1, len(centre_C)))
+
+
+def _sigmoid(x: Doubles) -> Doubles:
+    return np.asarray(1 / (1 + np.exp(-np.clip(x, -700, 700))), dtype=np.float64)

@@ -1,0 +1,130 @@
+"""Responses that the model draws to their end, a head's reward of each, and its states on the way: what a value head
+learns from.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+from tqdm import tqdm
+
+from inward.backbones.base import Backbone
+from inward.errors import DataError, InwardError
+from inward.heads.base import BackboneRef, Head
+from inward.heads.running import token_scores
+from inward.offline.states.moments import Doubles
+from inward.prompts import Prompts, Texts
+from inward.types import Floats, Group, Ids, Prompt, Readout, SamplingSpec, Tap
+
+AT_ONCE = 4
+"""Prompts that are drawn for at a time."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Runs:
+    """``N`` finished responses to each of ``P`` prompts, looked at after ``A`` numbers of tokens, at ``L`` layers.
+    What a response has not reached is NaN.
+    """
+
+    at: tuple[int, ...]
+    layers: tuple[int, ...]
+    rewards_PN: Doubles
+    lengths_PN: np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+    states_PNALD: Floats
+    """At the last of so many tokens."""
+    means_PNALD: Floats
+    """Of all of them."""
+    own_PNA: Doubles
+    """The head's own running score: the mean of its scores of these tokens."""
+    backbone: BackboneRef
+    template: str
+    data_hash: str
+
+
+async def draw_runs(
+    backbone: Backbone,
+    prompts: Prompts,
+    head: Head,
+    asked: Sequence[Prompt],
+    spec: SamplingSpec,
+    *,
+    at: Sequence[int],
+    layers: Sequence[int],
+    cache: Path,
+) -> Runs:
+    """Draws, and keeps what is done of it in ``cache``, so that the same call goes on after a stop. Prompts with a
+    response that has no score are left out.
+
+    Raises:
+        DataError: no prompt is usable.
+    """
+    grouped = await prompts.group_many([Texts(prompt, ()) for prompt in asked])
+    room = backbone.info.max_tokens - spec.max_tokens - 1
+    ids = [g.group.prompt_ids for g in grouped if not isinstance(g, InwardError) and len(g.group.prompt_ids) <= room]
+    turns = asyncio.Semaphore(AT_ONCE)
+    with tqdm(total=len(ids), desc="drawing", unit="prompt") as bar:
+
+        async def one(i: int, prompt: Ids) -> dict[str, Floats] | None:
+            own = replace(spec, seed=((spec.seed or 0) * 1_000_003 + i * spec.n) % 2**32)
+            async with turns:
+                run = await _run(backbone, head, Group(prompt, sampling=own), at, layers, cache)
+            bar.update()
+            return run
+
+        runs = [run for run in await asyncio.gather(*map(one, range(len(ids)), ids)) if run is not None]
+    if len(runs) < 2:
+        raise DataError(f"{len(runs)} of {len(asked)} prompts can be used: a value head needs two at least, better 200")
+    together = {name: np.stack([run[name] for run in runs]) for name in runs[0]}
+    info = backbone.info
+    return Runs(
+        tuple(at), tuple(layers), together["rewards"].astype(np.float64), together["lengths"].astype(np.int64),
+        together["states"], together["means"], together["own"].astype(np.float64),
+        BackboneRef(name=info.name, revision=info.revision, fingerprint=info.fingerprint), prompts.template,
+        hashlib.sha256(repr(ids).encode()).hexdigest(),
+    )  # fmt: skip
+
+
+async def _run(
+    backbone: Backbone, head: Head, group: Group, at: Sequence[int], layers: Sequence[int], cache: Path
+) -> dict[str, Floats] | None:
+    what = repr((group, tuple(at), tuple(layers), head.ref, backbone.info.identity))
+    kept = cache / f"{hashlib.sha256(what.encode()).hexdigest()[:32]}.safetensors"
+    if kept.exists():
+        return dict(load_file(kept))
+    whole = Readout(tuple(Tap(layer, "last") for layer in layers))
+    samples, reading = await backbone.sample_and_read(group, [head.readout, whole], tokens=True)
+    scores = head.score(reading.readings[0]).scores_N
+    tokens, states = (one.tokens_TK or () for one in reading.readings)
+    if None in scores:
+        return None
+    A, L, D = len(at), len(layers), backbone.info.width
+    run = {
+        "rewards": np.array(scores, np.float32),
+        "lengths": np.array([len(sample.ids) for sample in samples], np.float32),
+        "states": np.full((len(samples), A, L, D), np.nan, np.float32),
+        "means": np.full((len(samples), A, L, D), np.nan, np.float32),
+        "own": np.full((len(samples), A), np.nan, np.float32),
+    }
+    own = token_scores(head, {n: values_TK for n, values_TK in enumerate(tokens) if len(values_TK)})
+    for n, states_TK in enumerate(states):
+        states_TLD = states_TK.reshape(-1, L, D)
+        for a, point in enumerate(at):
+            if point <= len(states_TLD):
+                run["states"][n, a] = states_TLD[point - 1]
+                run["means"][n, a] = states_TLD[:point].mean(axis=0)
+                run["own"][n, a] = own[n][:point].mean()
+    _keep(run, kept)
+    return run
+
+
+def _keep(run: dict[str, Floats], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".part")
+    save_file(run, fresh)
+    fresh.replace(path)

@@ -1,0 +1,109 @@
+import json
+
+import httpx
+import pytest
+
+from inward_client import DataError, Inward, annotate
+from inward_client.answers import Head, ItemError, Margin, MarginAnswer
+from inward_client.frames import COLUMNS, ERROR
+
+ROWS = [
+    {"prompt": "q", "chosen": "three words here", "rejected": "one", "id": 0},
+    {"prompt": "q", "chosen": "bad", "rejected": "one", "id": 1},
+    {"prompt": "q", "chosen": "same", "rejected": "same", "id": 2},
+    {"prompt": None, "chosen": None, "rejected": None, "id": 3},
+    {"prompt": "q", "chosen": "one", "rejected": "two words", "id": 4},
+]
+MARGINS = [2.0, None, 0.0, None, -1.0]
+
+
+def answered(request):
+    """A margin is the difference in words; an answer that is bad can't be scored."""
+
+    def margin(pair):
+        if pair["chosen"] == "bad":
+            return {"margin": None, "error": {"message": "too bad", "type": "", "code": ""}}
+        value = len(pair["chosen"].split()) - len(pair["rejected"].split())
+        return {"margin": float(value), "bin": 0.5, "label_agrees": value >= 0, "label_probability": 0.75}
+
+    pairs = json.loads(request.content)["pairs"]
+    head = {"name": "legend", "kind": "legend", "version": 1}
+    return httpx.Response(
+        200, json={"model": "m", "policy_version": "base", "head": head, "margins": [margin(pair) for pair in pairs]}
+    )
+
+
+@pytest.fixture
+def client():
+    http = httpx.AsyncClient(transport=httpx.MockTransport(answered))
+    with Inward("http://service", http=http, batch_size=2) as one:
+        yield one
+
+
+def checked(columns):
+    """The new columns as lists."""
+    assert columns["margin"] == MARGINS
+    assert columns["label_agrees"] == [True, None, None, None, False]
+    assert columns["margin_bin"] == [0.5, None, 0.5, None, 0.5]
+    assert columns[ERROR][0] is None and columns[ERROR][1] == "too bad" and "'prompt'" in columns[ERROR][3]
+
+
+def test_a_list_gives_a_list_and_is_not_changed(client):
+    found = annotate(ROWS, client, progress=False)
+    assert [{name: row[name] for name in ROWS[0]} for row in found] == ROWS
+    assert set(found[0]) == {*ROWS[0], *COLUMNS, ERROR} and "margin" not in ROWS[0]
+    checked({name: [row[name] for row in found] for name in (*COLUMNS, ERROR)})
+
+
+def test_a_pandas_frame_gives_a_frame_with_its_index(client):
+    pd = pytest.importorskip("pandas")
+    frame = pd.DataFrame(ROWS, index=[10, 20, 30, 40, 50])
+    found = annotate(frame, client, progress=False)
+    assert list(found.index) == list(frame.index) and list(found.columns)[:4] == list(frame.columns)
+    assert str(found["margin"].dtype) == "float64" and str(found["label_agrees"].dtype) == "boolean"
+    checked({name: [None if pd.isna(value) else value for value in found[name]] for name in (*COLUMNS, ERROR)})
+
+
+def test_a_polars_frame_gives_a_frame(client):
+    pl = pytest.importorskip("polars")
+    found = annotate(pl.DataFrame(ROWS), client, prefix="x_", progress=False)
+    assert isinstance(found, pl.DataFrame) and found["id"].to_list() == [0, 1, 2, 3, 4]
+    checked({name: found["x_" + name].to_list() for name in (*COLUMNS, ERROR)})
+
+
+def test_a_dataset_gives_a_dataset_and_a_dict_of_splits_one(client):
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_list(ROWS)
+    checked({name: list(annotate(data, client, progress=False)[name]) for name in (*COLUMNS, ERROR)})
+    both = annotate(datasets.DatasetDict(train=data, test=data.select([0])), client, progress=False)
+    assert isinstance(both, datasets.DatasetDict) and list(both["test"]["margin"]) == [2.0]
+
+
+def test_columns_can_be_named_and_none_is_overwritten(client):
+    rows = [{"question": "q", "good": "two words", "poor": "one"}]
+    names = {"prompt": "question", "chosen": "good", "rejected": "poor"}
+    found = annotate(rows, client, columns=names, progress=False)
+    assert found[0]["margin"] == 1.0
+    with pytest.raises(DataError, match="margin"):
+        annotate(found, client, columns=names, progress=False)
+    with pytest.raises(DataError, match="no layout"):
+        annotate([{"text": "a"}], client, progress=False)
+    assert annotate([], client) == []
+
+
+@pytest.mark.parametrize("data", ["rows.jsonl", 7, object()])
+def test_data_of_another_kind_are_refused_by_name(client, data):
+    with pytest.raises(TypeError, match=type(data).__name__):
+        annotate(data, client)
+
+
+def test_an_answer_is_a_frame():
+    pd = pytest.importorskip("pandas")
+    margins = [Margin(margin=1.0, bin=0.5), Margin(error=ItemError("too long"))]
+    frame = MarginAnswer(model="m", policy_version="base", head=Head("l", "legend", 1), margins=margins).to_pandas()
+    assert (
+        pd.isna(frame["error"][0])
+        and frame["error"][1] == "too long"
+        and frame["margin"][0] == 1.0
+        and pd.isna(frame["margin"][1])
+    )

@@ -1,0 +1,48 @@
+"""``inward fit value`` and ``inward fit guard``: files in, heads out that ``/rerank`` can use."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from inward.__main__ import main
+from inward.heads import store
+from inward.heads.guard import guard_threshold
+from inward.heads.pooling import Pool
+from inward.heads.value import RejectionCurve
+
+MODEL = ["--model", "toy", "--backbone", "fake"]
+
+
+def write(path: Path, rows: list[dict[str, object]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_a_value_head_is_fitted_from_prompts_alone(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": f"Question {i}?"} for i in [*range(12), 3, 4]])
+    out = tmp_path / "hybrid-value"
+    options = ["--samples", "4", "--sampling", '{"max_tokens": 24}', "--at", "4,8,64"]
+    main(["fit", "value", "--head", "hybrid", "--prompts", prompts, "--out", str(out), *options, *MODEL])
+    head = store.load(out)
+    assert (head.ref.kind, head.manifest.options["of"]) == ("value", "hybrid")
+    assert head.manifest.fit["metrics"]["prompts"] == 12
+    curve = RejectionCurve.load(head.manifest.calibration)
+    assert curve is not None and curve.at == (4, 8)
+    assert "within a prompt" in capsys.readouterr().out
+
+
+def test_a_guards_thresholds_are_those_of_the_safe_answers(tmp_path: Path, capsys) -> None:
+    rng = np.random.default_rng(0)
+    safe = [{"prompt": f"p {i}", "response": " ".join(map(str, rng.integers(0, 99, 12)))} for i in range(120)]
+    out = tmp_path / "hybrid"
+    rows = write(tmp_path / "safe.jsonl", safe)
+    main(["fit", "guard", "--head", "hybrid", "--safe", rows, "--out", str(out), "--pool", "mean", *MODEL])
+    calibration = store.load(out).manifest.calibration
+    pool = Pool(name="mean")
+    strict, loose = (guard_threshold(calibration, pool, rate, head="hybrid") for rate in (0.01, 0.2))
+    assert strict < loose
+    assert "120 acceptable responses" in capsys.readouterr().out
