@@ -14,6 +14,7 @@
 #   make contract           writes clients/openapi.json and docs/reference anew after API, settings, commands or metrics have changed
 #   make fuzz               thousands of requests that a machine thinks of, against the OpenAPI document (some minutes)
 #   make smoke              deploy/smoke.sh: all processes, nginx and Prometheus, each restarted under load (minutes)
+#   make parity             SmolLM2's states and margins beside a plain forward pass, on 200 real pairs (minutes)
 #   make chaos              deaths and freezes under load at full size (about a quarter of an hour)
 
 PYTHON ?= python3
@@ -28,7 +29,7 @@ VLLM_ENV := .venv-vllm$(if $(VLLM),-$(VLLM))
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: serve install test test-fast test-vllm test-valkey test-deploy test-litellm test-browser audit check format image-check contract fuzz chaos smoke bench demo toy clean
+.PHONY: serve install test test-fast test-vllm test-valkey test-deploy test-litellm test-browser audit check format image-check contract fuzz chaos smoke parity bench demo toy clean
 
 serve: .venv/installed $(if $(filter smollm2,$(MODEL)),.venv/smollm2)
 	$(BIN)/inward serve --model $(MODEL) $(ARGS)
@@ -90,6 +91,10 @@ chaos: .venv/installed-dev
 
 smoke: .venv/installed-dev
 	deploy/smoke.sh $(ARGS)
+
+DATA ?= ../shared/data
+parity: .venv/installed .venv/smollm2
+	$(BIN)/python tests/benchmarks/parity.py $(DATA)/hh_harmless_pairs.jsonl $(DATA)/pku_saferlhf_pairs.jsonl $(ARGS)
 
 bench: .venv/installed
 	$(BIN)/inward bench $(ARGS)

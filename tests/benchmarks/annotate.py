@@ -1,8 +1,8 @@
 """``inward annotate`` on whole files, beside LEGEND's published way (one text at a time, float32), on the same model in
 one run.
 
-    python tests/benchmarks/annotate.py PAIRS.jsonl [PAIRS.jsonl …] [--sample 400] [--ways
-    published,here,killed,url,ray]
+    python tests/benchmarks/annotate.py PAIRS.jsonl [PAIRS.jsonl …] [--model smollm2] [--sample 400]
+        [--ways published,bf16,killed,url,ray]
 
 ``published`` scores a random sample of the pairs; the others annotate all of them: ``here`` in one process, ``killed``
 with kill -9 in the middle and the same command again, ``url`` at a running service, ``ray`` on Ray Data (needs Ray).
@@ -23,8 +23,8 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from inward.offline.bench.workload import PairTexts
-from inward.processes.wiring import TOY
+from inward.processes.wiring import find_model
+from inward.settings import Settings
 from support.serving import started
 
 DTYPE = ("--dtype", "float32")
@@ -88,28 +88,30 @@ def published(source: Path, sample: int) -> dict[str, float]:
     """In a process of its own, as ``inward bench`` runs it."""
     rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
     chosen = random.Random(0).sample(rows, min(sample, len(rows)))
-    pairs = [PairTexts(row["prompt"], row["chosen"], row["rejected"]) for row in chosen]
     code = (
         "import json,sys;from pathlib import Path;from inward.offline.bench import ways;from "
-        "inward.offline.bench.workload import PairTexts;"
-        "pairs=[PairTexts(*p) for p in json.load(sys.stdin)];model=Path(sys.argv[1]);"
+        "inward.offline.data.pairs import Pair;"
+        "pairs=[Pair(*p) for p in json.load(sys.stdin)];model=Path(sys.argv[1]);"
         "print(ways.published(model,ways.grouped(model,pairs)))"
     )
-    given = json.dumps([[pair.prompt, pair.chosen, pair.rejected] for pair in pairs])
+    given = json.dumps([[row["prompt"], row["chosen"], row["rejected"]] for row in chosen])
+    model = find_model(Settings(model=os.environ["INWARD_MODEL"])).folder
     done = subprocess.run(
-        [sys.executable, "-c", code, str(TOY / "backbone")], input=given, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, str(model)], input=given, capture_output=True, text=True, check=True
     )
-    return {"rows": len(pairs), "seconds": float(done.stdout)}
+    return {"rows": len(chosen), "seconds": float(done.stdout)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pairs", nargs="+", type=Path)
+    parser.add_argument("--model", default="smollm2")
     parser.add_argument("--sample", type=int, default=400)
     parser.add_argument("--limit", type=int, help="rows of each file")
     parser.add_argument("--ways", default="published,here,bf16,killed,url,ray")
     args = parser.parse_args()
     ways = args.ways.split(",")
+    os.environ["INWARD_MODEL"] = args.model
     with tempfile.TemporaryDirectory(prefix="inward-annotate-") as name:
         folder = Path(name)
         os.environ["XDG_STATE_HOME"] = str(folder / "state")

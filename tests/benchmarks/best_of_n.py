@@ -1,6 +1,6 @@
 """What ranking costs on top of sampling: best-of-n by vLLM alone, and with every sample read, in one run.
 
-    python tests/benchmarks/best_of_n.py --model MODEL --prompts 64 --n 8 --tokens 128
+    python tests/benchmarks/best_of_n.py [--model MODEL] --prompts 64 --n 8 --tokens 128
 
 Ways, in turn, each round with prompts of its own: (a) vLLM as it comes, in an engine of its own without anything of
 ours; (b) our engine samples, nothing is read; (c) read in the pass that samples, position ``last``; (d) the same with
@@ -225,7 +225,7 @@ async def run(args: argparse.Namespace) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt (default: %(default)s)")

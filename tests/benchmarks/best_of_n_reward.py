@@ -99,7 +99,7 @@ def plot(rows: dict[str, list[tuple[float, float, float]]], ns: list[int], path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="toy")
+    parser.add_argument("--model", default="smollm2")
     parser.add_argument("--heads", type=Path)
     parser.add_argument("--backbone", default="vllm")
     parser.add_argument("--vllm-options", type=json.loads, default={})

@@ -26,12 +26,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from embeddings import embed
 from numpy.typing import NDArray
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from states import Item, States, items, load
 
 from inward.offline.data.pairs import Pair, grouped_folds, prompt_groups, read_pairs
@@ -50,7 +50,7 @@ from inward.types import Position
 Doubles = NDArray[np.float64]
 Indices = NDArray[np.int64]
 Folds = list[tuple[Indices, Indices]]
-FOLDS = 5
+FOLDS = 4
 ETA = 0.6
 """SIREN: share of a probe's absolute weight that the kept neurons hold."""
 L1 = 1e-3
@@ -119,10 +119,6 @@ def whitened(subset: Subset) -> Any:
     return fit_whitened(FromStates.of(subset), layer="sum", bootstraps=1)
 
 
-def whitened_sweep(subset: Subset) -> Any:
-    return fit_whitened(FromStates.of(subset), layer="sweep", bootstraps=1)
-
-
 def hybrid(subset: Subset) -> Any:
     return fit_hybrid(subset, progress=False)
 
@@ -145,24 +141,11 @@ def tfidf(found: Set, folds: Folds) -> Doubles:
     return _fitted(found, folds, texts, lambda: make_pipeline(TfidfVectorizer(**TFIDF), LogisticRegression(C=3.0)))
 
 
-def minilm(found: Set, folds: Folds, folder: Path) -> Doubles:
+def minilm(found: Set, folds: Folds, folder: Path, cache: Path) -> Doubles:
     """Logistic regression on sentence embeddings of prompt and response."""
-    from transformers import AutoModel, AutoTokenizer
-
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
-    used = np.unique(found.row_M)
-    texts = [f"{found.responses[i].prompt}\n{found.responses[i].text}" for i in used]
-    order = np.argsort([len(t) for t in texts])
-    vectors = np.empty((len(found.responses), model.config.hidden_size), dtype=np.float32)
-    for part in np.array_split(order, max(1, len(order) // 32)):
-        batch = tokenizer([texts[i] for i in part], padding=True, truncation=True, max_length=256, return_tensors="pt")
-        with torch.inference_mode():
-            states = model(**batch).last_hidden_state
-        mask = batch["attention_mask"][:, :, None].float()
-        pooled = torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=1)
-        vectors[used[part]] = pooled.numpy()
-    model_of = lambda: make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=500))  # noqa: E731
-    return _fitted(found, folds, vectors[found.row_M], model_of)
+    texts = [f"{found.responses[i].prompt}\n{found.responses[i].text}" for i in found.row_M]
+    rows = embed(texts, folder, cache)
+    return _fitted(found, folds, rows, lambda: LogisticRegression(C=1.0, max_iter=500))
 
 
 def _fitted(found: Set, folds: Folds, rows: NDArray[Any], model_of: Callable[[], Any]) -> Doubles:
@@ -386,7 +369,11 @@ def main() -> None:
     parser.add_argument("--states", type=Path, required=True, help="as states.py wrote them")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minilm", type=Path, help="folder of all-MiniLM-L6-v2")
-    parser.add_argument("--only", help="methods whose names hold this")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        help="work these methods out, in this order (default: all); the table has all that are there",
+    )
     parser.add_argument("--limit", type=int, help="the first so many pairs only")
     parser.add_argument("--resamples", type=int, default=1000)
     args = parser.parse_args()
@@ -395,28 +382,30 @@ def main() -> None:
     methods: dict[str, Callable[[], Doubles]] = {
         "length": lambda: length(found, folds),
         "TF-IDF + logistic": lambda: tfidf(found, folds),
-        **({"MiniLM + logistic": lambda: minilm(found, folds, args.minilm)} if args.minilm else {}),
+        **(
+            {"MiniLM + logistic": lambda: minilm(found, folds, args.minilm, args.out / "embeddings.npz")}
+            if args.minilm
+            else {}
+        ),
         "SWIFT's gated mean": lambda: swift(found, folds),
         "SIREN": lambda: siren(found, folds),
     }
     positions: tuple[Position, ...] = ("last", "eos", "mean")
-    kinds = {"mean difference": mean_difference, "whitened": whitened, "whitened, best layer": whitened_sweep}
+    kinds = {"mean difference": mean_difference, "whitened": whitened}
     for position in positions:
         for kind, fit in (kinds | {"hybrid": hybrid}).items():
             methods[f"{kind}, {position}"] = lambda position=position, fit=fit: of_heads(  # type: ignore[misc]
                 found, folds, position, fit
             )
     args.out.mkdir(parents=True, exist_ok=True)
-    scores: dict[str, Doubles] = {}
-    for name, method in methods.items():
-        path = args.out / f"{name.replace(' ', '_')}-{len(found.pairs)}.npy"
-        if not path.exists() and (args.only is None or args.only in name):
+    files = {name: args.out / f"{name.replace(' ', '_')}-{len(found.pairs)}.npy" for name in methods}
+    for name in args.only or methods:
+        if not files[name].exists():
             wall, spent = time.monotonic(), time.process_time()
-            np.save(path, method())
+            np.save(files[name], methods[name]())
             seconds = time.monotonic() - wall, time.process_time() - spent
             print(f"{name}: {seconds[0]:.0f} s, processor {seconds[1]:.0f} s", flush=True)
-        if path.exists():
-            scores[name] = np.load(path)
+    scores = {name: np.load(file) for name, file in files.items() if file.exists()}
     for name, parts in ENSEMBLES.items():
         if all(part in scores for part in parts):
             scores[name] = fit_weights(np.stack([scores[part] for part in parts]), found.groups_N).held_out_M

@@ -172,7 +172,7 @@ def table(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="toy")
+    parser.add_argument("--model", default="smollm2")
     parser.add_argument("--heads", type=Path)
     parser.add_argument("--backbone", default="transformers")
     parser.add_argument("--dtype", default="auto")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,6 @@ from inward.backbones.tokenizer import load_tokenizer
 from inward.backbones.transformers.backbone import TransformersBackbone
 from inward.offline.data.pairs import read_lists, read_pairs
 from inward.offline.evaluate.responses import read_responses
-from inward.offline.smollm2 import held_out
 from inward.prompts import Prompt, Prompts
 from inward.types import Group, Readout, Tap
 
@@ -52,25 +52,22 @@ class Item:
 
 
 def items(path: Path) -> list[Item]:
-    """Distinct responses of a file, in its order: of hh-rlhf and JailbreakBench those to prompts that no bundled head
-    was fitted on, of XSTest those to harmless prompts.
+    """Distinct responses of a file of pairs, of lists, or of XSTest's completions (those to harmless prompts), in its
+    order.
     """
-    if path.name.startswith("xstest"):
+    first = json.loads(path.read_text(encoding="utf-8").partition("\n")[0])
+    if "label" in first:
         rows, _ = read_responses(path)
         found = [Item(r.prompt, r.text, r.safe, str(r.behaviour)) for r in rows if not r.harmful]
-    elif path.name.startswith("jailbreakbench"):
-        found = [
-            Item(one.prompt, r.text, r.safe) for one in read_lists(path) if held_out(one.prompt) for r in one.responses
-        ]
+    elif "responses" in first:
+        found = [Item(one.prompt, r.text, r.safe) for one in read_lists(path) for r in one.responses]
     else:
         pairs = read_pairs(path)
-        if path.name.startswith("hh_"):
-            pairs = [pair for pair in pairs if held_out(pair.prompt)]
         found = [Item(p.prompt, text, safe) for p in pairs for text, safe in ((p.chosen, True), (p.rejected, False))]
-    first: dict[tuple[str, str], Item] = {}
+    distinct: dict[tuple[str, str], Item] = {}
     for one in found:
-        first.setdefault((str(one.prompt), one.text), one)
-    return list(first.values())
+        distinct.setdefault((str(one.prompt), one.text), one)
+    return list(distinct.values())
 
 
 @dataclass(frozen=True, slots=True, eq=False)

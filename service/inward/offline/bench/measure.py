@@ -36,7 +36,8 @@ class Plan:
     """What is measured.
 
     ``pairs`` is a file, or None for made-up words; ``n`` of them. ``heads`` are numbers of heads to measure ``ours``
-    with, the first also all others. ``callers`` are those at once over HTTP.
+    with, the first also all others, and ``pool`` is what they make of their token scores. ``callers`` are those at once
+    over HTTP.
     """
 
     pairs: Path | None
@@ -45,6 +46,7 @@ class Plan:
     heads: tuple[int, ...]
     dtype: str
     callers: int
+    pool: str | None = None
 
 
 def measure(model: Path, plan: Plan, folder: Path) -> dict[str, Any]:
@@ -63,7 +65,7 @@ def measure(model: Path, plan: Plan, folder: Path) -> dict[str, Any]:
         for n in plan.heads if way == "ours" else plan.heads[:1]:
             heads = folder / f"heads-{n}"
             if not heads.exists():
-                write_random_heads(info, template, heads, n)
+                write_random_heads(info, template, heads, n, plan.pool)
             options = ["--dtype", plan.dtype, "--heads", str(heads), "--callers", str(plan.callers)]
             rows.append(_in_own_process([way, str(model), str(pairs), *options]))
             print(f"{way}: {rows[-1]['tokens_per_second']:,.0f} tokens/s", file=sys.stderr)

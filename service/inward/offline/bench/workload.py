@@ -13,6 +13,7 @@ from inward.batching import within
 from inward.heads import store
 from inward.heads.base import BackboneRef, Manifest
 from inward.heads.legend import LegendHead
+from inward.heads.pooling import TRAINED, Pool
 from inward.offline.data.pairs import Pair, read_pairs
 from inward.types import BackboneInfo, Floats, Group
 
@@ -66,8 +67,12 @@ def write_random_model(shape: str, folder: Path, tokenizer: Path, dtype: str = "
             shutil.copy(path, folder)
 
 
-def write_random_heads(info: BackboneInfo, template: str, folder: Path, n: int) -> None:
-    """``n`` LEGEND heads with random directions at layers spread over the backbone, the first at its last layer."""
+def write_random_heads(info: BackboneInfo, template: str, folder: Path, n: int, pool: str | None = None) -> None:
+    """``n`` LEGEND heads with random directions at layers spread over the backbone, the first at its last layer.
+
+    Args:
+        pool: of every head, as ``inward fit --pool`` takes it; a trained one gets a random map.
+    """
     rng = np.random.default_rng(0)
     for i in range(n):
         layer = info.layers - (i * info.layers // max(n, 1)) % info.layers
@@ -75,13 +80,14 @@ def write_random_heads(info: BackboneInfo, template: str, folder: Path, n: int) 
         manifest = Manifest(
             name=f"bench-{i}", kind="legend", version=1, created=datetime.now(UTC).isoformat(timespec="seconds"),
             backbone=BackboneRef(name=info.name, revision=info.revision, fingerprint=info.fingerprint),
-            layers=(layer,), position="last", template=template,
+            layers=(layer,), position="last", template=template, pool=pool and Pool.parse(pool, layer=layer),
             calibration={"margin_std": 1.0, "bin_edges": [0.3, 0.6, 1.0], "bin_values": [0.0, 1 / 3, 2 / 3, 1.0]},
         )  # fmt: skip
-        store.save(
-            LegendHead.from_tensors(manifest, {"direction": direction / np.linalg.norm(direction)}),
-            folder / f"bench-{i}",
-        )
+        tensors = {"direction": direction / np.linalg.norm(direction)}
+        if manifest.pool and manifest.pool.name in TRAINED:
+            weight: Floats = (rng.normal(size=info.width) / info.width).astype(np.float32)
+            tensors |= {"pool_weight": weight, "pool_bias": np.zeros(1, dtype=np.float32)}
+        store.save(LegendHead.from_tensors(manifest, tensors), folder / f"bench-{i}")
 
 
 def text_tokens(groups: Sequence[Group]) -> int:

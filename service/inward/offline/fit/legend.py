@@ -26,7 +26,8 @@ from inward.heads.calibration import Deciles, MarginScale
 from inward.heads.legend import LegendHead
 from inward.offline.data.pairs import CalibrationRow, Pair, grouped_folds, grouped_split
 from inward.offline.fit.prepare import calibration, manifest
-from inward.offline.states.saved import PairStates
+from inward.offline.states.saved import layer_axis
+from inward.offline.states.stored import PairSource, Subset, blocks
 from inward.types import Floats
 
 Doubles = NDArray[np.float64]
@@ -97,17 +98,19 @@ class LegendReport:
 
 
 def fit_legend(
-    states: PairStates,
+    states: PairSource,
     *,
     name: str = "legend",
     layer: int | Literal["sweep"] | None = None,
-    validation: PairStates | None = None,
+    validation: PairSource | None = None,
     folds: int = 5,
     bootstraps: int = 200,
     seed: int = 0,
     warnings: Sequence[str] = (),
 ) -> tuple[LegendHead, LegendReport]:
     """Fits the direction on all of ``states``, after judging it by directions that had not seen the judged pairs.
+
+    States are read one layer at a time, so that memory does not grow with the layers.
 
     Args:
         states: calibration rows (refusal as chosen, harmful answer as rejected) or labelled pairs.
@@ -127,13 +130,15 @@ def fit_legend(
             f"the validation states are of position {validation.position!r}, the others of {states.position!r}"
         )
     if validation is None:
-        develop, last = (states.rows(part) for part in grouped_split(states.groups_N, [1 - HELD_OUT, HELD_OUT], seed))
+        develop, last = (
+            Subset(states, part) for part in grouped_split(states.groups_N, [1 - HELD_OUT, HELD_OUT], seed)
+        )
         table = tuple(_judge(develop, None, k, folds, seed) for k in candidates)
     else:
         select, last = (
-            validation.rows(part) for part in grouped_split(validation.groups_N, [1 - HELD_OUT, HELD_OUT], seed)
+            Subset(validation, part) for part in grouped_split(validation.groups_N, [1 - HELD_OUT, HELD_OUT], seed)
         )
-        develop = states
+        develop = Subset(states, np.arange(len(states)))
         table = tuple(_judge(develop, select, k, folds, seed) for k in candidates)
     best = max(table, key=lambda row: (row.validation, row.separation))
     direction_D = _direction(_differences(states, best.layer))
@@ -157,11 +162,11 @@ def fit_legend(
         warnings=tuple(warnings),
     )
     if validation is not None:  # pairs as they are annotated, which the direction was not made of
-        calibrated = calibration((np.concatenate(validation.at(best.layer)) @ direction_D).astype(np.float64))
+        calibrated = calibration(_scores(validation, best.layer, direction_D))
     else:
         # Scores lie where the final direction puts them; directions of folds would shift them, because projections are
         # not centred.
-        scores_2N = np.concatenate(states.at(best.layer)) @ direction_D
+        scores_2N = _scores(states, best.layer, direction_D)
         calibrated = MarginScale.fit(margins_N).dump() | Deciles.fit(scores_2N).dump()
     head = LegendHead(
         manifest(name, "legend", states, [best.layer], seed=seed, calibration=calibrated, metrics=report.metrics()),
@@ -182,7 +187,7 @@ def constant_refusal(rows: Sequence[CalibrationRow | Pair]) -> list[str]:
     ]
 
 
-def _judge(train: PairStates, validation: PairStates | None, layer: int, folds: int, seed: int) -> LayerAgreement:
+def _judge(train: PairSource, validation: PairSource | None, layer: int, folds: int, seed: int) -> LayerAgreement:
     """Agreement of one layer's direction on ``validation``, or by cross-validation where there is none."""
     differences_ND = _differences(train, layer)
     direction_D = _direction(differences_ND)
@@ -193,7 +198,7 @@ def _judge(train: PairStates, validation: PairStates | None, layer: int, folds: 
     return LayerAgreement(layer, agreement(differences_ND @ direction_D), agreement(judged_M), separation)
 
 
-def _crossfitted(states: PairStates, layer: int, folds: int, seed: int) -> Doubles:
+def _crossfitted(states: PairSource, layer: int, folds: int, seed: int) -> Doubles:
     """``[N]``: each pair's margin by the direction of folds that its prompt is not in."""
     differences_ND = _differences(states, layer)
     margins_N = np.empty(len(states))
@@ -202,9 +207,22 @@ def _crossfitted(states: PairStates, layer: int, folds: int, seed: int) -> Doubl
     return margins_N
 
 
-def _differences(states: PairStates, layer: int) -> Floats:
-    chosen_ND, rejected_ND = states.at(layer)
-    return chosen_ND - rejected_ND
+def _differences(states: PairSource, layer: int) -> Floats:
+    """``[N, D]``: chosen minus rejected."""
+    axis = layer_axis(states.layers, layer)
+    differences_ND = np.empty((len(states), states.width), dtype=np.float32)
+    for index, chosen, rejected in blocks(states, [axis]):
+        np.subtract(chosen[:, 0], rejected[:, 0], out=differences_ND[index[0] : index[-1] + 1])
+    return differences_ND
+
+
+def _scores(states: PairSource, layer: int, direction_D: Floats) -> Doubles:
+    """``[2N]``: of the chosen and then of the rejected states."""
+    scores_2N = np.empty((2, len(states)))
+    for index, *sides in blocks(states, [layer_axis(states.layers, layer)]):
+        for side, states_NLD in enumerate(sides):
+            scores_2N[side, index] = states_NLD[:, 0] @ direction_D
+    return scores_2N.ravel()
 
 
 def _direction(differences_ND: Floats) -> Floats:
@@ -237,7 +255,7 @@ def length_matched(margins_N: Doubles, length_difference_N: Doubles | None) -> t
 
 
 def _stability(
-    states: PairStates, layer: int, direction_D: Floats, bootstraps: int, seed: int
+    states: PairSource, layer: int, direction_D: Floats, bootstraps: int, seed: int
 ) -> tuple[float, float, float]:
     """Cosines of directions of resampled prompts with the direction: 2.5 % quantile, mean, 97.5 % quantile."""
     labels, inverse_N = np.unique(states.groups_N, return_inverse=True)

@@ -36,10 +36,10 @@ from inward.offline.fit.srr import fit_srr
 from inward.offline.fit.value import fit_value
 from inward.offline.fit.whitened import Choice, Evidence, FromStates, fit_whitened
 from inward.offline.states.moments import Moments
-from inward.offline.states.read import extract_lists, extract_pairs, store_pairs, sum_pairs, sum_responses
-from inward.offline.states.saved import ListStates, PairStates, load_list_states, load_pair_states, save_states
+from inward.offline.states.read import extract_lists, store_pairs, sum_pairs, sum_responses
+from inward.offline.states.saved import ListStates, load_list_states, save_states
 from inward.offline.states.scores import score_pairs, score_states
-from inward.offline.states.stored import PairSource, StoredPairs, blocks, in_memory
+from inward.offline.states.stored import PairSource, StoredPairs, blocks
 from inward.prompts import Prompts
 from inward.types import SamplingSpec
 
@@ -96,7 +96,7 @@ def _with_pool(args: Namespace, with_model: WithModel[Any], cache: Path) -> Fitt
             return fit_hybrid(states, name=args.name, gate=args.gate, seed=args.seed)
         if args.direction == "mean":
             layer = _single(args.layer or "last")
-            return fit_legend(in_memory(states), name=args.name, layer=layer, seed=args.seed, warnings=warnings)
+            return fit_legend(states, name=args.name, layer=layer, seed=args.seed, warnings=warnings)
         choice = _choice(args.layer or "sum", states.layers)
         return fit_whitened(FromStates.of(states), name=args.name, layer=choice, seed=args.seed, warnings=warnings)
 
@@ -124,23 +124,27 @@ def _legend(args: Namespace, with_model: WithModel[Any], cache: Path) -> Fitted:
     if args.covariance:
         raise SetupError("--covariance is for --direction whitened: a mean difference needs none")
     warnings: list[str] = []
-    validation = None
+    validation: PairSource | None = None
+    states: PairSource
     if args.states:
-        states = load_pair_states(args.states)
+        states = StoredPairs.open(args.states)
         if args.validation:
             raise SetupError("--validation needs --pairs: with --states, give states that hold all pairs")
     else:
         files, warnings = _pairs(args)
         layers = args.layers if layer == "sweep" or args.layers != "all" else layer
 
-        async def extract(backbone: Backbone, prompts: Prompts) -> list[PairStates]:
-            where = {"layers": numbers(layers, backbone.info.layers), "position": args.position, "final_norm": True}
-            return [await extract_pairs(backbone, prompts, pairs, **where, cache=cache) for pairs in files]
+        paths = [args.save_states or cache / "states.safetensors", cache / "validation.safetensors"]
 
-        states, *more = with_model(extract)
+        async def store(backbone: Backbone, prompts: Prompts) -> list[StoredPairs]:
+            where = {"layers": numbers(layers, backbone.info.layers), "position": args.position, "final_norm": True}
+            return [
+                await store_pairs(backbone, prompts, pairs, path, **where)
+                for pairs, path in zip(files, paths, strict=False)
+            ]
+
+        states, *more = with_model(store)
         validation = more[0] if more else None
-        if args.save_states:
-            save_states(states, args.save_states)
     return fit_legend(
         states,
         name=args.name,
