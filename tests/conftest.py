@@ -1,5 +1,6 @@
 """Fixtures for all tests."""
 
+import logging
 import os
 import signal
 
@@ -10,6 +11,7 @@ os.environ.setdefault(
 import pytest
 from hypothesis import HealthCheck, settings
 
+from inward.logs import QUIET
 from support import markers
 from support.redis_server import RedisServer, find
 
@@ -36,6 +38,17 @@ def pytest_collection_modifyitems(items):
         parameters = item.name.partition("[")[2]
         for mark in markers.of_test(markers.of_module(item.path), item.fixturenames, parameters):
             item.add_marker(mark)
+
+
+@pytest.fixture(autouse=True)
+def _logs_as_before():
+    """What a command makes of the logs in one test is not the next one's."""
+    loggers = [logging.getLogger(name) for name in ("", "inward", "uvicorn", *QUIET)]
+    before = [(logger, logger.level, list(logger.handlers)) for logger in loggers]
+    yield
+    for logger, level, handlers in before:
+        logger.setLevel(level)
+        logger.handlers[:] = handlers
 
 
 @pytest.fixture(scope="session")

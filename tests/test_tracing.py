@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import httpx
 import pytest
+from opentelemetry.sdk._logs.export import InMemoryLogRecordExporter, SimpleLogRecordProcessor
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
@@ -144,3 +145,37 @@ def test_nothing_of_opentelemetry_is_imported_where_no_endpoint_is_set():
         "'opentelemetry.exporter'))])\n"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.fixture
+def evaluations(monkeypatch, spans):
+    """A function that gives the events of scores so far, as attributes with the ids that they are under."""
+    exporter = InMemoryLogRecordExporter()
+    monkeypatch.setattr(tracing, "_events", None)
+    tracing.record_evaluations(SimpleLogRecordProcessor(exporter), "test")
+    return lambda: [each.log_record for each in exporter.get_finished_logs()]
+
+
+async def test_each_score_is_an_event_under_the_span_of_its_request_without_text(queue, spans, evaluations):
+    async with api(queue) as (client, _):
+        answer = await client.post("/margin", json={"pairs": PAIRS}, headers={"traceparent": CALLER})
+        assert answer.status_code == 200
+        await until(lambda: len(evaluations()) >= 12)
+    events = evaluations()
+    scores = {round(m[name], 6) for m in answer.json()["margins"] for name in ("chosen_score", "rejected_score")}
+    assert {event.event_name for event in events} == {"gen_ai.evaluation.result"}
+    assert {event.attributes["gen_ai.evaluation.name"] for event in events} == {"harmless", "helpful"}
+    of_margin = [event for event in events if event.attributes["gen_ai.evaluation.name"] == "harmless"]
+    assert {round(event.attributes["gen_ai.evaluation.score.value"], 6) for event in of_margin} == scores
+    request = spans()["POST /margin"]
+    assert {(event.trace_id, event.span_id) for event in events} == {
+        (request.context.trace_id, request.context.span_id)
+    }
+    assert f"{request.context.trace_id:032x}" == CALLER.split("-")[1]
+    assert not any(MARKER in str(event) for event in events)
+
+
+async def test_without_being_asked_for_scores_are_no_events(queue, spans, monkeypatch):
+    monkeypatch.setattr(tracing, "_evaluated", None)  # would raise
+    async with api(queue) as (client, _):
+        assert (await client.post("/margin", json={"pairs": PAIRS})).status_code == 200

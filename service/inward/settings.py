@@ -72,7 +72,8 @@ class Settings(BaseSettings):
     template: str | None = None
     """Format string with {prompt} and, at its end, {response}, instead of the model's chat template."""
     heads: Path | None = None
-    """Folder of heads, one folder each. Default: the bundled heads for `smollm2` and `toy`, none for another model."""
+    """Folder of heads, one folder each, or `hf://org/repo@revision`: a repository on the hub, of which only manifests
+    and tensors are fetched. Default: the bundled heads for `smollm2` and `toy`, none for another model."""
     rerank_head: str | None = None
     """Head that ranks in /rerank where a request names none. By default the first hybrid head, else the first LEGEND
     head, else the first ranker."""
@@ -137,6 +138,10 @@ class Settings(BaseSettings):
     otlp_endpoint: str | None = None
     """OpenTelemetry collector that traces of requests are sent to by OTLP over HTTP, such as http://localhost:4318
     (needs `inward[otel]`). The standard variables OTEL_* set names, sampling and headers."""
+
+    otlp_evaluations: bool = False
+    """Send the collector one event `gen_ai.evaluation.result` for each score as well, under the request's span: head,
+    score and versions, no text. Workers send them."""
 
     @field_validator("api_keys", mode="before")
     @classmethod

@@ -5,34 +5,48 @@ OpenTelemetry is an optional extra; until ``configure`` is given an endpoint not
 recorded. The span of a request belongs to the caller's trace if there is one (W3C ``traceparent``), and travels with
 the jobs, so that the spans of the worker are below it. Attributes are routes, codes and numbers: never text, nor the
 message of an exception, which may quote some.
+
+On request every score is an event ``gen_ai.evaluation.result`` of its own as well, as OpenTelemetry's conventions for
+generative AI have it, under the span of its request: tools that watch language models show it beside the caller's.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from inward import __version__
 from inward.errors import SetupError
-from inward.types import Failed, Job, Outcome
+from inward.types import Failed, Job, Outcome, Scored
 
 if TYPE_CHECKING:
+    from opentelemetry._logs import Logger
     from opentelemetry.context import Context
+    from opentelemetry.sdk._logs import LogRecordProcessor
+    from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import SpanProcessor
     from opentelemetry.trace import Span as Span
     from opentelemetry.trace import Tracer
 
 _tracer: Tracer | None = None
+_events: Logger | None = None
 PATH = "/v1/traces"
 """Where a collector takes traces."""
+EVENTS_PATH = "/v1/logs"
+"""Where a collector takes events."""
+EVALUATION = "gen_ai.evaluation.result"
 
 
-def configure(endpoint: str | None, role: str) -> None:
+def configure(endpoint: str | None, role: str, *, evaluations: bool = False) -> None:
     """Sends traces to the collector at ``endpoint``, such as ``http://localhost:4318``; None: there are none.
 
     They are sent from a thread of their own and dropped where the collector does not keep up, so no request ever waits
     for them. Sampling, headers, timeouts and batches are set by the standard variables ``OTEL_*``.
+
+    Args:
+        evaluations: also send an event for each score.
 
     Raises:
         SetupError: OpenTelemetry is not installed.
@@ -46,6 +60,11 @@ def configure(endpoint: str | None, role: str) -> None:
         raise SetupError("--otlp-endpoint needs OpenTelemetry: pip install 'inward[otel]'") from None
     base = endpoint.rstrip("/").removesuffix(PATH)
     record(BatchSpanProcessor(OTLPSpanExporter(base + PATH)), role)
+    if evaluations:
+        from opentelemetry.exporter.otlp.proto.http._log_exporter import OTLPLogExporter
+        from opentelemetry.sdk._logs.export import BatchLogRecordProcessor
+
+        record_evaluations(BatchLogRecordProcessor(OTLPLogExporter(base + EVENTS_PATH)), role)
 
 
 def record(processor: SpanProcessor, role: str) -> None:
@@ -54,13 +73,28 @@ def record(processor: SpanProcessor, role: str) -> None:
     The provider is ours alone: what libraries record for themselves stays out of our traces.
     """
     global _tracer
-    from opentelemetry.sdk.resources import OTELResourceDetector, Resource
     from opentelemetry.sdk.trace import TracerProvider
 
-    ours = {"service.name": f"inward-{role}", "service.version": __version__}
-    provider = TracerProvider(resource=Resource.create({**ours, **OTELResourceDetector().detect().attributes}))
+    provider = TracerProvider(resource=_resource(role))
     provider.add_span_processor(processor)
     _tracer = provider.get_tracer("inward", __version__)
+
+
+def record_evaluations(processor: LogRecordProcessor, role: str) -> None:
+    """Gives an event for each score to ``processor`` from now on."""
+    global _events
+    from opentelemetry.sdk._logs import LoggerProvider
+
+    provider = LoggerProvider(resource=_resource(role))
+    provider.add_log_record_processor(processor)
+    _events = provider.get_logger("inward", __version__)
+
+
+def _resource(role: str) -> Resource:
+    from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+
+    ours = {"service.name": f"inward-{role}", "service.version": __version__}
+    return Resource.create({**ours, **OTELResourceDetector().detect().attributes})
 
 
 @contextmanager
@@ -130,6 +164,33 @@ def computed(batch: Sequence[Job], outcomes: Sequence[Outcome]) -> None:
     tokens = sum(job.group.tokens for job in batch)
     for trace, jobs in requests.items():
         _computed(_tracer, trace, jobs, {"inward.batch.jobs": len(batch), "inward.batch.tokens": tokens})
+        if _events is not None:
+            for _, outcome in jobs:
+                if isinstance(outcome, Scored):
+                    _evaluated(_events, _context({"traceparent": trace}), outcome)
+
+
+def _evaluated(events: Logger, context: Context, scored: Scored) -> None:
+    """One event for each finite score of each head."""
+    from opentelemetry._logs import LogRecord
+
+    for ref, scores in zip(scored.heads, scored.scores, strict=True):
+        for n, score in enumerate(scores.scores_N):
+            if score is None:
+                continue
+            attributes: dict[str, str | int | float] = {
+                "gen_ai.evaluation.name": ref.name,
+                "gen_ai.evaluation.score.value": score,
+                "inward.head.kind": ref.kind,
+                "inward.head.version": ref.version,
+                "inward.policy.version": scored.policy_version,
+                "inward.response": n,
+            }
+            if scores.probability_N and (probability := scores.probability_N[n]) is not None:
+                attributes["inward.probability"] = probability
+            events.emit(
+                LogRecord(timestamp=time.time_ns(), context=context, event_name=EVALUATION, attributes=attributes)
+            )
 
 
 def _computed(tracer: Tracer, trace: str, jobs: Sequence[tuple[Job, Outcome]], batch: Mapping[str, int]) -> None:

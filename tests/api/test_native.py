@@ -28,7 +28,8 @@ async def test_a_margin_answer_names_everything_it_should(api):
     assert body["model"] == "tiny"
     assert body["policy_version"] == "base"
     assert body["head"] == {"name": "harmless", "kind": "legend", "version": 3}
-    assert body["usage"] == {"prompt_tokens": 24, "completion_tokens": 17, "cached_tokens": 12}
+    drawn = {"drawn_tokens": 0, "not_drawn_tokens": 0}
+    assert body["usage"] == {"prompt_tokens": 24, "completion_tokens": 17, "cached_tokens": 12} | drawn
     assert body["margins"] == [
         {
             "error": None, "truncated": False, "margin": 7.0, "margin_scaled": 3.5, "bin": 0.5,

@@ -18,6 +18,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm does i
 from backbones.test_early import HEADS, PLAIN
 from inward.backbones.vllm.backbone import VllmBackbone
 from inward.backbones.vllm.protocol import HELD
+from inward.errors import Unavailable
 from inward.heads.watch import watch
 from inward.types import EarlyRejection, Group, GroupReading, Readout, Sample, SamplingSpec, StopRule, Tap
 from support.waiting import until
@@ -105,6 +106,27 @@ def test_what_was_aborted_leaves_nothing_behind(backbone: VllmBackbone) -> None:
         await backbone.read([Group((5, 6), ((7,),))], [PLAIN])  # brings what is to be forgotten
         left = await held()
         assert left[:2] == [0, 0]
+
+    asyncio.run(scenario())
+
+
+def test_asleep_it_answers_nobody_and_awake_it_reads_as_before(backbone: VllmBackbone) -> None:
+    async def scenario() -> None:
+        group, drawing = Group(PROMPT, (ids(np.random.default_rng(6), 30),)), Group(PROMPT, sampling=SPEC)
+        before = await backbone.read([group], [PLAIN])
+        begun = asyncio.create_task(backbone.sample_and_read(drawing, [PLAIN]))
+        await until(lambda: bool(backbone._engine._tasks))
+        await backbone.sleep()
+        assert backbone.asleep and begun.done() and len((await begun)[0]) == SPEC.n
+        with pytest.raises(Unavailable, match="sleeps"):
+            await backbone.read([group], [PLAIN])
+        await backbone.sleep()
+        await backbone.wake()
+        after = await backbone.read([group], [PLAIN])
+        assert not backbone.asleep
+        assert after[0].cached_tokens == 0  # what was read went with the cache
+        assert parity.worst_error(after, before) < 1e-5
+        assert await backbone.sample_and_read(drawing, [PLAIN])
 
     asyncio.run(scenario())
 

@@ -28,7 +28,6 @@ def test_what_only_changes_how_the_model_is_run_is_passed_on() -> None:
         ("speculative_config", {"method": "ngram"}, "speculative decoding"),
         ("spec_method", "ngram", "speculative decoding"),
         ("kv_transfer_config", {}, "bring no readouts"),
-        ("enable_sleep_mode", True, "sleep mode"),
         ("compilation_config", {"mode": 3}, "enforce_eager turns compilation off"),
         ("worker_cls", "x", "own worker"),
         ("hf_overrides", {}, "config.json"),

@@ -271,6 +271,15 @@ def test_standard_input_is_annotated_and_records_for_argilla_come_out(tmp_path, 
     assert not list(tmp_path.glob("*.stdin*"))
 
 
+def test_clusters_of_the_states_are_told_and_kept(tmp_path, capsys):
+    path = write(tmp_path / "in.jsonl", [row(n) for n in range(40)])
+    assert annotate(path, tmp_path / "out.jsonl", *FAKE, "--clusters", 2) == 0
+    about = json.loads((tmp_path / "out.jsonl.annotation.json").read_text())["summary"]
+    assert sum(one["pairs"] for one in about["clusters"]) == 40 - about["ties"]
+    assert "clusters" in capsys.readouterr().out
+    assert annotate(path, tmp_path / "no.jsonl", "--clusters", "--url", "http://127.0.0.1:1") == 2
+
+
 def decide(path, *decided):
     lines = [f"in,1,{key_of(Pair(one['prompt'], one['chosen'], one['rejected']))},{said}" for one, said in decided]
     path.write_text("\n".join(["source,row,key,decision", *lines]) + "\n")

@@ -129,8 +129,22 @@ def test_heads_are_listed_with_kind_version_and_path(folder, capsys):
     assert inward("heads", "list", "--json", "--model", folder / "model", "--heads", folder / "heads") == 0
     [head] = json.loads(capsys.readouterr().out)
     assert head == {"name": "bench-0", "kind": "legend", "version": 1, "path": str(folder / "heads" / "bench-0")}
-    assert inward("heads", "show", "bench-0", "--model", folder / "model", "--heads", folder / "heads") == 0
+    options = ("--model", folder / "model", "--heads", folder / "heads")
+    assert inward("heads", "show", "bench-0", "--json", *options) == 0
     assert json.loads(capsys.readouterr().out)["kind"] == "legend"
+    assert inward("heads", "show", "bench-0", *options) == 0
+    assert capsys.readouterr().out.startswith("# bench-0\n\nA head of kind `legend`")
+    assert inward("heads", "list", *options) == 0
+    said = capsys.readouterr().out
+    assert "base model" in said and "fitted" in said
+
+
+def test_a_folder_of_heads_that_is_not_there_is_refused_before_the_model_is_loaded(
+    folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("inward.processes.wiring.open_backbone", None)  # would raise
+    assert inward("serve", "--model", folder / "model", "--heads", tmp_path / "none", "--port", 0) == 2
+    assert f"there is no folder of heads at {tmp_path / 'none'}" in capsys.readouterr().err
 
 
 def test_verify_says_which_heads_would_be_refused_and_why(folder, tmp_path, capsys):

@@ -24,6 +24,7 @@ KEYS = [
         "over_refusal",
         "guard",
         "parts",
+        "verdict",
         "cost",
         "notes",
     )

@@ -51,13 +51,14 @@ def test_python_examples_run_as_written(demo_server, file, capsys):
     """All but those that need a data set and a model to train."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / file).read_text(encoding="utf-8"), re.DOTALL)
     assert blocks
+    names: dict[str, object] = {}
     for block in blocks:
         code = compile(block.replace("http://127.0.0.1:8080", demo_server.url), file, "exec")
         if "dataset" in block:
             continue
         if "cohere" in block:
             pytest.importorskip("cohere", reason="the cohere SDK is not installed: pip install cohere")
-        exec(code, {})
+        exec(code, names)
         assert capsys.readouterr().out
 
 

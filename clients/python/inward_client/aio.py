@@ -340,6 +340,18 @@ class AsyncInward:
         """Puts an adapter of the policy on the backbone; "base" takes it off (`POST /policy`)."""
         return await self._send(calls.load_policy(version), timeout)
 
+    async def sleep(self, *, timeout: float | None = None) -> bool:
+        """Lends the service's GPU to somebody else, once what was begun is finished (`POST /sleep`). True: it sleeps.
+
+        Raises:
+            StatusError: 409 where its backbone does not sleep.
+        """
+        return await self._send(calls.sleep(), timeout)
+
+    async def wake(self, *, timeout: float | None = None) -> bool:
+        """Takes the GPU back (`POST /wake`). False: it is awake."""
+        return await self._send(calls.wake(), timeout)
+
     async def create_job(
         self,
         kind: Literal["margin", "score", "reward"],

@@ -115,6 +115,14 @@ def load_policy(version: str) -> Call[answers.Policy]:
     return Call("POST", "/policy", lambda value: read(answers.Policy, value), {"version": version})
 
 
+def sleep() -> Call[bool]:
+    return Call("POST", "/sleep", lambda value: bool(value["asleep"]), {})
+
+
+def wake() -> Call[bool]:
+    return Call("POST", "/wake", lambda value: bool(value["asleep"]), {})
+
+
 def create_job(
     kind: str, rows: Iterable[Element], head: str | None, append_to: str | None, key: str | None
 ) -> Call[answers.Job]:

@@ -107,6 +107,8 @@ class Inward:
     update = _waited_for(AsyncInward.update)
     policy = _waited_for(AsyncInward.policy)
     load_policy = _waited_for(AsyncInward.load_policy)
+    sleep = _waited_for(AsyncInward.sleep)
+    wake = _waited_for(AsyncInward.wake)
     create_job = _waited_for(AsyncInward.create_job)
     job = _waited_for(AsyncInward.job)
     cancel_job = _waited_for(AsyncInward.cancel_job)

@@ -110,6 +110,19 @@ class PolicyControl(Protocol):
         ...
 
 
+class SleepControl(Protocol):
+    """Where the backbone is told to lend its device to somebody else."""
+
+    @property
+    def asleep(self) -> bool: ...
+
+    async def sleep(self) -> None:
+        """Raises ``Conflict`` where it can't."""
+        ...
+
+    async def wake(self) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What one request may ask for."""
@@ -147,6 +160,8 @@ class Services:
     """Any of them opens every route; none: open."""
     metrics_open: bool = True
     """``/metrics`` needs no key."""
+    sleeper: SleepControl | None = None
+    """None where the backbone is in other processes."""
     rerank_head: str | None = None
     """Head that ranks, where the request names none."""
     compat_head: str | None = None

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
+from inward.errors import Unavailable
 from inward.types import BackboneInfo, Floats, Group, GroupReading, Ids, Reading, Readout, Sample, Stop
 
 
@@ -116,6 +117,24 @@ class Backbone(Protocol):
         """
         ...
 
+    @property
+    def asleep(self) -> bool:
+        """Whether it has lent its device to somebody else; calls raise Unavailable meanwhile."""
+        ...
+
+    async def sleep(self) -> None:
+        """Gives the device's memory away, until ``wake``. Calls in flight finish first; sleeping twice changes nothing.
+
+        Raises:
+            Conflict: it can't, and why.
+            EngineDead: the backbone can't compute any more.
+        """
+        ...
+
+    async def wake(self) -> None:
+        """Computes again, with the policy that it carried. Raises as ``sleep``."""
+        ...
+
     def healthy(self) -> bool:
         """False once the backbone can't compute any more, also where its device makes no progress: calls in flight may
         never come back then.
@@ -125,6 +144,11 @@ class Backbone(Protocol):
     async def close(self) -> None:
         """Gives the device back. Calls in flight finish first."""
         ...
+
+
+def asleep() -> Unavailable:
+    """What calls get from a backbone that sleeps."""
+    return Unavailable("the backbone sleeps: POST /wake", retry_after=5.0)
 
 
 async def read_samples(

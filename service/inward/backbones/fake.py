@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from inward.backbones.base import Capacity, Watch, guarded, read_samples, stopped
+from inward.backbones.base import Capacity, Watch, asleep, guarded, read_samples, stopped
 from inward.backbones.peft_files import read_adapter
 from inward.backbones.readout import Fusion, ReadPlace
 from inward.backbones.transformers.packing import Packed, Segment, pack
@@ -65,6 +65,7 @@ class FakeBackbone:
         self._vocabulary, self._eos_id, self._decode = vocabulary, eos_id, decode
         self._fails: Callable[[Group], bool] = lambda group: False
         self._alive = True
+        self.asleep = False
         self._device = asyncio.Lock()
         self._draws = 0
 
@@ -154,6 +155,13 @@ class FakeBackbone:
             for i, sample in enumerate(samples)
         ]
 
+    async def sleep(self) -> None:
+        async with self._device:
+            self.asleep = True
+
+    async def wake(self) -> None:
+        self.asleep = False
+
     def healthy(self) -> bool:
         return self._alive
 
@@ -166,6 +174,8 @@ class FakeBackbone:
             await asyncio.sleep(self.delay_per_token * tokens)
         if not self._alive:
             raise EngineDead("the fake backbone is dead")
+        if self.asleep:
+            raise asleep()
         if any(self._fails(group) for group in groups):
             raise InternalError("the fake backbone was told to fail on this group")
 

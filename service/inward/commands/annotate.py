@@ -17,6 +17,7 @@ from inward.settings import Settings
 if TYPE_CHECKING:
     from inward.offline.annotate.options import AnnotateOptions
     from inward.offline.annotate.scorer import Scorer, TokenScores
+    from inward.types import Floats
 
 HELP = """\
 Reads preference pairs and writes every row with new columns: margin, margin_scaled, margin_bin, label_probability,
@@ -85,6 +86,16 @@ async def _in_process(options: AnnotateOptions, settings: Settings) -> AsyncIter
             found = await token_scores(house.services, pairs, head=head, options=request)
             return [TokenScores(*both) if both else None for both in found]
 
-        yield RowScorer(score, house.info(), house.backbone.capacity.tokens, fit_of, tokens_of)
+        async def states_of(pairs: Sequence[Any]) -> Floats:
+            import numpy as np
+
+            from inward.offline.states.read import extract_pairs
+
+            middle = [round(house.backbone.info.layers / 2)]
+            states = await extract_pairs(house.backbone, house.prompts, pairs, layers=middle, position="mean")
+            both = [states.chosen_NLD[:, 0], states.rejected_NLD[:, 0]]
+            return np.asarray(np.mean(both, axis=0), dtype=np.float32)
+
+        yield RowScorer(score, house.info(), house.backbone.capacity.tokens, fit_of, tokens_of, states_of)
     finally:
         await house.close(timeout=5.0)

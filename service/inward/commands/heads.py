@@ -1,4 +1,4 @@
-"""``inward heads list | show | verify``."""
+"""``inward heads list | show | verify | push``."""
 
 from __future__ import annotations
 
@@ -17,19 +17,33 @@ from inward.commands import COMMANDS
 from inward.commands.options import MODEL_SETTINGS, add_settings, settings_of
 from inward.errors import HeadError, NotFound
 from inward.heads import store
+from inward.heads.card import card, headline
 from inward.processes.wiring import find_model, heads_folder, open_prompts, with_model
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("heads", help=COMMANDS["heads"], description="Looks at the heads of a model.")
-    verbs = parser.add_subparsers(dest="verb", metavar="list|show|verify", required=True)
+    verbs = parser.add_subparsers(dest="verb", metavar="list|show|verify|push", required=True)
     listing = verbs.add_parser(
         "list", help="every version of every head", description="Lists every version of every head."
     )
     show = verbs.add_parser(
-        "show", help="the manifest of a head", description="Prints the manifest of the active version of a head."
+        "show",
+        help="a head's card",
+        description="Prints what the manifest of a head's active version says, for people: how it was fitted, how good "
+        "it is, and what its numbers mean.",
     )
-    show.add_argument("name")
+    push = verbs.add_parser(
+        "push",
+        help="upload a head to the hub",
+        description="Uploads the active version of a head (tensors, manifest and a card) to a repository of the hub, "
+        "from where `--heads hf://ORG/REPO` takes it. Needs HF_TOKEN.",
+    )
+    for verb in (show, push):
+        verb.add_argument("name")
+    push.add_argument("repository", metavar="ORG/REPO", help="made if it isn't there; several heads may share one")
+    push.add_argument("--private", action="store_true", help="make it a private one")
+    push.add_argument("--branch", help="other than the main one")
     verify = verbs.add_parser(
         "verify",
         help="load every head as the server would",
@@ -40,9 +54,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     recent = verify.add_mutually_exclusive_group()
     recent.add_argument("--pairs", type=Path, metavar="FILE", help="recent labelled pairs, read through the model")
     recent.add_argument("--states", type=Path, metavar="FILE", help="the same as saved states")
-    for verb in (listing, verify):
-        verb.add_argument("--json", action="store_true", help="as JSON")
     for verb in (listing, show, verify):
+        verb.add_argument("--json", action="store_true", help="as JSON")
+    for verb in (listing, show, verify, push):
         add_settings(verb, (*MODEL_SETTINGS, "heads"))
     parser.set_defaults(run=run)
 
@@ -55,7 +69,9 @@ def run(args: argparse.Namespace) -> int:
     if folder is None or not folder.is_dir():
         raise NotFound("there is no heads folder: name one with --heads, or make one with `inward fit … --out DIR`")
     if args.verb == "show":
-        return _show(args.name, folder)
+        return _show(args.name, folder, as_json=args.json)
+    if args.verb == "push":
+        return _push(args, folder)
     if args.verb == "list":
         return _list(store.find(folder), as_json=args.json)
     template = open_prompts(settings, model, 2**31).template
@@ -68,13 +84,26 @@ def _list(found: list[store.Found], *, as_json: bool) -> int:
     if as_json:
         print(json.dumps(rows, indent=2))
     else:
-        _print_table(["name", "kind", "version", "path"], [[str(v) for v in row.values()] for row in rows])
+        told = [headline(store.load_manifest(f.path)) for f in found]
+        cells = [
+            [f.name, f.kind, str(f.version), *about.values(), str(f.path)] for f, about in zip(found, told, strict=True)
+        ]
+        _print_table(["name", "kind", "version", "accuracy", "base model", "fitted", "path"], cells)
     return 0
 
 
-def _show(name: str, folder: Path) -> int:
+def _show(name: str, folder: Path, *, as_json: bool) -> int:
     path = store.active_path(folder, name)
-    print((path / "head.json").read_text(encoding="utf-8"))
+    print((path / store.MANIFEST).read_text(encoding="utf-8") if as_json else card(store.load_manifest(path)))
+    return 0
+
+
+def _push(args: argparse.Namespace, folder: Path) -> int:
+    from inward.heads.hub import HubHeads, push
+
+    address = HubHeads.parse(f"hf://{args.repository}" + (f"@{args.branch}" if args.branch else ""))
+    assert address is not None
+    print(push(store.active_path(folder, args.name), address, private=args.private))
     return 0
 
 

@@ -53,7 +53,7 @@ def run(
 ) -> int:
     """``serve`` as a whole process, with its logs and traces; ``role`` is its name there."""
     logs.configure(settings.log_level, settings.log_format == "json")
-    tracing.configure(settings.otlp_endpoint, role)
+    tracing.configure(settings.otlp_endpoint, role, evaluations=settings.otlp_evaluations)
     return asyncio.run(serve(settings, opening, ready, ended, unnamed=unnamed))
 
 

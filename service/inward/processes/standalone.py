@@ -38,6 +38,7 @@ class Standalone:
             intake=Intake(SingleFlight(self.queue, window=settings.sharing_window, current=self.current)),
             heads=LocalHeadControl(registry, backbone, prompts),
             policies=loaded.policies,
+            sleeper=backbone,
             model=backbone.info.name,
             info=self.info,
             limits=limits(settings),
@@ -85,6 +86,8 @@ class Standalone:
             return False, f"the engine is dead: {self.worker.dead or 'the backbone stopped'}"
         if self.draining:
             return False, "shutting down"
+        if self.backbone.asleep:
+            return False, "the backbone sleeps: POST /wake"
         return self._tasks.problem is None, self._tasks.problem or "ready"
 
     def current(self, scored: Scored) -> bool:

@@ -21,6 +21,8 @@ from inward.backbones.fake import FakeBackbone
 from inward.backbones.loading import SMOLLM2, name_of, resolve
 from inward.control.lora_adapters import LocalPolicyControl
 from inward.errors import HeadError, InvalidField, InwardError, SetupError
+from inward.heads import store
+from inward.heads.hub import HubHeads, fetch
 from inward.heads.registry import Registry
 from inward.prompts import Prompts
 from inward.settings import Settings
@@ -126,15 +128,19 @@ async def with_model(settings: Settings, use: Callable[[Backbone, Prompts], Awai
 def heads_folder(settings: Settings, fingerprint: str) -> Path | None:
     """Where heads are read from and new versions are written to.
 
-    Bundled heads are copied to the user's state folder first, so that updates survive a restart and never change the
-    package.
+    Bundled heads, and those of a hub, are copied to the user's state folder first, so that updates survive a restart
+    and never change the package or the cache.
+
+    Raises:
+        SetupError: the hub has no such heads.
     """
+    state = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "inward"
     if settings.heads is not None:
-        return settings.heads.expanduser()
+        address = HubHeads.parse(settings.heads)
+        return settings.heads.expanduser() if address is None else fetch(address, state / "hub")
     bundled = MODELS / settings.model / "heads"
     if settings.model not in (TOY.name, SMOLLM2) or not bundled.is_dir():
         return None
-    state = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "inward"
     folder = state / f"{settings.model}-heads-{__version__}-{fingerprint.removeprefix('sha256:')[:12]}"
     if not folder.is_dir():
         fresh = folder.with_name(f".{folder.name}.{os.getpid()}")
@@ -144,6 +150,22 @@ def heads_folder(settings: Settings, fingerprint: str) -> Path | None:
         except OSError:  # another process was first
             shutil.rmtree(fresh)
     return folder
+
+
+def check_heads(settings: Settings) -> None:
+    """What can be known of the heads before the model is loaded, which takes longer.
+
+    Raises:
+        SetupError: there is no such folder, or a manifest in it can't be used.
+    """
+    if settings.heads is None:
+        return
+    folder = heads_folder(settings, "")
+    if folder is None or not folder.is_dir():
+        raise SetupError(
+            f"there is no folder of heads at {folder}: fit some with `inward fit … --out`, or correct --heads"
+        )
+    store.find(folder)
 
 
 def limits(settings: Settings) -> Limits:
@@ -181,6 +203,7 @@ async def load(settings: Settings, model: ModelFiles) -> Loaded:
     Raises:
         SetupError: something does not fit; nothing is left open.
     """
+    check_heads(settings)
     backbone = open_backbone(settings, model, serving=True)
     backbone.info = replace(backbone.info, folder=str(model.folder), concurrency=backbone.capacity.concurrency)
     try:

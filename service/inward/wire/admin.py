@@ -96,6 +96,12 @@ class Status(AdminAnswer):
     status: str
 
 
+class SleepAnswer(AdminAnswer):
+    """Answer of `/sleep` and `/wake`."""
+
+    asleep: bool
+
+
 class Job(AdminAnswer):
     """A bulk job."""
 

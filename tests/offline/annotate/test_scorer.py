@@ -2,6 +2,7 @@ import json
 from types import SimpleNamespace
 
 import httpx
+import numpy as np
 import pytest
 
 from inward.errors import NotFound, SetupError, Unavailable
@@ -162,6 +163,11 @@ async def tokens_of(head, pairs):
     return [TokenScores([(pair["chosen"], 1.0)], [(head, 0.0)]) for pair in pairs]
 
 
+async def states_of(pairs):
+    """As the backbone has them."""
+    return np.ones((len(pairs), 2), dtype=np.float32)
+
+
 class Row:
     """As ``api.rows`` gives it."""
 
@@ -180,11 +186,12 @@ async def test_rows_that_are_scored_in_this_process_come_the_same_way():
         sent.extend(rows)
         return [Row(error="too long") if row["chosen"] == "chosen 1" else Row(2.0) for row in rows]
 
-    scorer = RowScorer(score, INFO, 4096, fit_of, tokens_of)
+    scorer = RowScorer(score, INFO, 4096, fit_of, tokens_of, states_of)
     annotator = await scorer.annotator()
     assert annotator.head == HEAD and annotator.held_out == {"agreement": 0.7, "pairs": 60}
     results, by = await scorer.annotate(PAIRS[:3])
     assert await scorer.token_scores(PAIRS[:1]) == [TokenScores([(PAIRS[0].chosen, 1.0)], [("legend", 0.0)])]
+    assert (await scorer.states(PAIRS[:3])).shape == (3, 2)
     assert sent[1:4] == [pair.body() for pair in PAIRS[:3]]
     assert [one.error for one in results] == [None, "too long", None]
     assert (results[0].columns["margin"], results[0].columns["margin_bin"], by) == (2.0, 0.5, BY)
@@ -195,4 +202,4 @@ async def test_no_such_head_in_this_process_is_refused_before_anything_is_read()
         raise NotFound("no head 'nobody'")
 
     with pytest.raises(SetupError, match="nobody"):
-        await RowScorer(score, INFO, None, fit_of, tokens_of).annotator()
+        await RowScorer(score, INFO, None, fit_of, tokens_of, states_of).annotator()

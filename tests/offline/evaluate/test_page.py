@@ -19,6 +19,7 @@ def report(judgement, **head):
         "head": {"name": "safety", "kind": "hybrid", "version": 2, "layers": [1, 2], "position": "last"}
         | {"backbone": "tiny", **head},
         **judgement.to_json(),
+        "verdict": "Good enough for <all>.",
         "cost": {"head_ms": 0.1, "with_forward_ms": 3.0, "with_generation_ms": None},
         "notes": ["something to know"],
     }  # fmt: skip
@@ -39,7 +40,7 @@ def test_the_page_has_every_picture_and_a_text_under_it(examples):
         assert found
         assert "data:image/svg+xml;base64," in found[0]
         assert escape(section.says) in found[0]
-    assert 'id="metrics"' in html
+    assert 'id="metrics"' in html and "Good enough for &lt;all&gt;." in html
     assert 'id="over-refusal"' in html
     assert "something to know" in html
 

@@ -47,7 +47,7 @@ export function shade(all) {
   return (value) => Math.max(-1, Math.min(1, (value - middle) / reach));
 }
 
-export function colour(x, most = 62) {
+export function colour(x, most = 42) {
   return `color-mix(in oklab, var(--${x < 0 ? "low" : "high"}) ${Math.round(most * Math.abs(x))}%, transparent)`;
 }
 

@@ -11,17 +11,21 @@ from inward import metrics
 from inward.api.answers import plain
 from inward.api.body import JsonRoute
 from inward.api.errors import RESPONSES
-from inward.api.services import FromApp
-from inward.errors import EngineDead, InvalidField, Unavailable
+from inward.api.services import FromApp, Services, SleepControl
+from inward.errors import Conflict, EngineDead, InvalidField, Unavailable
 from inward.prompts import Texts
 from inward.wire import ActivateRequest, ErrorBody, Head, PolicyAnswer, PolicyRequest, UpdateRequest
-from inward.wire.admin import HeadInfo, HeadsAnswer, Info, Status
+from inward.wire.admin import HeadInfo, HeadsAnswer, Info, SleepAnswer, Status
 
 router = APIRouter(route_class=JsonRoute)
 
 Name = Annotated[str, Path(max_length=64, description="Name of a loaded head.")]
 NO_SUCH_HEAD: dict[int | str, dict[str, Any]] = {status: RESPONSES[status] for status in (401, 404, 422)}
 UNREACHABLE: dict[int | str, dict[str, Any]] = {status: RESPONSES[status] for status in (401, 503)}
+SLEEPLESS: dict[int | str, dict[str, Any]] = {
+    **UNREACHABLE,
+    409: {"model": ErrorBody, "description": "This backbone does not sleep, or it is in another process."},
+}
 RED: dict[int | str, dict[str, Any]] = {503: {"model": ErrorBody, "description": "Not now; the message says why."}}
 
 PROMETHEUS: dict[str, Any] = {"content": {"text/plain": {"schema": {"type": "string"}}}}
@@ -98,6 +102,28 @@ async def switch_policy(request: PolicyRequest, services: FromApp) -> Response:
     nothing.
     """
     return plain(await services.policies.switch(request.version))
+
+
+@router.post("/sleep", tags=["policy"], response_model=SleepAnswer, summary="Lend the GPU", responses=SLEEPLESS)
+async def sleep(services: FromApp) -> Response:
+    """For a trainer on the same GPU: vLLM's weights wait in main memory, its cache is dropped. What was begun is
+    finished first; from now on requests get 503 and `/readyz` is red, until `/wake`.
+    """
+    await _sleeper(services).sleep()
+    return plain({"asleep": True})
+
+
+@router.post("/wake", tags=["policy"], response_model=SleepAnswer, summary="Take the GPU back", responses=SLEEPLESS)
+async def wake(services: FromApp) -> Response:
+    """Requests are answered again, by the same heads and policy."""
+    await _sleeper(services).wake()
+    return plain({"asleep": False})
+
+
+def _sleeper(services: Services) -> SleepControl:
+    if services.sleeper is None:
+        raise Conflict("the workers have the backbone, and this replica only the queue to them: stop them instead")
+    return services.sleeper
 
 
 @router.get("/livez", tags=["health"], response_model=Status, summary="Is the engine alive?", responses=RED)

@@ -29,7 +29,7 @@ from inward.backbones.transformers.scheduler import Scheduler, Turns
 from inward.backbones.transformers.selfcheck import choose_mode, is_causal
 from inward.backbones.transformers.watching import Watched
 from inward.batching import within
-from inward.errors import InvalidField
+from inward.errors import Conflict, InvalidField
 from inward.types import BackboneInfo, Floats, Group, GroupReading, Ids, Reading, Readout, Sample
 
 log = logging.getLogger(__name__)
@@ -162,6 +162,16 @@ class TransformersBackbone:
 
     def _decode(self, ids: Ids) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    @property
+    def asleep(self) -> bool:
+        return False
+
+    async def sleep(self) -> None:
+        raise Conflict("the transformers backbone does not sleep: serve with --backbone vllm, or stop the service")
+
+    async def wake(self) -> None:
+        return None
 
     def healthy(self) -> bool:
         return self._scheduler.dead is None

@@ -245,6 +245,16 @@ class VllmBackbone:
         self._forget += [key for key in request.keys if key not in taken]
         return drawn
 
+    @property
+    def asleep(self) -> bool:
+        return self._engine.asleep
+
+    async def sleep(self) -> None:
+        await self._engine.sleep()
+
+    async def wake(self) -> None:
+        await self._engine.wake()
+
     def healthy(self) -> bool:
         return self._engine.dead is None
 

@@ -17,6 +17,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 import torch
 
+from inward.backbones.base import asleep
 from inward.backbones.cpus import CHOSEN, available_cpus, cpu_quota
 from inward.backbones.vllm.internals import (
     AsyncEngineArgs,
@@ -29,7 +30,7 @@ from inward.backbones.vllm.internals import (
 )
 from inward.backbones.vllm.options import checked
 from inward.backbones.vllm.protocol import OWNER, READING, WORKER
-from inward.errors import EngineDead, InvalidField, SetupError
+from inward.errors import Conflict, EngineDead, InvalidField, SetupError
 
 T = TypeVar("T")
 SHUTDOWN_TIMEOUT_S = 30.0
@@ -63,6 +64,8 @@ class Engine:
         _follow_quota()
         os.environ[OWNER] = str(os.getpid())
         self.error: str | None = None
+        self.asleep = False
+        self._switching = asyncio.Lock()
         self._ids = itertools.count()
         self._tasks: set[asyncio.Future[Any]] = set()
         self._loop = asyncio.new_event_loop()
@@ -105,8 +108,44 @@ class Engine:
         """
         if self.dead:
             raise EngineDead(f"the backbone cannot compute any more: {self.dead}")
+        if self.asleep:
+            raise asleep()
         future = asyncio.run_coroutine_threadsafe(self._translated(work), self._loop)
         return await asyncio.wrap_future(future)
+
+    async def sleep(self) -> None:
+        """Gives the device's memory away: weights wait in main memory, keys, values and what was read are dropped.
+        Calls in flight finish first.
+
+        Raises:
+            Conflict: it was not opened for that.
+        """
+        on_cpu = current_platform.is_cpu()  # there only the table of readouts is given back
+        if not (on_cpu or self.config.model_config.enable_sleep_mode):
+            raise Conflict("vLLM sleeps only if it was opened for it: --vllm-options '{\"enable_sleep_mode\": true}'")
+        self.asleep = True
+        try:
+            await self._switch(lambda llm: llm.sleep(level=1))
+        except Exception:
+            self.asleep = False
+            raise
+
+    async def wake(self) -> None:
+        """Computes again."""
+        if self.asleep:
+            await self._switch(lambda llm: llm.wake_up())
+            self.asleep = False
+
+    async def _switch(self, switch: Callable[[AsyncLLM], Coroutine[Any, Any, Any]]) -> None:
+        async def alone() -> None:
+            current = asyncio.current_task()
+            async with self._switching:
+                await asyncio.gather(*(t for t in self._tasks if t is not current), return_exceptions=True)
+                await self._answer(switch(self._alive))
+
+        if self.dead:
+            raise EngineDead(f"the backbone cannot compute any more: {self.dead}")
+        await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(alone(), self._loop))
 
     def wait(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """``call``, for a thread that has nothing else to do."""

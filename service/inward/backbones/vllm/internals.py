@@ -52,7 +52,7 @@ FIELDS = {
     "vllm.v1.kv_cache_interface.KVCacheConfig": "num_blocks kv_cache_groups",
     "vllm.forward_context.ForwardContext": "slot_mapping",
 }
-METHODS = "load_model get_kv_cache_spec determine_available_memory initialize_from_config execute_model"
+METHODS = "load_model get_kv_cache_spec determine_available_memory initialize_from_config execute_model sleep wake_up"
 """Of the worker."""
 
 

@@ -19,7 +19,8 @@ ALLOWED = frozenset(
     "disable_cascade_attn disable_hybrid_kv_cache_manager seed "
     "enable_lora max_loras max_lora_rank max_cpu_loras lora_dtype fully_sharded_loras "
     "limit_mm_per_prompt language_model_only skip_mm_profiling mm_processor_cache_gb "
-    "disable_log_stats show_hidden_metrics_for_version numa_bind numa_bind_nodes numa_bind_cpus".split()
+    "disable_log_stats show_hidden_metrics_for_version enable_sleep_mode numa_bind numa_bind_nodes "
+    "numa_bind_cpus".split()
 )
 REFUSED = {
     "data_parallel": "each copy of the model would keep readouts of its own requests only; run one worker for each",
@@ -30,7 +31,6 @@ REFUSED = {
     "spec": "speculative decoding computes tokens that are thrown away again, in the places of those that stay",
     "kv_transfer": "keys and values that come from elsewhere bring no readouts along",
     "kv_offloading": "keys and values that come back from elsewhere bring no readouts along",
-    "sleep": "what is read lives as long as the cache, which sleep mode gives away",
     "compilation": "reading has to be a part of what is compiled; enforce_eager turns compilation off",
     "cudagraph": "reading has to be a part of what is captured",
     "generation_config": "requests say how they are sampled",

@@ -80,6 +80,16 @@ class ResidualReader:
         # what was never read is no score
         self._table = torch.full((slots + 1, TABLE_COLUMNS), torch.nan, device=self.device)
 
+    def close_table(self) -> None:
+        """Gives its memory back; nothing is read until it is opened again."""
+        self._table = None
+
+    @torch.inference_mode()
+    def reopen_table(self) -> None:
+        """An empty one, as large as before."""
+        if self._layer:
+            self.open_table(self._padding, self._layer)
+
     @torch.inference_mode()
     def install(self, parts: Sequence[TableColumns], live: Sequence[int]) -> None:
         """Copies new weights to their columns. ``live``: columns of the table that somebody has; others rest."""

@@ -93,6 +93,18 @@ class ReadingWorker(Worker):  # type: ignore[misc]
         self._reader.finish_step()
         return output
 
+    def sleep(self, level: int = 1) -> None:
+        """What was read goes with the keys and values, which vLLM drops."""
+        super().sleep(level)
+        if self._reader is not None:
+            self._reader.close_table()
+
+    def wake_up(self, tags: Any = None) -> None:
+        """A new table for new keys and values."""
+        super().wake_up(tags)
+        if self._reader is not None:
+            self._reader.reopen_table()
+
     def _follow(self, scheduler_output: Any) -> None:
         for request in self._requests.finished(scheduler_output.finished_req_ids):
             self._gather(request)  # before this step may write to the slots that the request has left

@@ -14,6 +14,8 @@ from inward_client.rows import AUTO, LAYOUTS
 
 SUSPICIOUS = 10
 """Pairs that are printed where ``--suspicious`` has no number."""
+CLUSTERS = 8
+"""Where ``--clusters`` has no number."""
 ON_PAGE = 200
 """Pairs on the page."""
 PageOf = Literal["suspicious", "sample"]
@@ -51,6 +53,7 @@ class AnnotateOptions:
     split: str = "train"
     """Of a hub's dataset; with a configuration as ``CONFIG/SPLIT``."""
     argilla: Path | None = None
+    clusters: int = 0
     suspicious: int = 0
     html: Path | None = None
     page_rows: int = ON_PAGE
@@ -71,13 +74,22 @@ class AnnotateOptions:
             SetupError: names the option.
         """
         given: dict[str, Any] = {field.name: getattr(args, field.name) for field in fields(cls)}
-        for name, least in (("limit", 0), ("at_once", 1), ("actors", 1), ("suspicious", 0), ("page_rows", 1)):
+        for name, least in (
+            ("limit", 0),
+            ("at_once", 1),
+            ("actors", 1),
+            ("suspicious", 0),
+            ("page_rows", 1),
+            ("clusters", 0),
+        ):
             if given[name] is not None and given[name] < least:
                 raise SetupError(f"--{name.replace('_', '-')} {given[name]}: at least {least}")
         if args.drop_below is not None and not 0 <= args.drop_below <= 1:
             raise SetupError(f"--drop-below {args.drop_below}: a probability, from 0 to 1")
         if args.token_scores and (args.html is None or args.url is not None or args.engine != "local"):
             raise SetupError("--token-scores colours the page of --html, and needs the model in this process")
+        if args.clusters and (args.url is not None or args.engine != "local"):
+            raise SetupError("--clusters reads states, which needs the model in this process")
         return cls(**given | {"columns": _columns(args.columns)})
 
 
@@ -117,6 +129,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--restart", action="store_true", help="throw away what an interrupted job has done, and an OUT that is there")
     add = parser.add_argument_group("what is shown in the end").add_argument
     add("--by", metavar="COLUMN", help="estimate the share of wrong labels for each value of a column, too")
+    add(
+        "--clusters",
+        type=int,
+        nargs="?",
+        const=CLUSTERS,
+        default=0,
+        metavar="N",
+        help=f"where contradicted labels gather: N ({CLUSTERS}) clusters of states, which are read once more",
+    )
     add("--suspicious", type=int, nargs="?", const=SUSPICIOUS, default=0, metavar="N",
         help=f"print the N ({SUSPICIOUS}) pairs whose labels are contradicted most")  # fmt: skip
     add("--html", type=Path, metavar="FILE", help="a page for looking through pairs and deciding on their labels")

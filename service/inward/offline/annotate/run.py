@@ -10,11 +10,13 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from inward import __version__
 from inward.files import write
 from inward.offline.annotate import argilla, merge
+from inward.offline.annotate.clusters import MOST_PAIRS, Cluster, cluster
 from inward.offline.annotate.corrected import correct
 from inward.offline.annotate.held_out import HeldOut
 from inward.offline.annotate.options import AnnotateOptions
@@ -155,7 +157,10 @@ class Annotation:
         for source in sources:
             survey.add(merge.good(source, results(source)))
         quality = survey.quality(HeldOut(**annotator.held_out) if annotator.held_out else None)
-        about = metadata | {"summary": summary.to_json() | {"quality": quality.to_json()}}
+        clusters = await self._clusters(results, scorer, annotator) if options.clusters and scorer else []
+        told = summary.to_json() | {"quality": quality.to_json()}
+        told |= {"clusters": [one.to_json() for one in clusters]} if options.clusters else {}
+        about = metadata | {"summary": told}
         write(beside(options.output, ".annotation.json"), json.dumps(about, indent=2).encode() + b"\n")
         if options.html:
             pairs = pick(sources, results, reader, options.page_rows, options.page_of)
@@ -166,18 +171,40 @@ class Annotation:
             numbered = ((source.name, merge.numbered(source, results(source))) for source in sources)
             argilla.write(options.argilla, numbered, reader, annotator.head["name"])
         most = options.suspicious
-        self._tell(summary, quality, pick(sources, results, reader, most) if most else [], len(versions))
+        self._tell(
+            summary, quality, clusters, told, pick(sources, results, reader, most) if most else [], len(versions)
+        )
         progress.remove()
         if options.from_stdin:
             sources[0].paths[0].unlink(missing_ok=True)
         self.annotated = summary.annotated
 
-    def _tell(self, summary: Summary, quality: Quality, pairs: Sequence[Picked], versions: int) -> None:
+    async def _clusters(
+        self, results: Callable[[Source], Iterable[Annotated]], scorer: Scorer, annotator: Annotator
+    ) -> list[Cluster]:
+        """Of a sample of the pairs, whose states are read once more."""
+        sample = pick(self._plan.sources, results, self._plan.reader, MOST_PAIRS, "sample")
+        pairs = [one for one in sample if one.columns["label_agrees"] is not None]
+        judges = annotator.held_out is None or HeldOut(**annotator.held_out).better_than_chance
+        states_ND = await scorer.states([one.pair for one in pairs]) if pairs else np.empty((0, 1), dtype=np.float32)
+        return cluster(pairs, states_ND, self._options.clusters, judges=judges)
+
+    def _tell(
+        self,
+        summary: Summary,
+        quality: Quality,
+        clusters: Sequence[Cluster],
+        told: Mapping[str, Any],
+        pairs: Sequence[Picked],
+        versions: int,
+    ) -> None:
         options = self._options
         if options.json:
-            print(json.dumps(summary.to_json() | {"quality": quality.to_json()}, indent=2))
+            print(json.dumps(told, indent=2))
         else:
             print(printable(summary.text(quality)))
+            for line in ["", "clusters", *(line for one in clusters for line in one.text())] if clusters else ():
+                print(printable(line))
         for one in pairs:
             print("\n" + printable(shown(one)))
         if versions > 1:

@@ -13,6 +13,7 @@ from inward import errors
 from inward.errors import SetupError, Unavailable
 from inward.offline.annotate.held_out import HeldOut
 from inward.offline.annotate.options import AnnotateOptions
+from inward.types import Floats
 from inward_client import (
     AsyncInward,
     BadRequest,
@@ -107,6 +108,10 @@ class Scorer(Protocol):
         """Of each pair the head's score at every token; None where it has none. In this process only."""
         ...
 
+    async def states(self, pairs: Sequence[Pair]) -> Floats:
+        """Of each pair the mean state of both answers, ``[N, D]``. In this process only."""
+        ...
+
 
 OpenScorer = Callable[[], AbstractAsyncContextManager[Scorer]]
 """Opens one, here or in another process: it can be pickled."""
@@ -136,6 +141,8 @@ class RowScorer:
     """How the head of a name was fitted, as its manifest says."""
     tokens_of: Callable[[str, Sequence[Mapping[str, Any]]], Awaitable[Sequence[TokenScores | None]]]
     """The scores of a head at every token."""
+    states_of: Callable[[Sequence[Pair]], Awaitable[Floats]]
+    """The mean state of both answers."""
 
     async def annotator(self) -> Annotator:
         """See ``Scorer``."""
@@ -156,6 +163,10 @@ class RowScorer:
     async def token_scores(self, pairs: Sequence[Pair]) -> Sequence[TokenScores | None]:
         """See ``Scorer``."""
         return await self.tokens_of((await self.annotator()).head["name"], [pair.body() for pair in pairs])
+
+    async def states(self, pairs: Sequence[Pair]) -> Floats:
+        """See ``Scorer``."""
+        return await self.states_of(pairs)
 
 
 class ServiceScorer:
@@ -224,6 +235,10 @@ class ServiceScorer:
     async def token_scores(self, pairs: Sequence[Pair]) -> Sequence[TokenScores | None]:
         """See ``Scorer``: a service gives scores without the texts of their tokens."""
         return [None] * len(pairs)
+
+    async def states(self, pairs: Sequence[Pair]) -> Floats:
+        """See ``Scorer``: a service keeps its states."""
+        raise SetupError("a service gives no states: annotate with the model in this process")
 
     def _by(self, answer: Any) -> By:
         return {

@@ -125,6 +125,7 @@ def page(judgement: Judgement, report: Mapping[str, Any]) -> str:
 <h1>{escape(title)}</h1>
 <p>{escape(summary(report))}. Backbone {escape(head["backbone"])}, position {escape(head["position"])},
 layers {escape(layers)}.</p>
+<section id="verdict"><h2>Verdict</h2><p>{escape(report["verdict"])}</p></section>
 <section id="metrics"><h2>Metrics</h2>
 <p>Value and 95 % interval, resampled by prompt. Baselines that need fitting are fitted by
 {report["input"]["folds"]}-fold cross-validation over the prompts of this very file, so they know these data better than
@@ -157,7 +158,7 @@ def _table(judgement: Judgement, head: str) -> str:
         for column in columns:
             one = metrics.get(column)
             cells.append(
-                f"<td>{one.value:.3f} <small>{one.low:.2f}–{one.high:.2f}</small></td>" if one else "<td></td>"
+                f"<td>{one.value:.3f} <small>{one.low:.2f} to {one.high:.2f}</small></td>" if one else "<td></td>"
             )
         rows.append(f"<tr{' class=head' if number == 0 else ''}><td>{escape(name)}</td>{''.join(cells)}</tr>")
     return f"<table>{''.join(rows)}</table>"

@@ -35,6 +35,7 @@ from inward.offline.evaluate.report import (
 )
 from inward.offline.evaluate.scoring import Judged, of_texts, score, score_folds
 from inward.offline.evaluate.statistics import Doubles
+from inward.offline.evaluate.verdict import verdict
 from inward.offline.fit.like import Like, like_of
 from inward.offline.states.saved import PairStates, load_states
 from inward.offline.states.scores import check_readable, score_groups
@@ -137,6 +138,7 @@ def evaluate(
         },
         "head": _describe(shown, head, args.cross_validate),
         **judgement.to_json(),
+        "verdict": verdict(judgement, resamples=args.resamples, seed=args.seed).paragraph,
         "cost": {
             "head_ms": head_ms,
             "with_forward_ms": None if found.seconds is None else head_ms + 1e3 * found.seconds / len(examples),
