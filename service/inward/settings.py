@@ -33,7 +33,8 @@ class Settings(BaseSettings):
     """Port to listen on; 0 takes a free one and prints it. A worker's status has port 9100 where none is named, or a
     free one where that is taken."""
     api_keys: Annotated[frozenset[SecretStr], NoDecode] = frozenset()
-    """Comma-separated keys, any of which opens every route (Bearer, or Basic with the key as password). None: open."""
+    """Comma-separated keys, any of which opens every route (Bearer, Basic with the key as password, or
+    x-api-key). None: open."""
     api_keys_file: Path | None = None
     """File with more such keys, one a line. It is read again whenever it changes, so that keys are rotated without a
     restart."""

@@ -57,7 +57,7 @@ def configure(endpoint: str | None, role: str, *, evaluations: bool = False) -> 
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError:
-        raise SetupError("--otlp-endpoint needs OpenTelemetry: pip install 'inward[otel]'") from None
+        raise SetupError("--otlp-endpoint needs OpenTelemetry: pip install '.[otel]' in Inward's folder") from None
     base = endpoint.rstrip("/").removesuffix(PATH)
     record(BatchSpanProcessor(OTLPSpanExporter(base + PATH)), role)
     if evaluations:

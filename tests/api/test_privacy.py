@@ -31,6 +31,20 @@ GOOD = {
         {"prompt": TEXT, "candidates": [TEXT, f"{TEXT} lock"]},
         {"prompt": TEXT, "n": 2, "sampling": {"max_tokens": 3, "seed": 1}},
     ],
+    "/v1/chat/completions": [
+        {"messages": CHAT[:1], "max_tokens": 3, "best_of": 2},
+        {"messages": CHAT[:1], "max_tokens": 3, "stream": True},
+    ],
+    "/v1/completions": [{"prompt": TEXT, "max_tokens": 3}],
+    "/v1/decisions": [
+        {
+            "input": CHAT,
+            "questions": [
+                {"type": "predicate", "name": MARKER, "instructions": TEXT},
+                {"type": "choice", "instructions": TEXT, "choices": [{"value": TEXT}, {"value": MARKER}]},
+            ],
+        }
+    ],
 }
 BAD = [
     {"pairs": MARKER}, {"items": [MARKER]}, {"items": [ITEM | {"prompt": 3}, {"prompt": [MARKER]}]},
@@ -184,7 +198,7 @@ def test_without_a_key_nothing_but_health_and_metrics_answers(client):
     for path, verbs in document["paths"].items():
         for verb in verbs:
             answer = httpx.request(
-                verb, f"{client.base_url}{path}".replace("{name}", "any").replace("{id}", "0" * 32), timeout=60
+                verb, f"{client.base_url}{path}".replace("{name}", "any").replace("{id}", "0" * 32), timeout=PATIENCE
             )
             wanted = {200} if path in {"/livez", "/readyz", "/health", "/metrics"} else {401}
             assert answer.status_code in wanted, (verb, path)

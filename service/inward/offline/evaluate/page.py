@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from html import escape
 from typing import Any, NamedTuple
 
-from inward.offline.evaluate import plots
+from inward.offline.evaluate import heatmap, plots
 from inward.offline.evaluate.judge import Judgement
-from inward.offline.evaluate.metrics import NAMES
+from inward.offline.evaluate.metrics import MEANINGS, NAMES
 from inward.offline.evaluate.tables import cost, methods, shown, summary
 
 
@@ -56,6 +56,15 @@ SECTIONS = (
         "The method has no score for a single response.",
     ),
     Section(
+        "thresholds",
+        "What a threshold catches, and what it costs",
+        plots.thresholds,
+        "For every threshold: the share of unsafe responses below it against the share of safe ones below it, so a "
+        "guard wants to be high on the left. Dots: thresholds fixed at 1 % and 5 % false positives on other responses. "
+        "The grey line is chance.",
+        "The method has no score for a single response.",
+    ),
+    Section(
         "reliability",
         "Reliability of the probability",
         plots.reliability,
@@ -99,6 +108,9 @@ th{font-weight:600;color:#5b5f67}
 th:first-child,td:first-child{text-align:left;padding-left:.4rem}
 tr.head td{font-weight:600;background:#f4f7fa}
 td small{color:#8a8f98;font-weight:400}
+dl{display:grid;grid-template-columns:max-content 1fr;gap:.1rem .9rem;font-size:13px;color:#3c3f45}
+dt{font-weight:600} dd{margin:0}
+p.tokens{max-width:none;white-space:pre-wrap;overflow-wrap:anywhere;font-size:13px}
 """
 
 
@@ -121,9 +133,11 @@ layers {escape(layers)}.</p>
 {report["input"]["folds"]}-fold cross-validation over the prompts of this very file, so they know these data better than
 a head that was fitted elsewhere.</p>
 <div class="scroll">{_table(judgement, f"{head['name']} ({head['kind']})")}</div>
+{_words(judgement)}
 <p>{escape(cost(report))}.</p>{"".join(f"<p>Note: {escape(note)}</p>" for note in report["notes"])}</section>
 <section id="over-refusal"><h2>Over-refusal</h2><p class="said">{escape(said)}</p></section>
 {body}
+<section id="tokens"><h2>Token by token</h2>{heatmap.section(judgement.tokens)}</section>
 </body></html>
 """
 
@@ -151,3 +165,9 @@ def _table(judgement: Judgement, head: str) -> str:
             )
         rows.append(f"<tr{' class=head' if number == 0 else ''}><td>{escape(name)}</td>{''.join(cells)}</tr>")
     return f"<table>{''.join(rows)}</table>"
+
+
+def _words(judgement: Judgement) -> str:
+    """What the columns of the table say."""
+    said = (f"<dt>{escape(NAMES[name])}</dt><dd>{escape(MEANINGS[name])}</dd>" for name in shown(judgement))
+    return f"<dl>{''.join(said)}</dl>"
