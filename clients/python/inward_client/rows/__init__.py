@@ -1,8 +1,8 @@
 """Reads rows of preference data: the one reader of the service's commands, of the trainer and of the adapters.
 
-    files     paths → rows: JSON lines, JSON arrays, CSV, Parquet, Arrow, folders, gzip
-    layouts   rows → pairs, in the layouts in which such data are published
-    pairs     prompt and answers with their whole context; messages: their roles and texts
+    files          paths → rows: JSON lines, JSON arrays, CSV, Parquet, Arrow, folders, gzip
+    pair_layouts   rows → pairs, in the layouts in which such data are published
+    pair           prompt and answers with their whole context; messages: their roles and texts
 
 Parquet and Arrow need pyarrow, which is imported when such a file is read; nothing else needs anything.
 """
