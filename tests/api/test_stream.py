@@ -17,7 +17,7 @@ from inward.types import Gamma, Group, Scores
 from inward.wire import RerankAnswer, RerankRequest
 from support.corridor import FakeHead
 from support.fake_services import HYBRID, LEGEND, SRR, error
-from support.waiting import until
+from support.waiting import PATIENCE, until
 
 STREAM = {**ASK, "stream": True}
 Event = tuple[str, Any]
@@ -121,7 +121,7 @@ async def test_a_head_that_is_switched_meanwhile_ends_the_stream_with_an_error()
     async with serving() as (api, c):
         c.backbone.delay_per_token = 0.001
         asking = asyncio.create_task(api.post("/rerank", STREAM))
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE):
             while not c.backbone.calls:
                 await asyncio.sleep(0.001)
         c.registry.heads = {LEGEND.name: FakeHead(LEGEND.name, LEGEND.version + 1)}
@@ -163,11 +163,11 @@ async def hang_up_after(api: Any, body: dict[str, Any], wanted: int) -> None:
 async def test_who_hangs_up_is_not_drawn_for_any_more():
     async with serving() as (api, c):
         c.backbone.delay_per_token = 0.002
-        await hang_up_after(api, {**STREAM, "n": 10}, wanted=2)
-        async with asyncio.timeout(60):
+        await hang_up_after(api, {**STREAM, "n": 40}, wanted=2)
+        async with asyncio.timeout(PATIENCE):
             while c.queue.tokens:
                 await asyncio.sleep(0.01)
-        assert c.backbone.calls < 10
+        assert c.backbone.calls < 40
 
 
 @pytest.mark.parametrize("ends", ["before its first event", "before anybody asks for it"])

@@ -1,11 +1,12 @@
 """Two hundred callers of ``/rerank`` and ``/score`` at once on ``inward serve --backbone vllm``; then its engine is
 killed.
 
-    python tests/benchmarks/mixed_load.py --seconds 120 --callers 200
+    python tests/benchmarks/mixed_load.py --seconds 300 --callers 200 --out load
 
-Watched: errors, whether each answer belongs to its question (every score is compared with that of the same text alone,
-before or after the load), memory of all processes, how long callers wait once the engine is killed, and whether a
-restart serves again.
+Of the answers that are drawn some are drawn with early rejection, some with a guard, some with both. Watched: errors,
+whether each answer belongs to its question (every score is compared with that of the same text alone, before or after
+the load; what a guard let pass must be without an unsafe token), memory of all processes, how long callers wait once
+the engine is killed, and whether a restart serves again.
 """
 
 from __future__ import annotations
@@ -22,9 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from drawn import table
+from drawn import write as write_results
+
 from inward.backbones.fingerprint import fingerprint
 from inward.offline.bench.workload import write_random_heads
 from inward.prompts import Prompts
@@ -34,7 +39,7 @@ from support.tiny_tokenizer import TEXTS
 from support.tiny_tokenizer import of_transformers as tokenizer
 
 LAYERS, WIDTH = 4, 64
-OPTIONS = ("--backbone", "vllm", "--dtype", "float32", "--max-candidates", "16")
+OPTIONS = ("--dtype", "float32", "--max-candidates", "16")
 
 
 def write(folder: Path) -> None:
@@ -62,9 +67,18 @@ def question(i: int) -> dict[str, Any]:
     kind = i % 3
     if kind == 0:
         return {"items": [{"prompt": prompt, "response": answers[0]}], "head": "bench-0"}
-    return {"prompt": prompt, "head": "bench-0"} | (
-        {"candidates": answers} if kind == 1 else {"n": 4, "sampling": {"max_tokens": 48}, "return_token_ids": True}
-    )
+    if kind == 1:
+        return {"prompt": prompt, "head": "bench-0", "candidates": answers}
+    draw: dict[str, Any] = {"n": 4, "sampling": {"max_tokens": 48}, "return_token_ids": True}
+    if i % 2:
+        draw["early_rejection"] = {"keep": 0.5, "at": [8, 16]}
+    if i % 4 > 1:
+        draw["stop_when"] = GUARD
+    return {"prompt": prompt, "head": "bench-0"} | draw
+
+
+GUARD: dict[str, Any] = {"below": 0.0, "pool": "last", "head": "bench-1"}
+"""What it stops below is set before the load, so that some answers are stopped and some are not."""
 
 
 def said(answer: dict[str, Any]) -> list[float]:
@@ -76,6 +90,17 @@ def said(answer: dict[str, Any]) -> list[float]:
 
 def near(a: list[float], b: list[float]) -> bool:
     return len(a) == len(b) and all(abs(x - y) <= 1e-3 * max(1, abs(y)) for x, y in zip(a, b, strict=True))
+
+
+async def safe(ask: Any, body: dict[str, Any], answer: dict[str, Any]) -> list[str]:
+    """Whether no token that was given is unsafe, by the guard's own head."""
+    given = [result for result in answer["results"] if result["token_ids"] and result["finish_reason"] != "rejected"]
+    items = [{"prompt": body["prompt"], "response_ids": result["token_ids"]} for result in given]
+    if not items:
+        return []
+    again = await ask({"items": items, "head": GUARD["head"], "detail": ["tokens"]})
+    lowest = [min(score["tokens"]) for score in again.json()["scores"]]
+    return ["guarded: safe" if low >= GUARD["below"] - 1e-3 else "guarded: UNSAFE" for low in lowest]
 
 
 def memory(server: Served) -> float:
@@ -91,6 +116,11 @@ async def load(server: Served, args: argparse.Namespace) -> None:
         async def ask(body: dict[str, Any]) -> httpx.Response:
             return await client.post("/score" if "items" in body else "/rerank", json=body)
 
+        first = (await ask(question(8) | {"stop_when": None, "early_rejection": None})).json()["results"]
+        texts = [{"prompt": question(8)["prompt"], "response_ids": one["token_ids"]} for one in first]
+        read = await ask({"items": texts, "head": GUARD["head"], "detail": ["tokens"]})
+        tokens = [number for score in read.json()["scores"] for number in score["tokens"]]
+        GUARD["below"] = float(np.quantile(tokens, 0.02))
         given = [i for i in range(120) if "n" not in question(i)]
         truth = {i: said((await ask(question(i))).json()) for i in given}
         outcomes: Counter[str] = Counter()
@@ -110,6 +140,7 @@ async def load(server: Served, args: argparse.Namespace) -> None:
                     outcomes[f"{response.status_code} {response.text[:80]}"] += 1
                 elif "n" in body:
                     outcomes["drawn"] += 1
+                    outcomes.update(f"drawn: {result['finish_reason']}" for result in response.json()["results"])
                     drawn.append((body, response.json()))
                 else:
                     outcomes["right" if near(said(response.json()), truth[i]) else "WRONG"] += 1
@@ -121,7 +152,11 @@ async def load(server: Served, args: argparse.Namespace) -> None:
 
         await asyncio.gather(watch(), *(caller() for _ in range(args.callers)))
         for body, answer in random.Random(0).sample(drawn, min(len(drawn), 60)):
-            results = answer["results"]
+            results = [result for result in answer["results"] if result["finish_reason"] in ("stop", "length")]
+            if "stop_when" in body:
+                outcomes.update(await safe(ask, body, answer))
+            if not results:
+                continue
             items = [{"prompt": body["prompt"], "response_ids": result["token_ids"]} for result in results]
             again = await ask({"items": items, "head": "bench-0"})
             for result, score in zip(results, again.json()["scores"], strict=True):
@@ -129,6 +164,13 @@ async def load(server: Served, args: argparse.Namespace) -> None:
                     "drawn: same score given" if near([result["score"]], [score["score"]]) else "drawn: WRONG"
                 ] += 1
         waits.sort()
+        result = {
+            "outcomes": dict(outcomes), "memory_mib": sizes, "callers": args.callers,
+            "seconds": {"median": waits[len(waits) // 2], "p99": waits[int(len(waits) * 0.99)], "most": waits[-1]},
+        }  # fmt: skip
+        if args.out:
+            rows = [[name, str(count)] for name, count in sorted(outcomes.items())]
+            write_results(args.out, result, table(["outcome", "times"], rows))
         print(f"outcomes: {dict(outcomes)}")
         print(
             f"seconds to answer: median {waits[len(waits) // 2]:.2f}, 99 % {waits[int(len(waits) * 0.99)]:.2f}, most "
@@ -164,15 +206,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--callers", type=int, default=200)
+    parser.add_argument("--out", type=Path, help="results: OUT.json and OUT.md")
+    parser.add_argument("--backbone", default="vllm")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write(folder)
-        with serve(folder, *OPTIONS) as server:
+        options = ("--backbone", args.backbone, *OPTIONS)
+        with serve(folder, *options) as server:
             asyncio.run(load(server, args))
+            if args.backbone != "vllm":
+                return
             asyncio.run(kill(server))
             print(f"stopped with {server.stop(timeout=90)}")
-        with serve(folder, *OPTIONS) as server:
+        with serve(folder, *options) as server:
             print(f"after a restart: {httpx.post(server.url + '/rerank', json=question(2), timeout=60).status_code}")
             print(f"stopped with {server.stop(timeout=90)}")
 

@@ -372,8 +372,12 @@ async def test_workers_of_two_weights_never_answer_as_one_service(folder, redis,
 
 async def computed(client: httpx.AsyncClient, worker: Process) -> float:
     """Tokens."""
+    return await metric(client, worker, "inward_computed_tokens_total")
+
+
+async def metric(client: httpx.AsyncClient, worker: Process, name: str) -> float:
     lines = (await client.get(worker.url + "/metrics")).text.splitlines()
-    return float(next(line for line in lines if line.startswith("inward_computed_tokens_total")).split()[1])
+    return float(next(line for line in lines if line.startswith(f"{name} ")).split()[1])
 
 
 async def test_bad_bulk_rows_end_no_bulk_work_anywhere(fleet, redis):
@@ -441,6 +445,28 @@ async def test_a_worker_whose_device_hangs_ends_itself_and_others_have_its_jobs(
         assert (hung.popen.poll(), len(margins), [m["error"] for m in margins]) == (1, 2, [None, None])
         assert "no progress" in str(hung.events("engine_dead")[0]["reason"])
         assert hung.events("ended_at_once")
+        await settled(redis)
+
+
+async def test_a_drawing_whose_caller_left_keeps_nobody_waiting(folder, redis):
+    """As it was found: it was drawn to its end, and until then others got a 504 from a worker that was ready."""
+    drawing = {"prompt": "question", "n": 64, "sampling": {"max_tokens": 64}}
+    item = {"prompt": "question", "response": "answer"}
+    with Fleet(folder, redis.url, queue="chaos", timeout=PATIENCE) as fleet:
+        api, worker = fleet.api(), fleet.worker(seconds_per_token=0.2)  # a quarter of an hour for all of them
+        fleet.wait_until_ready(api, worker)
+        async with httpx.AsyncClient(base_url=api.url, timeout=2 * PATIENCE) as client:
+            for _ in range(3 if FULL else 1):
+                asking = asyncio.create_task(client.post("/rerank", json=drawing))
+
+                async def begun() -> bool:
+                    return await metric(client, worker, "inward_in_flight_jobs") > 0
+
+                await until(begun)
+                asking.cancel()
+                answer = await client.post("/score", json={"items": [item]})
+                assert (answer.status_code, answer.json()["scores"][0]["error"]) == (200, None)
+            assert (await client.get(worker.url + "/readyz")).status_code == 200
         await settled(redis)
 
 

@@ -62,7 +62,7 @@ async def test_32_callers_get_every_answer_in_order_and_the_same_as_one_by_one(s
 
 async def test_answers_are_streamed_as_they_are_drawn_and_who_hangs_up_is_not_drawn_for(server):
     ask = {"prompt": "quiet harbour", "n": 3, "sampling": {"max_tokens": 12, "seed": 5}, "stream": True}
-    async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+    async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE) as client:
         async with client.stream("POST", "/rerank", json=ask) as response:
             lines = [line async for line in response.aiter_lines()]
         names = [line.removeprefix("event: ") for line in lines if line.startswith("event: ")]
@@ -74,7 +74,7 @@ async def test_answers_are_streamed_as_they_are_drawn_and_who_hangs_up_is_not_dr
         async with client.stream("POST", "/rerank", json={**ask, "n": 64}) as response:
             async for _ in response.aiter_lines():
                 break  # and hang up
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE):
             while "inward_queue_tokens 0.0" not in (await client.get("/metrics")).text:
                 await asyncio.sleep(0.05)
 
@@ -104,7 +104,7 @@ async def test_scores_come_back_beside_long_drawings_which_end_when_nobody_waits
 
 async def test_a_drawn_answer_scores_in_score_what_it_scores_in_rerank(server):
     ask = {"prompt": "quiet harbour", "n": 6, "sampling": {"max_tokens": 20, "seed": 5}, "return_token_ids": True}
-    async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+    async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE) as client:
         drawn = (await client.post("/rerank", json=ask)).json()["results"]
         items = [{"prompt": ask["prompt"], "response_ids": one["token_ids"]} for one in drawn]
         scores = (await client.post("/score", json={"items": items})).json()

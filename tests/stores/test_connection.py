@@ -139,6 +139,9 @@ async def test_more_commands_at_once_than_redis_py_takes_all_go_through(redis_se
         "redis+sentinel://:s3cret@host:26379/mymaster/s3cret",
         "redis+sentinel://:s3cret@/mymaster",
         "redis+sentinel://:pass@host:s3cret/mymaster",
+        "redis://:s3cret@host?no_such_option=s3cret",
+        "redis+cluster://:s3cret@host?no_such_option=s3cret",
+        "redis+sentinel://:s3cret@host:26379/mymaster?no_such_option=s3cret",
     ],
 )
 def test_no_part_of_a_password_is_in_the_message_about_a_url(url):
@@ -146,6 +149,13 @@ def test_no_part_of_a_password_is_in_the_message_about_a_url(url):
         Connection(url)
     assert "s3cret" not in str(caught.value)
     assert caught.value.__context__ is None or caught.value.__suppress_context__
+
+
+async def test_a_redis_may_be_reached_through_a_file(own_redis, tmp_path):
+    own_redis(unixsocket=str(tmp_path / "redis.sock"))
+    connection = Connection(f"unix://{tmp_path}/redis.sock", timeout=PATIENCE)
+    assert await connection("PING") in (b"PONG", True)
+    await connection.close()
 
 
 async def test_what_redis_refuses_is_told_from_a_redis_that_is_away(own_redis):

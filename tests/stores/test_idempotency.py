@@ -82,3 +82,11 @@ async def test_in_memory_beginning_looks_at_no_more_than_what_has_expired():
         await store.begin(f"k{i}", ASKED)
         await store.finish(f"k{i}", ASKED, b"x")
     assert looks < 3000
+
+
+async def test_a_time_shorter_than_a_millisecond_is_one_to_redis(redis_server):
+    connection = Connection(redis_server.url, timeout=PATIENCE)
+    store = RedisIdempotencyStore(connection, KEYS, keep=1e-4, running=1e-4)
+    assert await store.begin("short", ASKED) is None
+    await store.finish("short", ASKED, b"answer")
+    await connection.close()

@@ -278,7 +278,7 @@ def test_two_trainers_of_a_group_share(redis_server, stream):
 
 
 def test_two_runs_of_one_consumer_name_are_refused_and_one_that_was_killed_is_not(redis_server, stream, monkeypatch):
-    monkeypatch.setattr("inward_trainer.sources.stream.CLAIM_S", 2)
+    monkeypatch.setattr("inward_trainer.sources.stream.CLAIM_S", 6)
     with redis_server.client() as client:
         entries = append(client, 2)
         first = stream(run="a")
@@ -290,8 +290,11 @@ def test_two_runs_of_one_consumer_name_are_refused_and_one_that_was_killed_is_no
         assert [pair.id for pair in again.take(2, None).pairs] == entries
         first._claim._closed.set()  # and there both were killed
         again._claim._closed.set()
+        claims = client.keys("*consumer*")
+        assert claims and all(client.ttl(key) > 0 for key in claims)
+        for key in claims:
+            client.pexpire(key, 1)  # a while later
         assert stream(run="b").take(2, None).pairs, "it lets go after a while"
-        assert not [key for key in client.keys("*consumer*") if client.ttl(key) < 0]
 
 
 def test_a_stream_with_a_wrong_name_is_an_error_and_no_end(redis_server, stream):
@@ -335,3 +338,10 @@ def test_a_redis_that_is_away_for_a_moment_is_waited_for(own_redis):
     source.settle(first.receipts)
     assert [pair.id for pair in source.take(1, first.cursor).pairs] == entries[1:]
     source.close()
+
+
+@pytest.mark.parametrize("url", ["redis://:s3cret/x@host:6379", "redis://:a@host:s3cret", "s3cret"])
+def test_no_part_of_a_password_is_in_the_message_about_a_url(url):
+    with pytest.raises(OptionsError, match="--redis-url") as caught:
+        StreamedPairs(url, "rows", group="g", consumer="c")
+    assert "s3cret" not in str(caught.value)

@@ -1,5 +1,6 @@
 """Texts are tokenised as the service tokenises them: what is trained on is what was scored."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import inward
 from inward.prompts import Prompts
 from inward_trainer.base_model import eos_ids
 from inward_trainer.errors import DataError
+from inward_trainer.feed import fitting
 from inward_trainer.pairs import ScoredPair
 from inward_trainer.tokens import Tokeniser
 from support.tiny_tokenizer import of_transformers as tokenizer
@@ -123,3 +125,18 @@ def test_what_the_policy_drew_is_trained_on_as_it_wrote_it():
 def test_a_format_without_its_fields_is_refused():
     with pytest.raises(DataError, match="must end with"):
         Tokeniser(tokenizer(), "{prompt}")
+
+
+def test_a_turn_that_the_chat_template_refuses_or_leaves_out_is_named():
+    tok = tokenizer()
+    pair = ScoredPair("0", [{"role": "developer", "content": "Be kind."}, {"role": "user", "content": "Hi"}], "a", "b")
+    tok.chat_template = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(DataError, match="leaves out a turn of the role 'developer'"):
+        Tokeniser(tok)(pair)
+    tok.chat_template = "{% if messages[1] %}{{ raise_exception('no') }}{% endif %}{{ messages[0]['content'] }}"
+    with pytest.raises(DataError, match="refuses the conversation: no"):
+        Tokeniser(tok)(pair)
+    assert fitting([pair, replace(pair, id="1", prompt="Hi")], Tokeniser(tok), 1000)[0].id == "1"
+    tok.chat_template = "{{ messages[0]['role'] }}"
+    with pytest.raises(DataError, match="--template"):
+        Tokeniser(tok)

@@ -164,12 +164,18 @@ def rows_of(pairs: Sequence[ScoredPair], tokenise: Tokeniser, confidence: Confid
 
 def fitting(pairs: Sequence[ScoredPair], tokenise: Tokeniser, max_length: int) -> list[ScoredPair]:
     """Those of at most ``max_length`` tokens in prompt and answer. The others are left out: a cut answer would be
-    another answer.
+    another answer. So are conversations that the chat template doesn't take.
     """
-    fit = [pair for pair in pairs if tokenise(pair).longest <= max_length]
-    if len(fit) < len(pairs):
-        metrics.REFUSED_TOTAL.labels(reason="too_long").inc(len(pairs) - len(fit))
-        kept = {pair.id for pair in fit}
-        lost = ", ".join(pair.id for pair in pairs if pair.id not in kept)
-        LOG.warning("%d pairs are longer than %d tokens and are left out: %s", len(pairs) - len(fit), max_length, lost)
+    fit: list[ScoredPair] = []
+    long: list[ScoredPair] = []
+    for pair in pairs:
+        try:
+            (fit if tokenise(pair).longest <= max_length else long).append(pair)
+        except DataError as error:
+            metrics.REFUSED_TOTAL.labels(reason="template").inc()
+            LOG.warning("pair %s is left out: %s", pair.id, error)
+    if long:
+        metrics.REFUSED_TOTAL.labels(reason="too_long").inc(len(long))
+        lost = ", ".join(pair.id for pair in long)
+        LOG.warning("%d pairs are longer than %d tokens and are left out: %s", len(long), max_length, lost)
     return fit

@@ -46,7 +46,7 @@ GATHER_SECONDS = Histogram(
 REFUSED_TOTAL = Counter(
     "inward_trainer_refused_pairs", "Pairs that were left out, by reason.", ("reason",), registry=REGISTRY
 )
-for _reason in ("too_long", "too_old", "unscored"):
+for _reason in ("template", "too_long", "too_old", "unscored"):
     REFUSED_TOTAL.labels(reason=_reason)
 
 # loop

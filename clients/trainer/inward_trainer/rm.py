@@ -225,7 +225,11 @@ def read_rows(options: RewardOptions, path: Path, tokeniser: Tokeniser, service:
     for pair in pairs:
         if pair.id in dropped:
             continue
-        row = MarginPair(pair.id, *_texts(tokeniser, pair), margins[pair.id])
+        try:
+            row = MarginPair(pair.id, *_texts(tokeniser, pair), margins[pair.id])
+        except DataError as error:
+            dropped[pair.id] = str(error)
+            continue
         if row.longest > options.max_length:
             dropped[pair.id] = f"{row.longest} tokens, more than --max-length {options.max_length}"
         else:

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
 from inward_trainer.control_tokens import ControlTokens
@@ -19,6 +20,8 @@ from inward_trainer.pairs import Prompt, ScoredPair
 
 DATE = datetime(2024, 7, 26)
 """Today, for chat templates that print it; the service's."""
+SHAPES_REMEMBERED = 1024
+"""Orders of roles of which it is known whether the chat template writes them all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +48,7 @@ class Tokeniser:
         eos_ids: what ends a text of this model; by default the tokenizer's EOS.
 
     Raises:
-        DataError: the model has no EOS, or the format lacks a field.
+        DataError: the model has no EOS, the format lacks a field, or the chat template takes no text.
     """
 
     DEFAULT_FORMAT = "{prompt}\n\n{response}"
@@ -69,14 +72,23 @@ class Tokeniser:
             f"chat:{hashlib.sha256(source.encode()).hexdigest()[:16]}" if format is None else f"format:{format}"
         ) + (f"@{DATE:%Y-%m-%d}" if self._variables else "")
         """As the service calls the same."""
+        self._left_out = lru_cache(SHAPES_REMEMBERED)(self._probe)
+        if format is None and self._left_out(("user",)):
+            raise DataError(
+                "the chat template writes nothing of what a user says: give a format string with --template"
+            )
         self.eos_id = self._ending(eos_ids)
         """What the policy writes where its answer ends."""
 
     def render(self, prompt: Prompt) -> str:
-        """The text up to where the answer begins."""
+        """The text up to where the answer begins.
+
+        Raises:
+            DataError: the chat template refuses the conversation, or leaves a turn out.
+        """
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if self._format is None:
-            return self._apply(messages, answer_next=True)
+            return self._rendered(messages)
         text = messages[0]["content"] if len(messages) == 1 else _transcript(messages)
         return self._format.removesuffix("{response}").replace("{prompt}", text)
 
@@ -91,6 +103,24 @@ class Tokeniser:
         ]
         chosen, rejected = (answer + [self.eos_id] * ended for answer, ended in zip(ids, pair.finished, strict=True))
         return Tokens(self._one_bos(before), chosen, rejected)
+
+    def _rendered(self, messages: list[dict[str, str]]) -> str:
+        try:
+            text = self._apply(messages, answer_next=True)
+        except Exception as error:  # templates refuse by raising whatever they like
+            raise DataError(f"the chat template refuses the conversation: {error}") from error
+        if role := self._left_out(tuple(message["role"] for message in messages)):
+            raise DataError(f"the chat template leaves out a turn of the role {role!r}")
+        return text
+
+    def _probe(self, roles: tuple[str, ...]) -> str:
+        """The role of the first turn that the chat template leaves out in such a conversation; empty if none."""
+        turns = [{"role": role, "content": f"mzx{i}z"} for i, role in enumerate(roles)]
+        try:
+            text = self._apply(turns, answer_next=True)
+        except Exception:  # a refusal is no silence
+            return ""
+        return next((turn["role"] for turn in turns if turn["content"] not in text), "")
 
     def _apply(self, messages: list[dict[str, str]], *, answer_next: bool) -> str:
         return str(

@@ -9,6 +9,7 @@ trained.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,11 @@ PLAIN = frozenset(
 )
 """Fields of the configuration that say where the matrices are and how they are scaled, or that mean nothing after
 training."""
+LONGEST_PATTERN, MOST_REPEATS, MOST_GROUPS = 256, 2, 3
+"""Of an ``alpha_pattern``: regular expressions with more may take for ever."""
+SIMPLE = re.compile(r"\^?(?:(?:[\w-]|\\?\.|\\d|\[\w+(?:-\w+)?\])[*+?]?|\((?:\?:)?[\w.]+(?:\|[\w.]+)*\)|\|)+\$?")
+"""Names of modules, any character, digits, one of some characters, each repeated or not; one of some names."""
+REPEAT = re.compile(r"[*+?](?!:)")
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq")
 """Ways of ``init_lora_weights`` that subtract from the base weights what the adapter begins with: alone it fits no
 base model."""
@@ -168,11 +174,28 @@ def _modules(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple
 def _scale(folder: Path, config: Mapping[str, Any], module: str, rank: int) -> float:
     """``alpha / rank``, or by its root for rank-stabilised LoRA; ``alpha_pattern`` is matched as PEFT does."""
     patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise _broken(folder, "alpha_pattern is no object of patterns and numbers")
+    if (unknown := next((pattern for pattern in patterns if not _is_simple(pattern)), None)) is not None:
+        raise _broken(folder, f"alpha_pattern has {unknown[:LONGEST_PATTERN]!r}, which is no simple pattern of names")
     matching = next((alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)), None)
     alpha = config.get("lora_alpha") if matching is None else matching
-    if not isinstance(alpha, int | float):
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise _broken(folder, f"lora_alpha is {alpha!r}, not a number")
     return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def _is_simple(pattern: str) -> bool:
+    """Whether a regular expression is one, and found or not in next to no time whatever it is matched with."""
+    if len(pattern) > LONGEST_PATTERN or not SIMPLE.fullmatch(pattern):
+        return False
+    if len(REPEAT.findall(pattern)) > MOST_REPEATS or pattern.count("(") > MOST_GROUPS:
+        return False
+    try:
+        re.compile(pattern)
+    except re.error:  # a range that goes backwards
+        return False
+    return True
 
 
 def _broken(folder: Path, why: str) -> InvalidField:

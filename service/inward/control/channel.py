@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -120,7 +121,7 @@ class ControlChannel:
         by one. One that dies in here is out after ``seconds``.
         """
         key, who = self._keys.lock, f"{worker} {uuid.uuid4().hex}"
-        take = ("SET", key, who, "NX", "PX", round(seconds * 1000))
+        take = ("SET", key, who, "NX", "PX", math.ceil(seconds * 1000))
         while not await self._redis(*take):  # noqa: ASYNC110 (it crosses processes)
             await asyncio.sleep(0.05)
         renewing = asyncio.create_task(self._renew(who, seconds))
@@ -135,7 +136,7 @@ class ControlChannel:
         while True:
             await asyncio.sleep(seconds / RENEWALS)
             with suppress(Unavailable):  # the next one may come in time
-                if not await self._redis.script(RENEW, [self._keys.lock], [who, round(seconds * 1000)]):
+                if not await self._redis.script(RENEW, [self._keys.lock], [who, math.ceil(seconds * 1000)]):
                     logs.event(LOG, "lock_lost", severity=logging.ERROR)
                     return
 

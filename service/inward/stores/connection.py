@@ -197,13 +197,17 @@ def _clients(url: str, timeout: float) -> tuple[Client, Sequence[Client]]:
         # once: an idle connection may have been cut
         "retry": Retry(NoBackoff(), 1, supported_errors=(ConnectionError,)),
     }  # fmt: skip
+    if url.startswith("unix://"):
+        del options["socket_keepalive"]
     try:
         if "+sentinel" in url.partition("://")[0]:
             return _behind_sentinels(url, options)
         if "+cluster" in url.partition("://")[0]:
             return cast(Client, RedisCluster.from_url(url.replace("+cluster", "", 1), **options)), ()
-        return cast(Client, Redis.from_url(url, **options)), ()
-    except (ValueError, RedisError):
+        client = Redis.from_url(url, **options)
+        client.connection_pool.make_connection()  # type: ignore[no-untyped-call]  # an option that there is not is found here
+        return cast(Client, client), ()
+    except (TypeError, ValueError, RedisError):
         raise SetupError(
             "the Redis URL can't be used: it needs a form such as redis://user:password@host:6379/0, or "
             "redis+sentinel://host1:26379,host2:26379/mymaster/0; in a password, write / # ? @ : % as %2F %23 %3F %40 "

@@ -7,6 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import ceil
 from typing import Protocol
 
 from inward import logs
@@ -120,7 +121,7 @@ class RedisIdempotencyStore:
     """
 
     def __init__(self, connection: Connection, keys: Keys, *, keep: float, running: float) -> None:
-        self._redis, self._keys, self._keep, self._running = connection, keys, round(keep * 1000), round(running * 1000)
+        self._redis, self._keys, self._keep, self._running = connection, keys, ceil(keep * 1000), ceil(running * 1000)
         self._ours: dict[str, float] = {}
         """What is being worked out here, and when Redis lets go of it by itself (monotonic)."""
         self._owed: dict[str, float] = {}

@@ -15,6 +15,7 @@ import zlib
 from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from math import ceil
 from typing import Any
 
 from inward import logs
@@ -124,7 +125,7 @@ class BulkStore:
     """
 
     def __init__(self, connection: Connection, keys: Keys, *, keep: float, idle: float) -> None:
-        self._redis, self._keys, self._keep, self._idle = connection, keys, round(keep), round(idle * 1000)
+        self._redis, self._keys, self._keep, self._idle = connection, keys, ceil(keep), ceil(idle * 1000)
 
     async def create(self, kind: str, lines: AsyncIterable[str], *, head: str | None, scores: str | None) -> BulkJob:
         """Stores the rows chunk by chunk, as they come; they are worked off once all are there.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from math import ceil
 from typing import Any
 
 from inward.stores.connection import Connection
@@ -29,7 +30,7 @@ class ScoreStreams:
     """
 
     def __init__(self, connection: Connection, keys: Keys, *, keep: float, most: int = MOST_SCORES) -> None:
-        self._redis, self._keys, self._keep, self._most = connection, keys, round(keep), most
+        self._redis, self._keys, self._keep, self._most = connection, keys, ceil(keep), most
 
     async def append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Appends ``rows``, all or none.

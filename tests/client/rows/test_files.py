@@ -120,6 +120,8 @@ TRUNCATED = gzip.compress(f'{ROW}{ROW}{{"prompt": "{LONG}"}}'.encode())[:-150]
         ("a.jsonl.gz", gzip.compress(ROW.encode())[:-8] + b"\0" * 8, "the gzip data is damaged"),
         ("a.jsonl", ROW.encode("utf-16"), "iconv -f UTF-16"),
         ("a.jsonl", ROW.encode("utf-16-le"), "iconv -f UTF-16"),
+        ("a.jsonl", ROW.encode("utf-32"), "iconv -f UTF-32"),
+        ("a.jsonl", "\ufeff".encode("utf-32-be") + ROW.encode("utf-32-be"), "iconv -f UTF-32"),
         ("a.json", '[{"a": 1},\n{"b" 2}]', "a.json, element 2: not JSON"),
         ("a.json", '[{"a": 1} {"b": 2}]', "element 1: is not followed by a comma"),
         ("a.json", '[{"a": 1}', "element 1: is not followed by a comma, or by the array's end"),

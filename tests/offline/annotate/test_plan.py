@@ -65,6 +65,13 @@ def test_what_parquet_can_not_hold_is_found_here(tmp_path):
     assert plan(AnnotateOptions(path, tmp_path / "out.jsonl")).counts == (1,)
 
 
+@pytest.mark.parametrize(("content", "said"), [("\n", "has no rows"), ("[1]\n", "must be a JSON object")])
+def test_without_a_row_that_can_be_read_it_is_said_why(tmp_path, content, said):
+    (tmp_path / "in.jsonl").write_text(content)
+    with pytest.raises(DataError, match=said):
+        plan(AnnotateOptions(tmp_path / "in.jsonl", tmp_path / "out.jsonl"))
+
+
 def test_a_file_that_can_not_be_read_to_its_end_is_found_here(tmp_path):
     table = pa.table({name: [value] * 3000 for name, value in ROW.items()})
     parquet.write_table(table, tmp_path / "in.parquet", row_group_size=1000)

@@ -285,5 +285,7 @@ def _lines_before(path: Path, error: UnicodeDecodeError) -> int:
 def _check_encoding(path: Path, head: bytes) -> None:
     even, odd = head[0:4:2], head[1:4:2]
     zeros = b"\0\0" in (even, odd) and even != odd
-    if zeros or head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise DataError(f"{path} is not UTF-8 but UTF-16: iconv -f UTF-16 -t UTF-8 makes it that")
+    wide = b"\0\0" in (head[0:2], head[2:4])  # four bytes a character
+    if zeros or wide or head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        name = "UTF-32" if wide else "UTF-16"
+        raise DataError(f"{path} is not UTF-8 but {name}: iconv -f {name} -t UTF-8 makes it that")

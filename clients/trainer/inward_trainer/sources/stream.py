@@ -71,8 +71,11 @@ class StreamedPairs:
             self._redis: Any = redis.Redis.from_url(
                 url, decode_responses=True, socket_timeout=BLOCK_MS / 1000 + 10, protocol=2
             )
-        except ValueError as error:
-            raise OptionsError(f"--redis-url: {error}") from None
+        except ValueError:  # whose text may hold parts of a password
+            raise OptionsError(
+                "--redis-url can't be used: it needs a form such as redis://user:password@host:6379/0; in a password, "
+                "write / # ? @ : % as %2F %23 %3F %40 %3A %25"
+            ) from None
         self._key, self._group, self._consumer = key, group, consumer
         self._idle, self._patience = idle, patience
         self._stopping = stopping or Stopping()

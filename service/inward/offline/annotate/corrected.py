@@ -49,7 +49,7 @@ def correct(options: AnnotateOptions) -> None:
         for path, out in zip(fresh, outs, strict=True):
             path.replace(out)
     finally:
-        for path in fresh:
+        for path in [*fresh, *(sources[0].paths if options.from_stdin else ())]:
             path.unlink(missing_ok=True)
     print(printable(told.text(decided)), file=sys.stderr)
     print(", ".join(map(str, outs)))

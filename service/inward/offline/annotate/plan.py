@@ -45,7 +45,7 @@ def plan(options: AnnotateOptions) -> Plan:
     sources = [replace(source, limit=options.limit) for source in inputs(options)]
     outs, format = outputs(options.output, sources)
     protect_input(options, sources, outs)
-    firsts = [row for source in sources for row in islice(source.rows(), LOOKED_AT) if isinstance(row, dict)]
+    firsts = _firsts(options, sources)
     reader = rows.recognise(firsts, options.columns, name=options.layout, parse_json=options.parse_json)
     shape = Shape(reader, options.prefix, options.trl)
     if not options.replace_columns:
@@ -82,6 +82,15 @@ def inputs(options: AnnotateOptions) -> list[Source]:
 def beside(out: Path, ending: str) -> Path:
     """A file next to the output."""
     return out.with_name(out.name + ending)
+
+
+def _firsts(options: AnnotateOptions, sources: Sequence[Source]) -> list[Row]:
+    """Rows from which the layout is recognised."""
+    found = [row for source in sources for row in islice(source.rows(), LOOKED_AT)]
+    if firsts := [row for row in found if isinstance(row, dict)]:
+        return firsts
+    broken = next((row for row in found if isinstance(row, rows.DataError)), None)
+    raise broken or rows.DataError(f"{options.input} has no rows")
 
 
 def outputs(out: Path, sources: Sequence[Source]) -> tuple[list[Path], Format]:

@@ -12,6 +12,7 @@ from inward.offline.evaluate import statistics
 from inward.offline.evaluate.baselines import Baseline, baselines
 from inward.offline.evaluate.examples import Examples
 from inward.offline.evaluate.guard import Operation
+from inward.offline.evaluate.heatmap import TokenScores
 from inward.offline.evaluate.layerwise import Folds, Layerwise
 from inward.offline.evaluate.metrics import Metrics, measure, of_lists, wins
 from inward.offline.evaluate.scoring import Judged
@@ -37,6 +38,8 @@ class Judgement:
     """The head as a guard, at fixed false-positive rates."""
     parts: Mapping[str, tuple[int, Metrics]] = field(default_factory=dict)
     """Responses and metrics of each part, where the rows were divided."""
+    tokens: tuple[TokenScores, ...] = ()
+    """A few responses token by token, for the page."""
 
     def to_json(self) -> dict[str, Any]:
         """``metrics``, ``baselines``, ``layers``, ``strategies``, ``over_refusal``: the same keys whatever the

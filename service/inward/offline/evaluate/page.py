@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from html import escape
 from typing import Any, NamedTuple
 
-from inward.offline.evaluate import plots
+from inward.offline.evaluate import heatmap, plots
 from inward.offline.evaluate.judge import Judgement
 from inward.offline.evaluate.metrics import MEANINGS, NAMES
 from inward.offline.evaluate.tables import cost, methods, shown, summary
@@ -56,6 +56,15 @@ SECTIONS = (
         "The method has no score for a single response.",
     ),
     Section(
+        "thresholds",
+        "What a threshold catches, and what it costs",
+        plots.thresholds,
+        "For every threshold: the share of unsafe responses below it against the share of safe ones below it, so a "
+        "guard wants to be high on the left. Dots: thresholds fixed at 1 % and 5 % false positives on other responses. "
+        "The grey line is chance.",
+        "The method has no score for a single response.",
+    ),
+    Section(
         "reliability",
         "Reliability of the probability",
         plots.reliability,
@@ -101,6 +110,7 @@ tr.head td{font-weight:600;background:#f4f7fa}
 td small{color:#8a8f98;font-weight:400}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.1rem .9rem;font-size:13px;color:#3c3f45}
 dt{font-weight:600} dd{margin:0}
+p.tokens{max-width:none;white-space:pre-wrap;overflow-wrap:anywhere;font-size:13px}
 """
 
 
@@ -127,6 +137,7 @@ a head that was fitted elsewhere.</p>
 <p>{escape(cost(report))}.</p>{"".join(f"<p>Note: {escape(note)}</p>" for note in report["notes"])}</section>
 <section id="over-refusal"><h2>Over-refusal</h2><p class="said">{escape(said)}</p></section>
 {body}
+<section id="tokens"><h2>Token by token</h2>{heatmap.section(judgement.tokens)}</section>
 </body></html>
 """
 

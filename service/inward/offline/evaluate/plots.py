@@ -122,6 +122,32 @@ def rewards(judgement: Judgement) -> str | None:
     return _svg(figure)
 
 
+def thresholds(judgement: Judgement) -> str | None:
+    """Share of the unsafe responses that each threshold flags against that of the safe ones, with operating points."""
+    scores_M, safe_M = judgement.ours.scores_M, judgement.examples.safe_M
+    if scores_M is None:
+        return None
+    cuts = np.unique(scores_M)
+    false, true = (
+        np.searchsorted(np.sort(scores_M[rows]), cuts, side="right") / rows.sum() for rows in (safe_M, ~safe_M)
+    )
+    figure = _figure(5.4, 2.9)
+    axes = figure.add_subplot()
+    least = 0.5 / safe_M.sum()
+    even = np.geomspace(least, 1, 60)
+    axes.plot(even, even, color=FAINT, linewidth=1)
+    axes.plot(np.maximum(false, least), true, color=OURS, linewidth=1.4)
+    for one in judgement.guard:
+        if one.false_positives and one.true_positives:
+            x, y = max(one.false_positives.value, least), one.true_positives
+            axes.errorbar(
+                x, y.value, yerr=[[y.value - y.low], [y.high - y.value]], color=UNSAFE, marker="o", markersize=4
+            )
+            axes.annotate(f"{one.rate:.0%}", (x, y.value), xytext=(5, -9), textcoords="offset points", color=UNSAFE)
+    axes.set(xscale="log", xlim=(least, 1), ylim=(0, 1.02), xlabel="false positives", ylabel="caught")
+    return _svg(figure)
+
+
 def reliability(judgement: Judgement) -> str | None:
     """Observed share of safe responses against the stated probability."""
     p_M, safe_M = judgement.ours.probability_M, judgement.examples.safe_M

@@ -20,6 +20,7 @@ from inward.offline.data.pairs import grouped_folds
 from inward.offline.evaluate.compare import Difference, compare
 from inward.offline.evaluate.examples import Examples, Source
 from inward.offline.evaluate.guard import Calibration, operations
+from inward.offline.evaluate.heatmap import TokenScores, read_examples
 from inward.offline.evaluate.judge import Judgement, judge
 from inward.offline.evaluate.metrics import by_part
 from inward.offline.evaluate.report import (
@@ -62,6 +63,8 @@ class Material:
     calibration: list[Calibration | None] = field(default_factory=list)
     refusals: list[tuple[Doubles, Sequence[int]] | None] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    tokens: tuple[TokenScores, ...] = ()
+    """A few responses token by token, for the page."""
 
 
 def evaluate(
@@ -116,6 +119,7 @@ def evaluate(
             seed=args.seed,
         ),
         parts=by_part(examples, ours, resamples=args.resamples, seed=args.seed),
+        tokens=found.tokens,
     )
     head_ms = 1e3 * spent / (len(examples) * len(heads))
     report = {
@@ -244,6 +248,8 @@ async def _of_rows(
     found = Material(heads, examples, origin, seconds)
     if not heads or args.cross_validate:
         return found
+    if args.html and head:
+        found.tokens = await read_examples(backbone, prompts, rows.lists, head)
     if not all(_readable(one, examples) for one in heads):
         said = await score_groups(backbone, groups_of_rows(prompts, rows), heads)
         found.said = [of_texts(one, examples, [of_group[h] for of_group in said]) for h, one in enumerate(heads)]

@@ -156,7 +156,7 @@ class RedisConsumer:
         ids = [job.id for job in jobs if job.id in self._claims]
         if ids:
             logs.event(LOG, "jobs_released", worker=self.worker, jobs=len(ids), reason=reason)
-            aged = round(self._idle * 1000)
+            aged = math.ceil(self._idle * 1000)
             await self._until_there(
                 lambda: self._redis.script(scripts.RELEASE, self._keys.book, [GROUP, self.worker, aged, *ids])
             )
@@ -251,7 +251,7 @@ class RedisConsumer:
         """Some jobs of workers that are gone, unless we have such ones in hand already."""
         self._orphans &= self._claims.keys()
         while not self._orphans and self._clock() >= self._reclaim_at:
-            args: list[Arg] = [GROUP, self.worker, round(self._idle * 1000), redelivery.AT_ONCE]
+            args: list[Arg] = [GROUP, self.worker, math.ceil(self._idle * 1000), redelivery.AT_ONCE]
             args.append(max(2, self._max_deliveries))  # from here on a job is a suspect
             found = _parsed(await self._redis.script(scripts.RECLAIM, self._keys.book, args))
             if not found:
@@ -333,7 +333,7 @@ class RedisConsumer:
         """Gives a sign of life, with ``about`` as it is now; ``refused`` says whether it was taken."""
         ours = self._keys.backbone
         keys = [self._keys.served, self._keys.workers, self._keys.worker(self.worker)]
-        args: list[Arg] = [ours, self.worker, round(self._ttl * 1000), self._about(), FORGOTTEN_S]
+        args: list[Arg] = [ours, self.worker, math.ceil(self._ttl * 1000), self._about(), FORGOTTEN_S]
         served = (
             await self._redis.script(scripts.ENLIST, [*keys, *self._keys.lasting, *self._keys.book], args)
         ).decode()

@@ -5,6 +5,7 @@ alive.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
@@ -192,7 +193,7 @@ class RedisProducer:
             self._keys.dead,
             self._keys.served,
         ]
-        args: list[Arg] = [round(self._ttl * 1000), GROUP, FORGOTTEN_S]
+        args: list[Arg] = [math.ceil(self._ttl * 1000), GROUP, FORGOTTEN_S]
         beat = await self._redis.script(scripts.BEAT, [*keys, *self._keys.lasting], args)
         lived, served, jobs, tokens, done, workers, letters, *streams = beat
         self._observe(jobs, tokens, done)
