@@ -76,7 +76,11 @@ async def serve(
     """
     named = unnamed is None or "port" in settings.model_fields_set
     listening = listen(settings.host, settings.port if named else unnamed or 0, or_free=not named)
-    process = await opening()
+    try:
+        process = await opening()
+    except BaseException:
+        listening.close()
+        raise
     try:
         server = Server(process, settings)
         listening = _begin(listening, or_free=not named)  # who reads that we are ready may come at once
