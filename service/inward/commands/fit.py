@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import shutil
 from pathlib import Path
@@ -17,35 +16,10 @@ from inward.errors import SetupError
 from inward.heads import store
 from inward.processes.wiring import with_model
 
-EPILOG = {
-    "legend": """examples:
-  inward fit legend --pairs calibration.jsonl --layer sweep --out heads/safety
-  inward fit legend --direction whitened --pairs calibration.jsonl --covariance responses.jsonl --out heads/safety
-
-Rows: prompt, harmful, refusal (the paper's calibration) or prompt, chosen, rejected (labelled pairs).""",
-    "hybrid": "example: inward fit hybrid --pairs pairs.jsonl --out heads/hybrid\nRows: prompt, chosen, rejected.",
-    "srr": "example: inward fit srr --lists lists.jsonl --layer 0.25 --out heads/ranker\n"
-    'Rows: prompt, responses: [{"text", "safe"}, …].',
-    "ensemble": "example: inward fit ensemble --heads heads/hybrid heads/legend --pairs others.jsonl --out heads/both\n"
-    "Rows: prompt, chosen, rejected; best of prompts that none of the heads was fitted on.",
-    "value": "example: inward fit value --head hybrid --prompts prompts.jsonl --out heads/hybrid-value\n"
-    "Rows: prompt. Each is answered --samples times; better 200 prompts and more.",
-    "guard": "example: inward fit guard --head hybrid --safe answers.jsonl --out heads/hybrid\n"
-    "Rows: prompt, response (or responses), all of them acceptable.",
-}
-ABOUT = {
-    "legend": "a safety direction without training (arXiv 2406.08124)",
-    "hybrid": "a linear probe per layer and a gate (arXiv 2503.10093)",
-    "srr": "a listwise ranker of safe responses (arXiv 2505.15710)",
-    "ensemble": "the weighted sum of several heads' scores, as one head",
-    "value": "what a head will say of a finished answer, predicted from any token of it (arXiv 2310.17022)",
-    "guard": "a head's thresholds for ending answers, by false-positive rate",
-}
-ROWS = {"srr": "lists", "value": "prompts", "guard": "safe"}
-"""The option that names the rows; pairs where nothing is said."""
-
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from inward.offline.fit.options import ABOUT, EPILOG, add_arguments
+
     parser = commands.add_parser(
         "fit", help=COMMANDS["fit"], description="Fits a head for a model, from JSONL or Parquet, or from states."
     )
@@ -58,130 +32,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
             epilog=EPILOG[kind],
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        _add_common(one, ROWS.get(kind, "pairs"))
-        _ADD[kind](one)
+        add_arguments(one, kind)
         add_settings(one, MODEL_SETTINGS)
     parser.set_defaults(run=run)
-
-
-def _add_common(parser: argparse.ArgumentParser, rows: str) -> None:
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(f"--{rows}", dest="rows", type=Path, metavar="FILE", help="JSONL or Parquet; see below")
-    if rows in ("pairs", "lists"):
-        source.add_argument("--states", type=Path, metavar="FILE", help="states of such rows, saved with --save-states")
-    out = "folder of the head; its name is the head's"
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help=out)
-    parser.add_argument("--name", help="another name for the head")
-    parser.add_argument("--replace", action="store_true", help="overwrite a head that is there already")
-    parser.add_argument("--seed", type=int, default=0, help="of splits and training (default: %(default)s)")
-    parser.add_argument("--limit", type=int, metavar="N", help="use the first N rows only")
-    parser.add_argument("--parse-json", action="store_true", help="read messages that are stored as JSON text")
-
-
-def _add_states(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--save-states", type=Path, metavar="FILE", help="keep the states, to fit again without the model"
-    )
-    parser.add_argument(
-        "--layers", default="all", help="layers to read: all, last, or numbers such as 8,12,16 (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--position",
-        choices=["last", "eos", "mean"],
-        help="where a response is read (default: eos for hybrid, mean with --pool, else last)",
-    )
-    parser.add_argument(
-        "--pool",
-        metavar="NAME",
-        help="make a response's score of those of all its tokens: last, mean, max_ema, max_rolling, topk, or trained: "
-        "gated_mean, attention; with parameters as in max_rolling:window=20 (default: the score at --position)",
-    )
-
-
-def _add_legend(parser: argparse.ArgumentParser) -> None:
-    _add_states(parser)
-    parser.add_argument(
-        "--direction",
-        choices=["mean", "whitened"],
-        default="mean",
-        help="mean: the published mean difference; whitened: divided by the covariance of responses, far more accurate "
-        "and no training either (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--layer",
-        help="a number, last, sweep (choose by validation), or for whitened sum: all layers, standardised "
-        "(default: last; whitened: sum)",
-    )
-    parser.add_argument(
-        "--covariance",
-        type=Path,
-        metavar="FILE",
-        help="of whitened: rows with prompt and response(s), labels or none, or saved states, to take S from "
-        "(default: of the pairs)",
-    )
-    parser.add_argument(
-        "--validation", type=Path, metavar="FILE", help="labelled pairs that choose the layer and give the agreement"
-    )
-
-
-def _add_hybrid(parser: argparse.ArgumentParser) -> None:
-    _add_states(parser)
-    parser.add_argument("--gate", choices=["sigmoid", "softmax"], default="sigmoid", help="default: %(default)s")
-
-
-def _add_srr(parser: argparse.ArgumentParser) -> None:
-    _add_states(parser)
-    parser.add_argument("--layer", help="a number, a fraction of the depth, or sweep (default: 0.25)")
-
-
-def _add_ensemble(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--heads",
-        dest="parts",
-        nargs="+",
-        required=True,
-        metavar="HEAD",
-        help="folders of the heads, or their names in the heads folder of the model",
-    )
-
-
-def _add_value(parser: argparse.ArgumentParser) -> None:
-    _add_of(parser, "head whose reward is predicted")
-    parser.add_argument("--samples", type=int, default=8, metavar="N", help="answers to each prompt (default: 8)")
-    parser.add_argument(
-        "--sampling", type=json.loads, default={}, metavar="JSON",
-        help='how they are drawn, such as {"top_p": 0.95} (default: up to 128 tokens)',
-    )  # fmt: skip
-    parser.add_argument(
-        "--at", type=_points, default=(8, 16, 32, 64), help="tokens after which it may be decided (default: 8,16,32,64)"
-    )
-    parser.add_argument("--layers", help="layers to choose from: all, last, or numbers (default: four, evenly spaced)")
-
-
-def _add_guard(parser: argparse.ArgumentParser) -> None:
-    _add_of(parser, "head that guards")
-    parser.add_argument(
-        "--pool", metavar="NAME", help="how scores of tokens make a running one (default: its own, else max_ema)"
-    )
-
-
-def _add_of(parser: argparse.ArgumentParser, what: str) -> None:
-    where = "its folder, or its name in the heads folder of the model"
-    parser.add_argument("--head", dest="of", required=True, metavar="HEAD", help=f"{what}: {where}")
-
-
-def _points(text: str) -> tuple[int, ...]:
-    return tuple(sorted({int(part) for part in text.split(",")}))
-
-
-_ADD = {
-    "legend": _add_legend,
-    "hybrid": _add_hybrid,
-    "srr": _add_srr,
-    "ensemble": _add_ensemble,
-    "value": _add_value,
-    "guard": _add_guard,
-}
 
 
 def run(args: argparse.Namespace) -> int:

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-from rich.table import Table
 
 from inward.backbones.fingerprint import fingerprint
 from inward.commands import COMMANDS
 from inward.commands.options import MODEL_SETTINGS, add_settings, settings_of
-from inward.errors import HeadError, NotFound
-from inward.heads import store
-from inward.heads.card import card, headline
+from inward.errors import NotFound
+from inward.offline import head_versions
 from inward.processes.wiring import find_model, heads_folder, open_prompts, with_model
 
 
@@ -69,87 +62,13 @@ def run(args: argparse.Namespace) -> int:
     if folder is None or not folder.is_dir():
         raise NotFound("there is no heads folder: name one with --heads, or make one with `inward fit … --out DIR`")
     if args.verb == "show":
-        return _show(args.name, folder, as_json=args.json)
+        return head_versions.show(folder, args.name, as_json=args.json)
     if args.verb == "push":
-        return _push(args, folder)
+        return head_versions.push(folder, args.name, args.repository, args.branch, private=args.private)
     if args.verb == "list":
-        return _list(store.find(folder), as_json=args.json)
-    template = open_prompts(settings, model, 2**31).template
-    drifts = _drifts(args, folder, print_, template) if args.pairs or args.states else {}
-    return _verify(folder, print_, template, drifts, as_json=args.json)
-
-
-def _list(found: list[store.Found], *, as_json: bool) -> int:
-    rows = [{"name": f.name, "kind": f.kind, "version": f.version, "path": str(f.path)} for f in found]
-    if as_json:
-        print(json.dumps(rows, indent=2))
-    else:
-        told = [headline(store.load_manifest(f.path)) for f in found]
-        cells = [
-            [f.name, f.kind, str(f.version), *about.values(), str(f.path)] for f, about in zip(found, told, strict=True)
-        ]
-        _print_table(["name", "kind", "version", "accuracy", "base model", "fitted", "path"], cells)
-    return 0
-
-
-def _show(name: str, folder: Path, *, as_json: bool) -> int:
-    path = store.active_path(folder, name)
-    print((path / store.MANIFEST).read_text(encoding="utf-8") if as_json else card(store.load_manifest(path)))
-    return 0
-
-
-def _push(args: argparse.Namespace, folder: Path) -> int:
-    from inward.heads.hub import HubHeads, push
-
-    address = HubHeads.parse(f"hf://{args.repository}" + (f"@{args.branch}" if args.branch else ""))
-    assert address is not None
-    print(push(store.active_path(folder, args.name), address, private=args.private))
-    return 0
-
-
-def _drifts(args: argparse.Namespace, folder: Path, print_: str, template: str) -> dict[Path, dict[str, Any]]:
-    """For the folder of each active head: how well it still fits, or why that cannot be told."""
-    from inward.offline.fit.drift import of_pairs, of_states
-
-    paths = [store.active_path(folder, name) for name in sorted({found.name for found in store.find(folder)})]
-    heads = {path: store.load(path, fingerprint=print_, template=template) for path in paths}
-    if args.states:
-        return of_states(heads, args.states)
-    return asyncio.run(
-        with_model(settings_of(args), lambda backbone, prompts: of_pairs(backbone, prompts, heads, args.pairs))
+        return head_versions.show_all(folder, as_json=args.json)
+    read = (folder, print_, open_prompts(settings, model, 2**31).template)
+    drifts = head_versions.drifts(
+        *read, states=args.states, pairs=args.pairs, with_model=lambda use: asyncio.run(with_model(settings, use))
     )
-
-
-def _verify(folder: Path, print_: str, template: str, drifts: Mapping[Path, dict[str, Any]], *, as_json: bool) -> int:
-    rows = []
-    for _, path in store.folders(folder):
-        row: dict[str, Any] = {"path": str(path), "ok": True, "problem": None}
-        if path in drifts:
-            row["drift"] = drifts[path]
-        try:
-            store.load(path, fingerprint=print_, template=template)
-        except HeadError as error:
-            row |= {"ok": False, "problem": error.message}
-        rows.append(row)
-    if as_json:
-        print(json.dumps(rows, indent=2))
-    else:
-        columns = ["path", "verdict", *(["cosine with a refitted one", "pair accuracy", "refitted"] if drifts else [])]
-        _print_table(columns, [[str(r["path"]), str(r["problem"] or "ok"), *_drift_cells(r, drifts)] for r in rows])
-    return 0 if all(r["ok"] for r in rows) else 1
-
-
-def _drift_cells(row: dict[str, Any], drifts: Mapping[Path, dict[str, Any]]) -> list[str]:
-    if not drifts:
-        return []
-    drift = row.get("drift", {})
-    if "cosine" not in drift:
-        return [drift.get("why", "not active"), "", ""]
-    return [f"{drift[name]:.3f}" for name in ("cosine", "accuracy", "refitted_accuracy")]
-
-
-def _print_table(columns: list[str], rows: list[list[str]]) -> None:
-    table = Table(*columns, box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    Console(width=None if Console().is_terminal else 200).print(table)
+    return head_versions.verify(*read, drifts, as_json=args.json)
