@@ -4,6 +4,7 @@ has to evict."""
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import subprocess
@@ -308,6 +309,7 @@ def test_many_versions_of_a_head_leave_the_table_as_wide_as_it_was(
         got = read(backbone, [group], [version])
     assert worst_error(got, read(reference, [group], [version])) <= TOLERANCE
     assert max(backbone._table.live()) < TABLE_COLUMNS
+    gc.collect()  # readouts of calls that were cancelled stand in circles
     assert len(backbone._table.live()) <= 2 * (3 + 60) + 21  # this one, the last one, and what other tests hold
     assert held(backbone) == [0, 0, 0]
 
