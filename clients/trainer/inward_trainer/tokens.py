@@ -14,6 +14,8 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
+from transformers.utils.chat_template_utils import _compile_jinja_template
+
 from inward_trainer.control_tokens import ControlTokens
 from inward_trainer.errors import DataError
 from inward_trainer.pairs import Prompt, ScoredPair
@@ -123,11 +125,16 @@ class Tokeniser:
         return next((turn["role"] for turn in turns if turn["content"] not in text), "")
 
     def _apply(self, messages: list[dict[str, str]], *, answer_next: bool) -> str:
+        if not self._variables:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next))
+        # since 5.24 transformers gives a template no function of the caller's, such as one for the date
+        template = _compile_jinja_template(self.tokenizer.chat_template)
         return str(
-            self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=answer_next, **self._variables
+            template.render(
+                messages=messages, tools=None, documents=None, add_generation_prompt=answer_next,
+                **self.tokenizer.special_tokens_map, **self._variables,
             )
-        )
+        )  # fmt: skip
 
     def _answer(self, rendered: str, before: list[int], text: str, broken: str) -> list[int]:
         """What follows the prompt's tokens; tokenised apart where a token would reach across the boundary."""
