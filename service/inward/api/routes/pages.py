@@ -1,12 +1,14 @@
 """Pages for people: the playground at ``/`` and the API's documentation at ``/docs``, with everything that they need.
 
-They are files in ``api/playground``, as they are: nothing is built, and nothing comes from another host.
+They are files in ``api/playground``, as they are: nothing is built, and nothing comes from another host. Swagger UI
+comes with the package ``fastapi-swagger``.
 """
 
 from __future__ import annotations
 
 import hashlib
 from functools import cache
+from importlib import resources
 from pathlib import Path as FilePath
 
 from fastapi import APIRouter, Path, Request, Response
@@ -20,6 +22,7 @@ TYPES = {
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
 }
+SWAGGER = ("swagger-ui-bundle.js", "swagger-ui.css")
 POLICY = (
     "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; base-uri 'none'; form-action 'none'"
 )
@@ -64,13 +67,13 @@ def _file(request: Request, name: str) -> Response:
 
 @cache
 def _names() -> frozenset[str]:
-    """The files of the folder, and nothing beyond it."""
-    return frozenset(
-        file.relative_to(FOLDER).as_posix() for file in FOLDER.rglob("*") if file.suffix in TYPES and file.is_file()
-    )
+    """The files of the folder and Swagger UI's, and nothing beyond them."""
+    own = {file.name for file in FOLDER.iterdir() if file.suffix in TYPES}
+    return frozenset(own | {f"swagger/{name}" for name in SWAGGER})
 
 
 @cache
 def _content(name: str) -> tuple[bytes, str]:
-    content = (FOLDER / name).read_bytes()
+    folder, _, file = name.rpartition("/")
+    content = (resources.files("fastapi_swagger.resources") if folder else FOLDER).joinpath(file).read_bytes()
     return content, f'"{hashlib.sha256(content).hexdigest()[:16]}"'
