@@ -37,9 +37,7 @@ async def scores(args: argparse.Namespace) -> NDArray[np.float64]:
     backbone = await asyncio.to_thread(open_backbone, settings, model)
     try:
         prompts = open_prompts(settings, model, backbone.info.max_tokens)
-        registry = Registry.open(
-            heads_folder(settings, backbone.info.fingerprint), info=backbone.info, template=prompts.template
-        )
+        registry = Registry.open(heads_folder(settings), info=backbone.info, template=prompts.template)
         engine = Engine(backbone, registry)
         rows = [json.loads(line)["prompt"] for line in args.prompts.read_text(encoding="utf-8").splitlines()]
         texts = [Texts(prompt, (), truncate=False) for prompt in dict.fromkeys(rows)][: args.count]

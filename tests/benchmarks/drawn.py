@@ -79,7 +79,7 @@ async def opened(args: argparse.Namespace) -> AsyncIterator[Opened]:
     backbone = await asyncio.to_thread(open_backbone, settings, model)
     try:
         prompts = open_prompts(settings, model, backbone.info.max_tokens)
-        folder = heads_folder(settings, backbone.info.fingerprint)
+        folder = heads_folder(settings)
         registry = Registry.open(folder, info=backbone.info, template=prompts.template)
         yield Opened(backbone, prompts, registry.snapshot())
     finally:

@@ -42,9 +42,7 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
     backbone = await asyncio.to_thread(open_backbone, settings, model)
     try:
         prompts = open_prompts(settings, model, backbone.info.max_tokens)
-        registry = Registry.open(
-            heads_folder(settings, backbone.info.fingerprint), info=backbone.info, template=prompts.template
-        )
+        registry = Registry.open(heads_folder(settings), info=backbone.info, template=prompts.template)
         head = registry.resolve(args.head)
         rows = [json.loads(line)["prompt"] for line in args.prompts.read_text(encoding="utf-8").splitlines()]
         texts = [Texts(prompt, ()) for prompt in dict.fromkeys(rows) if len(prompt) < 600][: args.count]

@@ -61,7 +61,7 @@ def test_a_head_that_was_pushed_is_fetched_as_it_was_and_the_card_tells_of_it(a_
     assert address == f"hf://org/heads@{a_hub.commit('org/heads')}"
     card = files["README.md"].decode()
     assert card.startswith("---\nlibrary_name: inward\n") and "--heads hf://org/heads" in card
-    fetched = heads_folder(Settings(heads=Path(address), model="toy"), "")
+    fetched = heads_folder(Settings(heads=Path(address), model="toy"))
     for name in (store.MANIFEST, store.TENSORS):
         assert (fetched / "hybrid" / name).read_bytes() == (HYBRID / name).read_bytes()
 

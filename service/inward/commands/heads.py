@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     settings = settings_of(args)
     model = find_model(settings)
     print_ = fingerprint(model.folder)
-    folder = heads_folder(settings, print_)
+    folder = heads_folder(settings)
     if folder is None or not folder.is_dir():
         raise NotFound("there is no heads folder: name one with --heads, or make one with `inward fit … --out DIR`")
     if args.verb == "show":

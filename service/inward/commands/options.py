@@ -61,9 +61,8 @@ def head_folder(args: argparse.Namespace, given: str) -> Path:
     Raises:
         SetupError: there is none, or the folder holds several.
     """
-    from inward.backbones.fingerprint import fingerprint
     from inward.heads import store
-    from inward.processes.wiring import find_model, heads_folder
+    from inward.processes.wiring import heads_folder
 
     folder = Path(given).expanduser()
     if folder.is_dir():
@@ -71,8 +70,7 @@ def head_folder(args: argparse.Namespace, given: str) -> Path:
         if len(names) != 1:
             raise SetupError(f"{folder} holds {', '.join(names) or 'no head'}: give the folder of one head")
         return store.active_path(folder, names[0])
-    settings = settings_of(args)
-    heads = heads_folder(settings, "" if settings.heads else fingerprint(find_model(settings).folder))
+    heads = heads_folder(settings_of(args))
     if heads is None:
         raise SetupError(f"{given} is not a folder, and there is no heads folder to find a head of that name in")
     return store.active_path(heads, given)

@@ -125,11 +125,12 @@ async def with_model(settings: Settings, use: Callable[[Backbone, Prompts], Awai
         await backbone.close()
 
 
-def heads_folder(settings: Settings, fingerprint: str) -> Path | None:
+def heads_folder(settings: Settings) -> Path | None:
     """Where heads are read from and new versions are written to.
 
     Bundled heads, and those of a hub, are copied to the user's state folder first, so that updates survive a restart
-    and never change the package or the cache.
+    and never change the package or the cache. The copy's name holds a hash of what was copied: other heads that come
+    with a later release, or a checkout, are served then, and updates of the former ones stay where they are.
 
     Raises:
         SetupError: the hub has no such heads.
@@ -141,7 +142,7 @@ def heads_folder(settings: Settings, fingerprint: str) -> Path | None:
     bundled = MODELS / settings.model / "heads"
     if settings.model not in (TOY.name, SMOLLM2) or not bundled.is_dir():
         return None
-    folder = state / f"{settings.model}-heads-{__version__}-{fingerprint.removeprefix('sha256:')[:12]}"
+    folder = state / f"{settings.model}-heads-{_hash(bundled)}"
     if not folder.is_dir():
         fresh = folder.with_name(f".{folder.name}.{os.getpid()}")
         shutil.copytree(bundled, fresh)
@@ -152,6 +153,14 @@ def heads_folder(settings: Settings, fingerprint: str) -> Path | None:
     return folder
 
 
+def _hash(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+        digest.update(f"{file.relative_to(folder).as_posix()} {file.stat().st_size}\n".encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def check_heads(settings: Settings) -> None:
     """What can be known of the heads before the model is loaded, which takes longer.
 
@@ -160,7 +169,7 @@ def check_heads(settings: Settings) -> None:
     """
     if settings.heads is None:
         return
-    folder = heads_folder(settings, "")
+    folder = heads_folder(settings)
     if folder is None or not folder.is_dir():
         raise SetupError(
             f"there is no folder of heads at {folder}: fit some with `inward fit … --out`, or correct --heads"
@@ -208,7 +217,7 @@ async def load(settings: Settings, model: ModelFiles) -> Loaded:
     backbone.info = replace(backbone.info, folder=str(model.folder), concurrency=backbone.capacity.concurrency)
     try:
         prompts = open_prompts(settings, model, backbone.info.max_tokens)
-        folder = heads_folder(settings, backbone.info.fingerprint)
+        folder = heads_folder(settings)
         registry = Registry.open(folder, info=backbone.info, template=prompts.template)
         await read_once(backbone, registry)
         return Loaded(backbone, prompts, registry, await open_policies(settings, backbone))
@@ -310,7 +319,7 @@ def describe(settings: Settings) -> dict[str, Any]:
 
     model = find_model(settings)
     print_ = fingerprint(model.folder)
-    folder = heads_folder(settings, print_)
+    folder = heads_folder(settings)
     values = settings.resolved()
     backbone = {
         key: values.pop(key)
