@@ -37,12 +37,14 @@ class Candidate:
         """Whether it was given, or drawn to its end."""
         return self.finish_reason in (None, "stop", "length")
 
-
-def place(finish_reason: FinishReason | None, failed: bool) -> int:
-    """Answers that a guard ended come after the others, and after them those that were rejected, since their scores may
-    be another head's; last those that can't be scored.
-    """
-    return 3 if failed else {"guard": 1, "rejected": 2}.get(finish_reason or "", 0)
+    @property
+    def rank(self) -> tuple[int, float]:
+        """The better, the smaller. Answers that a guard ended come after the others, and after them those that were
+        rejected, since their scores may be another head's; last those that can't be scored.
+        """
+        if self.score is None:
+            return 3, 0.0
+        return {"guard": 1, "rejected": 2}.get(self.finish_reason or "", 0), -self.score
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,11 @@ class Candidates:
     scored: Scored
     answers: Sequence[Candidate]
     truncated: bool = False
+
+    @property
+    def order(self) -> list[int]:
+        """Their places, the best first; equals, and those without a score, in the order in which they came."""
+        return sorted(range(len(self.answers)), key=lambda i: self.answers[i].rank)
 
     def confidence(self, chosen: int, rejected: int) -> float | None:
         """Of two of them as a pair, by the last of the heads that scored them, where that one states any."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from inward.api.candidates import Candidate, Candidates, Generation, place, to_draw, watched
+from inward.api.candidates import Candidate, Candidates, Generation, to_draw, watched
 from inward.api.compat import requested_head
 from inward.api.elements import RERANK_KINDS
 from inward.api.scoring import Deadline, score_groups
@@ -22,7 +22,7 @@ from inward.wire.openai_answers import DrawUsage, Rating
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ToDraw:
     """What is to be drawn for one request: one list of answers for each of its prompts."""
 
     head: HeadRef
@@ -38,8 +38,8 @@ class Given:
     rating: Rating
 
 
-async def asked(services: Services, request: ChatRequest | CompletionRequest) -> Asked:
-    """Reads a request.
+async def read_request(services: Services, request: ChatRequest | CompletionRequest) -> ToDraw:
+    """What a request asks for.
 
     Raises:
         InwardError: names what of it can't be done.
@@ -54,10 +54,10 @@ async def asked(services: Services, request: ChatRequest | CompletionRequest) ->
     head = requested_head(services, request, RERANK_KINDS, services.rerank_head)
     deadline = Deadline(request.timeout, services.limits.timeout_s)
     generations = [await _generation(services, request, texts, field, head.name) for texts, field in prompts]
-    return Asked(head, tuple(generations), deadline)
+    return ToDraw(head, tuple(generations), deadline)
 
 
-async def draw(services: Services, wanted: Asked) -> list[Candidates]:
+async def draw(services: Services, wanted: ToDraw) -> list[Candidates]:
     """Draws all answers, one list for each prompt.
 
     Raises:
@@ -74,33 +74,25 @@ async def draw(services: Services, wanted: Asked) -> list[Candidates]:
 
 
 def best(found: Candidates, n: int) -> list[Given]:
-    """The ``n`` best answers, best first, by their places. Equals stand in the order of drawing."""
-    scored = found.scored
-    order = sorted(
-        range(len(found.answers)),
-        key=lambda i: (
-            place(found.answers[i].finish_reason, found.answers[i].score is None),
-            -(found.answers[i].score or 0.0),
-        ),
+    """The ``n`` best answers, best first."""
+    return [_given(found, i) for i in found.order[:n]]
+
+
+def _given(found: Candidates, i: int) -> Given:
+    answer = found.answers[i]
+    rating = Rating(
+        score=answer.score,
+        probability=answer.probability,
+        drawn=i,
+        of=len(found.answers),
+        finish_reason=answer.finish_reason or "stop",
+        head=Head.of(found.scored.heads[0]),
+        policy_version=found.scored.policy_version,
     )
-    return [
-        Given(
-            found.answers[i],
-            Rating(
-                score=found.answers[i].score,
-                probability=found.answers[i].probability,
-                drawn=i,
-                of=len(order),
-                finish_reason=found.answers[i].finish_reason or "stop",
-                head=Head.of(scored.heads[0]),
-                policy_version=scored.policy_version,
-            ),
-        )
-        for i in order[:n]
-    ]
+    return Given(answer, rating)
 
 
-def usage(wanted: Asked, found: Sequence[Candidates]) -> DrawUsage:
+def usage(wanted: ToDraw, found: Sequence[Candidates]) -> DrawUsage:
     """Of all that was drawn."""
     return DrawUsage.of([one.prompt_ids for one in wanted.generations], [one.scored.usage for one in found])
 

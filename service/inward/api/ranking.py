@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from inward.api.candidates import Candidate, Candidates, candidates, place, ranking_heads
+from inward.api.candidates import Candidate, Candidates, candidates, ranking_heads
 from inward.api.scoring import Deadline, named
 from inward.api.services import Services
 from inward.types import HeadRef, Timing
@@ -37,9 +37,7 @@ def ranking(services: Services, request: RerankRequest, found: Candidates) -> tu
 
 
 def _results(found: Candidates, request: RerankRequest) -> list[Ranked]:
-    """Best first, by their places; equals, and those without a score, in the order in which they came."""
-    ranked = [one_ranked(i, answer, request, found.truncated) for i, answer in enumerate(found.answers)]
-    return sorted(ranked, key=lambda r: (place(r.finish_reason, r.error is not None), -(r.score or 0.0)))
+    return [one_ranked(i, found.answers[i], request, found.truncated) for i in found.order]
 
 
 def one_ranked(index: int, answer: Candidate, request: RerankRequest, truncated: bool) -> Ranked:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
-from inward.api.drawing import Asked, Given, best, usage
+from inward.api.drawing import Given, ToDraw, best, usage
 from inward.api.events import EventStream, data
 from inward.api.services import Services
 from inward.api.streamed_ranking import begin, candidate, successes, together
@@ -20,7 +20,7 @@ Piece = Callable[[int, str | None, str | None], dict[str, Any]]
 
 
 async def stream(
-    services: Services, request: DrawRequest, wanted: Asked, about: dict[str, Any], piece: Piece
+    services: Services, request: DrawRequest, wanted: ToDraw, about: dict[str, Any], piece: Piece
 ) -> EventStream:
     """Chunks as OpenAI's clients read them. With more than one answer drawn, empty ones come first that tell in the
     field ``inward`` how far the drawing is.
@@ -40,7 +40,7 @@ async def stream(
 
 
 async def _chunks(
-    services: Services, request: DrawRequest, wanted: Asked, outcomes: Coming, about: dict[str, Any], piece: Piece
+    services: Services, request: DrawRequest, wanted: ToDraw, outcomes: Coming, about: dict[str, Any], piece: Piece
 ) -> AsyncGenerator[str, None]:
     (generation,) = wanted.generations
     with_usage = bool(request.stream_options and request.stream_options.include_usage)

@@ -195,6 +195,13 @@ class Platt:
         return sigmoid(self.slope * np.asarray(scores, dtype=np.float64) + self.intercept)
 
 
+def _finite(scores: ArrayLike) -> NDArray[np.float64]:
+    scores_N = np.asarray(scores, dtype=np.float64).ravel()
+    if not len(scores_N) or not np.isfinite(scores_N).all():
+        raise DataError("calibration scores must be finite, and there must be some")
+    return scores_N
+
+
 @dataclass(frozen=True, slots=True)
 class Deciles:
     """Where the tenths of the calibration scores end. Scores like them fall into all ten equally often, so live ones
@@ -210,9 +217,7 @@ class Deciles:
         Raises:
             DataError: none, or some are not finite.
         """
-        scores_N = np.asarray(scores, dtype=np.float64).ravel()
-        if not len(scores_N) or not np.isfinite(scores_N).all():
-            raise DataError("calibration scores must be finite, and there must be some")
+        scores_N = _finite(scores)
         return cls(tuple(float(e) for e in np.quantile(scores_N, np.arange(1, 10) / 10)))
 
     @classmethod
@@ -269,9 +274,7 @@ class Acceptable:
         Raises:
             DataError: none, or some are not finite.
         """
-        scores_N = np.asarray(scores, dtype=np.float64).ravel()
-        if not len(scores_N) or not np.isfinite(scores_N).all():
-            raise DataError("calibration scores must be finite, and there must be some")
+        scores_N = _finite(scores)
         rates = [rate for rate in FALSE_POSITIVE_RATES if rate * len(scores_N) >= 1] or [FALSE_POSITIVE_RATES[-1]]
         return cls(tuple(rates), tuple(float(s) for s in np.quantile(scores_N, rates)))
 

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Path, Response
 from inward.api.answers import plain, timing_headers
 from inward.api.body import JsonRoute
 from inward.api.candidates import Candidates
-from inward.api.drawing import asked, best, draw, usage
+from inward.api.drawing import best, draw, read_request, usage
 from inward.api.errors import OVER_QUOTA, RESPONSES
 from inward.api.services import FromApp, Services
 from inward.api.streamed_drawing import stream
@@ -51,7 +51,7 @@ async def chat(request: ChatRequest, services: FromApp) -> Response:
 
     With `stream` come server-sent events: with `best_of` above 1 first chunks whose field `inward` tells the progress.
     """
-    wanted = await asked(services, request)
+    wanted = await read_request(services, request)
     about = _about(services, "chatcmpl")
     if request.stream:
         return await stream(services, request, wanted, {**about, "object": "chat.completion.chunk"}, _delta)
@@ -76,7 +76,7 @@ async def chat(request: ChatRequest, services: FromApp) -> Response:
 )
 async def complete(request: CompletionRequest, services: FromApp) -> Response:
     """As `/v1/chat/completions`, of text to which no chat template is applied."""
-    wanted = await asked(services, request)
+    wanted = await read_request(services, request)
     about = _about(services, "cmpl")
     if request.stream:
         return await stream(services, request, wanted, {**about, "object": "text_completion"}, _text)
