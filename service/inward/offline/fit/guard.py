@@ -16,7 +16,7 @@ from inward.heads.base import Head
 from inward.heads.guard import GuardThresholds
 from inward.heads.pooling import Pool
 from inward.heads.running import RunningScore, running_pool, token_scores
-from inward.offline.states.read import read_every_token
+from inward.offline.states.model_pass import read_every_token
 from inward.prompts import Prompts, Texts
 from inward.types import Prompt, Reading
 

@@ -190,7 +190,7 @@ def fit_whitened(
     """Fits directions of all pairs, and chooses by left-out ones.
 
     Args:
-        evidence: ``FromStates``, or ``states.read.SummedPairs`` made of texts.
+        evidence: ``FromStates``, or ``states.running_sums.SummedPairs`` made of texts.
         layer: a number; ``sweep``: the best one; ``sum``: all, standardised and weighted by their skill.
         covariance: of other responses at the same layers, labelled or not; None: of the pairs themselves.
         covariance_of: what to call them in the report.

@@ -11,7 +11,8 @@ from inward.backbones.base import Backbone
 from inward.errors import DataError
 from inward.heads.base import Head
 from inward.offline.data.pairs import Pair
-from inward.offline.states.read import groups_of, read_every_token
+from inward.offline.states.model_pass import read_every_token
+from inward.offline.states.read import groups_of
 from inward.offline.states.stored import PairSource, blocks
 from inward.prompts import Prompts
 from inward.types import Floats, Group, Position, Reading, Scores, Tap
