@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from inward_trainer.losses import cdpo_loss
-from inward_trainer.paper.batches import by_length, most_tokens
+from inward_trainer.paper.batches import by_length, most_trained
 from inward_trainer.paper.classifier import autocast
 from inward_trainer.paper.language_model import LanguageModel, answer_log_probs, load_causal, reading_dtype
 from inward_trainer.paper.texts import Text
@@ -88,8 +88,8 @@ class Alignment:
         return self._reader
 
     def _parts(self, lengths: Sequence[int], texts: int) -> Iterator[list[int]]:
-        """Rows of one step that fit a pass: each has ``texts`` texts, and the gradients' intermediate results."""
-        return by_length(lengths, most_tokens(self.device) // (2 * texts))
+        """Rows of one step that fit a pass; each has ``texts`` texts."""
+        return by_length(lengths, most_trained(self.device) // texts)
 
     def _step(self) -> None:
         torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)

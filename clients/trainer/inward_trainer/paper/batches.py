@@ -9,6 +9,13 @@ from torch import Tensor
 
 CUDA_TOKENS, CPU_TOKENS = 65_536, 2_048
 """Tokens of one forward pass, padding included."""
+CUDA_TRAINED_TOKENS, CPU_TRAINED_TOKENS = 16_384, 1_024
+"""Tokens whose intermediate results are kept for a gradient."""
+
+
+def most_trained(device: torch.device) -> int:
+    """Tokens of one forward and backward pass."""
+    return CUDA_TRAINED_TOKENS if device.type == "cuda" else CPU_TRAINED_TOKENS
 
 
 def most_tokens(device: torch.device) -> int:

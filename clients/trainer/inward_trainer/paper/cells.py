@@ -79,6 +79,19 @@ class Cells:
                     bar.update()
         return {name: found[name] for name in makers}
 
+    def share(self, tasks: Mapping[str, Callable[[], object]], what: str) -> None:
+        """Does these tasks, which keep what they make themselves; those that other processes are at come last."""
+        with tqdm(total=len(tasks), desc=what, unit="part") as bar:
+            left = dict(tasks)
+            for wait in (False, True):
+                for name, task in list(left.items()):
+                    with self._locked(f"task-{name}", wait=wait) as ours:
+                        if not ours:
+                            continue
+                        task()
+                    del left[name]
+                    bar.update()
+
     def find(self, name: str) -> Json | None:
         """The cell, if it is there."""
         path = self._path(name)

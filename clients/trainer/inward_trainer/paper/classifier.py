@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
-from inward_trainer.paper.batches import by_length, most_tokens, padded
+from inward_trainer.paper.batches import by_length, most_tokens, most_trained, padded
 from inward_trainer.paper.language_model import reading_dtype
 from inward_trainer.paper.texts import Text
 
@@ -66,8 +66,8 @@ def train_judge(
     device: torch.device,
     epochs: int,
     seed: int,
-    batch: int = 32,
-    lr: float = 3e-5,
+    batch: int = 64,
+    lr: float = 5e-5,
 ) -> Any:
     """Trains all weights on labelled answers, by cross-entropy, with AdamW, warm-up and a linear fall."""
     torch.manual_seed(seed)
@@ -81,7 +81,7 @@ def train_judge(
     )
     label = torch.tensor(safe, dtype=torch.float32)
     for part in tqdm(order, desc="train the judge", unit="step"):
-        micro = list(by_length([len(texts[i].ids) for i in part], most_tokens(device)))
+        micro = list(by_length([len(texts[i].ids) for i in part], most_trained(device)))
         for rows in micro:
             places = [part[row] for row in rows]
             ids, mask = padded([texts[i].ids for i in places], pad, device)

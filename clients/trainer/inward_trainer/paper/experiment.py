@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -159,12 +159,9 @@ class Experiment:
         def make() -> Json:
             drawn = self.base_draws(seed)
             texts = self.drawn(self.asked, drawn)
-            judge, words = self.judged(self.asked, [[one.text for one in row] for row in drawn])
             states = self.base.states(texts)
-            shape = judge.shape
+            shape = (len(drawn), len(drawn[0]))
             return {
-                "judge": judge.tolist(),
-                "words": words.tolist(),
                 "head": scores(self.head, states).reshape(shape).tolist(),
                 "monitor": scores(self.monitor, states).reshape(shape).tolist(),
                 "reward_model": self.reward_model.scores(texts).reshape(shape).tolist(),
@@ -172,7 +169,32 @@ class Experiment:
             }
 
         found = self.cells.need(f"base-scores-{seed}", make)
-        return {name: np.array(value) for name, value in found.items() if name != "seconds"}
+        return self.base_judged(seed) | {name: np.array(value) for name, value in found.items() if name != "seconds"}
+
+    def base_judged(self, seed: int) -> dict[str, Doubles]:
+        """``judge`` and ``words`` of ``base_scores``, for which no head is needed."""
+
+        def make() -> Json:
+            drawn = self.base_draws(seed)
+            judge, words = self.judged(self.asked, [[one.text for one in row] for row in drawn])
+            return {"judge": judge.tolist(), "words": words.tolist()}
+
+        found = self.cells.need(f"base-judged-{seed}", make)
+        return {name: np.array(found[name]) for name in ("judge", "words")}
+
+    def train_draws(self, seed: int) -> list[list[Drawn]]:
+        """``samples`` answers of the base model to each prompt that policies are aligned on."""
+        return self.draws(f"train-{seed}", self.base, self.data.align_prompts, self.sizes.samples, 4_000 + seed)
+
+    def prepare(self) -> None:
+        """Makes what all ways to align need, each part by whichever process is free."""
+        parts: dict[str, Callable[[], object]] = {
+            f"base-draws-{seed}": partial(self.base_draws, seed) for seed in self.seeds
+        }
+        parts |= {f"train-draws-{seed}": partial(self.train_draws, seed) for seed in self.seeds}
+        for name in ("head", "monitor", "reward_model", "judge"):
+            parts[name] = partial(getattr, self, name)
+        self.cells.share(parts, "prepare")
 
     def states(self, texts: Sequence[Text]) -> Floats:
         """Of the base model, at the end of the answers."""

@@ -38,9 +38,9 @@ def mixed(states: ListStates) -> Indices:
 def cross_fitted(states: ListStates, kind: ScorerKind, layer: int, *, epochs: int, seed: int) -> list[Fold]:
     """A scorer for each fold. How long it trains is decided by a part of its own training lists."""
     lists, settings = Lists(states, layer), Settings(epochs=epochs)
-    folds = []
+    folds, parts = [], grouped_folds(states.groups_G, min(FOLDS, len(np.unique(states.groups_G))), seed)
     with reproducible(seed):
-        for fold, (train_G, test_G) in enumerate(grouped_folds(states.groups_G, FOLDS, seed)):
+        for fold, (train_G, test_G) in enumerate(parts):
             fit, check = (train_G[part] for part in grouped_split(states.groups_G[train_G], [0.8, 0.2], seed))
             scorer = lists.scorer(kind, fit, settings)
             folds.append(

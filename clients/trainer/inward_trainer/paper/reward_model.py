@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset, disable_progress_bars
-from transformers import set_seed
+from transformers import PrinterCallback, set_seed
 from trl import RewardConfig, RewardTrainer
 
 from inward_client.rows import Pair
-from inward_trainer.paper.batches import most_tokens
+from inward_trainer.paper.batches import most_trained
 from inward_trainer.paper.classifier import Classifier, open_classifier
 from inward_trainer.paper.language_model import reading_dtype
 from inward_trainer.paper.texts import encode_pairs
@@ -46,7 +46,7 @@ def train_reward_model(
         columns = [row | {"margin": float(margin)} for row, margin in zip(columns, margins, strict=True)]
     longest = max(len(ids) for row in columns for ids in (row["chosen_ids"], row["rejected_ids"]))
     gpu = device.type == "cuda"
-    micro = min(BATCH, max(1, most_tokens(device) // (2 * longest)))
+    micro = min(BATCH, max(1, most_trained(device) // (2 * longest)))
     micro = 2 ** (micro.bit_length() - 1)
     set_seed(seed)
     with tempfile.TemporaryDirectory() as scratch:
@@ -61,5 +61,6 @@ def train_reward_model(
         trainer = RewardTrainer(
             model=model, args=config, train_dataset=Dataset.from_list(columns), processing_class=tokenizer
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     return Classifier(trainer.accelerator.unwrap_model(trainer.model).to(device, reading_dtype(device)), pad)

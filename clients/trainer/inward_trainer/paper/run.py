@@ -7,6 +7,10 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
 
 from inward_trainer.durable import write_text
 from inward_trainer.errors import OptionsError
@@ -39,6 +43,8 @@ def run(options: PaperOptions) -> int:
     """
     names = chosen(options.tables)
     failed = False
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     if names:
         experiment = Experiment(options)
         write_text(options.out / "setting.json", json.dumps(_setting(experiment), indent=1))
@@ -63,7 +69,7 @@ def chosen(tables: list[str]) -> list[str]:
 def _table(experiment: Experiment, name: str) -> bool:
     """Makes a table unless it is there in full; whether it is there then. One that fails leaves its reason."""
     path = experiment.options.out / f"{name}.json"
-    if path.is_file() and json.loads(path.read_text("utf-8"))["complete"]:
+    if path.is_file() and _is_done(json.loads(path.read_text("utf-8")), experiment.seeds):
         LOG.info("%s is there", path)
         return True
     failure = experiment.options.out / f"{name}.failed"
@@ -76,9 +82,13 @@ def _table(experiment: Experiment, name: str) -> bool:
         LOG.exception("table %s failed", name)
         write_text(failure, f"{type(error).__name__}: {first_line(error)}")
         return False
-    write_text(path, json.dumps(table.to_json(), allow_nan=False))
+    write_text(path, json.dumps(table.to_json() | {"seeds": experiment.seeds}, allow_nan=False))
     failure.unlink(missing_ok=True)
     return True
+
+
+def _is_done(table: dict[str, Any], seeds: list[int]) -> bool:
+    return bool(table["complete"]) and set(seeds) <= set(table["seeds"])
 
 
 def _setting(experiment: Experiment) -> dict[str, object]:
@@ -97,6 +107,4 @@ def _setting(experiment: Experiment) -> dict[str, object]:
 
 
 def _device_name(kind: str) -> str:
-    import torch
-
     return torch.cuda.get_device_name() if kind == "cuda" else "no GPU"

@@ -73,6 +73,7 @@ class OwnPair(NamedTuple):
 
 def table(run: Experiment) -> Table:
     """Every way and seed."""
+    run.prepare()
     names = {(way, seed): f"align-{way}-{seed}" for seed in run.seeds for way in ORDER}
     found = run.cells.every({name: _maker(run, *which) for which, name in names.items()}, "align")
     by_way = {way: [found[names[way, seed]] for seed in run.seeds] for way in WAYS}
@@ -175,7 +176,7 @@ def _offline(run: Experiment, alignment: Alignment, way: str, seed: int) -> list
 def _own_pairs(run: Experiment, way: str, seed: int) -> list[Preference]:
     """Best against worst of the base model's answers, by our head."""
     prompts = run.data.align_prompts
-    drawn = run.draws(f"train-{seed}", run.base, prompts, run.sizes.samples, 4_000 + seed)
+    drawn = run.train_draws(seed)
     texts = run.drawn(prompts, drawn)
 
     def make() -> Json:

@@ -140,7 +140,7 @@ def _trained(run: Experiment, margins: Json, way: str, seed: int) -> Json:
         encoded = encode_pairs(run.tokeniser, ((p.prompt, p.chosen, p.rejected) for p in test))
         rewards = model.scores([one[0] for one in encoded] + [one[1] for one in encoded])
         found[name] = plain(rewards[: len(test)] > rewards[len(test) :])
-    base = run.base_scores(run.seeds[0])["judge"][: len(run.held_out)]
+    base = run.base_judged(run.seeds[0])["judge"][: len(run.held_out)]
     drawn = run.base_draws(run.seeds[0])[: len(run.held_out)]
     best = model.scores(run.drawn(run.held_out, drawn)).reshape(base.shape).argmax(axis=1)
     found["unsafe"] = plain(base[np.arange(len(base)), best] < 0)

@@ -81,7 +81,7 @@ def table(run: Experiment) -> Table:
 def _own(run: Experiment) -> list[AnswerList]:
     """Drawn answers to held-out prompts, labelled by the judge."""
     seed = run.seeds[0]
-    drawn, judge = run.base_draws(seed), run.base_scores(seed)["judge"]
+    drawn, judge = run.base_draws(seed), run.base_judged(seed)["judge"]
     count = len(run.held_out)
     lists = [
         AnswerList(prompt, tuple(one.text for one in row), tuple(bool(x > 0) for x in logits))
