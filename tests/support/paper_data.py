@@ -16,12 +16,13 @@ def write_data(folder):
         "pku": [pair(f"pku question {i}", i) for i in range(60)],
         "hh": [pair(f"\n\nHuman: hh question {i}\n\nAssistant:", i) for i in range(40)],
         "beavertails": [
-            {"prompt": f"beaver {i}", "response": f"{(HARM, REFUSAL)[i % 2]} {i}", "safe": bool(i % 2)} for i in range(40)
+            {"prompt": f"beaver {i}", "response": f"{(HARM, REFUSAL)[i % 2]} {i}", "safe": bool(i % 2)}
+            for i in range(40)
         ],
         "lists": [answers(f"jailbreak {i}", i) for i in range(14)],
         "xstest": [
             {
-                "prompt": f"{kind} {i}", "response": (REFUSAL, f"Press the key {i}.")[i % 2], "type": kind,
+                "prompt": f"{kind} {i}", "type": kind, "response": (REFUSAL, f"Press {i}.")[i % 2],
                 "label": ("2_full_refusal", "1_full_compliance")[i % 2], "model": "m",
             }
             for kind in ("homonyms", "contrast_homonyms")

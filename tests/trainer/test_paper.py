@@ -5,11 +5,13 @@ import re
 
 import pytest
 
+from inward_trainer.__main__ import parser
 from inward_trainer.errors import OptionsError
-from inward_trainer.options import PaperOptions
+from inward_trainer.options import PaperOptions, read_options
 from inward_trainer.paper import run as paper
 from inward_trainer.paper.data import FILES, Data, key
 from inward_trainer.paper.sizes import QUICK, Sizes
+from inward_trainer.paper.workers import arguments
 from support.paper_data import write_data
 from support.small_policy import write_policy
 
@@ -100,3 +102,9 @@ def test_where_time_is_up_rows_say_so(policy, data, tmp_path):
 
 def test_every_file_is_named_in_one_place(data):
     assert {path.name for path in data.iterdir()} == set(FILES.values())
+
+
+def test_workers_have_the_options_of_the_command_and_tables_of_their_own(tmp_path):
+    options = PaperOptions(out=tmp_path, data=tmp_path / "sets", quick=True, seeds=[2, 0], minutes=4, workers=3)
+    args = parser().parse_args(["paper", *arguments(options, ["srr", "judge"])])
+    assert read_options(PaperOptions, args, {}) == options.model_copy(update={"tables": ["srr", "judge"], "workers": 1})

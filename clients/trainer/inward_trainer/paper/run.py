@@ -21,6 +21,7 @@ from inward_trainer.paper.experiment import Experiment
 from inward_trainer.paper.report import write_report
 from inward_trainer.paper.table import Table
 from inward_trainer.paper.tables import alignment, cost, judge, legend, probes, srr, topk
+from inward_trainer.paper.workers import work
 
 LOG = logging.getLogger(__name__)
 TABLES: dict[str, Callable[[Experiment], Table]] = {
@@ -32,6 +33,8 @@ TABLES: dict[str, Callable[[Experiment], Table]] = {
     "srr": srr.table,
     "cost": cost.table,
 }
+ALONE = "cost"
+"""Timings need the device for themselves."""
 GROUPS = {"hybrid": ("alignment", "topk", "probes"), "all": tuple(TABLES), "report": ()}
 
 
@@ -43,6 +46,9 @@ def run(options: PaperOptions) -> int:
     """
     names = chosen(options.tables)
     failed = False
+    if options.workers > 1 and (shared := [name for name in names if name != ALONE]):
+        failed = work(options, shared) > 0
+        names = [name for name in names if name == ALONE]
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if names:
@@ -55,15 +61,14 @@ def run(options: PaperOptions) -> int:
 
 
 def chosen(tables: list[str]) -> list[str]:
-    """Names of tables, in the order of ``TABLES``.
+    """Names of tables, in the order that they are asked for.
 
     Raises:
         OptionsError: there is no such table.
     """
     if unknown := [name for name in tables if name not in TABLES and name not in GROUPS]:
         raise OptionsError(f"--tables: there is no {', '.join(unknown)}; there are {', '.join([*TABLES, *GROUPS])}")
-    wanted = {one for name in tables for one in GROUPS.get(name, (name,))}
-    return [name for name in TABLES if name in wanted]
+    return list(dict.fromkeys(one for name in tables for one in GROUPS.get(name, (name,))))
 
 
 def _table(experiment: Experiment, name: str) -> bool:
