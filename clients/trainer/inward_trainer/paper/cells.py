@@ -45,10 +45,11 @@ class Cells:
     Args:
         folder: ``OUT``.
         minutes: from now; later no cell is begun. None: however long it takes.
+        release: called after each cell: gives back what it leaves in memory.
     """
 
-    def __init__(self, folder: Path, minutes: float | None = None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, minutes: float | None = None, release: Callable[[], None] | None = None) -> None:
+        self.folder, self._release = folder, release
         self._deadline = None if minutes is None else time.monotonic() + 60 * minutes
 
     def need(self, name: str, make: Make) -> Json:
@@ -113,7 +114,11 @@ class Cells:
         if self._deadline is not None and time.monotonic() > self._deadline:
             raise OutOfTime("not reached in the time that was given: the same command goes on with it")
         began = time.monotonic()
-        made = make()
+        try:
+            made = make()
+        finally:
+            if self._release is not None:
+                self._release()
         made["seconds"] = round(time.monotonic() - began, 2)
         write_text(self._path(name), json.dumps(made, allow_nan=False))
         LOG.info("%s: %.1f s", name, made["seconds"])

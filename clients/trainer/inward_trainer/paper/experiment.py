@@ -4,6 +4,7 @@ needs it first, and kept in ``OUT/cells`` (numbers) or ``OUT/work`` (weights and
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -65,7 +66,7 @@ class Experiment:
             raise OptionsError(f"--model: {error}") from error
         self.tokeniser = Tokeniser(load_tokenizer(self.folder))
         self.pad = int(self.tokeniser.tokenizer.pad_token_id)
-        self.cells = Cells(options.out, options.minutes)
+        self.cells = Cells(options.out, options.minutes, _release)
         self.work = options.out / "work"
         write_text(self.work / "README", WORK)
 
@@ -251,6 +252,13 @@ class Experiment:
 
 def _save(model: Any, folder: Path, device: torch.device) -> None:
     model.to(reading_dtype(device)).save_pretrained(folder)
+
+
+def _release() -> None:
+    """Models and optimisers that nobody holds any more: other processes want the device's memory."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _toy() -> str:

@@ -148,7 +148,9 @@ def answer_log_probs(model: Any, texts: Sequence[Text], pad: int) -> Tensor:
     for i, text in enumerate(texts):
         answer[i, len(text.prompt_ids) - 1 : len(text.ids) - 1] = True  # what foretells the answer's tokens
     hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-    logits = model.get_output_embeddings()(hidden[answer]).float()
+    head = model.get_output_embeddings()
+    with torch.autocast(ids.device.type, enabled=False):  # bfloat16 would round log-probabilities to hundredths
+        logits = head(hidden[answer].to(head.weight.dtype)).float()
     target = ids[:, 1:][answer[:, :-1]]
     log_probs = logits.log_softmax(dim=-1).gather(1, target[:, None])[:, 0]
     row = answer.nonzero()[:, 0]

@@ -63,4 +63,6 @@ def train_reward_model(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return Classifier(trainer.accelerator.unwrap_model(trainer.model).to(device, reading_dtype(device)), pad)
+    return Classifier(
+        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).to(device, reading_dtype(device)), pad
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +47,7 @@ def run(options: PaperOptions) -> int:
     """
     names = chosen(options.tables)
     failed = False
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that workers end, too
     if options.workers > 1 and (shared := [name for name in names if name != ALONE]):
         failed = work(options, shared) > 0
         names = [name for name in names if name == ALONE]
