@@ -36,12 +36,13 @@ class Classifier:
 
     @torch.inference_mode()
     def scores(self, texts: Sequence[Text]) -> Doubles:
-        """``[M]``."""
+        """``[M]``. The last product is in float32, or many texts would score the same."""
         found = np.empty(len(texts))
         for part in by_length([len(text.ids) for text in texts], most_tokens(self.device)):
             ids, mask = padded([texts[i].ids for i in part], self._pad, self.device)
-            logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, 0]
-            found[part] = logits.double().cpu().numpy()
+            hidden = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            last = hidden[torch.arange(len(part), device=ids.device), mask.sum(dim=1) - 1]
+            found[part] = (last.float() @ self.model.score.weight[0].float()).double().cpu().numpy()
         return found
 
 

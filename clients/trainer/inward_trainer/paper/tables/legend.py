@@ -72,7 +72,8 @@ def table(run: Experiment) -> Table:
         "prompts.",
         f"The direction: {margins['calibrated']} of {len(run.data.calibration)} greedy answers to AdvBench's "
         "requests that "
-        f"did not refuse, against refusals in {len(REFUSALS)} wordings, at layer {said['layer']}. Whitened: the same "
+        f"did not refuse, against refusals in {len(REFUSALS)} wordings, at layer {said['layer']}, which a quarter of "
+        "the pairs' labels chose. Whitened: the same "
         "means, the "
         "covariance of the pairs that are annotated.",
         f"LEGEND contradicts {said['contradicted']['value']:.1%} of the labels, the whitened one "
@@ -139,7 +140,8 @@ def _trained(run: Experiment, margins: Json, way: str, seed: int) -> Json:
     for name, test in run.data.test_pairs.items():
         encoded = encode_pairs(run.tokeniser, ((p.prompt, p.chosen, p.rejected) for p in test))
         rewards = model.scores([one[0] for one in encoded] + [one[1] for one in encoded])
-        found[name] = plain(rewards[: len(test)] > rewards[len(test) :])
+        chosen, rejected = rewards[: len(test)], rewards[len(test) :]
+        found[name] = plain((chosen > rejected) + 0.5 * (chosen == rejected))
     base = run.base_judged(run.seeds[0])["judge"][: len(run.held_out)]
     drawn = run.base_draws(run.seeds[0])[: len(run.held_out)]
     best = model.scores(run.drawn(run.held_out, drawn)).reshape(base.shape).argmax(axis=1)
