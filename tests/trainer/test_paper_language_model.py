@@ -101,7 +101,7 @@ def test_a_classifier_scores_a_batch_as_it_scores_one_text(folder, model, texts)
     alone = [float(judge.scores([text])[0]) for text in texts]
     np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-6)
     for text, score in zip(texts, alone, strict=True):  # as transformers reads it, and TRL trains it
-        assert score == pytest.approx(float(judge.model(input_ids=torch.tensor([text.ids])).logits), rel=1e-4)
+        assert score == pytest.approx(judge.model(input_ids=torch.tensor([text.ids])).logits.item(), rel=1e-4)
 
 
 def test_preferring_raises_the_chosen_answer_and_the_reader_follows(folder, model, texts):

@@ -63,7 +63,7 @@ class Alignment:
             z = BETA * (chosen - rejected)
             lost = cdpo_loss(z, gamma).sum() / len(rows)
             lost.backward()  # type: ignore[no-untyped-call]
-            loss, right = loss + float(lost.detach()), right + float((z > 0).sum())
+            loss, right = loss + float(lost.detach()), right + float((z > 0).sum() + 0.5 * (z == 0).sum())
         self._step()
         return {"loss": loss, "accuracy": right / len(rows)}
 

@@ -21,6 +21,7 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse; margin: .8rem 0; font-variant-numeric: tabular-nums } .wide { overflow-x: auto }
 th, td { border-bottom: 1px solid #ddd; padding: .25rem .6rem; text-align: left; vertical-align: top }
+td:first-child { min-width: 15rem }
 th { background: #f5f5f5; position: sticky; top: 0 } small { color: #777; white-space: nowrap } .empty { color: #999 }
 @media (prefers-color-scheme: dark) {
   body { background: #181818; color: #ddd } th { background: #262626 } th, td { border-color: #3a3a3a }

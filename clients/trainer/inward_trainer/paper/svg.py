@@ -7,7 +7,7 @@ from html import escape
 
 from inward_trainer.paper.table import Chart
 
-WIDTH, HEIGHT = 560, 300
+WIDTH, HEIGHT = 600, 300
 LEFT, RIGHT, TOP, BOTTOM = 56, 170, 34, 40
 COLOURS = ("#1b6ca8", "#c8553d", "#5b8e3e", "#8a5fbf", "#7a7a7a")
 Point = tuple[float, float]
@@ -49,7 +49,8 @@ def draw(chart: Chart) -> str:
         + _text(LEFT, HEIGHT - BOTTOM + 14, f"{x0:g}")
         + _text(WIDTH - RIGHT, HEIGHT - BOTTOM + 14, f"{x1:g}", "end")
         + _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, chart.x, "middle")
-        + _text(LEFT, TOP - 20, f"{chart.title} ({chart.y})", size=12)
+        + _text(LEFT, TOP - 20, chart.title, size=12)
+        + _text(LEFT, TOP - 6, chart.y)
     )
     title = escape(chart.title, quote=True)
     return (
