@@ -133,6 +133,7 @@ class Data:
         chosen = align_prompts[: sizes.train_prompts]
         chosen_keys = {key(prompt) for prompt in chosen}
         xstest = [_refusal(row, sizes) for row in _rows(folder / FILES["xstest"])]
+        xstest.sort(key=lambda row: bucket(row.prompt, "xstest"))  # a beginning has all types
         harmless = [row["prompt"] for row in _rows(folder / FILES["harmless"])]
         return cls(
             judge_train=mixed(_answers(by_side["judge"]), beavertails)[: sizes.judge_rows],

@@ -146,11 +146,11 @@ class Experiment:
         self.cells.need(f"draws-{name}", make)
         return [[Drawn.from_json(one) for one in row] for row in json.loads(path.read_text("utf-8"))]
 
-    def judged(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]]) -> tuple[Doubles, Doubles]:
+    def judged(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[Drawn]]) -> tuple[Doubles, Doubles]:
         """Logits of the judge and of the bag of words, ``[P, n]`` each; positive is safe."""
-        rows = [(prompt, text) for prompt, row in zip(prompts, answers, strict=True) for text in row]
-        shape = (len(prompts), -1)
-        return self.judge.scores(self.encoded(rows)).reshape(shape), self.words.logits(rows).reshape(shape)
+        rows = [(prompt, one.text) for prompt, row in zip(prompts, answers, strict=True) for one in row]
+        texts, shape = self.drawn(prompts, answers), (len(prompts), -1)
+        return self.judge.scores(texts).reshape(shape), self.words.logits(rows).reshape(shape)
 
     def base_scores(self, seed: int) -> dict[str, Doubles]:
         """Of ``base_draws``, ``[P, n]`` each: logits of ``judge`` and ``words``, rewards of ``head``, ``monitor`` and
@@ -177,7 +177,7 @@ class Experiment:
 
         def make() -> Json:
             drawn = self.base_draws(seed)
-            judge, words = self.judged(self.asked, [[one.text for one in row] for row in drawn])
+            judge, words = self.judged(self.asked, drawn)
             return {"judge": judge.tolist(), "words": words.tolist()}
 
         found = self.cells.need(f"base-judged-{seed}", make)

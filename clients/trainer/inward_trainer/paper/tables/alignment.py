@@ -130,7 +130,7 @@ def _judged(
 ) -> Json:
     """What is told of a policy, from its answers to ``asked``; vectors have an entry for each prompt."""
     if found is None:
-        judge, words = run.judged(run.asked, [[one.text for one in row] for row in drawn])
+        judge, words = run.judged(run.asked, drawn)
         states = run.base.states(run.drawn(run.asked, drawn))
         found = {"judge": judge, "words": words}
         found |= {n: scores(h, states).reshape(judge.shape) for n, h in (("head", run.head), ("monitor", run.monitor))}
@@ -223,7 +223,7 @@ def _online(run: Experiment, alignment: Alignment, way: str, seed: int) -> list[
         shape = (len(asked), -1)
         by_head = scores(head, states).reshape(shape)
         rewards = run.reward_model.scores(texts).reshape(shape) if way == "online-rm" else by_head
-        judge, _ = run.judged(asked, [[one.text for one in row] for row in drawn])
+        judge, _ = run.judged(asked, drawn)
         line = {
             "round": number, "head": float(by_head.mean()), "reward": float(rewards.mean()),
             "frozen head": float(scores(run.head, states).mean()), "monitor": float(scores(run.monitor, states).mean()),

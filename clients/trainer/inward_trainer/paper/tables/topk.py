@@ -65,7 +65,7 @@ def _after(run: Experiment, seed: int) -> Json:
     policy = alignment.policy(run, AFTER, seed)
     drawn = run.draws(f"{AFTER}-{seed}", policy, run.held_out, run.sizes.samples, 2_000 + seed)
     texts = run.drawn(run.held_out, drawn)
-    judge, words = run.judged(run.held_out, [[one.text for one in row] for row in drawn])
+    judge, words = run.judged(run.held_out, drawn)
     states = policy.states(texts)
     shape = judge.shape
     found = {
