@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from inward_trainer.paper.batches import by_length, most_tokens, padded
+from inward_trainer.paper.batches import by_length, most_tokens, most_trained, padded
 from inward_trainer.paper.texts import Ids, Text
 from inward_trainer.sources.samples import SAMPLING
 from inward_trainer.tokens import Tokeniser
@@ -130,7 +130,7 @@ class LanguageModel:
     def log_probs(self, texts: Sequence[Text]) -> NDArray[np.float64]:
         """``[M]``: log-probability of each answer, in nats."""
         found = np.empty(len(texts))
-        for part in by_length([len(text.ids) for text in texts], most_tokens(self.device)):
+        for part in by_length([len(text.ids) for text in texts], most_trained(self.device)):  # logits are large
             found[part] = answer_log_probs(self.model, [texts[i] for i in part], self.pad).double().cpu().numpy()
         return found
 
