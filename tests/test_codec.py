@@ -13,6 +13,7 @@ from inward.types import (
     Job,
     LayerScores,
     PairScores,
+    Piece,
     Sample,
     SamplingSpec,
     Scored,
@@ -46,6 +47,20 @@ FAILED = Failed("a1", "not_found", "no head 'x'", Timing(0.5, 0.0))
 @pytest.mark.parametrize("outcome", [SCORED, FAILED])
 def test_an_outcome_arrives_as_it_was_sent(outcome):
     assert codec.decode_outcome(codec.encode(outcome)) == outcome
+
+
+def test_a_piece_arrives_as_it_was_sent_and_is_no_outcome():
+    piece = Piece("a1", 3, "text \u20ac")
+    assert codec.decode_reply(codec.encode(piece)) == piece
+    assert codec.decode_reply(codec.encode(FAILED)) == FAILED
+    with pytest.raises(codec.Unreadable):
+        codec.decode_outcome(codec.encode(piece))
+
+
+def test_a_job_of_a_replica_that_knows_nothing_of_pieces_is_not_told():
+    fields = msgspec.msgpack.decode(codec.encode(replace(JOB, told=True))[2:])
+    assert fields.pop("told") is True
+    assert codec.decode_job(codec.encode(JOB)[:2] + msgspec.msgpack.encode(fields)) == JOB
 
 
 ids = st.lists(st.integers(0, 2**31 - 1), max_size=20).map(tuple)

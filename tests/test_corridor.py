@@ -172,7 +172,7 @@ async def test_sampling_is_cut_short_once_nobody_waits_for_it(leaves, monkeypatc
     monkeypatch.setattr("inward.worker.POLL_INTERVAL_S", 0.01)
     started, cancelled = asyncio.Event(), asyncio.Event()
 
-    async def draw(group, readouts, *, tokens=False, watch=None):
+    async def draw(group, readouts, **options):
         started.set()
         try:
             await asyncio.Event().wait()
@@ -201,10 +201,10 @@ async def test_scores_are_computed_while_a_backbone_draws_beside_them():
     async with corridor() as c:
         draw = c.backbone.sample_and_read
 
-        async def slow(group, readouts, *, tokens=False, watch=None):
+        async def slow(group, readouts, **options):
             started.set()
             await go_on.wait()
-            return await draw(group, readouts, tokens=tokens, watch=watch)
+            return await draw(group, readouts, **options)
 
         c.backbone.sample_and_read = slow
         c.worker._capacity = replace(c.backbone.capacity, drawings=2)

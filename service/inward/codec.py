@@ -1,4 +1,4 @@
-"""Jobs and outcomes as bytes: a version byte, a byte for the kind of message, then MessagePack. Never pickle.
+"""Jobs, pieces and outcomes as bytes: a version byte, a byte for the kind of message, then MessagePack. Never pickle.
 
 A dataclass is a map of its field names, so a reader skips fields that it does not know and fills in the default of
 those that are missing: adding a field with a default keeps the version. Types are checked on the way in, because a
@@ -12,14 +12,15 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from inward.types import Failed, Job, Outcome, Scored
+from inward.types import Failed, Job, Outcome, Piece, Scored
 
 VERSION = 2
-JOB, SCORED, FAILED, MAP = b"JSFM"
+JOB, SCORED, FAILED, MAP, PIECE = b"JSFMP"
 _ENCODER = msgspec.msgpack.Encoder(order="deterministic")  # equal jobs are equal bytes, whatever the order of a set
 _JOBS = msgspec.msgpack.Decoder(Job)
 _SCORED = msgspec.msgpack.Decoder(Scored)
 _FAILED = msgspec.msgpack.Decoder(Failed)
+_PIECES = msgspec.msgpack.Decoder(Piece)
 _MAPS = msgspec.msgpack.Decoder(dict[str, Any])
 
 T = TypeVar("T")
@@ -29,11 +30,13 @@ class Unreadable(ValueError):
     """Bytes that are no message, or one of a version that this process does not know."""
 
 
-def encode(message: Job | Outcome) -> bytes:
+def encode(message: Job | Piece | Outcome) -> bytes:
     """``message`` with its version and kind."""
     match message:
         case Job():
             kind = JOB
+        case Piece():
+            kind = PIECE
         case Scored():
             kind = SCORED
         case Failed():
@@ -79,6 +82,15 @@ def decode_job(data: bytes) -> Job:
     if _kind(data) != JOB:
         raise Unreadable("not a job")
     return _decoded(data, _JOBS)
+
+
+def decode_reply(data: bytes) -> Piece | Outcome:
+    """The piece or the outcome that ``encode`` was given.
+
+    Raises:
+        Unreadable: neither, or of a version that this process does not know.
+    """
+    return _decoded(data, _PIECES) if _kind(data) == PIECE else decode_outcome(data)
 
 
 def decode_outcome(data: bytes) -> Outcome:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 
 from inward import logs, metrics
-from inward.backbones.base import Backbone
+from inward.backbones.base import Backbone, OnTokens
+from inward.backbones.decoding import before_stop
 from inward.errors import EngineDead, InternalError, InwardError
 from inward.heads.base import Head
 from inward.heads.calibration import Deciles
 from inward.heads.registry import Registry, Snapshot
-from inward.heads.watch import watch
+from inward.heads.watch import HeadWatch, watch
+from inward.telling import Tell, Telling
 from inward.types import (
     Failed,
     Group,
@@ -46,9 +49,12 @@ class Engine:
         self._registry = registry
         self._clock = clock
 
-    async def run(self, jobs: Sequence[Job]) -> list[Outcome]:
+    async def run(self, jobs: Sequence[Job], tell: Tell | None = None) -> list[Outcome]:
         """Scores the jobs, in their order. A job that makes the batch fail fails alone: the others are computed again
         without it.
+
+        Args:
+            tell: takes the pieces of jobs that are told.
 
         Raises:
             EngineDead: the backbone can't compute any more; no job of the batch has an outcome.
@@ -56,7 +62,7 @@ class Engine:
         started = self._clock()
         metrics.BATCH_JOBS.observe(len(jobs))
         metrics.BATCH_TOKENS.observe(sum(job.group.tokens for job in jobs))
-        outcomes = await self._isolated(jobs, self._registry.snapshot())
+        outcomes = await self._isolated(jobs, self._registry.snapshot(), tell)
         ended = self._clock()
         metrics.INFERENCE_SECONDS.observe(ended - started)
         return [
@@ -64,15 +70,16 @@ class Engine:
             for o, job in zip(outcomes, jobs, strict=True)
         ]
 
-    async def _isolated(self, jobs: Sequence[Job], snapshot: Snapshot) -> list[Outcome]:
+    async def _isolated(self, jobs: Sequence[Job], snapshot: Snapshot, tell: Tell | None) -> list[Outcome]:
         try:
-            return await self._together(jobs, snapshot)
+            return await self._together(jobs, snapshot, tell)
         except EngineDead:
             raise
         except Exception as error:
             if len(jobs) > 1:  # halves find the one to blame in log2(n) steps and answer its neighbours
                 middle = len(jobs) // 2
-                return await self._isolated(jobs[:middle], snapshot) + await self._isolated(jobs[middle:], snapshot)
+                first = await self._isolated(jobs[:middle], snapshot, tell)
+                return first + await self._isolated(jobs[middle:], snapshot, tell)
             failure = (
                 error if isinstance(error, InwardError) else InternalError(f"scoring failed ({type(error).__name__})")
             )
@@ -80,7 +87,7 @@ class Engine:
             logs.event(LOG, "job_failed", job=jobs[0].id, code=failure.code, error=defect)
             return [Failed(jobs[0].id, failure.code, failure.message)]
 
-    async def _together(self, jobs: Sequence[Job], snapshot: Snapshot) -> list[Outcome]:
+    async def _together(self, jobs: Sequence[Job], snapshot: Snapshot, tell: Tell | None) -> list[Outcome]:
         heads = {name: snapshot.resolve(name) for job in jobs for name in job.heads}
         tokens = any("tokens" in job.details for job in jobs) or any(head.pools for head in heads.values())
         readouts = [head.readout for head in heads.values()]
@@ -89,7 +96,7 @@ class Engine:
         return [
             self._scored(job, job.group, (), next(read), heads)
             if job.group.sampling is None
-            else await self._drawn(job, job.group.sampling, readouts, tokens, heads, snapshot)
+            else await self._drawn(job, job.group.sampling, readouts, tokens, heads, snapshot, tell)
             for job in jobs
         ]
 
@@ -101,12 +108,32 @@ class Engine:
         tokens: bool,
         heads: dict[str, Head],
         snapshot: Snapshot,
+        tell: Tell | None,
     ) -> Outcome:
         """Of a job whose responses are drawn, and some of them perhaps not to their end."""
         looks = watch(spec, job.heads[0], snapshot)
-        samples, reading = await self.backbone.sample_and_read(job.group, readouts, tokens=tokens, watch=looks)
+        async with self._telling(job, spec, looks, tell) as on_tokens:
+            samples, reading = await self.backbone.sample_and_read(
+                job.group, readouts, tokens=tokens, watch=looks, on_tokens=on_tokens
+            )
         answered = Group(job.group.prompt_ids, tuple(sample.ids for sample in samples), spec)
         return self._scored(job, answered, tuple(samples), reading, heads)
+
+    @asynccontextmanager
+    async def _telling(
+        self, job: Job, spec: SamplingSpec, looks: HeadWatch | None, tell: Tell | None
+    ) -> AsyncGenerator[OnTokens | None, None]:
+        """Who is told of the tokens of a job's one response; nobody, where its caller does not want to be."""
+        if tell is None or not job.told or spec.n != 1:
+            yield None
+            return
+
+        def text(ids: Ids) -> str:
+            given = ids[: looks.give(0)] if looks is not None else ids
+            return before_stop(self.backbone.certain(given), spec.stop)
+
+        async with Telling(job.id, text, tell) as telling:
+            yield telling.on_tokens
 
     def _scored(
         self, job: Job, group: Group, samples: tuple[Sample, ...], reading: GroupReading, heads: dict[str, Head]

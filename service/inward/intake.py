@@ -7,11 +7,15 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 
 from inward import metrics, tracing
-from inward.errors import DeadlineExceeded, InwardError, from_code
+from inward.errors import DeadlineExceeded, InwardError, Unavailable, from_code
 from inward.queues.base import Producer
-from inward.types import Detail, Failed, Group, Job, Outcome, Priority, Scored
+from inward.types import Detail, Failed, Group, Job, Outcome, Piece, Priority, Scored
+
+News = Piece | asyncio.Future[Outcome]
+"""What comes of an answer that is told: pieces, and in the end what became of it."""
 
 
 class Intake:
@@ -66,6 +70,17 @@ class Intake:
         waits = await self._queue.submit(jobs)
         return Coming([job.id for job in jobs], waits, self._queue, jobs[0].deadline - self._clock(), timeout)
 
+    async def tell(self, group: Group, *, heads: tuple[str, ...], timeout: float = 60.0) -> ComingText:
+        """Admits a group with one response to be drawn, and then gives its text while it is drawn.
+
+        Raises:
+            InwardError: as ``stream``.
+        """
+        (job,) = (replace(job, told=True) for job in self._jobs([group], heads, timeout))
+        news: asyncio.Queue[News] = asyncio.Queue()
+        (wait,) = await self._queue.submit([job], news.put_nowait)
+        return ComingText(job.id, wait, news, self._queue, job.deadline - self._clock(), timeout)
+
     def _jobs(
         self,
         groups: Sequence[Group],
@@ -119,6 +134,81 @@ class Coming:
         for future in self._left:
             future.cancel()
         await self._queue.abandon(self._job_ids)
+
+
+class ComingText:
+    """The text of an admitted job that is told, part by part as it is drawn; all parts are the whole of it, whatever
+    was lost or told twice on the way. Closing it (the caller hung up) abandons what is not drawn yet.
+    """
+
+    def __init__(
+        self,
+        job_id: str,
+        wait: Awaitable[Outcome],
+        news: asyncio.Queue[News],
+        queue: Producer,
+        left: float,
+        timeout: float,
+    ) -> None:
+        self._job_id, self._news, self._queue, self._timeout = job_id, news, queue, timeout
+        self._begun = asyncio.get_running_loop().time()
+        self._end = self._begun + left
+        self._given = ""
+        self._outcome = asyncio.ensure_future(wait)
+        self._outcome.add_done_callback(news.put_nowait)
+        self.scored: Scored | None = None
+        """What became of it, once all parts are given."""
+
+    def __aiter__(self) -> ComingText:
+        return self
+
+    async def __anext__(self) -> str:
+        """Raises InwardError for what went wrong."""
+        while self.scored is None:
+            news = await self._next()
+            part = self._new(news) if isinstance(news, Piece) else self._rest(news.result())
+            if part:
+                if not self._given:
+                    metrics.FIRST_TOKEN_SECONDS.observe(asyncio.get_running_loop().time() - self._begun)
+                self._given += part
+                return part
+        raise StopAsyncIteration
+
+    async def _next(self) -> News:
+        try:
+            async with asyncio.timeout_at(self._end):
+                return await self._news.get()
+        except TimeoutError:
+            raise _late(self._timeout) from None
+
+    def _new(self, piece: Piece) -> str:
+        """What of a piece was not given yet. After one that was lost nothing can be, until the outcome."""
+        known = self._given[piece.start :]
+        if not piece.text.startswith(known) and not known.startswith(piece.text):
+            raise _another()
+        return piece.text[len(known) :] if piece.start <= len(self._given) else ""
+
+    def _rest(self, outcome: Outcome) -> str:
+        value = _value(outcome)
+        if isinstance(value, InwardError):
+            raise value
+        text = value.samples[0].text
+        if not text.startswith(self._given):
+            raise _another()
+        self.scored = value
+        return text[len(self._given) :]
+
+    async def aclose(self) -> None:
+        """Nobody waits any more."""
+        self._outcome.cancel()
+        await self._queue.abandon([self._job_id])
+
+
+def _another() -> Unavailable:
+    return Unavailable(
+        "the worker that drew this answer ended, and the next one drew another: send it again, or give it a seed",
+        retry_after=1.0,
+    )
 
 
 def _late(timeout: float) -> DeadlineExceeded:

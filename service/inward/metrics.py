@@ -75,6 +75,12 @@ REJECTIONS_TOTAL = Counter(
     ("reason",),
     registry=REGISTRY,
 )
+FIRST_TOKEN_SECONDS = Histogram(
+    "inward_time_to_first_token_seconds",
+    "From the admission of an answer that is told while it is drawn to the first of its text.",
+    buckets=SECONDS,
+    registry=REGISTRY,
+)
 EXPIRED_TOTAL = Counter("inward_expired", "Requests whose deadline passed before the answer.", registry=REGISTRY)
 ABANDONED_TOTAL = Counter(
     "inward_abandoned_jobs", "Jobs whose caller left before they were computed.", registry=REGISTRY

@@ -246,6 +246,20 @@ class Job:
     """It may be what ended them, so it is run by itself."""
     trace: str = ""
     """W3C ``traceparent`` of the request that it belongs to; empty where nobody traces."""
+    told: bool = False
+    """Whoever waits for it wants the text of its one response while it is drawn, as ``Piece``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some text of the response of a job that is ``told``, before its outcome. Pieces come in order, and some may be
+    missing: the outcome has all of the text. A worker that takes a job over begins from the start again.
+    """
+
+    job_id: str
+    start: int
+    """Characters of the response before it."""
+    text: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -134,7 +134,7 @@ class Worker:
         Raises:
             EngineDead: the device will not come back from it.
         """
-        running = asyncio.create_task(self._engine.run(batch))
+        running = asyncio.create_task(self._engine.run(batch, self._queue.tell))
         try:
             while not (await asyncio.wait({running}, timeout=POLL_INTERVAL_S))[0]:
                 self._look_at_device()

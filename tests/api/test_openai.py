@@ -161,11 +161,37 @@ async def test_a_stream_tells_the_progress_and_then_gives_the_best():
     assert last["usage"]["completion_tokens"] == drawn
 
 
-async def test_one_answer_is_streamed_without_progress():
+async def test_one_answer_is_streamed_while_it_is_drawn(monkeypatch):
+    monkeypatch.setattr("inward.telling.TELL_INTERVAL_S", 0.0)
+    whole = (await ask("/v1/completions", TEXT))["choices"][0]
+    body = {**TEXT, "stream": True, "stream_options": {"include_usage": True}}
     async with serving() as (api, _):
-        text, end = chunks((await api.post("/v1/completions", {**TEXT, "stream": True})).text)
-    assert text["choices"][0]["text"]
-    assert end["choices"][0]["finish_reason"] in {"stop", "length"}
+        *texts, end, last = chunks((await api.post("/v1/completions", body)).text)
+    assert len(texts) > 3
+    assert "".join(chunk["choices"][0]["text"] for chunk in texts) == whole["text"]
+    assert {chunk["choices"][0]["finish_reason"] for chunk in texts} == {None}
+    assert end["choices"][0] == {**whole, "text": ""}
+    assert (last["choices"], end["usage"]) == ([], None)
+
+
+async def test_a_chat_says_its_role_once(monkeypatch):
+    monkeypatch.setattr("inward.telling.TELL_INTERVAL_S", 0.0)
+    async with serving() as (api, _):
+        first, *texts, end = chunks((await api.post("/v1/chat/completions", {**CHAT, "stream": True})).text)
+    assert first["choices"][0]["delta"].keys() == {"role", "content"}
+    assert {frozenset(chunk["choices"][0]["delta"]) for chunk in texts} == {frozenset({"content"})}
+    assert end["choices"][0]["delta"] == {}
+
+
+async def test_a_guard_ends_a_stream_before_what_is_not_safe(monkeypatch):
+    monkeypatch.setattr("inward.telling.TELL_INTERVAL_S", 0.0)
+    guarded = {**TEXT, "stop_when": {"below": 0.0, "pool": "last"}}
+    whole = (await ask("/v1/completions", guarded))["choices"][0]
+    assert whole["finish_reason"] == "content_filter"
+    async with serving() as (api, _):
+        *texts, end = chunks((await api.post("/v1/completions", {**guarded, "stream": True})).text)
+    assert "".join(chunk["choices"][0]["text"] for chunk in texts) == whole["text"]
+    assert end["choices"][0] == {**whole, "text": ""}
 
 
 async def test_what_goes_wrong_in_a_stream_comes_in_the_error_shape():

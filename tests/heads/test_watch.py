@@ -91,7 +91,37 @@ def test_a_guard_gives_what_comes_before_the_first_token_that_is_not_safe_and_ch
     stop = shown(watching, [scores], cuts).get(0)
     unsafe = next((t for t, score in enumerate(scores) if score < 0), None)
     assert (stop and stop.given) == unsafe
-    assert watching.check([numbers(scores)]) == stop
+    assert watching.check(0, [numbers(scores)]) == stop
+
+
+@given(
+    st.lists(st.floats(-2, 2, width=32), min_size=1, max_size=24),
+    PORTIONS,
+    st.floats(-0.5, 0.5, width=32),
+    st.sampled_from(["last", "mean", "max_ema"]),
+    st.integers(0, 6),
+)
+@settings(max_examples=300, deadline=None)
+def test_what_is_given_while_it_is_drawn_is_given_in_the_end_and_is_safe(scores, cuts, rounding, pool, after):
+    """Whatever the portions in which the guard sees the tokens, and however the numbers of its last look differ."""
+    rule = StopRule("plain", below=0.0, pool=pool, after=after)
+    watching = watch(SamplingSpec(1, stop_when=rule), "plain", Heads(head()))
+    given, at, stop, sizes = 0, 0, None, iter(cuts)
+    while at < len(scores) and stop is None:
+        assert watching.give(0) >= given
+        given = watching.give(0)
+        assert given <= at
+        part = scores[at : at + next(sizes, 3)]
+        at += len(part)
+        stop = watching.look({0: [numbers(part)]}).get(0)
+    if stop is not None:
+        assert stop.given >= watching.give(0) >= given
+    checked = watching.check(0, [numbers(scores) + np.float32(rounding)])
+    if checked is not None:
+        assert checked.given >= given
+    alone = watch(SamplingSpec(1, stop_when=rule), "plain", Heads(head()))
+    if (ended := alone.check(0, [numbers(scores)])) is not None:
+        assert given <= ended.given
 
 
 def test_after_says_how_many_tokens_are_drawn_whatever_they_score_but_only_safe_ones_are_given():

@@ -7,7 +7,7 @@ import pytest
 
 from inward.errors import Overloaded
 from inward.queues.base import Closed
-from inward.types import Failed
+from inward.types import Failed, Piece
 from support.queues import InMemory, done, ids, in_redis, job
 
 
@@ -84,6 +84,35 @@ async def test_each_caller_gets_its_own_outcome_once(opened):
         await q.consumer.settle([Failed("a", "x", "third")])
         assert [o.message for o in await asyncio.gather(*waits)] == ["mine", "first"]
         assert await q.tokens() == 0
+
+
+async def test_pieces_come_in_order_before_the_outcome_to_who_wants_them(opened):
+    async with opened() as q:
+        heard = []
+        waits = await q.producer.submit([job("a", told=True), job("b")], heard.append)
+        assert [one.told for one in await q.consumer.take(1000)] == [True, False]
+        pieces = [Piece("a", 2 * i, f"{i} ") for i in range(20)]
+        for piece in pieces:
+            assert await q.consumer.tell(piece)
+        waits[0].add_done_callback(heard.append)
+        await q.consumer.settle([Failed("a", "x", "end"), Failed("b", "x", "end")])
+        await asyncio.gather(*waits)
+        assert heard[:-1] == pieces
+        assert heard[-1] is waits[0]
+        await q.consumer.tell(Piece("a", 40, "late"))
+        await asyncio.sleep(0.05)
+        assert len(heard) == 21
+
+
+async def test_who_left_hears_nothing_more(opened):
+    async with opened() as q:
+        heard = []
+        await q.producer.submit([job("a", told=True)], heard.append)
+        taken = await q.consumer.take(1000)
+        await q.producer.abandon(["a"])
+        await q.consumer.tell(Piece("a", 0, "late"))
+        assert await q.consumer.wanted(taken) == []
+        assert heard == []
 
 
 async def test_abandoned_jobs_are_not_given_to_a_worker_and_free_their_room(opened):

@@ -14,6 +14,7 @@ from inward.queues.redis.consumer import RedisConsumer
 from inward.queues.redis.producer import REPLIES_S, RedisProducer
 from inward.stores.connection import Connection
 from inward.stores.keys import GROUP, Keys
+from inward.types import Piece
 from support.queues import BEATING, KEYS, REPLICA, WORKER, age, done, endless, ids, in_redis, job, living
 from support.waiting import PATIENCE, until
 
@@ -366,6 +367,51 @@ async def test_replies_are_deleted_once_they_are_read(fleet):
         await wait
     with fleet.server.client() as client:
         await until(lambda: client.xlen(KEYS.replies(replica.replica)) == 0)
+
+
+async def test_who_takes_a_job_over_tells_it_from_the_start_and_the_former_worker_tells_nothing_more(fleet):
+    frozen, replica, heard = await fleet.worker(), await fleet.replica(), []
+    [wait] = await replica.submit([job("a", told=True)], heard.append)
+    [taken] = await next_of(frozen)
+    assert await frozen.tell(Piece("a", 0, "one "))
+    fleet.freeze(frozen)
+    heir = await fleet.worker()
+    [again] = await next_of(heir)
+    assert again.told
+    assert not await frozen.tell(Piece("a", 4, "two "))
+    assert await heir.tell(Piece("a", 0, "one "))
+    await heir.settle([done(again)])
+    await wait
+    assert [piece.text for piece in heard] == ["one ", "one "]
+    assert ids([taken]) == ["a"]
+
+
+async def test_a_replica_that_reads_too_slowly_loses_pieces_and_no_outcome(fleet, monkeypatch):
+    monkeypatch.setattr("inward.queues.redis.consumer.MOST_PIECES", 3)
+    worker, replica, heard = await fleet.worker(), await fleet.replica(), []
+    waits = await replica.submit([job("a", told=True), job("b", told=True)], heard.append)
+    taken = await next_of(worker)
+    replica.stop()
+    told = [await worker.tell(Piece("a", i, "x")) for i in range(5)]
+    assert told == [True, True, True, False, False]
+    await worker.settle([done(j) for j in taken])
+    assert await replica.receive() == 5
+    assert len(await asyncio.gather(*waits)) == 2
+    assert [piece.start for piece in heard] == [0, 1, 2]
+
+
+async def test_nothing_is_told_while_redis_is_full_or_to_a_replica_that_is_gone(fleet):
+    worker, replica = await fleet.worker(), await fleet.replica()
+    await replica.submit([job("a", told=True)], lambda piece: None)
+    await next_of(worker)
+    with fleet.server.client() as client:
+        client.config_set("maxmemory", 1)
+        assert not await worker.tell(Piece("a", 0, "x"))
+        client.config_set("maxmemory", 0)
+        assert await worker.tell(Piece("a", 0, "x"))
+        assert client.ttl(KEYS.replies(replica.replica)) in (-2, *range(1, REPLIES_S + 1))  # -2: it was read already
+        client.delete(KEYS.alive(replica.replica))
+        assert not await worker.tell(Piece("a", 1, "x"))
 
 
 async def test_a_wrong_password_is_said_at_once(own_redis):

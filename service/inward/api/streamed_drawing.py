@@ -1,29 +1,42 @@
-"""OpenAI's answers as server-sent events: how far the drawing is, then the best answers, then what it cost."""
+"""OpenAI's answers as server-sent events: a single one while it is drawn; of several first how far the drawing is, then
+the best; and in the end what it cost.
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
-from typing import Any
+from collections.abc import AsyncGenerator
+from typing import Any, Protocol
 
+from inward.api.candidates import Candidates
 from inward.api.drawing import Given, ToDraw, best, usage
 from inward.api.events import EventStream, data
 from inward.api.services import Services
-from inward.api.streamed_ranking import begin, candidate, successes, together
+from inward.api.streamed_ranking import begin, begin_text, candidate, successes, together
 from inward.errors import InvalidField
-from inward.intake import Coming
+from inward.intake import Coming, ComingText
 from inward.types import Scored
 from inward.wire.openai import DrawRequest
 from inward.wire.openai_answers import Progress, finish
 
-Piece = Callable[[int, str | None, str | None], dict[str, Any]]
-"""A choice of a chunk: its index, text to append, and why it ended."""
+
+class Piece(Protocol):
+    """Makes a choice of a chunk."""
+
+    def __call__(self, index: int, text: str | None, ended: str | None, *, begun: bool = False) -> dict[str, Any]:
+        """Args:
+        index: of the choice.
+        text: to append.
+        ended: why it ended.
+        begun: whether a chunk with text of this choice came before.
+        """
+        ...
 
 
 async def stream(
     services: Services, request: DrawRequest, wanted: ToDraw, about: dict[str, Any], piece: Piece
 ) -> EventStream:
-    """Chunks as OpenAI's clients read them. With more than one answer drawn, empty ones come first that tell in the
-    field ``inward`` how far the drawing is.
+    """Chunks as OpenAI's clients read them: with one answer drawn its text while it is drawn. With more than one, empty
+    ones come first that tell in the field ``inward`` how far the drawing is.
 
     Args:
         about: what every chunk has.
@@ -33,18 +46,42 @@ async def stream(
     """
     if len(wanted.generations) > 1:
         raise InvalidField("several prompts can't be streamed; send them one by one", param="stream")
-    outcomes = await begin(services, wanted.generations[0], (wanted.head.name,), wanted.deadline)
-    chunks = _chunks(services, request, wanted, outcomes, about, piece)
-    await anext(chunks)  # a generator that was never begun would not close ``outcomes`` when it is closed
+    (generation,), heads = wanted.generations, (wanted.head.name,)
+    if request.drawn == 1:
+        text = await begin_text(services, generation, heads, wanted.deadline)
+        chunks = _told(services, request, wanted, text, about, piece)
+    else:
+        outcomes = await begin(services, generation, heads, wanted.deadline)
+        chunks = _chosen(services, request, wanted, outcomes, about, piece)
+    await anext(chunks)  # a generator that was never begun would not close what comes when it is closed
     return EventStream(chunks)
 
 
-async def _chunks(
+async def _told(
+    services: Services, request: DrawRequest, wanted: ToDraw, text: ComingText, about: dict[str, Any], piece: Piece
+) -> AsyncGenerator[str, None]:
+    chunk, begun = _chunk(request, about), False
+    try:
+        yield ""  # begun
+        async for part in text:
+            yield data({**chunk, "choices": [piece(0, part, None, begun=begun)]})
+            begun = True
+    finally:
+        await text.aclose()
+    assert text.scored is not None
+    found = await together(services, wanted.generations[0], [text.scored], wanted.deadline)
+    (given,) = best(found, 1)
+    if not begun:
+        yield data({**chunk, "choices": [piece(0, "", None)]})
+    yield data({**chunk, "choices": [_end(piece, 0, given)]})
+    if chunk is not about:
+        yield _usage(wanted, found, about)
+
+
+async def _chosen(
     services: Services, request: DrawRequest, wanted: ToDraw, outcomes: Coming, about: dict[str, Any], piece: Piece
 ) -> AsyncGenerator[str, None]:
-    (generation,) = wanted.generations
-    with_usage = bool(request.stream_options and request.stream_options.include_usage)
-    chunk = {**about, "usage": None} if with_usage else about
+    chunk = _chunk(request, about)
     drawn: dict[int, Scored] = {}
     top: float | None = None
     try:
@@ -53,17 +90,26 @@ async def _chunks(
             drawn[i] = scored
             score = candidate(scored).score
             top = score if top is None or (score is not None and score > top) else top
-            if request.drawn > 1:
-                progress = Progress(drawn=len(drawn), of=request.drawn, best=top)
-                yield data({**chunk, "choices": [piece(0, None, None)], "inward": progress.model_dump()})
+            progress = Progress(drawn=len(drawn), of=request.drawn, best=top)
+            yield data({**chunk, "choices": [piece(0, None, None)], "inward": progress.model_dump()})
     finally:
         await outcomes.aclose()
-    found = await together(services, generation, [drawn[i] for i in range(len(drawn))], wanted.deadline)
+    in_order = [drawn[i] for i in range(len(drawn))]
+    found = await together(services, wanted.generations[0], in_order, wanted.deadline)
     for index, given in enumerate(best(found, request.given)):
         yield data({**chunk, "choices": [piece(index, given.candidate.text, None)]})
         yield data({**chunk, "choices": [_end(piece, index, given)]})
-    if with_usage:
-        yield data({**about, "choices": [], "usage": usage(wanted, [found]).model_dump()})
+    if chunk is not about:
+        yield _usage(wanted, found, about)
+
+
+def _chunk(request: DrawRequest, about: dict[str, Any]) -> dict[str, Any]:
+    """What every chunk but the last has, where that tells the usage."""
+    return {**about, "usage": None} if request.stream_options and request.stream_options.include_usage else about
+
+
+def _usage(wanted: ToDraw, found: Candidates, about: dict[str, Any]) -> str:
+    return data({**about, "choices": [], "usage": usage(wanted, [found]).model_dump()})
 
 
 def _end(piece: Piece, index: int, given: Given) -> dict[str, Any]:

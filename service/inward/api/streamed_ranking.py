@@ -15,7 +15,7 @@ from inward.api.ranking import one_ranked, ranking
 from inward.api.scoring import Deadline, charge
 from inward.api.services import Services
 from inward.errors import InwardError, Unavailable
-from inward.intake import Coming
+from inward.intake import Coming, ComingText
 from inward.types import Group, HeadRef, Scored, Scores, Timing, Usage
 from inward.wire import RerankAnswer, RerankRequest
 
@@ -51,6 +51,17 @@ async def begin(services: Services, wanted: Generation, heads: tuple[str, ...], 
     groups = [Group(wanted.prompt_ids, sampling=one) for one in alone]
     await charge(services, groups)
     return await services.intake.stream(groups, heads=heads, timeout=deadline.left)
+
+
+async def begin_text(services: Services, wanted: Generation, heads: tuple[str, ...], deadline: Deadline) -> ComingText:
+    """Admits the one answer that is wanted, to be told while it is drawn.
+
+    Raises:
+        InwardError: it was not admitted.
+    """
+    group = Group(wanted.prompt_ids, sampling=wanted.spec)
+    await charge(services, [group])
+    return await services.intake.tell(group, heads=heads, timeout=deadline.left)
 
 
 async def _events(

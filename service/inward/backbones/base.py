@@ -28,6 +28,11 @@ class Capacity:
     count as any other call."""
 
 
+OnTokens = Callable[[Ids], None]
+"""Takes in the tokens of a response while it is drawn: all so far, again and again, without what ends it. It is called
+on the thread that draws, and returns at once."""
+
+
 class Watch(Protocol):
     """Looks at the responses of one group while they are drawn, and says which of them end. What it says depends on
     their tokens alone, not on how many of them it is shown at once, nor in which order.
@@ -52,8 +57,10 @@ class Watch(Protocol):
         """
         ...
 
-    def check(self, tokens: Sequence[Floats]) -> Stop | None:
-        """Whether a finished response would have been ended by the guard, all of whose tokens are given."""
+    def check(self, index: int, tokens: Sequence[Floats]) -> Stop | None:
+        """Whether the finished response number ``index`` would have been ended by the guard, all of whose tokens are
+        given.
+        """
         ...
 
 
@@ -105,15 +112,27 @@ class Backbone(Protocol):
         ...
 
     async def sample_and_read(
-        self, group: Group, readouts: Sequence[Readout], *, tokens: bool = False, watch: Watch | None = None
+        self,
+        group: Group,
+        readouts: Sequence[Readout],
+        *,
+        tokens: bool = False,
+        watch: Watch | None = None,
+        on_tokens: OnTokens | None = None,
     ) -> tuple[list[Sample], GroupReading]:
         """``sample``, and ``read`` of what was drawn: in the pass that draws it where the backbone can, else after it.
 
         Equal samples are computed once, and read alike. What ``watch`` ends is not drawn further, and not read: its
-        numbers are NaN.
+        numbers are NaN. Of a group with one response ``on_tokens`` is told meanwhile.
 
         Raises:
             EngineDead: the backbone can't compute any more.
+        """
+        ...
+
+    def certain(self, ids: Ids) -> str:
+        """The text of the first tokens of a response as far as none that follows changes it: the text of the whole one
+        begins with it.
         """
         ...
 
@@ -214,7 +233,7 @@ def guarded(
     checked = list(samples)
     for i, sample in enumerate(samples):
         tokens = [one.tokens_TK[i] for one in reading.readings[own:] if one.tokens_TK is not None]
-        if sample.finished and (stop := watch.check(tokens)) is not None:
+        if sample.finished and (stop := watch.check(i, tokens)) is not None:
             checked[i] = stopped(sample.ids, stop, decode)
     kept = [i if sample.finished else None for i, sample in enumerate(checked)]
     return checked, spread(replace(reading, readings=reading.readings[:own]), (), kept, reading.policy_version)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from inward.backbones.base import Capacity, Watch, asleep, guarded, read_samples, stopped
+from inward.backbones.base import Capacity, OnTokens, Watch, asleep, guarded, read_samples, stopped
 from inward.backbones.peft_files import read_adapter
 from inward.backbones.readout import Fusion, ReadPlace
 from inward.backbones.transformers.packing import Packed, Segment, pack
@@ -110,23 +110,37 @@ class FakeBackbone:
         return list(zip(readings, packed.segments, strict=True))
 
     async def sample(self, group: Group) -> list[Sample]:
+        spec = group.sampling
+        return await self._sample(group, spec.n * spec.max_tokens if spec else 0)
+
+    async def _sample(self, group: Group, tokens: int) -> list[Sample]:
+        """``tokens`` that are drawn at once."""
         version, spec = self.policy_version, group.sampling
         if spec is None:
             raise ValueError("the group carries no sampling spec")
         async with self._device:
-            await self._work(len(group.prompt_ids) + spec.n * spec.max_tokens, [group])
+            await self._work(len(group.prompt_ids) + tokens, [group])
             self._draws += 1
         seed = spec.seed if spec.seed is not None else self._draws
         rng = np.random.default_rng([seed ^ _salt(version), *group.prompt_ids])
         return [self._draw(rng, spec.max_tokens) for _ in range(spec.n)]
 
     async def sample_and_read(
-        self, group: Group, readouts: Sequence[Readout], *, tokens: bool = False, watch: Watch | None = None
+        self,
+        group: Group,
+        readouts: Sequence[Readout],
+        *,
+        tokens: bool = False,
+        watch: Watch | None = None,
+        on_tokens: OnTokens | None = None,
     ) -> tuple[list[Sample], GroupReading]:
         version = self.policy_version
-        samples = await self.sample(group)
+        samples = await (self.sample(group) if on_tokens is None else self._sample(group, 0))
         if watch is not None:
-            samples = self._watched(group.prompt_ids, samples, watch, version)
+            samples = await self._watched(group.prompt_ids, samples, watch, version, on_tokens)
+        elif on_tokens is not None:
+            for t in range(1, len(samples[0].ids)):
+                await self._drawn(samples[0].ids[:t], on_tokens)
         wanted = [*readouts, *watch.readouts] if watch is not None and watch.guards else list(readouts)
 
         async def read(answered: Group) -> GroupReading:
@@ -134,7 +148,14 @@ class FakeBackbone:
 
         return guarded(*await read_samples(group.prompt_ids, samples, wanted, read, version), watch, self._decode)
 
-    def _watched(self, prompt: Ids, samples: Sequence[Sample], watch: Watch, version: str) -> list[Sample]:
+    async def _drawn(self, ids: Ids, on_tokens: OnTokens | None) -> None:
+        if on_tokens is not None:
+            on_tokens(ids)
+            await self._work(1, ())
+
+    async def _watched(
+        self, prompt: Ids, samples: Sequence[Sample], watch: Watch, version: str, on_tokens: OnTokens | None
+    ) -> list[Sample]:
         """As if they were drawn token by token, all at one pace."""
         group = Group(prompt, tuple(sample.ids for sample in samples))
         ((reading, segment),) = self._readings([group], Fusion(
@@ -150,10 +171,14 @@ class FakeBackbone:
             }
             for i, stop in watch.look(news, [i for i in going if t >= len(samples[i].ids)]).items():
                 stops[i] = (stop, min(t + 1, len(samples[i].ids)))
+            await self._drawn(samples[0].ids[: t + 1], None if stops else on_tokens)
         return [
             stopped(sample.ids[: stops[i][1]], stops[i][0], self._decode) if i in stops else sample
             for i, sample in enumerate(samples)
         ]
+
+    def certain(self, ids: Ids) -> str:
+        return self._decode(ids)
 
     async def sleep(self) -> None:
         async with self._device:

@@ -61,7 +61,7 @@ class FolderTokenizer:
         self.special_tokens = _special_tokens(config)
         self.chat_template = _chat_template(folder, config)
         self.model_max_length = config.get("model_max_length") or config.get("max_len") or NO_LIMIT
-        self._tidy = bool(config.get("clean_up_tokenization_spaces")) and type(self._backend.model).__name__ != "BPE"
+        self.tidies = bool(config.get("clean_up_tokenization_spaces")) and type(self._backend.model).__name__ != "BPE"
         _add_tokens(self._backend, folder, config)
         self.bos_token, self.eos_token = self.special_tokens.get("bos_token"), self.special_tokens.get("eos_token")
         self.pad_token, self.unk_token = self.special_tokens.get("pad_token"), self.special_tokens.get("unk_token")
@@ -92,7 +92,7 @@ class FolderTokenizer:
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The text of ``token_ids``."""
         text = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
-        return _tidied(text) if self._tidy else text
+        return _tidied(text) if self.tidies else text
 
     def batch_decode(self, sequences: Sequence[Sequence[int]], *, skip_special_tokens: bool = False) -> list[str]:
         """The text of each."""

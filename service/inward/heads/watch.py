@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from inward.errors import InvalidField
@@ -120,6 +120,7 @@ class HeadWatch:
         self._rejecting = Rejecting(n, at, rejection.rule) if rejection and at else None
         heads = [rule.head for rule in (guard, self._rejection) if rule]
         self._heads = heads if len({id(head) for head in heads}) == len(heads) else heads[:1]
+        self._given: dict[int, int] = {}
         self.readouts: tuple[Readout, ...] = tuple(head.readout for head in self._heads)
         self.guards = guard is not None
 
@@ -144,12 +145,22 @@ class HeadWatch:
                 stops[i] = Stop("rejected", given, score)
         return stops
 
-    def check(self, tokens: Sequence[Floats]) -> Stop | None:
+    def give(self, index: int) -> int | None:
+        """Tokens of a response that may be given while it is drawn, None: all. What was given stays given: ``check``,
+        whose numbers may be rounded otherwise, takes nothing of it back.
+        """
+        if self._guard is None:
+            return None
+        self._given[index] = self._guards[index].safe
+        return self._given[index]
+
+    def check(self, index: int, tokens: Sequence[Floats]) -> Stop | None:
         """See ``Watch.check``."""
         if self._guard is None or not len(tokens[0]):
             return None
         guard = self._guard.begin()
-        return _guarded(guard, token_scores(self._guard.head, {0: tokens[0]})[0], tokens[0])
+        stop = _guarded(guard, token_scores(self._guard.head, {0: tokens[0]})[0], tokens[0])
+        return stop and replace(stop, given=max(stop.given, self._given.get(index, 0)))
 
     def _tokens(self, i: int, scores: Sequence[Doubles], values: Sequence[Floats]) -> Stop | None:
         """Takes in a response's next tokens, up to the one at which its guard stops it."""

@@ -4,17 +4,23 @@ Redis.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
-from inward.types import Job, Outcome
+from inward.types import Job, Outcome, Piece
+
+Hear = Callable[[Piece], None]
+"""Takes in the pieces of jobs that are told, each before the outcome of its job."""
 
 
 class Producer(Protocol):
     """The API's side: jobs go in, and whoever submitted them is answered exactly once, or has left."""
 
-    async def submit(self, jobs: Sequence[Job]) -> list[Awaitable[Outcome]]:
+    async def submit(self, jobs: Sequence[Job], hear: Hear | None = None) -> list[Awaitable[Outcome]]:
         """Admits all jobs or none.
+
+        Args:
+            hear: is given the pieces of those that are told.
 
         Raises:
             Overloaded: there is no room; ``retry_after`` says in how many seconds there should be.
@@ -41,6 +47,12 @@ class Consumer(Protocol):
 
     async def wanted(self, jobs: Sequence[Job]) -> list[Job]:
         """Those of the jobs taken that somebody still waits for; the others are settled by this."""
+        ...
+
+    async def tell(self, piece: Piece) -> bool:
+        """Gives a piece of a job that was taken to whoever waits for it; False where it can't be had now. Pieces are
+        told one after the other, and before the job is settled.
+        """
         ...
 
     async def settle(self, outcomes: Sequence[Outcome]) -> None:

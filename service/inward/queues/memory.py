@@ -9,9 +9,9 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from inward import metrics
 from inward.errors import EngineDead, Overloaded
-from inward.queues.base import Closed
+from inward.queues.base import Closed, Hear
 from inward.queues.throughput import Throughput
-from inward.types import Failed, Job, Outcome
+from inward.types import Failed, Job, Outcome, Piece
 
 
 class MemoryQueue:
@@ -29,6 +29,7 @@ class MemoryQueue:
         self._clock = clock
         self._waiting: deque[Job] = deque()
         self._open: dict[str, tuple[Job, asyncio.Future[Outcome]]] = {}
+        self._hear: dict[str, Hear] = {}  # of the open jobs that are told
         self._tokens = 0
         self._arrival = asyncio.Event()
         self._closed = False
@@ -39,7 +40,7 @@ class MemoryQueue:
         """Tokens admitted and not settled."""
         return self._tokens
 
-    async def submit(self, jobs: Sequence[Job]) -> list[Awaitable[Outcome]]:
+    async def submit(self, jobs: Sequence[Job], hear: Hear | None = None) -> list[Awaitable[Outcome]]:
         if self._dead is not None:
             raise EngineDead(f"the engine is dead: {self._dead}", retry_after=10.0)
         if self._closed:
@@ -57,6 +58,8 @@ class MemoryQueue:
         for job in jobs:
             future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
             self._open[job.id] = (job, future)
+            if hear is not None and job.told:
+                self._hear[job.id] = hear
             self._waiting.append(job)
             futures.append(future)
         self._tokens += cost
@@ -96,11 +99,18 @@ class MemoryQueue:
         self._forget(gone)
         return [job for job in jobs if job.id in self._open]
 
+    async def tell(self, piece: Piece) -> bool:
+        hear = self._hear.get(piece.job_id)
+        if hear is not None and not self._open[piece.job_id][1].done():
+            hear(piece)
+        return True
+
     async def settle(self, outcomes: Sequence[Outcome]) -> None:
         tokens = 0
         for outcome in outcomes:
             if (entry := self._open.pop(outcome.job_id, None)) is None:
                 continue
+            self._hear.pop(outcome.job_id, None)
             job, future = entry
             tokens += job.group.tokens
             if not future.done():
@@ -125,6 +135,7 @@ class MemoryQueue:
     def _forget(self, jobs: Sequence[Job]) -> None:
         """Nobody waits for these: their room is free again."""
         for job in jobs:
+            self._hear.pop(job.id, None)
             if self._open.pop(job.id, None) is not None:
                 self._tokens -= job.group.tokens
                 metrics.ABANDONED_TOTAL.inc()

@@ -1,7 +1,8 @@
 """Identical items are computed once: those that wait at the same time, and those asked for again shortly after.
 
 A client that gave up waiting and sends its request again, or many of them with the same prompt, cost one forward pass.
-An item with samples still to be drawn is only ever identical to another one of the same seed. Each replica does so by
+An item with samples still to be drawn is only ever identical to another one of the same seed, and one that is told
+while it is drawn to none. Each replica does so by
 itself: agreeing with the others cost every request more than it saved in a storm of retries (BENCHMARKS.md).
 """
 
@@ -15,7 +16,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from inward import codec, metrics
-from inward.queues.base import Producer
+from inward.queues.base import Hear, Producer
 from inward.types import Job, Outcome, Scored
 
 Content = bytes
@@ -57,7 +58,7 @@ class SingleFlight:
         self._of: dict[str, _Run] = {}  # by the id of everybody who waits
         self._kept: OrderedDict[Content, tuple[float, Scored]] = OrderedDict()  # the oldest first
 
-    async def submit(self, jobs: Sequence[Job]) -> list[Awaitable[Outcome]]:
+    async def submit(self, jobs: Sequence[Job], hear: Hear | None = None) -> list[Awaitable[Outcome]]:
         contents = [_content(job) for job in jobs]
         first: dict[Content, Job] = {}
         alone: list[Job] = []
@@ -67,7 +68,8 @@ class SingleFlight:
             elif content not in self._running and self._recall(content) is None:
                 first.setdefault(content, job)
         sent = [*first.values(), *alone]
-        waits = dict(zip((job.id for job in sent), await self._producer.submit(sent) if sent else [], strict=True))
+        answers = await self._producer.submit(sent, hear) if sent else []
+        waits = dict(zip((job.id for job in sent), answers, strict=True))
         for content, job in first.items():
             self._start(job, content, waits[job.id])
         return [
@@ -152,9 +154,9 @@ async def _answered(answer: Awaitable[Outcome]) -> Outcome:
 
 
 def _content(job: Job) -> Content | None:
-    """What makes two jobs identical; None for one whose samples differ each time."""
+    """What makes two jobs identical; None for one whose samples differ each time, or that is told."""
     sampling = job.group.sampling
-    if sampling is not None and sampling.seed is None:
+    if job.told or (sampling is not None and sampling.seed is None):
         return None
     bare = Job("", job.group, job.heads, job.details, job.pair)
     return hashlib.blake2b(codec.encode(bare), digest_size=16).digest()

@@ -88,7 +88,8 @@ class DrawRequest(ModelRequest):
     stop: Stops | None = None
     """Texts that end an answer, and are not part of it."""
     stream: StrictBool | None = None
-    """Send the answer as server-sent events. With `best_of` above 1 they tell the progress first."""
+    """Send the answer as server-sent events: token by token while it is drawn. With `best_of` above 1 they tell the
+    progress first."""
     stream_options: StreamOptions | None = None
     early_rejection: RejectionOptions | None = None
     """Inward's own, as on `/rerank`: which answers are not drawn to their end. They come last."""

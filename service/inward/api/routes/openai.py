@@ -49,7 +49,8 @@ async def chat(request: ChatRequest, services: FromApp) -> Response:
     `usage` counts every answer that was drawn. Unknown fields are ignored; tools, log probabilities and images are
     refused by their name.
 
-    With `stream` come server-sent events: with `best_of` above 1 first chunks whose field `inward` tells the progress.
+    With `stream` come server-sent events: one answer token by token while it is drawn; with `best_of` above 1 first
+    chunks whose field `inward` tells the progress, then the winners whole.
     """
     wanted = await read_request(services, request)
     about = _about(services, "chatcmpl")
@@ -149,10 +150,11 @@ def _answer(answer: ChatAnswer | CompletionAnswer, found: Sequence[Candidates]) 
     return plain(answer.model_dump(), headers=timing_headers(slowest))
 
 
-def _delta(index: int, text: str | None, ended: str | None) -> dict[str, Any]:
-    delta = {} if text is None else {"role": "assistant", "content": text}
+def _delta(index: int, text: str | None, ended: str | None, *, begun: bool = False) -> dict[str, Any]:
+    role = {} if begun else {"role": "assistant"}
+    delta = {} if text is None else {**role, "content": text}
     return {"index": index, "delta": delta, "finish_reason": ended}
 
 
-def _text(index: int, text: str | None, ended: str | None) -> dict[str, Any]:
+def _text(index: int, text: str | None, ended: str | None, *, begun: bool = False) -> dict[str, Any]:
     return {"index": index, "text": text or "", "finish_reason": ended, "logprobs": None}

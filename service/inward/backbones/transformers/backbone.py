@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from inward.backbones.base import Capacity, Watch, guarded, read_samples
+from inward.backbones.base import Capacity, OnTokens, Watch, guarded, read_samples
 from inward.backbones.configuration import max_tokens
+from inward.backbones.decoding import Decoder
 from inward.backbones.end_ids import end_ids, ending_configs
 from inward.backbones.fingerprint import fingerprint
 from inward.backbones.generation import sampling_of
@@ -75,6 +76,7 @@ class TransformersBackbone:
         """
         self._model = load_model(folder, dtype, device, trust_remote_code=trust_remote_code)
         self._tokenizer = load_tokenizer(folder)
+        self._decoder = Decoder(self._tokenizer)
         on = self._model.device
         self.info = BackboneInfo(
             name=name,
@@ -134,7 +136,9 @@ class TransformersBackbone:
     async def sample(self, group: Group) -> list[Sample]:
         return await self._sample_with(self._policy, group)
 
-    async def _sample_with(self, policy: Policy, group: Group, watch: Watch | None = None) -> list[Sample]:
+    async def _sample_with(
+        self, policy: Policy, group: Group, watch: Watch | None = None, on_tokens: OnTokens | None = None
+    ) -> list[Sample]:
         spec = sampling_of(group)
         if not self._draws:
             why = "reads in both directions" if self._model.generates else "has no language-model head"
@@ -143,10 +147,16 @@ class TransformersBackbone:
             raise InvalidField("the prompt is empty: there is nothing that a response could continue", param="prompt")
         size = {"layers": self.info.layers, "width": self.info.width}
         watched = Watched(watch, **size, device=self._model.device) if watch is not None else None
-        return await self._scheduler.draw(Drawing(group.prompt_ids, spec, policy, watched))
+        return await self._scheduler.draw(Drawing(group.prompt_ids, spec, policy, watched, on_tokens))
 
     async def sample_and_read(
-        self, group: Group, readouts: Sequence[Readout], *, tokens: bool = False, watch: Watch | None = None
+        self,
+        group: Group,
+        readouts: Sequence[Readout],
+        *,
+        tokens: bool = False,
+        watch: Watch | None = None,
+        on_tokens: OnTokens | None = None,
     ) -> tuple[list[Sample], GroupReading]:
         policy = self._policy
         checked = watch.readouts if watch is not None and watch.guards else ()
@@ -155,13 +165,13 @@ class TransformersBackbone:
         async def read(answered: Group) -> GroupReading:
             return (await self._read_with(policy, [answered], wanted, tokens or bool(checked)))[0]
 
-        samples = await self._sample_with(policy, group, watch)
+        samples = await self._sample_with(policy, group, watch, on_tokens)
         return guarded(
-            *await read_samples(group.prompt_ids, samples, wanted, read, policy.version), watch, self._decode
+            *await read_samples(group.prompt_ids, samples, wanted, read, policy.version), watch, self._decoder.text
         )
 
-    def _decode(self, ids: Ids) -> str:
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+    def certain(self, ids: Ids) -> str:
+        return self._decoder.certain(ids)
 
     @property
     def asleep(self) -> bool:

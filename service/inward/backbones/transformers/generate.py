@@ -24,7 +24,7 @@ import torch
 from torch.nn.functional import pad
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from inward.backbones.base import stopped
+from inward.backbones.base import OnTokens, stopped
 from inward.backbones.generation import finished
 from inward.backbones.readout import ReadPlace
 from inward.backbones.transformers.capture import last_states
@@ -53,6 +53,7 @@ class Drawing:
     spec: SamplingSpec
     policy: Policy
     watched: Watched | None = None
+    on_tokens: OnTokens | None = None
     future: Future[list[Sample]] = field(default_factory=Future)
     started: int = 0
     drawn: dict[int, Sample] = field(default_factory=dict)
@@ -227,6 +228,8 @@ class Sampler:
             if not goes_on:
                 row.drawing.finish(row.index, finished(row.ids, self._tokenizer, self._end_ids, row.drawing.spec))
                 row.drawing.settle(self._decode)
+            elif row.drawing.on_tokens is not None:
+                row.drawing.on_tokens(tuple(row.ids))
         cohort.keep([i for i, goes_on in enumerate(going) if goes_on])
 
     def _ended(self, row: Row) -> bool:

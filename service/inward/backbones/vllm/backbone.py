@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from inward.backbones.base import Capacity, Watch, first_alike, guarded, read_samples, spread
+from inward.backbones.base import Capacity, OnTokens, Watch, first_alike, guarded, read_samples, spread
 from inward.backbones.configuration import max_tokens
+from inward.backbones.decoding import Decoder
 from inward.backbones.device import choose_dtype
 from inward.backbones.end_ids import end_ids, ending_configs
 from inward.backbones.fingerprint import fingerprint
@@ -25,7 +26,7 @@ from inward.backbones.vllm.engine import Engine, built_for
 from inward.backbones.vllm.generation import Generation, Text, feed, lora_request
 from inward.backbones.vllm.layout import Columns, ColumnTable, Policy, ReadRequest, Want, WideLayout, readings
 from inward.backbones.vllm.protocol import INSTALL, INSTALL_WIDE, NORM, PLACE_COLUMNS, TABLE_COLUMNS, TAKE, plain
-from inward.backbones.vllm.watching import GroupWatch
+from inward.backbones.vllm.watching import GroupWatch, Told
 from inward.errors import InternalError, InvalidField, SetupError
 from inward.types import BackboneInfo, Floats, Group, GroupReading, Ids, Readout, Sample, SamplingSpec, Tap
 
@@ -80,6 +81,7 @@ class VllmBackbone:
             SetupError: vLLM refuses the model or an option.
         """
         self._tokenizer = load_tokenizer(folder)
+        self._decoder = Decoder(self._tokenizer)
         self._end_ids = end_ids(self._tokenizer, *ending_configs(folder))
         on = built_for(device)
         number_format = str(choose_dtype(dtype, on)).removeprefix("torch.")
@@ -199,11 +201,20 @@ class VllmBackbone:
         spec, request = sampling_of(group), ReadRequest(self._policy, self._table.number)
         return await self._engine.call(lambda: self._sample(group.prompt_ids, spec, request))
 
-    async def _sample(self, prompt: Ids, spec: SamplingSpec, request: ReadRequest) -> list[Sample]:
-        return await _all(self._generation.sample(prompt, spec, i, request) for i in range(spec.n))
+    async def _sample(
+        self, prompt: Ids, spec: SamplingSpec, request: ReadRequest, on_tokens: OnTokens | None = None
+    ) -> list[Sample]:
+        told = Told(on_tokens) if on_tokens is not None else None
+        return await _all(self._generation.sample(prompt, spec, i, request, told) for i in range(spec.n))
 
     async def sample_and_read(
-        self, group: Group, readouts: Sequence[Readout], *, tokens: bool = False, watch: Watch | None = None
+        self,
+        group: Group,
+        readouts: Sequence[Readout],
+        *,
+        tokens: bool = False,
+        watch: Watch | None = None,
+        on_tokens: OnTokens | None = None,
     ) -> tuple[list[Sample], GroupReading]:
         spec, policy = sampling_of(group), self._policy
         checked = watch.readouts if watch is not None else ()
@@ -212,7 +223,8 @@ class VllmBackbone:
         async def work() -> tuple[list[Sample], GroupReading]:
             async with self._requested(wanted, tokens or bool(checked), policy) as request:
                 if request.wide:
-                    samples = await self._sample(group.prompt_ids, spec, ReadRequest(policy, request.layout))
+                    bare = ReadRequest(policy, request.layout)
+                    samples = await self._sample(group.prompt_ids, spec, bare, on_tokens)
                     return await read_samples(
                         group.prompt_ids,
                         samples,
@@ -220,7 +232,7 @@ class VllmBackbone:
                         lambda answered: self._read(answered, request),
                         policy.version,
                     )
-                drawn = await self._drawn(group.prompt_ids, spec, request, watch)
+                drawn = await self._drawn(group.prompt_ids, spec, request, watch, on_tokens)
                 samples = [sample for sample, _ in drawn]
                 texts = [text for _, text in drawn]
                 kept = [i for i, text in enumerate(texts) if text is not None]
@@ -230,27 +242,36 @@ class VllmBackbone:
                 return samples, spread(reading, wanted, rows, policy.version)
 
         samples, reading = await self._engine.call(work)
-        samples, reading = guarded(samples, reading, watch, self._generation.decode)
+        samples, reading = guarded(samples, reading, watch, self._decoder.text)
         return samples, replace(reading, readings=reading.readings[: len(readouts)])
 
     async def _drawn(
-        self, prompt: Ids, spec: SamplingSpec, request: ReadRequest, watch: Watch | None
+        self,
+        prompt: Ids,
+        spec: SamplingSpec,
+        request: ReadRequest,
+        watch: Watch | None,
+        on_tokens: OnTokens | None,
     ) -> list[tuple[Sample, Text | None]]:
         """Each response, and where its rows are, unless ``watch`` has ended it."""
         keys = [self._key(request) for _ in range(spec.n)]
         if watch is None:
-            read = (self._generation.read(prompt, spec, i, request, keys[i]) for i in range(spec.n))
+            told = Told(on_tokens) if on_tokens is not None else None
+            read = (self._generation.read(prompt, spec, i, request, keys[i], told) for i in range(spec.n))
             return [*await _all(read)]
         # with stop strings a text is fed anew in the end, under a key of its own
         shown = [self._key(request) for _ in keys] if spec.stop and request.eos else keys
-        watched = GroupWatch(self._engine, watch, request, 1 if prompt else 0, shown)
+        watched = GroupWatch(self._engine, watch, request, 1 if prompt else 0, shown, on_tokens)
         drawn = await watched.draw(
             lambda i, progress: self._generation.read(prompt, spec, i, request, keys[i], progress),
-            self._generation.decode,
+            self._decoder.text,
         )
         taken = {text.key for _, text in drawn if text is not None}
         self._forget += [key for key in request.keys if key not in taken]
         return drawn
+
+    def certain(self, ids: Ids) -> str:
+        return self._decoder.certain(ids)
 
     @property
     def asleep(self) -> bool:

@@ -46,7 +46,10 @@ class Text:
 class Progress(Protocol):
     """Who follows a response while it is drawn."""
 
-    key: str
+    @property
+    def key(self) -> str | None:
+        """Under which its tokens' rows can be seen meanwhile, if somebody wants to see them."""
+        ...
 
     def tell(self, drawn: Sequence[int]) -> None:
         """All of its tokens that were drawn so far."""
@@ -80,14 +83,17 @@ class Generation:
         self.sessions = sessions
         self._engine, self._tokenizer = engine, tokenizer
 
-    def decode(self, ids: Ids) -> str:
-        """Their text."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
-
-    async def sample(self, prompt: Ids, spec: SamplingSpec, index: int, request: ReadRequest) -> Sample:
-        """The response number ``index`` of ``spec.n``, not read."""
-        output = await self._engine.final(_prompt(prompt, request), self._params(spec, index), _lora(request))
-        return self._finished(output.outputs[0].token_ids, spec)
+    async def sample(
+        self, prompt: Ids, spec: SamplingSpec, index: int, request: ReadRequest, progress: Progress | None = None
+    ) -> Sample:
+        """The response number ``index`` of ``spec.n``, not read; ``progress`` is told of its tokens meanwhile."""
+        params = self._params(spec, index, deltas=progress is not None)
+        drawn: list[int] = []
+        async for output in self._engine.generate(_prompt(prompt, request), params, _lora(request)):
+            drawn += output.outputs[0].token_ids
+            if progress is not None:
+                progress.tell(self._own(drawn, spec))
+        return self._finished(drawn, spec)
 
     async def read(
         self,
@@ -108,7 +114,7 @@ class Generation:
         again = request.eos
         extra_args: dict[str, Any] | None = _extra_args(key, request, start)
         if again:
-            extra_args = _extra_args(progress.key, request, start) if progress else None
+            extra_args = _extra_args(progress.key, request, start) if progress and progress.key else None
         params = self._params(spec, index, more=0 if again else 1, extra_args=extra_args, deltas=progress is not None)
         drawn: list[int] = []
         async for output in self._engine.generate(_prompt(prompt, request), params, _lora(request)):

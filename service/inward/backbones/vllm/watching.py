@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from inward.backbones.base import Watch, stopped
+from inward.backbones.base import OnTokens, Watch, stopped
 from inward.backbones.vllm.engine import Engine
 from inward.backbones.vllm.generation import Text
 from inward.backbones.vllm.layout import ReadRequest
@@ -25,6 +25,18 @@ Drawn = tuple[Sample, Text | None]
 """A response, and, if it was drawn to its end, where its rows are."""
 
 
+@dataclass(frozen=True, slots=True)
+class Told:
+    """One response of which only the tokens are told."""
+
+    on_tokens: OnTokens
+    key: None = None
+
+    def tell(self, drawn: Sequence[int]) -> None:
+        """See ``generation.Progress``."""
+        self.on_tokens(tuple(drawn))
+
+
 @dataclass(slots=True, eq=False)
 class Watched:
     """One response, and how much of it has been seen."""
@@ -32,6 +44,7 @@ class Watched:
     key: str
     news: Callable[[], None]
     due: Callable[[int, int], bool]
+    on_tokens: OnTokens | None = None
     ids: Ids = ()
     seen: int = 0
     ended: bool = False
@@ -40,6 +53,8 @@ class Watched:
     def tell(self, drawn: Sequence[int]) -> None:
         """See ``generation.Progress``. The last token drawn has not entered the model yet."""
         self.ids = tuple(drawn)
+        if self.on_tokens is not None:
+            self.on_tokens(self.ids)
         if self.due(self.seen, len(drawn) - 1):
             self.news()
 
@@ -51,12 +66,21 @@ class GroupWatch:
         request: reads ``watch.readouts``, too.
         first: row of the first response token among a request's rows.
         keys: under which the rows of each response can be seen while it is drawn.
+        on_tokens: is told of the tokens of a single response.
     """
 
-    def __init__(self, engine: Engine, watch: Watch, request: ReadRequest, first: int, keys: Sequence[str]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        watch: Watch,
+        request: ReadRequest,
+        first: int,
+        keys: Sequence[str],
+        on_tokens: OnTokens | None = None,
+    ) -> None:
         self._engine, self._watch, self._first = engine, watch, first
         self._changed = asyncio.Event()
-        self._responses = [Watched(key, self._changed.set, watch.due) for key in keys]
+        self._responses = [Watched(key, self._changed.set, watch.due, on_tokens) for key in keys]
         self._stops: dict[int, Stop] = {}
         taps = [[request.columns[id(tap)] for tap in readout.taps] for readout in watch.readouts]
         own = [np.concatenate(columns) for columns in taps]

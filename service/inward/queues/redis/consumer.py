@@ -18,10 +18,10 @@ from inward import codec, logs, metrics
 from inward.errors import InternalError, Unavailable
 from inward.queues.base import Closed
 from inward.queues.redis import redelivery, scripts
-from inward.queues.redis.producer import MOST_REPLIES, REPLIES_S
+from inward.queues.redis.producer import MOST_PIECES, MOST_REPLIES, REPLIES_S
 from inward.stores.connection import Arg, Connection, GroupLost
 from inward.stores.keys import FORGOTTEN_S, GROUP, Keys
-from inward.types import Failed, Job, Outcome
+from inward.types import Failed, Job, Outcome, Piece
 
 LOG = logs.logger("queues.redis")
 MOST_LETTERS = 10_000
@@ -138,6 +138,18 @@ class RedisConsumer:
                 self._drop(job.id)
                 metrics.ABANDONED_TOTAL.inc()
         return [job for job, flag in zip(jobs, flags, strict=True) if flag]
+
+    async def tell(self, piece: Piece) -> bool:
+        """Does not wait for a Redis that is away: what follows tells this, too."""
+        job = self._claims.get(piece.job_id)
+        if job is None:
+            return False
+        keys = [*self._keys.book, self._keys.replies(job.reply_to), self._keys.alive(job.reply_to)]
+        args: list[Arg] = [GROUP, self.worker, MOST_PIECES, REPLIES_S, job.id, codec.encode(piece)]
+        try:
+            return bool(await self._redis.script(scripts.TELL, keys, args))
+        except Unavailable:
+            return False
 
     async def settle(self, outcomes: Sequence[Outcome]) -> None:
         claimed = [(self._claims[o.job_id], codec.encode(o)) for o in outcomes if o.job_id in self._claims]

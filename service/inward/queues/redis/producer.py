@@ -13,17 +13,20 @@ from dataclasses import dataclass
 
 from inward import codec, logs, metrics
 from inward.errors import EngineDead, Overloaded, Unavailable
+from inward.queues.base import Hear
 from inward.queues.redis import scripts
 from inward.queues.throughput import Throughput
 from inward.stores.connection import Arg, Connection, Full, Refused
 from inward.stores.keys import FORGOTTEN_S, GROUP, Keys
-from inward.types import Failed, Job, Outcome
+from inward.types import Failed, Job, Outcome, Piece
 
 LOG = logs.logger("queues.redis")
 MOST_REPLIES = 100_000
 """Kept for one replica; it deletes what it has read."""
 REPLIES_S = 600
 """For which replies are kept that nobody reads: their replica was killed."""
+MOST_PIECES = 10_000
+"""Replies that wait for one replica up to which it is told more pieces: so many outcomes are never dropped for them."""
 BLOCK_MS = 1000
 """Of one wait for replies."""
 UNBOUNDED = 2**62
@@ -34,6 +37,7 @@ MOVED = "the workers were replaced by those of another backbone; send it again"
 class _Waiting:
     job: Job
     answer: asyncio.Future[Outcome]
+    hear: Hear | None
     admitted: bool = False
 
 
@@ -99,7 +103,7 @@ class RedisProducer:
                 self._failed(error)
                 await asyncio.sleep(self._beat / 2)
 
-    async def submit(self, jobs: Sequence[Job]) -> list[Awaitable[Outcome]]:
+    async def submit(self, jobs: Sequence[Job], hear: Hear | None = None) -> list[Awaitable[Outcome]]:
         if self._closed:
             raise Overloaded("the server is shutting down", retry_after=1.0)
         if self.away is not None:
@@ -108,7 +112,7 @@ class RedisProducer:
             metrics.REJECTIONS_TOTAL.labels(reason="no_worker").inc()
             raise EngineDead("no worker takes jobs from the queue", retry_after=5.0)
         loop = asyncio.get_running_loop()
-        entries = [_Waiting(job, loop.create_future()) for job in jobs]
+        entries = [_Waiting(job, loop.create_future(), hear) for job in jobs]
         self._waiting.update((entry.job.id, entry) for entry in entries)  # before the answer can come
         try:
             admitted, held = await self._send(jobs, self.max_tokens)
@@ -261,13 +265,18 @@ class RedisProducer:
 
     def _answer(self, data: bytes) -> None:
         try:
-            outcome = codec.decode_outcome(data)
+            reply = codec.decode_reply(data)
         except codec.Unreadable as error:
             logs.event(LOG, "unreadable_reply", reason=str(error))
             return
-        entry = self._waiting.pop(outcome.job_id, None)
+        if isinstance(reply, Piece):
+            told = self._waiting.get(reply.job_id)
+            if told is not None and told.hear is not None and not told.answer.done():
+                told.hear(reply)
+            return
+        entry = self._waiting.pop(reply.job_id, None)
         if entry is not None and not entry.answer.done():
-            entry.answer.set_result(outcome)
+            entry.answer.set_result(reply)
 
     def _forget(self, jobs: Sequence[Job]) -> None:
         for job in jobs:

@@ -88,6 +88,20 @@ return settled
 """
 )
 
+TELL = (
+    _BOOK
+    + """
+-- KEYS: BOOK, replies, alive.  ARGV: group, worker, most replies there, seconds for which they are kept, id, piece.
+-- Tells of an open job that is ours, if its replica lives and reads; whether it was told. It never drops another reply.
+local s, entry = find(ARGV[5])
+if not s or not mine(ARGV[1], ARGV[2], s, entry) then return 0 end
+if redis.call('EXISTS', KEYS[7]) == 0 or redis.call('XLEN', KEYS[6]) >= tonumber(ARGV[3]) then return 0 end
+redis.call('XADD', KEYS[6], '*', 'o', ARGV[6])
+redis.call('EXPIRE', KEYS[6], ARGV[4])
+return 1
+"""
+)
+
 WANTED = (
     _BOOK
     + """

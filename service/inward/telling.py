@@ -1,0 +1,76 @@
+"""The text of a response while it is drawn: from tokens, on whatever thread they are drawn, to pieces of text, not too
+many of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from types import TracebackType
+from typing import Self
+
+from inward import logs
+from inward.types import Ids, Piece
+
+LOG = logs.logger("engine")
+TELL_INTERVAL_S = 0.05
+"""Between two pieces of one response: as often as a reader sees a difference, whatever the pace of drawing."""
+Tell = Callable[[Piece], Awaitable[bool]]
+"""Hands on a piece, see ``queues.base.Consumer.tell``."""
+
+
+class Telling:
+    """Tells of one response, from entering this until leaving it: then what was told last has been handed on.
+
+    Args:
+        job_id: whose response it is.
+        text: of its tokens so far, as much as may be given; every longer one begins with those before it.
+        tell: what it could not hand on is told again.
+    """
+
+    def __init__(self, job_id: str, text: Callable[[Ids], str], tell: Tell) -> None:
+        self._job_id, self._text, self._tell = job_id, text, tell
+        self._loop = asyncio.get_running_loop()
+        self._news, self._over = asyncio.Event(), asyncio.Event()
+        self._ids: Ids = ()
+        self._told = 0
+
+    def on_tokens(self, ids: Ids) -> None:
+        """See ``backbones.base.OnTokens``."""
+        self._ids = ids
+        self._loop.call_soon_threadsafe(self._news.set)
+
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.create_task(self._run())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        self._news.set()
+        await self._task
+
+    async def _run(self) -> None:
+        try:
+            await self._tell_on()
+        except Exception as error:  # a defect of ours; the outcome has the text all the same
+            logs.event(LOG, "telling_failed", severity=logging.ERROR, job=self._job_id, error=error)
+
+    async def _tell_on(self) -> None:
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            if self._over.is_set():
+                return
+            await self._tell_news()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(TELL_INTERVAL_S):
+                    await self._over.wait()
+
+    async def _tell_news(self) -> None:
+        text = self._text(self._ids)
+        if len(text) > self._told and await self._tell(Piece(self._job_id, self._told, text[self._told :])):
+            self._told = len(text)
