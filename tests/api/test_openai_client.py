@@ -37,6 +37,19 @@ def test_a_stream_is_read_by_the_client_and_says_the_same(client):
     assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
 
 
+def test_a_single_answer_comes_while_it_is_drawn(client):
+    asked = {"model": "toy", "messages": ASK, "max_tokens": 400, "seed": 1}
+    whole = client.chat.completions.create(**asked)
+    chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    *texts, end, usage = chunks
+    assert len(texts) > 1
+    assert "".join(chunk.choices[0].delta.content for chunk in texts) == whole.choices[0].message.content
+    assert [chunk.choices[0].delta.role for chunk in texts] == ["assistant", *[None] * (len(texts) - 1)]
+    assert end.choices[0].finish_reason == whole.choices[0].finish_reason
+    assert end.choices[0].inward["score"] == pytest.approx(whole.choices[0].inward["score"], rel=1e-4)
+    assert usage.usage.completion_tokens == whole.usage.completion_tokens
+
+
 def test_the_stream_helper_of_the_client_accumulates_it(client):
     with client.chat.completions.stream(model="toy", messages=ASK, max_tokens=8, seed=1) as stream:
         texts = [event.content for event in stream if event.type == "content.done"]

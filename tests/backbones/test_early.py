@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +122,58 @@ def test_the_last_token_of_a_cut_answer_is_checked_too(backbone):
     last = SamplingSpec(6, max_tokens=at + 1, seed=3, stop_when=StopRule("plain", below=below, pool="last"))
     ((samples, _),) = draw(backbone, last)
     assert (samples[i].finish_reason, samples[i].ids) == ("guard", whole[i].ids[:at])
+
+
+def follow(backbone, spec):
+    """A single response, and each time that tokens were told: those tokens, and how many of them might be given."""
+    looks, told = watch(spec, "plain", HEADS), []
+
+    def on_tokens(ids):
+        told.append((ids, len(ids) if looks is None else looks.give(0)))
+
+    group = Group(PROMPT, sampling=spec)
+    (sample,), _ = asyncio.run(backbone.sample_and_read(group, [PLAIN], watch=looks, on_tokens=on_tokens))
+    return sample, told
+
+
+def assert_told(backbone, seeds):
+    """That tokens are told as they are drawn, and what a guard gives of them is safe and stays given."""
+    spec = SamplingSpec(1, max_tokens=24)
+    ended = 0
+    for seed in seeds:
+        whole, told = follow(backbone, replace(spec, seed=seed))
+        assert len({ids for ids, _ in told}) >= len(whole.ids) - 2
+        assert all(ids == whole.ids[: len(ids)] for ids, _ in told)
+        (scores,) = token_scores(backbone, [whole], "plain")
+        below = float(np.median(scores)) + 0.01 if seed % 2 else float(np.quantile(scores, 0.1))
+        guarded, told = follow(
+            backbone, replace(spec, seed=seed, stop_when=StopRule("plain", below=below, pool="last"))
+        )
+        unsafe = np.flatnonzero(scores < below)
+        first = int(unsafe[0]) if len(unsafe) else len(scores)
+        given = [n for _, n in told]
+        assert given == sorted(given)
+        assert all(n <= min(first, len(guarded.ids)) for n in given)
+        assert guarded.ids == whole.ids[:first]
+        ended += guarded.finish_reason == "guard" and max(given, default=0) > 0
+    assert ended
+
+
+def test_tokens_are_told_while_they_are_drawn_and_a_guard_goes_first(backbone):
+    assert_told(backbone, range(6))
+
+
+def test_of_several_nothing_depends_on_who_is_told(backbone):
+    told = []
+    group = Group(PROMPT, sampling=SamplingSpec(1, max_tokens=24, seed=3))
+
+    async def run():
+        calls = [backbone.sample_and_read(group, [PLAIN], on_tokens=told.append), backbone.sample(group)]
+        return await asyncio.gather(*calls)
+
+    (samples, _), alone = asyncio.run(run())
+    assert samples == alone
+    assert told
 
 
 def test_a_watch_that_fails_fails_its_own_drawing_only(backbone):

@@ -15,7 +15,7 @@ from support.parity import EAGER, ids
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm does it", exc_type=ImportError)
 
-from backbones.test_early import HEADS, PLAIN
+from backbones.test_early import HEADS, PLAIN, assert_told, follow
 from inward.backbones.vllm.backbone import VllmBackbone
 from inward.backbones.vllm.protocol import HELD
 from inward.errors import Unavailable
@@ -90,6 +90,26 @@ def test_a_guard_stops_and_gives_what_is_safe(backbone: VllmBackbone) -> None:
         assert len(sample.ids) + sample.held_back <= unsafe[0] + 24
     assert ended
     assert np.isnan(reading.readings[0].values_NK).sum() == ended
+
+
+def test_tokens_are_told_while_they_are_drawn_and_a_guard_goes_first(backbone: VllmBackbone) -> None:
+    assert_told(backbone, range(6))
+
+
+@pytest.mark.parametrize("readout", ["table", "wide"])
+@pytest.mark.parametrize("stop", [(), ("e",)], ids=["", "with stop strings"])
+def test_tokens_are_told_however_an_answer_is_read(backbone: VllmBackbone, readout: str, stop: tuple[str, ...]) -> None:
+    whole = Readout((Tap(3, "last"),))  # too wide for the table
+    spec = SamplingSpec(1, max_tokens=40, seed=5, stop=stop)
+    told: list[tuple[int, ...]] = []
+    call = backbone.sample_and_read(
+        Group(PROMPT, sampling=spec), [PLAIN if readout == "table" else whole], on_tokens=told.append
+    )
+    (sample,), _ = asyncio.run(call)
+    assert sample == follow(backbone, spec)[0]
+    assert len(told) > 1
+    shown = [backbone.certain(ids) for ids in told]
+    assert all(one.startswith(sample.text) or sample.text.startswith(one) for one in shown)
 
 
 def test_what_was_aborted_leaves_nothing_behind(backbone: VllmBackbone) -> None:

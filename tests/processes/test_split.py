@@ -1,6 +1,7 @@
 """``inward api`` and ``inward worker`` as separate processes around a Redis, where nothing goes wrong."""
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -82,6 +83,29 @@ def test_drawn_answers_come_through_redis_one_by_one_and_a_seed_repeats_them(fle
     }
     second = events(http.post(api.url + "/rerank", json=ask).text)[-1][1]
     assert [ranked["text"] for ranked in second["results"]] == [ranked["text"] for ranked in first["results"]]
+
+
+def test_an_answer_comes_through_redis_while_it_is_drawn(redis_server, folder, http):
+    """The beginning is there before the end is drawn: the worker stands still until then."""
+    with Fleet(folder, redis_server.url, demo=True) as fleet:
+        api, worker = fleet.api(), fleet.worker()
+        fleet.wait_until_ready(worker, api)
+        ask = {"model": "toy", "prompt": "Once upon", "max_tokens": 500, "seed": 3}
+        whole = http.post(api.url + "/v1/completions", json=ask).json()["choices"][0]
+        text, stopped = "", False
+        with http.stream("POST", api.url + "/v1/completions", json={**ask, "stream": True}) as response:
+            for line in response.iter_lines():
+                if not line.startswith("data: {"):
+                    continue
+                choice = json.loads(line.removeprefix("data: "))["choices"][0]
+                text += choice["text"]
+                if not stopped:
+                    worker.signal(signal.SIGSTOP)
+                    stopped = True
+                    assert whole["text"].startswith(text) and text != whole["text"]
+                    worker.signal(signal.SIGCONT)
+        assert text == whole["text"]
+        assert choice["finish_reason"] == whole["finish_reason"]
 
 
 def test_a_head_that_is_switched_is_switched_in_every_worker_when_the_answer_comes(fleet, http, folder):
