@@ -11,6 +11,7 @@ import json
 import os
 import signal
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -468,6 +469,43 @@ async def test_a_drawing_whose_caller_left_keeps_nobody_waiting(folder, redis):
                 assert (answer.status_code, answer.json()["scores"][0]["error"]) == (200, None)
             assert (await client.get(worker.url + "/readyz")).status_code == 200
         await settled(redis)
+
+
+async def test_an_answer_whose_worker_dies_while_it_is_told_goes_on_where_it_was_or_says_that_it_can_not(redis):
+    ask = {"model": "toy", "prompt": "Once upon", "max_tokens": 600, "stream": True, "temperature": 2.0}
+    with Fleet(Path(), redis.url, demo=True, queue="chaos", presence=30, claim_idle=IDLE) as fleet:
+        api, first = fleet.api(), fleet.worker()
+        fleet.wait_until_ready(api, first)
+        async with httpx.AsyncClient(base_url=api.url, timeout=2 * PATIENCE) as client:
+            told: list[list[dict[str, Any]]] = [[], []]
+            telling = [
+                asyncio.create_task(told_to(client, ask | more, events))
+                for more, events in zip(({"seed": 7}, {}), told, strict=True)
+            ]
+            await until(lambda: all(len(text_of(events)) > 20 for events in told))
+            first.signal(signal.SIGSTOP)
+            assert not any(task.done() for task in telling)
+            heir = fleet.worker()
+            fleet.wait_until_ready(heir)
+            await asyncio.gather(*telling)
+            first.kill()
+            whole = (await client.post("/v1/completions", json=ask | {"seed": 7, "stream": False})).json()
+        seeded, unseeded = told
+        assert text_of(seeded) == whole["choices"][0]["text"]
+        assert "drew another" in unseeded[-1]["error"]["message"]
+        await settled(redis)
+
+
+async def told_to(client: httpx.AsyncClient, ask: dict[str, Any], events: list[dict[str, Any]]) -> None:
+    """``events`` grows as a stream brings them."""
+    async with client.stream("POST", "/v1/completions", json=ask) as response:
+        async for line in response.aiter_lines():
+            if line.startswith("data: {"):
+                events.append(json.loads(line.removeprefix("data: ")))
+
+
+def text_of(events: list[dict[str, Any]]) -> str:
+    return "".join(event["choices"][0]["text"] for event in events if "choices" in event)
 
 
 @pytest.mark.skipif(not FULL, reason="a failover under load is left to make chaos (INWARD_CHAOS=full)")

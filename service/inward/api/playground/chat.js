@@ -1,5 +1,5 @@
 // A conversation whose answers pass a guard: what falls below its threshold is withheld from there on.
-import { post } from "./api.js";
+import { events, post } from "./api.js";
 import { headSelect } from "./choosing.js";
 import { field, form, h, number, percent } from "./dom.js";
 
@@ -24,7 +24,9 @@ export function chat(panel, listed) {
     const waiting = h("li", {}, "…");
     talk.append(mine, waiting);
     try {
-      const answer = await guarded(asked, able.find((one) => one.name === head.value), Number(rate.value));
+      waiting.ariaBusy = "true";
+      const answer = await guarded(asked, able.find((one) => one.name === head.value), Number(rate.value), waiting);
+      waiting.ariaBusy = null;
       waiting.replaceChildren(...answer.shown);
       turns.push(asked.at(-1), { role: "assistant", content: answer.text || "…" });
       text.value = "";
@@ -52,14 +54,21 @@ async function rule(head, rate) {
   return { head: head.name, below: judged.results[0].inward[head.name].threshold, pool: "mean", after: LEAST };
 }
 
-async function guarded(messages, head, rate) {
+// The answer as it comes, in `place` while it is drawn.
+async function guarded(messages, head, rate, place) {
   const stop = await rule(head, rate);
-  const { best, usage } = await post("/rerank", { messages, n: 1, head: head.name, sampling: { max_tokens: MOST }, stop_when: stop });
+  const request = { messages, head: head.name, max_tokens: MOST, stop_when: stop, stream: true, stream_options: { include_usage: true } };
+  let text = "", best, usage;
+  for await (const [, chunk] of events("/v1/chat/completions", request)) {
+    const [choice] = chunk.choices;
+    if (choice?.delta.content) place.textContent = text += choice.delta.content;
+    best = choice?.inward ?? best;
+    usage = chunk.usage ?? usage;
+  }
   const limit = stop.below === undefined ? "" : `, threshold ${number(stop.below)}`;
-  if (best.finish_reason !== "guard") return { text: best.text, shown: [best.text, note(`${head.name}: ${number(best.score)}${limit}`)] };
-  const held = usage.drawn_tokens - (best.completion_tokens ?? 0);
-  const why = `Stopped at token ${usage.drawn_tokens}: the running score of ${head.name} was ${number(best.score)}${limit} (${percent(rate)} false positives). ${held} ${held === 1 ? "token is" : "tokens are"} withheld, and at most ${usage.not_drawn_tokens} more were never drawn.`;
-  return { text: best.text, shown: [best.text, h("span", { className: "withheld" }, why)] };
+  if (best.finish_reason !== "guard") return { text, shown: [text, note(`${head.name}: ${number(best.score)}${limit}`)] };
+  const why = `Stopped at token ${usage.completion_tokens}: the running score of ${head.name} was ${number(best.score)}${limit} (${percent(rate)} false positives). What follows the last safe token is withheld, and at most ${usage.not_drawn_tokens} more tokens were never drawn.`;
+  return { text, shown: [text, h("span", { className: "withheld" }, why)] };
 }
 
 const note = (text) => h("span", { className: "quiet", style: "display:block" }, text);
