@@ -38,12 +38,14 @@ class AccessLog:
     """Outermost: request id, ``x-total-time``, metrics, one event and one span per request; a defect becomes a 500 in
     the error shape.
 
-    The label ``route`` is the route's template, and ``other`` where the path is none of ours.
+    The label ``route`` is the route's template, and ``other`` where the path is none of ours. What machines ask every
+    few seconds is told of where its answer is another than the last time: a probe is red, and is green again.
     """
 
     def __init__(self, app: ASGIApp, *, paths: Set[str]) -> None:
         self.app = app
         self._paths = paths
+        self._probed: dict[str, int] = {}  # last status, by path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -86,7 +88,7 @@ class AccessLog:
             route = self._route(scope)
             metrics.REQUESTS_TOTAL.labels(route=route, code=str(code)).inc()
             metrics.REQUEST_SECONDS.labels(route=route).observe(seconds)
-            severity = logging.WARNING if code >= 500 else logging.INFO
+            severity = self._severity(scope["path"], code)
             ms = round(1000 * seconds, 2)
             method = scope["method"] if scope["method"] in METHODS else "other"  # a caller may send any word
             ids: dict[str, Any] = {
@@ -94,6 +96,14 @@ class AccessLog:
                 **tracing.answered(span, method=method, route=route, code=code),
             }
             logs.event(LOG, "request", severity=severity, method=method, route=route, code=code, ms=ms, **ids)
+
+    def _severity(self, path: str, code: int) -> int:
+        """Of the event of a request that was answered so."""
+        if path in UNTRACED:
+            last, self._probed[path] = self._probed.get(path, 200), code
+            if code == last:
+                return logging.DEBUG
+        return logging.WARNING if code >= 500 else logging.INFO
 
     def _route(self, scope: Scope) -> str:
         path = str(getattr(scope.get("route"), "path", scope["path"]))

@@ -259,7 +259,8 @@ class ControlAgent:
                     both.create_task(self._do_requests())
                     both.create_task(self._hear_news(place))
             except* Unavailable as group:
-                logs.event(LOG, "control_lost", reason=str(group.exceptions[0]))
+                # the queue tells of it once
+                logs.event(LOG, "control_lost", severity=logging.DEBUG, reason=str(group.exceptions[0]))
                 await asyncio.sleep(AGAIN_S)
 
     async def _do_requests(self) -> None:

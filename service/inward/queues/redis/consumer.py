@@ -18,6 +18,7 @@ from inward import codec, logs, metrics
 from inward.errors import InternalError, Unavailable
 from inward.queues.base import Closed
 from inward.queues.redis import redelivery, scripts
+from inward.queues.redis.outage import Outage
 from inward.queues.redis.producer import MOST_REPLIES, REPLIES_S
 from inward.stores.connection import Arg, Connection, GroupLost
 from inward.stores.keys import FORGOTTEN_S, GROUP, Keys
@@ -59,13 +60,12 @@ class RedisConsumer:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.worker = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        self.away: str | None = None
-        """Why Redis is not to be had; None while it is."""
         self.refused: str | None = None
         """Why this worker may take no jobs: the queue is served with another backbone."""
         self.welcome = asyncio.Event()
         """Set while this worker is known and may take jobs."""
         self._redis, self._keys = connection, keys
+        self._outage = Outage(worker=self.worker)
         self._idle, self._ttl, self._wait, self._max_deliveries = idle, ttl, wait, max_deliveries
         self._about, self._clock = about, clock
         self._claims: dict[str, Job] = {}  # taken and neither settled nor lost
@@ -76,6 +76,11 @@ class RedisConsumer:
         self._tokens_per_job = 256.0
         self._rounds = 0
         self._closed = False
+
+    @property
+    def away(self) -> str | None:
+        """Why Redis is not to be had; None while it is."""
+        return self._outage.reason
 
     @property
     def problem(self) -> str | None:
@@ -96,11 +101,12 @@ class RedisConsumer:
 
     async def live(self) -> None:
         """One sign of life, and of every claim. A Redis that is away learns of it next time."""
+        asked = self._outage.now()
         try:
             await self._renew()
             await self.publish()
         except Unavailable as error:
-            self._failed(error)
+            self._failed(error, asked)
 
     async def take(self, tokens: int) -> list[Job]:
         while True:
@@ -356,30 +362,29 @@ class RedisConsumer:
         """``call``, again and again while Redis is away or full, refuses us, or has lost the group."""
         pause = 0.05
         while True:
+            asked = self._outage.now()
             try:
                 result: T = await call()
-                self._there()
+                if self._redis.answered >= asked:  # it may not have been asked
+                    self._there()
                 return result
             except Unavailable as error:
-                self._failed(error)
+                self._failed(error, asked)
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, 1.0)
                 if isinstance(error, GroupLost):
                     await self._until_there(self._join)
 
-    def _failed(self, error: Unavailable) -> None:
-        if self.away is None:
-            logs.event(LOG, "redis_away", worker=self.worker, reason=error.message)
-        self.away = error.message
-        metrics.REDIS_UP.set(0)
+    def _failed(self, error: Unavailable, asked: float | None = None) -> None:
+        if isinstance(error, GroupLost):  # it answers, and began anew
+            logs.event(LOG, "group_lost", severity=logging.WARNING, worker=self.worker)
+        else:
+            self._outage.began(error, asked)
         self._forgetful = True
         self._reclaim_at = self._clock() + self._idle  # claims of others aged while they could not be renewed either
 
     def _there(self) -> None:
-        if self.away is not None:
-            logs.event(LOG, "redis_there", worker=self.worker)
-        self.away = None
-        metrics.REDIS_UP.set(1)
+        self._outage.ended()
 
 
 def _parsed(found: Sequence[tuple[int, Sequence[bytes]]]) -> list[tuple[int, dict[bytes, bytes]]]:
