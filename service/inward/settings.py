@@ -7,6 +7,8 @@ Each field is the environment variable ``INWARD_<NAME>`` and the option ``--<nam
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,17 +16,26 @@ from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 
+PREFIX = "INWARD_"
+OF_OTHERS = ("INWARD_URL", "INWARD_API_KEY", "INWARD_TRAIN_")
+"""What the clients read: whole names, and the beginning of the trainer's."""
+
+
 class Settings(BaseSettings):
     """Read once, at start, by ``__main__``; ``wiring`` hands each part what it needs."""
 
     model_config = SettingsConfigDict(
-        env_prefix="INWARD_",
+        env_prefix=PREFIX,
         frozen=True,
         extra="forbid",
         use_attribute_docstrings=True,
         protected_namespaces=(),
         env_ignore_empty=True,
     )
+
+    config: Path | None = None
+    """YAML file with settings by the names that they have here, such as `max_items: 64`; options and variables go
+    before it."""
 
     # Where to listen, and who may call
     host: str = "127.0.0.1"
@@ -168,3 +179,16 @@ class Settings(BaseSettings):
             "redis_url": bool(self.redis_url),
             "otlp_endpoint": bool(self.otlp_endpoint),
         }
+
+
+def unknown_variables(names: Iterable[str]) -> dict[str, str | None]:
+    """Of the names of environment variables those that look like settings and are none, each with the setting that is
+    most like it.
+    """
+    known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
+    unknown = [name for name in names if name.upper().startswith(PREFIX) and name.upper() not in known]
+    return {
+        name: next(iter(get_close_matches(name.upper(), sorted(known), n=1, cutoff=0.7)), None)
+        for name in unknown
+        if name not in OF_OTHERS and not name.startswith(OF_OTHERS[-1])
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from typing import Any
 
 from inward import logs, metrics
 from inward.errors import Unavailable
@@ -23,7 +24,7 @@ class Outage:
     def __init__(self, before: str | None = None, **who: str) -> None:
         self.reason = before
         """Why Redis is not to be had, as far as we know; None while it is."""
-        self._who = who
+        self._who: dict[str, Any] = {**who}
         self._told: str | None = None
         self._answered = 0.0  # when it last did
 
