@@ -15,7 +15,6 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-
 PREFIX = "INWARD_"
 OF_OTHERS = ("INWARD_URL", "INWARD_API_KEY", "INWARD_TRAIN_")
 """What the clients read: whole names, and the beginning of the trainer's."""
