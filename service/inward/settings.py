@@ -43,11 +43,11 @@ class Settings(BaseSettings):
     """Port to listen on; 0 takes a free one and prints it. A worker's status has port 9100 where none is named, or a
     free one where that is taken."""
     api_keys: Annotated[frozenset[SecretStr], NoDecode] = frozenset()
-    """Comma-separated keys, any of which opens every route (Bearer, Basic with the key as password, or
+    """Comma-separated keys, as they are, any of which may do everything (Bearer, Basic with the key as password, or
     x-api-key). None: open."""
     api_keys_file: Path | None = None
-    """File with more such keys, one a line. It is read again whenever it changes, so that keys are rotated without a
-    restart."""
+    """File of named keys with scopes, ends and quotas (YAML; `inward keys new` writes it), or of plain ones, one a
+    line. It is read again whenever it changes, so that keys are rotated without a restart."""
     insecure: bool = False
     """Serve without API keys on an address that others can reach."""
     metrics_open: bool = True
@@ -113,8 +113,8 @@ class Settings(BaseSettings):
     max_tokens: int | None = Field(None, ge=2)
     """Most tokens of one prompt + response; by default, and at most, what the model takes."""
     quota: int | None = Field(None, ge=1)
-    """Tokens that one API key may have computed in a minute, by all replicas together; then 429 until the next one.
-    Bulk jobs, which only take what others leave, are not counted."""
+    """Tokens that one API key may have computed in a minute, by all replicas together; then 429 until the next one. A
+    named key may have a number of its own. Bulk jobs, which only take what others leave, are not counted."""
     queue_tokens: int = Field(2_000_000, ge=1)
     """Tokens that may wait and be computed at once; more is refused with 503 and Retry-After."""
     timeout: float = Field(95.0, gt=0)

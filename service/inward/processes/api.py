@@ -83,7 +83,8 @@ class ApiProcess:
             metrics_open=settings.metrics_open,
             ready=self.ready,
             alive=lambda: True,
-            quota=RedisQuota(connection, keys, settings.quota) if settings.quota else None,
+            quota=RedisQuota(connection, keys),
+            tokens_a_minute=settings.quota,
             idempotency=RedisIdempotencyStore(
                 connection, keys, keep=settings.idempotency_window, running=settings.timeout + 30
             ),
@@ -94,7 +95,7 @@ class ApiProcess:
         self._tasks.watch("signs of life", self._queue.keep_living)
         self._tasks.watch("answers", self._queue.keep_receiving)
         self._tasks.watch("workers", self._look)
-        behind = replace(self.services, intake=Intake(self._queue, priority="bulk"))
+        behind = replace(self.services, intake=Intake(self._queue, priority="bulk"), quota=None)
         bulk = BulkRunner(store, behind, idle=settings.claim_idle, max_deliveries=settings.max_deliveries)
         for i in range(CHUNKS_AT_ONCE):
             self._tasks.watch(f"bulk {i}", bulk.run)

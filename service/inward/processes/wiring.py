@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from inward import __version__, logs
-from inward.api.auth import KeyRing
+from inward.api.keys import KeyRing
 from inward.api.services import Limits
 from inward.backbones import vllm
 from inward.backbones.base import Backbone

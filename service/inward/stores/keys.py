@@ -27,7 +27,7 @@ fingerprint and dtype. Several queues may share a Redis.
 
     answered:<key>            string  hash of a request and the answer to it, for its Idempotency-Key (TTL)
     quota:<caller>:<minute>   integer tokens that a key (its hash) used (TTL)
-    bulk:<job>                hash    a bulk job: state, kind, head, rows, chunks, created, scores (TTL, as its parts)
+    bulk:<job>                hash    a bulk job: state, kind, head, rows, chunks, created, scores, caller (TTL)
     bulk:<job>:rows           hash    chunk → its rows, as long as it is not done
     bulk:<job>:results        hash    chunk → its results
     chunks                    stream  chunks to be done: job, chunk
