@@ -8,6 +8,7 @@ fingerprint and dtype. Several queues may share a Redis.
 
     backbone                  string  fingerprint:dtype that the queue is served with (TTL): workers of another one wait
     workers                   zset    worker → Unix milliseconds until which it counts as alive
+    gone                      set     workers that gave no sign of life in time, or left, and may have claims left
     worker:<worker>           string  who that worker is (TTL): backbone, heads, limits
     alive:<replica>           string  there while the replica lives (TTL): nobody computes for the dead
     replies:<replica>         stream  outcomes for one API replica: o (``codec``) (TTL)
@@ -94,6 +95,10 @@ class Keys:
     @property
     def workers(self) -> str:
         return self.key("workers")
+
+    @property
+    def gone(self) -> str:
+        return self.key("gone")
 
     @property
     def requests(self) -> str:

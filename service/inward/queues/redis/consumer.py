@@ -27,6 +27,10 @@ from inward.types import Failed, Job, Outcome
 LOG = logs.logger("queues.redis")
 MOST_LETTERS = 10_000
 """Dead letters kept; the oldest go first."""
+INHERIT_S = 1.0
+"""Between two looks for jobs of workers that are gone."""
+NOBODY = "nobody"
+"""Has what was released until somebody takes it: a worker that is always gone."""
 BULK_FIRST = 8
 """In one of so many rounds bulk jobs go first, so that they don't starve."""
 T = TypeVar("T")
@@ -42,7 +46,7 @@ class RedisConsumer:
         idle: seconds without renewal after which a claim may be taken over; renewed at a third of it.
         max_deliveries: workers that a job may end before it is given up.
         about: who this worker is, as bytes for whoever looks at ``Keys.worker``; asked at every sign of life.
-        ttl: seconds without a sign of life after which this worker counts as gone.
+        ttl: seconds without a sign of life after which this worker counts as gone, and its claims are for others.
         wait: seconds of one wait for jobs.
         clock: monotonic seconds.
     """
@@ -72,7 +76,7 @@ class RedisConsumer:
         self._held: deque[Job] = deque()  # claimed and not yet given to the worker
         self._orphans: set[str] = set()  # jobs in hand whose former workers died
         self._forgetful = False  # Redis may have given us jobs that never arrived
-        self._reclaim_at = 0.0
+        self._inherit_at = self._reclaim_at = 0.0
         self._tokens_per_job = 256.0
         self._rounds = 0
         self._closed = False
@@ -162,10 +166,9 @@ class RedisConsumer:
         ids = [job.id for job in jobs if job.id in self._claims]
         if ids:
             logs.event(LOG, "jobs_released", worker=self.worker, jobs=len(ids), reason=reason)
-            aged = math.ceil(self._idle * 1000)
-            await self._until_there(
-                lambda: self._redis.script(scripts.RELEASE, self._keys.book, [GROUP, self.worker, aged, *ids])
-            )
+            keys = [*self._keys.book, self._keys.gone]
+            args: list[Arg] = [GROUP, self.worker, NOBODY, FORGOTTEN_S, *ids]
+            await self._until_there(lambda: self._redis.script(scripts.RELEASE, keys, args))
         for job_id in ids:
             self._drop(job_id)
 
@@ -180,8 +183,8 @@ class RedisConsumer:
         try:
             if self._claims:
                 await self._redis.script(scripts.REQUEUE, self._keys.book, [GROUP, self.worker, *self._claims])
-            keys = [self._keys.served, self._keys.workers, self._keys.worker(self.worker)]
-            await self._redis.script(scripts.LEAVE, keys, [self._keys.backbone, self.worker])
+            keys = [self._keys.served, self._keys.workers, self._keys.worker(self.worker), self._keys.gone]
+            await self._redis.script(scripts.LEAVE, keys, [self._keys.backbone, self.worker, FORGOTTEN_S])
         except Unavailable as error:  # what is left is taken over once it is idle
             self._failed(error)
 
@@ -211,7 +214,7 @@ class RedisConsumer:
                 if await self._read([stream], count) < count:  # no more are there
                     break
         if not self._held and self._wait:
-            wait = min(self._wait, max(0.01, self._reclaim_at - self._clock()))
+            wait = min(self._wait, max(0.01, min(self._inherit_at, self._reclaim_at) - self._clock()))
             await self._read(self._keys.streams, self._jobs_in(tokens), block=math.ceil(wait * 1000))
 
     def _jobs_in(self, tokens: int) -> int:
@@ -256,12 +259,8 @@ class RedisConsumer:
     async def _reclaim(self) -> list[Job]:
         """Some jobs of workers that are gone, unless we have such ones in hand already."""
         self._orphans &= self._claims.keys()
-        while not self._orphans and self._clock() >= self._reclaim_at:
-            args: list[Arg] = [GROUP, self.worker, math.ceil(self._idle * 1000), redelivery.AT_ONCE]
-            args.append(max(2, self._max_deliveries))  # from here on a job is a suspect
-            found = _parsed(await self._redis.script(scripts.RECLAIM, self._keys.book, args))
-            if not found:
-                self._reclaim_at = self._clock() + self._idle / 3
+        while not self._orphans and self._clock() >= min(self._inherit_at, self._reclaim_at):
+            found = await self._orphaned()
             jobs: list[Job] = []
             try:
                 for deliveries, fields in found:
@@ -280,6 +279,24 @@ class RedisConsumer:
             self._orphans = {job.id for job in jobs}
             if jobs:
                 return jobs
+        return []
+
+    async def _orphaned(self) -> list[tuple[int, dict[bytes, bytes]]]:
+        """Deliveries and fields of jobs whose worker is gone; and, less often, of those whose claim was not renewed for
+        long, whatever became of theirs.
+        """
+        most: list[Arg] = [redelivery.AT_ONCE, max(2, self._max_deliveries)]  # from that many on a job is a suspect
+        if self._clock() >= self._inherit_at:
+            keys = [*self._keys.book, self._keys.workers, self._keys.gone]
+            args: list[Arg] = [GROUP, self.worker, *most, FORGOTTEN_S]
+            if found := _parsed(await self._redis.script(scripts.INHERIT, keys, args)):
+                return found
+            self._inherit_at = self._clock() + INHERIT_S
+        if self._clock() >= self._reclaim_at:
+            args = [GROUP, self.worker, math.ceil(self._idle * 1000), *most]
+            if found := _parsed(await self._redis.script(scripts.RECLAIM, self._keys.book, args)):
+                return found
+            self._reclaim_at = self._clock() + self._idle / 3
         return []
 
     async def _understood(self, fields: dict[bytes, bytes], deliveries: int) -> Job | None:
@@ -338,7 +355,7 @@ class RedisConsumer:
     async def publish(self) -> None:
         """Gives a sign of life, with ``about`` as it is now; ``refused`` says whether it was taken."""
         ours = self._keys.backbone
-        keys = [self._keys.served, self._keys.workers, self._keys.worker(self.worker)]
+        keys = [self._keys.served, self._keys.workers, self._keys.worker(self.worker), self._keys.gone]
         args: list[Arg] = [ours, self.worker, math.ceil(self._ttl * 1000), self._about(), FORGOTTEN_S]
         served = (
             await self._redis.script(scripts.ENLIST, [*keys, *self._keys.lasting, *self._keys.book], args)
@@ -381,7 +398,8 @@ class RedisConsumer:
         else:
             self._outage.began(error, asked)
         self._forgetful = True
-        self._reclaim_at = self._clock() + self._idle  # claims of others aged while they could not be renewed either
+        # others could give no sign of life and renew no claims either
+        self._inherit_at, self._reclaim_at = self._clock() + self._ttl, self._clock() + self._idle
 
     def _there(self) -> None:
         self._outage.ended()
