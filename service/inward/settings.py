@@ -137,11 +137,13 @@ class Settings(BaseSettings):
     queue: str | None = None
     """Name of the queue in Redis; by default the model's. API replicas and workers of one name work together."""
     claim_idle: float = Field(30.0, gt=0)
-    """Seconds after which the jobs of a worker that is not heard of are given to another one."""
+    """Seconds after which jobs whose claim was not renewed are given to another worker, whatever became of the one that
+    has them; those of a worker that is gone (--presence), or says so itself, are given away sooner."""
     max_deliveries: int = Field(3, ge=1)
     """Workers that one item may end before it is given up as a dead letter."""
     presence: float = Field(10.0, gt=0)
-    """Seconds without a sign of life after which a worker or an API replica counts as gone."""
+    """Seconds without a sign of life after which a worker counts as gone, so that its jobs are for others, or an API
+    replica, so that nothing more is computed for it."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severity that is logged."""
     log_format: Literal["json", "text"] = "json"

@@ -180,8 +180,8 @@ INHERIT = (
     _BOOK
     + """
 -- KEYS: BOOK, workers, gone.  ARGV: group, worker, most jobs, deliveries of a suspect, seconds to keep.
--- Gives jobs of workers that are gone, whatever the age of their claims, {deliveries, fields} each: at most one suspect,
--- and nothing beside it. Costs next to nothing where nobody is.
+-- Gives jobs of workers that are gone, whatever the age of their claims, {deliveries, fields} each: at most one
+-- suspect, and nothing beside it. Costs next to nothing where nobody is.
 """
     + _STRIKE_OFF
     + """
