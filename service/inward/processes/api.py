@@ -21,7 +21,7 @@ from inward.processes.wiring import (
     ModelFiles,
     about,
     connect,
-    find_model,
+    find_tokenizer,
     key_ring,
     limits,
     open_prompts,
@@ -103,7 +103,8 @@ class ApiProcess:
     @classmethod
     async def open(cls, settings: Settings) -> ApiProcess:
         """Loads the tokenizer and meets Redis; a Redis or workers that are away are waited for, while ``ready`` says
-        so.
+        so. No file with weights is fetched or read: where the model is one file with them, a worker sends its
+        tokenizer, and until there is one we are not open.
 
         Raises:
             SetupError: something does not fit; nothing is left open.
@@ -111,7 +112,7 @@ class ApiProcess:
         connection = connect(settings)
         try:
             await connection.check()
-            front = cls(settings, find_model(settings, weights=False), connection)
+            front = cls(settings, await find_tokenizer(settings, connection), connection)
         except BaseException:
             await connection.close()
             raise
