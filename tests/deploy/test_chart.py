@@ -172,6 +172,14 @@ def test_settings_reach_those_they_are_for():
     assert objects["Secret/demo-inward-keys"]["stringData"] == {"api-keys": "a-long-enough-key"}
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_kubernetes_takes_the_container_of_the_kserve_runtime(version):
+    runtime = next(yaml.safe_load_all((ROOT / "deploy/kserve.yaml").read_text()))
+    spec = {name: runtime["spec"][name] for name in ("containers", "volumes")}
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a"}, "spec": spec}
+    kubernetes.validate(pod, version, strict=True)
+
+
 def test_gpus_choose_the_image():
     def image(values):
         return render(values)["Deployment/demo-inward-worker"]["spec"]["template"]["spec"]["containers"][0]
