@@ -275,7 +275,7 @@ async def one(worker):
 
 
 async def test_a_worker_that_lives_keeps_its_claims_however_long_it_computes(fleet):
-    idle, slow, replica = await fleet.worker(), await fleet.worker(ttl=0.1), await fleet.replica()
+    idle, slow, replica = await fleet.worker(), await fleet.worker(idle=0.3), await fleet.replica()
     [wait] = await replica.submit([job("a")])
     held = await next_of(slow)
     taking = asyncio.create_task(idle.take(1000))
