@@ -119,12 +119,9 @@ class Fleet:
     def wait_until_ready(self, *processes: Process) -> None:
         """Until all are serving and their /readyz is green."""
         self.wait_until_serving(*processes)
-        for process in processes:
-            wait_until(
-                lambda process=process: (
-                    httpx.get(self._living(process).url + "/readyz", timeout=PATIENCE).status_code == 200
-                )
-            )
+        with httpx.Client(timeout=PATIENCE) as client:
+            for process in processes:
+                wait_until(lambda process=process: client.get(self._living(process).url + "/readyz").status_code == 200)
 
     def _living(self, process: Process) -> Process:
         if process.popen.poll() is not None:
