@@ -99,12 +99,10 @@ class VllmBackbone:
                 self._engine.shut()
                 raise
 
-        if on.type != "cpu":
-            log.warning("vLLM runs %s eagerly: what runs inside CUDA graphs is not read yet", name)
         try:
             start({})
         except SetupError as error:
-            if "enforce_eager" in given or on.type != "cpu":
+            if "enforce_eager" in given:
                 raise
             log.warning("%s can't be read as vLLM compiles it (%s): it is run eagerly, which is slower", name, error)
             start({"enforce_eager": True})
@@ -142,11 +140,15 @@ class VllmBackbone:
         mapped = Readout(tuple(Tap(layer, "last", weight_D1, final_norm=norm) for layer, norm in places))
         whole = Readout(tuple(Tap(layer, "last", final_norm=norm) for layer, norm in places))
         group = Group((1, 2, 3), ((4, 5),))
+        drawing = Group((1, 2, 3), (), SamplingSpec(n=4, max_tokens=4, seed=0))
         try:
             ((numbers,),) = [reading.readings for reading in await self.read([group], [mapped])]
             ((states,),) = [reading.readings for reading in await self.read([group], [whole])]
             states_PD = states.values_NK.reshape(len(places), D)
             data = await self._engine.call(lambda: self._engine.rpc(NORM, states_PD[L].tobytes()))
+            samples, drawn = await self.sample_and_read(drawing, [mapped])
+            answered = Group(drawing.prompt_ids, tuple(sample.ids for sample in samples))
+            (fed,) = await self.read([answered], [mapped])
         except Exception as error:
             raise SetupError(
                 f"vLLM runs {self.info.name}, but its states cannot be read: {error}; use --backbone transformers"
@@ -164,6 +166,9 @@ class VllmBackbone:
             raise SetupError(
                 f"vLLM does not read {self.info.name} at layer {places[int(np.nanargmax(off))][0]} as it computes it"
             )
+        apart_NK = np.abs(drawn.readings[0].values_NK - fed.readings[0].values_NK)
+        if not (apart_NK / size < NORM_TOLERANCE).all():
+            raise SetupError(f"vLLM does not read {self.info.name} while it draws as it reads it when it is given")
 
     @property
     def policy_version(self) -> str:

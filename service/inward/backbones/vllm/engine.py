@@ -247,11 +247,6 @@ def built_for(device: str) -> torch.device:
 def _arguments(folder: Path, dtype: str, options: Mapping[str, Any]) -> dict[str, Any]:
     options = checked(options)
     cpu = {"kv_cache_memory_bytes": CPU_CACHE_BYTES, "block_size": 32, "enforce_eager": False}
-    gpu = {"enforce_eager": True}
-    if not current_platform.is_cpu() and options.get("enforce_eager") is False:
-        raise SetupError(
-            "vllm_options.enforce_eager must not be false on a GPU: inside CUDA graphs states are not read"
-        )
     # tokens that a sliding window has left stay in the cache, and their readouts
     kept = {"disable_hybrid_kv_cache_manager": True}
     defaults = {
@@ -259,7 +254,7 @@ def _arguments(folder: Path, dtype: str, options: Mapping[str, Any]) -> dict[str
         "enable_prefix_caching": True,
         "generation_config": "vllm",
         **kept,
-        **(cpu if current_platform.is_cpu() else gpu),
+        **(cpu if current_platform.is_cpu() else {}),
     }
     fixed = {"model": str(folder), "dtype": dtype, "worker_cls": WORKER, "additional_config": READING}
     return defaults | options | fixed

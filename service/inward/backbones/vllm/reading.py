@@ -1,13 +1,20 @@
-"""Reading the residual stream while vLLM runs the model, in vLLM's process; also where the model is compiled.
+"""Reading the residual stream while vLLM runs the model, in vLLM's process; also where the model is compiled, and where
+its steps are replayed from CUDA graphs.
 
 Before the model is compiled or warmed up every block's ``forward`` is wrapped: beside its own work it hands what it
 passes on to one custom operation, which is opaque to the compiler, so that it runs at every place in every step. All it
-needs is there from the start and keeps its size: weights ``[D, K]`` of each place, into which those of new heads are
-copied, and buffers for one step's numbers. At the end of a step they are put into the table, one row for each slot of
-the KV cache. So heads come and go without a hook, a graph or a buffer that changes.
+needs is there from the start and keeps its size and its address: weights ``[D, K]`` of each place, into which those of
+new heads are copied, buffers for one step's numbers, and which of them each column of the table takes. The operation at
+the last place puts them into the table, one row for each slot of the KV cache. So heads come and go without a hook, a
+graph or a buffer that changes.
 
-Depended on: of the forward context the slot mapping of this step; that a block takes ``hidden_states`` (and
-``residual``) and returns the residual stream as one tensor, or as two whose sum it is.
+On a GPU, a step of few tokens (the only kind that is captured) keeps the states of all places and multiplies them once,
+at the end: one small copy a place, and one product. Weights are kept there as two bfloat16 halves, which lose nothing
+that a bfloat16 state has.
+
+Depended on: of the forward context the slot mapping of this step, which inside graphs lies at the same address in every
+step; that a block takes ``hidden_states`` (and ``residual``) and returns the residual stream as one tensor, or as two
+whose sum it is.
 """
 
 from __future__ import annotations
@@ -45,26 +52,90 @@ _library.impl("read_stream", _read_stream, "CompositeExplicitAutograd")  # type:
 torch.library.register_fake("inward::read_stream", _nothing, lib=_library)
 
 
+class Weights:
+    """Weights ``[D, K]`` and biases ``[K]`` of all places, which are changed in place."""
+
+    def __init__(self, places: int, width: int, device: torch.device) -> None:
+        self._weights_PDK = torch.zeros(places, width, PLACE_COLUMNS, device=device)
+        self._biases_PK = torch.zeros(places, PLACE_COLUMNS, device=device)
+
+    def put(self, part: TableColumns) -> None:
+        """New ones in some columns of a place."""
+        bias_K = _floats(part.bias).to(self._biases_PK.device)
+        at = torch.tensor(part.at, dtype=torch.int64, device=bias_K.device)
+        self._biases_PK[part.place].index_copy_(0, at, bias_K)
+        self._put(part.place, at, _floats(part.weight).view(-1, len(bias_K)).to(bias_K.device))
+
+    def _put(self, place: int, at: torch.Tensor, weight_DK: torch.Tensor) -> None:
+        self._weights_PDK[place].index_copy_(1, at, weight_DK)
+
+    def product(self, place: int, states_TD: torch.Tensor, width: int) -> torch.Tensor:
+        """float32 ``[T, width]``: the first columns of one place."""
+        return torch.addmm(self._biases_PK[place, :width], states_TD.float(), self._weights_PDK[place, :, :width])
+
+    def products(self, states_PTD: torch.Tensor) -> torch.Tensor:
+        """float32 ``[P, T, K]``."""
+        return torch.baddbmm(self._biases_PK[:, None], states_PTD.float(), self._weights_PDK)
+
+
+class SplitWeights(Weights):
+    """For bfloat16 states on a GPU: each weight is the sum of two bfloat16 numbers, off by 2^-17 of it at most;
+    products with a bfloat16 state are exact, and are summed in float32.
+    """
+
+    def __init__(self, places: int, width: int, device: torch.device) -> None:
+        self._weights_PDK = torch.zeros(places, width, 2 * PLACE_COLUMNS, dtype=torch.bfloat16, device=device)
+        self._biases_PK = torch.zeros(places, PLACE_COLUMNS, device=device)
+
+    def _put(self, place: int, at: torch.Tensor, weight_DK: torch.Tensor) -> None:
+        high = weight_DK.bfloat16()
+        self._weights_PDK[place].index_copy_(1, at, high)
+        self._weights_PDK[place].index_copy_(1, at + PLACE_COLUMNS, (weight_DK - high.float()).bfloat16())
+
+    def product(self, place: int, states_TD: torch.Tensor, width: int) -> torch.Tensor:
+        both_TK = torch.mm(states_TD, self._weights_PDK[place], out_dtype=torch.float32)
+        high, low = both_TK[:, :width], both_TK[:, PLACE_COLUMNS : PLACE_COLUMNS + width]
+        return torch.add(high, low).add_(self._biases_PK[place, :width])
+
+    def products(self, states_PTD: torch.Tensor) -> torch.Tensor:
+        both_PTK = torch.bmm(states_PTD, self._weights_PDK, out_dtype=torch.float32)
+        return both_PTK[..., :PLACE_COLUMNS].add_(both_PTK[..., PLACE_COLUMNS:]).add_(self._biases_PK[:, None])
+
+
 class ResidualReader:
     """The places of one model (``h_0`` to ``h_L``, and what comes after the final norm) and what is read there."""
 
-    def __init__(self, model: torch.nn.Module, layers: int, width: int, tokens: int, device: torch.device) -> None:
-        """``tokens``: most of one step."""
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        layers: int,
+        width: int,
+        *,
+        tokens: int,
+        kept: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """``tokens``: most of one step; ``kept``: most of a step that keeps its states until it ends."""
         global _reader
         places = layers + 2
-        self._weights_PDK = torch.zeros(places, width, PLACE_COLUMNS, device=device)
-        self._biases_PK = torch.zeros(places, PLACE_COLUMNS, device=device)
-        self._buffers_PTK = torch.empty(places, tokens, PLACE_COLUMNS, device=device)
+        kind = SplitWeights if device.type == "cuda" and dtype == torch.bfloat16 else Weights
+        self._weights = kind(places, width, device)
+        self._states_PTD = torch.zeros(places, min(kept, tokens), width, dtype=dtype, device=device)
+        self._numbers_PTK = torch.empty(places, tokens, PLACE_COLUMNS, device=device)
         self._anchor = torch.zeros(1, device=device)  # says to the compiler that reading changes something
         self._sources: dict[int, tuple[int, int]] = {}
         """For each column of the table that is in use: place, and column of the place's product."""
+        self._source_2C = torch.zeros(2, TABLE_COLUMNS, dtype=torch.int64, device=device)
+        """The same for every column; one that nobody has takes anything."""
         self._widths = [0] * places
-        self._order = torch.zeros(0, dtype=torch.int64, device=device)
         self._wide: dict[int, WideRows] = {}
         self._layer = ""
         self._padding = 0
         self._table: torch.Tensor | None = None
-        self._step: tuple[Any, torch.Tensor | None] = (None, None)
+        self._mapping = torch.zeros(0, dtype=torch.int64, device=device)
+        """The longest that was seen, whose memory graphs use again and again."""
+        self._ran = False
         self.device = device
         blocks, self.norm = _parts(model, layers)
         self.norm_forward: Callable[..., Any] = self.norm.forward
@@ -80,6 +151,12 @@ class ResidualReader:
         # what was never read is no score
         self._table = torch.full((slots + 1, TABLE_COLUMNS), torch.nan, device=self.device)
 
+    @torch.inference_mode()
+    def clear_table(self) -> None:
+        """Nothing has been read. It stays where it is."""
+        if self._table is not None:
+            self._table.fill_(torch.nan)
+
     def close_table(self) -> None:
         """Gives its memory back; nothing is read until it is opened again."""
         self._table = None
@@ -94,20 +171,14 @@ class ResidualReader:
     def install(self, parts: Sequence[TableColumns], live: Sequence[int]) -> None:
         """Copies new weights to their columns. ``live``: columns of the table that somebody has; others rest."""
         for part in parts:
-            bias = _floats(part.bias).to(self.device)
-            at = torch.tensor(part.at, dtype=torch.int64, device=self.device)
-            self._weights_PDK[part.place].index_copy_(1, at, _floats(part.weight).view(-1, len(bias)).to(self.device))
-            self._biases_PK[part.place].index_copy_(0, at, bias)
+            self._weights.put(part)
             self._sources |= {column: (part.place, k) for column, k in zip(part.columns, part.at, strict=True)}
         self._sources = {column: self._sources[column] for column in live}
         self._widths = [0] * len(self._widths)
         for place, k in self._sources.values():
             self._widths[place] = max(self._widths[place], k + 1)
-        starts = np.cumsum([0, *self._widths])
-        order = [0] * (max(self._sources, default=-1) + 1)
-        for column, (place, k) in self._sources.items():
-            order[column] = int(starts[place]) + k
-        self._order = torch.tensor(order, dtype=torch.int64, device=self.device)
+        source = torch.tensor([self._sources.get(column, (0, 0)) for column in range(TABLE_COLUMNS)]).T
+        self._source_2C.copy_(source)
 
     def install_wide(self, number: int, width: int, parts: Sequence[WidePart]) -> None:
         """From now on wide rows of this layout can be expected."""
@@ -130,46 +201,67 @@ class ResidualReader:
         return None if self._table is None else TableRows(self._table)
 
     def read(self, place: int, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
-        """The operation: the numbers of this step's tokens at one place."""
-        width = self._widths[place]
-        wide = [rows for rows in self._wide.values() if place in rows.maps]
-        if not width and not wide:
+        """The operation: the numbers of this step's tokens at one place, and after the last place their rows."""
+        mapping = self._slot_mapping()
+        if mapping is None:
             return
-        slots = self._slots()
-        if slots is None:
+        T = min(len(mapping), len(hidden))
+        if self._states_PTD.shape[1] >= T:
+            kept_TD = self._states_PTD[place, :T]
+            kept_TD.copy_(hidden[:T]) if residual is None else torch.add(hidden[:T], residual[:T], out=kept_TD)
+            self._read_wide(place, mapping[:T], kept_TD)
+        else:
+            self._multiply(place, mapping[:T], hidden, residual)
+        if place == len(self._widths) - 1:
+            self._write(mapping[:T])
+            self._ran = True
+
+    @torch.inference_mode()
+    def finish_step(self, tokens: int) -> None:
+        """After a step of these many tokens: what a graph, which can't call us, has left to do."""
+        if not self._ran and self._wide and 0 < tokens <= len(self._mapping):
+            for place in range(len(self._widths)):
+                self._read_wide(place, self._mapping[:tokens], self._states_PTD[place, :tokens])
+        self._ran = False
+
+    def _multiply(self, place: int, slots: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
+        T, width = len(slots), self._widths[place]
+        if self._numbers_PTK.shape[1] < T:
+            self._numbers_PTK = self._numbers_PTK.new_empty(len(self._widths), T, PLACE_COLUMNS)
+        if not width and not self._wide:
             return
-        T = len(slots)
-        if width and self._buffers_PTK.shape[1] < T:
-            self._buffers_PTK = self._buffers_PTK.new_empty(len(self._widths), T, PLACE_COLUMNS)
         for start in range(0, T, CHUNK):
             chunk = slice(start, min(start + CHUNK, T))
             stream_TD = hidden[chunk] if residual is None else hidden[chunk] + residual[chunk]
             if width:
-                self._buffers_PTK[place, chunk, :width] = torch.addmm(
-                    self._biases_PK[place, :width], stream_TD.float(), self._weights_PDK[place, :, :width]
-                )
-            for rows in wide:
-                rows.read(place, slots[chunk], stream_TD)
+                self._numbers_PTK[place, chunk, :width] = self._weights.product(place, stream_TD, width)
+            self._read_wide(place, slots[chunk], stream_TD)
 
-    @torch.inference_mode()
-    def finish_step(self) -> None:
-        """Puts the numbers of the step that has run into the table."""
-        slots = self._step[1]
-        self._step = (None, None)
-        if slots is None or self._table is None or not len(self._order):
+    def _read_wide(self, place: int, slots: torch.Tensor, stream_TD: torch.Tensor) -> None:
+        for rows in self._wide.values():
+            if place in rows.maps:
+                rows.read(place, slots, stream_TD)
+
+    def _write(self, mapping: torch.Tensor) -> None:
+        """Puts the numbers of this step's tokens into the table."""
+        if self._table is None:
             return
-        T = len(slots)
-        parts = [self._buffers_PTK[place, :T, :width] for place, width in enumerate(self._widths) if width]
-        row_TK = torch.cat(parts, dim=1).index_select(1, self._order)
-        self._table[:, : len(self._order)].index_copy_(0, slots, row_TK)
+        T = len(mapping)
+        if self._states_PTD.shape[1] >= T:
+            numbers_PTK = self._weights.products(self._states_PTD[:, :T])
+        else:
+            numbers_PTK = self._numbers_PTK[:, :T]
+        places_C, ks_C = self._source_2C
+        slots = mapping.long().where(mapping >= 0, self._padding)
+        self._table.index_copy_(0, slots, numbers_PTK[places_C, :, ks_C].T)
 
-    def _slots(self) -> torch.Tensor | None:
-        """The slot of each token of this step; None in a dry run."""
-        context = get_forward_context()
-        if context is not self._step[0]:
-            mapping = context.slot_mapping.get(self._layer) if isinstance(context.slot_mapping, dict) else None
-            self._step = (context, None if mapping is None else mapping.long().where(mapping >= 0, self._padding))
-        return self._step[1]
+    def _slot_mapping(self) -> torch.Tensor | None:
+        """The slot of each token of this step, negative for padding; None in a dry run."""
+        mappings = get_forward_context().slot_mapping
+        mapping: torch.Tensor | None = mappings.get(self._layer) if isinstance(mappings, dict) else None
+        if mapping is not None and len(mapping) > len(self._mapping):
+            self._mapping = mapping
+        return mapping
 
     def _wrap(self, blocks: torch.nn.ModuleList, layers: int) -> None:
         entering = signature(blocks[0].forward)

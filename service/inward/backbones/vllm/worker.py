@@ -12,7 +12,8 @@ import os
 import select
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,9 @@ import torch
 from inward.backbones.vllm.internals import FullAttentionSpec, SlidingWindowSpec, Worker, current_platform
 from inward.backbones.vllm.protocol import EXTRA_ARG, OWNER, TABLE_COLUMNS, TableColumns, WidePart, Wish
 from inward.backbones.vllm.reading import ResidualReader, Slots, TableRows, WideRows
+
+KEPT_TOKENS = 1024
+"""On a GPU: of a step that keeps its states until it ends; at least as many as vLLM captures graphs for."""
 
 if current_platform.is_cpu():
     from inward.backbones.vllm import cpu_lora
@@ -48,18 +52,27 @@ class ReadingWorker(Worker):  # type: ignore[misc]
     """
 
     _reader: ResidualReader | None = None
+    _aside: torch.cuda.Stream | None = None
+    """On which readouts leave a GPU."""
+    _gathered: torch.cuda.Event
+    """When rows were gathered last between two steps."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         _end_with(int(os.environ[OWNER]))
         super().load_model(*args, **kwargs)
         self._requests = RequestTable()
+        if current_platform.is_cuda():
+            self._aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            self._gathered = torch.cuda.Event()  # type: ignore[no-untyped-call]
         if self.rank == 0:
             self._reader = ResidualReader(
                 self.model_runner.get_model(),
                 self.model_config.hf_text_config.num_hidden_layers,
                 int(self.model_config.get_hidden_size()),
-                self.scheduler_config.max_num_batched_tokens,
-                self.device,
+                tokens=self.scheduler_config.max_num_batched_tokens,
+                kept=KEPT_TOKENS if current_platform.is_cuda() else 0,
+                dtype=self.model_config.dtype,
+                device=self.device,
             )
 
     def get_kv_cache_spec(self) -> dict[str, Any]:
@@ -83,31 +96,44 @@ class ReadingWorker(Worker):  # type: ignore[misc]
         group = config.kv_cache_groups[0]
         if self._reader is not None and self._one_cache(config.kv_cache_groups):
             self._requests.block_size = group.kv_cache_spec.block_size
-            self._reader.open_table(config.num_blocks * self._requests.block_size, group.layer_names[0])
+            with self._cache_memory():
+                self._reader.open_table(config.num_blocks * self._requests.block_size, group.layer_names[0])
 
     def execute_model(self, scheduler_output: Any) -> Any:
         if self._reader is None:
             return super().execute_model(scheduler_output)
         self._follow(scheduler_output)
         output = super().execute_model(scheduler_output)
-        self._reader.finish_step()
+        self._reader.finish_step(scheduler_output.total_num_scheduled_tokens)
         return output
 
     def sleep(self, level: int = 1) -> None:
-        """What was read goes with the keys and values, which vLLM drops."""
+        """What was read goes with the keys and values, which vLLM drops: on a GPU their memory, at an address that graphs
+        know.
+        """
         super().sleep(level)
-        if self._reader is not None:
+        if self._reader is not None and current_platform.is_cpu():
             self._reader.close_table()
 
     def wake_up(self, tags: Any = None) -> None:
         """A new table for new keys and values."""
         super().wake_up(tags)
-        if self._reader is not None:
+        if self._reader is not None and current_platform.is_cpu():
             self._reader.reopen_table()
+        elif self._reader is not None:
+            self._reader.clear_table()
+
+    def _cache_memory(self) -> AbstractContextManager[Any]:
+        """Memory that vLLM gives away while it sleeps, if it does."""
+        pool = getattr(self, "_maybe_get_memory_pool_context", None)
+        return pool(tag="kv_cache") if pool is not None else nullcontext()
 
     def _follow(self, scheduler_output: Any) -> None:
-        for request in self._requests.finished(scheduler_output.finished_req_ids):
+        finished = self._requests.finished(scheduler_output.finished_req_ids)
+        for request in finished:
             self._gather(request)  # before this step may write to the slots that the request has left
+        if finished and self._aside is not None:
+            self._gathered.record()
         for request, since in self._requests.note(scheduler_output):
             rows = self._reader.rows(request.wish.wide) if request.wish.wide and self._reader else None
             if isinstance(rows, WideRows):
@@ -137,14 +163,11 @@ class ReadingWorker(Worker):  # type: ignore[misc]
         for key in forget:
             self._requests.forget(key)
         self._reader.retire(retire)
-        for request in self._requests.ending(keys):  # no step has run since they ended
-            self._gather(request)
-        rows = [self._requests.gathered.pop(key) for key in keys]
-        if not rows:
-            return b"", []
-        together = torch.cat(rows)
-        chosen = torch.tensor(columns, dtype=torch.int64, device=together.device)
-        return together.index_select(1, chosen).cpu().numpy().tobytes(), [len(part) for part in rows]
+        with self._beside_steps():
+            for request in self._requests.ending(keys):  # no step has written to their slots since they ended
+                self._gather(request)
+            rows = [self._requests.gathered.pop(key) for key in keys]
+            return self._handed_out(rows, columns) if rows else b"", [len(part) for part in rows]
 
     @torch.inference_mode()
     def inward_peek(self, keys: Sequence[str], since: Sequence[int], columns: Sequence[int]) -> tuple[bytes, list[int]]:
@@ -154,9 +177,7 @@ class ReadingWorker(Worker):  # type: ignore[misc]
         if self._reader is None:
             return b"", []
         rows = [self._requests.so_far(key, start, self._reader) for key, start in zip(keys, since, strict=True)]
-        together = torch.cat(rows)
-        chosen = torch.tensor(columns, dtype=torch.int64, device=together.device)
-        return together.index_select(1, chosen).cpu().numpy().tobytes(), [len(part) for part in rows]
+        return self._handed_out(rows, columns), [len(part) for part in rows]
 
     def inward_norm(self, states: bytes) -> bytes:
         """The final norm of float32 states ``[N, D]``: what position ``final_norm`` must read if the states are
@@ -176,6 +197,24 @@ class ReadingWorker(Worker):  # type: ignore[misc]
         0, …).
         """
         return len(self._requests.requests), len(self._requests.gathered), self._reader.layouts if self._reader else 0
+
+    @contextmanager
+    def _beside_steps(self) -> Iterator[None]:
+        """On a GPU: on a stream of its own, which does not wait for steps that are on their way. What it may use are
+        tokens of requests that have ended, so their steps are over, and what was gathered before it began.
+        """
+        if self._aside is None:
+            yield
+            return
+        self._aside.wait_event(self._gathered)
+        with torch.cuda.stream(self._aside):
+            yield
+
+    @staticmethod
+    def _handed_out(rows: Sequence[torch.Tensor], columns: Sequence[int]) -> bytes:
+        together = torch.cat(list(rows))
+        chosen = torch.tensor(columns, dtype=torch.int64, device=together.device)
+        return bytes(together.index_select(1, chosen).cpu().numpy().tobytes())
 
     def _gather(self, request: Request) -> None:
         rows = self._reader.rows(request.wish.wide) if self._reader is not None else None
