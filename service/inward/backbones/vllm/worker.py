@@ -108,8 +108,8 @@ class ReadingWorker(Worker):  # type: ignore[misc]
         return output
 
     def sleep(self, level: int = 1) -> None:
-        """What was read goes with the keys and values, which vLLM drops: on a GPU their memory, at an address that graphs
-        know.
+        """What was read goes with the keys and values, which vLLM drops: on a GPU their memory, at an address that
+        graphs know.
         """
         super().sleep(level)
         if self._reader is not None and current_platform.is_cpu():
