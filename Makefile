@@ -2,6 +2,7 @@
 #   make serve              SmolLM2-135M-Instruct with its heads on http://127.0.0.1:8080
 #   make serve MODEL=…      a Hugging Face id, a folder, a GGUF file, or toy: the small model of the tests
 #   make test | check | format | install
+#   make test JOBS=0        in one process instead of two; JOBS=4 in four
 #   make test-fast          those tests that need no model, no Redis and no process of their own: under a minute
 #   make test-vllm          the vLLM backbone, on vLLM's CPU build, in an environment of its own on top of .venv (.venv-vllm)
 #   make test-vllm VLLM=0.26.0   the same on another version, in .venv-vllm-0.26.0
