@@ -14,6 +14,7 @@
 #   make image-check        the Dockerfile's pip steps and its entry point, replayed without a container engine (minutes)
 #   make contract           writes clients/openapi.json and docs/reference anew after API, settings, commands or metrics have changed
 #   make fuzz               thousands of requests that a machine thinks of, against the OpenAPI document (some minutes)
+#   make paper              the papers' tables on SmolLM2 (hours), or with ARGS="--model toy --quick" in minutes: docs/guides/paper.md
 #   make smoke              deploy/smoke.sh: all processes, nginx and Prometheus, each restarted under load (minutes)
 #   make parity             SmolLM2's states and margins beside a plain forward pass, on 200 real pairs (minutes)
 #   make chaos              deaths and freezes under load at full size (about a quarter of an hour)
@@ -33,7 +34,7 @@ VLLM_ENV := .venv-vllm$(if $(VLLM),-$(VLLM))
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: serve install test test-fast test-vllm test-valkey test-deploy test-litellm test-browser audit check format image-check contract fuzz chaos smoke parity bench demo toy clean
+.PHONY: serve install test test-fast test-vllm test-valkey test-deploy test-litellm test-browser audit check format image-check contract fuzz chaos smoke parity paper bench demo toy clean
 
 serve: .venv/installed $(if $(filter smollm2,$(MODEL)),.venv/smollm2)
 	$(BIN)/inward serve --model $(MODEL) $(ARGS)
@@ -99,6 +100,9 @@ smoke: .venv/installed-dev
 DATA ?= ../shared/data
 parity: .venv/installed .venv/smollm2
 	$(BIN)/python tests/benchmarks/parity.py $(DATA)/hh_harmless_pairs.jsonl $(DATA)/pku_saferlhf_pairs.jsonl $(ARGS)
+
+paper: .venv/installed-dev $(if $(findstring toy,$(ARGS)),,.venv/smollm2)
+	$(BIN)/python -m inward_trainer paper --data $(DATA) --out $(or $(OUT),out/paper) $(ARGS)
 
 bench: .venv/installed
 	$(BIN)/inward bench $(ARGS)

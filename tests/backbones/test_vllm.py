@@ -135,6 +135,27 @@ def test_whole_states_are_read_without_a_table_for_every_cached_token(
     assert held(backbone) == [0, 0, 0]
 
 
+def test_an_eos_is_read_without_a_session_whether_it_was_drawn_or_not(
+    backbone: VllmBackbone, reference: TransformersBackbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backbone._generation, "sessions", False)  # as on a GPU
+    rng = np.random.default_rng(9)
+    drawing = [Group(ids(rng, 12), sampling=SamplingSpec(8, max_tokens=n, seed=n)) for n in (1, 7, 120)]
+
+    async def draw() -> list[Any]:
+        return await asyncio.gather(*(backbone.sample_and_read(group, WITH_EOS, tokens=True) for group in drawing))
+
+    drawn = asyncio.run(draw())
+    assert {sample.finish_reason for samples, _ in drawn for sample in samples} == {"stop", "length"}
+    finished = [
+        Group(group.prompt_ids, tuple(sample.ids for sample in samples))
+        for group, (samples, _) in zip(drawing, drawn, strict=True)
+    ]
+    truth = read(reference, finished, WITH_EOS, tokens=True)
+    assert worst_error([reading for _, reading in drawn], truth) <= TOLERANCE
+    assert held(backbone) == [0, 0, 0]
+
+
 def test_real_texts_equal_transformers_while_other_requests_sample(
     backbone: VllmBackbone, reference: TransformersBackbone, folder: Path
 ) -> None:

@@ -14,9 +14,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from fcntl import LOCK_EX, flock
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -138,7 +140,7 @@ async def silence(backbone: VllmBackbone) -> None:
 
 
 async def once(
-    backbone: VllmBackbone, bare: Bare | None, way: str, groups: list[Group], pool: ProcessPoolExecutor
+    backbone: VllmBackbone, bare: Bare | None, way: str, groups: list[Group], pool: ProcessPoolExecutor | None
 ) -> None:
     heads = readouts(backbone, "eos" if way == "eos" else "last")
     ways: dict[str, Callable[[Group], Awaitable[object]]] = {
@@ -171,12 +173,15 @@ async def run(args: argparse.Namespace) -> dict[str, object]:
         VllmBackbone, resolve(args.model), name="bench", dtype=args.dtype, options=options
     )
     generation = backbone._generation
-    backbone._generation = Endless(generation._engine, generation._tokenizer, generation.end_ids)
+    backbone._generation = Endless(
+        generation._engine, generation._tokenizer, generation.end_ids, sessions=generation.sessions
+    )
     bare = (
         Bare(resolve(args.model), backbone.info.dtype, json.loads(args.bare_options)) if "bare" in args.ways else None
     )
-    pool = ProcessPoolExecutor(1, get_context("spawn"), Second.load, (resolve(args.model), backbone.info.dtype))
-    memory = {"second process": pool.submit(Second.memory).result()}
+    loading = (resolve(args.model), backbone.info.dtype)
+    pool = ProcessPoolExecutor(1, get_context("spawn"), Second.load, loading) if "second" in args.ways else None
+    memory = {"second process": pool.submit(Second.memory).result()} if pool is not None else {}
     rng = np.random.default_rng(0)
     seconds: dict[str, list[float]] = {way: [] for way in args.ways}
     cpu: dict[str, list[float]] = {way: [] for way in args.ways}
@@ -186,6 +191,8 @@ async def run(args: argparse.Namespace) -> dict[str, object]:
         return [Group(tuple(rng.integers(100, 4000, args.prompt).tolist()), sampling=spec) for _ in range(args.prompts)]
 
     try:
+        if args.lock:
+            flock(os.open(args.lock, os.O_CREAT | os.O_RDWR), LOCK_EX)
         for round_ in range(args.rounds + 1):  # the first warms up
             for way in args.ways:
                 await silence(backbone)
@@ -200,9 +207,11 @@ async def run(args: argparse.Namespace) -> dict[str, object]:
         prompt = tuple(rng.integers(100, 4000, 512).tolist())
         group = Group(prompt, tuple(tuple(rng.integers(100, 4000, args.tokens).tolist()) for _ in range(8)))
         (reading,) = await backbone.read([group], readouts(backbone, "last"))
-        memory["second process"] = pool.submit(Second.memory).result()
+        if pool is not None:
+            memory["second process"] = pool.submit(Second.memory).result()
     finally:
-        pool.shutdown()
+        if pool is not None:
+            pool.shutdown()
         if bare is not None:
             bare.close()
         await backbone.close()
@@ -242,6 +251,7 @@ def main() -> None:
     parser.add_argument("--block-size", type=int)
     parser.add_argument("--vllm-options", default="{}")
     parser.add_argument("--bare-options", default="{}", help="of the engine without anything of ours, as JSON")
+    parser.add_argument("--lock", type=Path, help="file that only one of several such runs holds while it measures")
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     args = parser.parse_args()
     result = asyncio.run(run(args))

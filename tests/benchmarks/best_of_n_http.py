@@ -12,8 +12,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import sys
 import time
+from fcntl import LOCK_EX, flock
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -70,8 +72,12 @@ async def run(args: argparse.Namespace, url: str) -> None:
     texts = Prompts(load_tokenizer(model.folder), max_tokens=1024)
     ids = [one.group.prompt_ids for one in await texts.group_many([Texts(prompt, ()) for prompt in asked])]
     arguments = {"model": str(resolve(str(model.folder))), "kv_cache_memory_bytes": 2**30, "disable_log_stats": True}
-    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments, generation_config="vllm", dtype=args.dtype))
+    engine = AsyncLLM.from_engine_args(
+        AsyncEngineArgs(**{**arguments, **json.loads(args.bare_options)}, generation_config="vllm", dtype=args.dtype)
+    )
     try:
+        if args.lock:
+            flock(os.open(args.lock, os.O_CREAT | os.O_RDWR), LOCK_EX)
         if len(rounds) < args.rounds:  # warms up
             await bare(engine, ids[:2], args, "warm")
             await served(url, asked[:2], args)
@@ -103,9 +109,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--callers", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--vllm-options", default="{}", help="of the service, as JSON")
+    parser.add_argument("--bare-options", default="{}", help="of the other engine, as JSON")
+    parser.add_argument("--lock", type=Path, help="file that only one of several such runs holds while it measures")
     parser.add_argument("--out", type=Path, required=True, help="results: OUT.json and OUT.md")
     args = parser.parse_args()
-    with started("--model", args.model, "--backbone", "vllm", "--dtype", args.dtype) as server:
+    options = ("--backbone", "vllm", "--vllm-options", args.vllm_options)
+    with started("--model", args.model, "--dtype", args.dtype, *options) as server:
         asyncio.run(run(args, server.url))
 
 

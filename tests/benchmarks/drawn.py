@@ -118,7 +118,7 @@ def _keep(found: dict[str, Any], path: Path) -> None:
 
 async def many(at: Opened, groups: Sequence[Group], heads: Sequence[Head], work: Path) -> list[tuple[Group, Answers]]:
     """``answers`` to each, a few prompts at a time; those with an answer that has no score are left out."""
-    turns = asyncio.Semaphore(2)
+    turns = asyncio.Semaphore(min(max(at.backbone.capacity.concurrency, 2), 64))
 
     async def one(i: int, group: Group) -> Answers:
         async with turns:

@@ -36,7 +36,7 @@ from inward.types import Group, Position, Reading, Readout, Tap
 
 LIMIT = 1e-4
 POSITIONS: tuple[Position, ...] = ("last", "eos", "mean")
-VLLM = {"kv_cache_memory_bytes": 256 * 2**20, "max_num_seqs": 16, "max_model_len": 2048}
+VLLM = {"kv_cache_memory_bytes": 256 * 2**20, "gpu_memory_utilization": 0.2, "max_num_seqs": 16, "max_model_len": 2048}
 
 
 def open_backbone(name: str, folder: Path, dtype: str) -> Backbone:

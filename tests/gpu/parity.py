@@ -64,11 +64,23 @@ def shaped(shape: str, folder: Path) -> Path:
     return folder
 
 
-def opened(name: str, folder: Path, dtype: str, options: dict[str, Any]) -> Backbone:
+def adapted(folder: Path, out: Path) -> Path:
+    """A LoRA adapter of random weights for it."""
+    from peft import LoraConfig, get_peft_model
+
+    if not (out / "adapter_model.safetensors").exists():
+        torch.manual_seed(1)
+        config = LoraConfig(r=16, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16"), config)
+        model.save_pretrained(out)
+    return out
+
+
+def opened(name: str, folder: Path, dtype: str, options: dict[str, Any], adapters: bool) -> Backbone:
     if name == "vllm":
         from inward.backbones.vllm.backbone import VllmBackbone
 
-        return VllmBackbone(folder, name="random", dtype=dtype, options=options)
+        return VllmBackbone(folder, name="random", dtype=dtype, options=options, adapters=adapters)
     from inward.backbones.transformers.backbone import TransformersBackbone
 
     return TransformersBackbone(folder, name="random", dtype=dtype)
@@ -111,9 +123,13 @@ def _keeping(captured: list[torch.Tensor]) -> Any:
     return keep
 
 
-def reference(folder: Path, dtype: str, asked: Sequence[Group]) -> list[Floats]:
+def reference(folder: Path, dtype: str, asked: Sequence[Group], adapter: Path | None) -> list[Floats]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     found = [states(model, group) for group in asked]
     del model
     if device == "cuda":
@@ -124,7 +140,9 @@ def reference(folder: Path, dtype: str, asked: Sequence[Group]) -> list[Floats]:
 async def run(args: argparse.Namespace) -> dict[str, Any]:
     folder = shaped(args.shape, args.folder / args.shape)
     began = time.perf_counter()
-    backbone = await asyncio.to_thread(opened, args.backbone, folder, args.dtype, json.loads(args.vllm_options))
+    options = json.loads(args.vllm_options)
+    adapter = adapted(folder, args.folder / f"{args.shape}-lora") if args.lora else None
+    backbone = await asyncio.to_thread(opened, args.backbone, folder, args.dtype, options, args.lora)
     report: dict[str, Any] = vars(args) | {"out": str(args.out), "folder": str(folder)}
     report["opened_s"] = time.perf_counter() - began
     engine = getattr(backbone, "_engine", None)
@@ -136,7 +154,14 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
     whole = Readout(tuple(Tap(k, "last", final_norm=norm) for k, norm in places))
     drawing = [Group(g.prompt_ids, sampling=SamplingSpec(4, max_tokens=64, seed=i)) for i, g in enumerate(asked)]
     try:
+        if adapter is not None:
+            await backbone.load_adapter("v1", adapter)
         read = [r.readings[0].values_NK for r in await backbone.read(asked, [numbers])]
+        if options.get("enable_sleep_mode"):
+            await backbone.sleep()
+            report["memory asleep"] = _free_gib()
+            await backbone.wake()
+            report["memory awake"] = _free_gib()
         again = [r.readings[0].values_NK for r in await backbone.read(asked, [numbers])]
         wide = [r.readings[0].values_NK.reshape(-1, L + 1, D) for r in await backbone.read(asked, [whole])]
         both = await asyncio.gather(*(backbone.sample_and_read(g, [numbers], tokens=True) for g in drawing))
@@ -147,8 +172,8 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
         fed = [r.readings[0].values_NK for r in await backbone.read(drawn, [numbers])]
     finally:
         await backbone.close()
-    exact, plain = reference(folder, "float32", asked), reference(folder, args.dtype, asked)
-    exact_drawn, plain_drawn = reference(folder, "float32", drawn), reference(folder, args.dtype, drawn)
+    exact, plain = (reference(folder, dtype, asked, adapter) for dtype in ("float32", args.dtype))
+    exact_drawn, plain_drawn = (reference(folder, dtype, drawn, adapter) for dtype in ("float32", args.dtype))
 
     def off(found: Sequence[Floats], true: Sequence[Floats]) -> dict[str, float]:
         """Of numbers."""
@@ -190,6 +215,10 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _free_gib() -> float | None:
+    return torch.cuda.mem_get_info()[0] / 2**30 if torch.cuda.is_available() else None
+
+
 def _mapped(states_NPD: Floats, W: Sequence[Floats]) -> Floats:
     return np.stack([states_NPD[:, p] @ w for p, w in enumerate(W)], axis=1).reshape(len(states_NPD), -1)
 
@@ -200,6 +229,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/gpu"))
     parser.add_argument("--backbone", choices=("transformers", "vllm"), default="transformers")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--lora", action="store_true", help="with an adapter of random weights")
     parser.add_argument("--groups", type=int, default=50)
     parser.add_argument("--vllm-options", default="{}")
     parser.add_argument("--out", type=Path)

@@ -1,4 +1,4 @@
-"""``inward-train``: cdpo, rm, export. Also ``python -m inward_trainer``, for ``accelerate launch -m``."""
+"""``inward-train``: cdpo, rm, export, paper. Also ``python -m inward_trainer``, for ``accelerate launch -m``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from inward_trainer import __version__
 from inward_trainer.errors import TrainerError
-from inward_trainer.options import CdpoOptions, ExportOptions, RewardOptions, add_options, read_options
+from inward_trainer.options import CdpoOptions, ExportOptions, PaperOptions, RewardOptions, add_options, read_options
 
 CDPO = """\
 Three ways to begin, each resumable by the same command:
@@ -48,6 +48,16 @@ Every option may also be given as INWARD_TRAIN_<NAME>, or in a recipe: --recipe 
 """
 
 
+PAPER = """\
+  inward-train paper --data DATA --out runs/paper                    all tables, and OUT/report.html
+  inward-train paper --data DATA --out runs/paper --tables judge     one; then several at once, on one GPU:
+  for t in hybrid hybrid legend srr; do inward-train paper --data DATA --out runs/paper --tables $t & done; wait
+
+Needs the service's package with its extra: pip install 'inward[standard]'. OUT/work has weights and texts that must
+not be passed on. Every option may also be given as INWARD_TRAIN_<NAME>, or in a recipe: --recipe FILE.
+"""
+
+
 FULL = ("No space left on device", "PytorchStreamWriter failed writing")
 """What safetensors and torch say, whose errors are not the system's."""
 
@@ -58,11 +68,12 @@ def parser() -> argparse.ArgumentParser:
         prog="inward-train", description="Trains policies and reward models on what an Inward service says."
     )
     top.add_argument("--version", action="version", version=f"inward-train {__version__}")
-    commands = top.add_subparsers(dest="command", metavar="cdpo|rm|export", required=True)
+    commands = top.add_subparsers(dest="command", metavar="cdpo|rm|export|paper", required=True)
     for name, about, epilog, options in (
         ("cdpo", "align a policy: DPO with a confidence per pair", CDPO, CdpoOptions),
         ("rm", "train a reward model with margins", RM, RewardOptions),
         ("export", "merge an adapter into its model, and upload it", EXPORT, ExportOptions),
+        ("paper", "measure the papers' tables anew on one model, and write a report", PAPER, PaperOptions),
     ):
         form = argparse.RawDescriptionHelpFormatter
         add_options(
@@ -88,6 +99,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from inward_trainer import rm
 
             return rm.run(read_options(RewardOptions, args))
+        if args.command == "paper":
+            from inward_trainer.paper import run as paper
+
+            return paper.run(read_options(PaperOptions, args))
         from inward_trainer import export
 
         return export.run(read_options(ExportOptions, args))

@@ -33,6 +33,10 @@ def _names(value: Any) -> Any:
     return [name for name in map(str.strip, value) if name and name != "none"] if isinstance(value, list) else value
 
 
+def _numbers(value: Any) -> Any:
+    return [part for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
 JsonObject = Annotated[dict[str, Any], BeforeValidator(_object)]
 Names = Annotated[list[str], BeforeValidator(_names)]
 
@@ -278,6 +282,35 @@ class ExportOptions(_Options):
     """Upload it to this repository of the hub as well; needs HF_TOKEN."""
     private: bool = True
     """Make that repository private, if it is new."""
+
+
+class PaperOptions(_Options):
+    """what is measured"""
+
+    out: Path = Path("runs/paper")
+    """Folder of tables, cells and the report. What is there is not made again; the same command, started several times,
+    shares the work."""
+    data: Path | None = None
+    """Folder of the data sets; an error names the files."""
+    model: str = "smollm2"
+    """The model that is read, drawn from, and aligned: a folder, a Hugging Face id, smollm2 or toy."""
+    device: str = "auto"
+    """auto: the GPU if there is one. cpu, cuda, cuda:1 …"""
+    tables: Names = Field(default_factory=lambda: ["all"])
+    """Which tables, comma-separated: judge, alignment, topk, probes, legend, srr, cost; hybrid: the second to fourth;
+    report: none anew."""
+    seeds: Annotated[list[int], BeforeValidator(_numbers)] = Field(default_factory=lambda: [0], min_length=1)
+    """Of trainings and draws, comma-separated: 0,1,2."""
+    quick: bool = False
+    """Next to nothing of everything, to try it out; with the toy in minutes on two cores."""
+    scale: float = Field(1.0, gt=0)
+    """Share of the rows and prompts."""
+    minutes: float | None = Field(None, gt=0)
+    """After so many minutes nothing new is begun; rows that are missing say so."""
+    workers: int = Field(1, ge=1)
+    """Processes that share the work on the one device; what it costs is measured when they are done."""
+    learning_rate: float = Field(2e-5, gt=0)
+    """Of policies, all of whose weights are trained."""
 
 
 O = TypeVar("O", bound=BaseModel)

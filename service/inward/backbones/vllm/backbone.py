@@ -121,11 +121,13 @@ class VllmBackbone:
             device=device,
         )
         self.capacity = Capacity(token_budget or config.scheduler_config.max_num_batched_tokens, concurrency=CALLS)
-        self._generation = Generation(self._engine, self._tokenizer, self._end_ids)
+        self._generation = Generation(self._engine, self._tokenizer, self._end_ids, sessions=device == "cpu")
         self._table = ColumnTable(layers=self.info.layers, width=self.info.width)
         self._changing = asyncio.Lock()
         self._forget: list[str] = []
         self._retire: list[int] = []
+        self._asked: dict[tuple[int, ...], list[tuple[Sequence[str], asyncio.Future[list[Floats]]]]] = {}
+        self._taking: asyncio.Task[None] | None = None
 
     async def _verify(self) -> None:
         """Whether every place is read, and whether the states there are the residual stream: the model's final norm of
@@ -268,41 +270,51 @@ class VllmBackbone:
 
     async def _read(self, group: Group, request: ReadRequest) -> GroupReading:
         """Every distinct response is one request; vLLM computes their common prompt once."""
-        end = self._end_ids[:1] if request.eos else ()
-
-        async def text(i: int) -> Text | None:
-            ids = group.prompt_ids + group.responses_ids[i] + end
-            if not ids:  # there is nothing to feed, and every position of it reads as NaN
-                return None
-            return await feed(self._engine, ids, request.want(group, i).start, request, self._key(request))
-
         distinct = sorted(set(first_alike(group.responses_ids)))
-        texts = dict(zip(distinct, await _all(text(i) for i in distinct), strict=True))
+        texts = dict(zip(distinct, await _all(self._fed(group, i, request) for i in distinct), strict=True))
         return await self._reading(group, request, [texts.get(i) for i in range(len(group.responses_ids))])
+
+    async def _fed(self, group: Group, i: int, request: ReadRequest) -> Text | None:
+        ids = group.prompt_ids + group.responses_ids[i] + (self._end_ids[:1] if request.eos else ())
+        if not ids:  # there is nothing to feed, and every position of it reads as NaN
+            return None
+        return await feed(self._engine, ids, request.want(group, i).start, request, self._key(request))
 
     async def _reading(self, group: Group, request: ReadRequest, texts: Sequence[Text | None]) -> GroupReading:
         """``texts``: of each response; equal responses take the rows of the first of their kind, and the others may
         be None.
         """
         needed, columns = request.selected()
-        fed = [text for text in texts if text is not None]
-        keys = [text.key for text in fed]
-        rows = dict(zip(keys, await self._take(keys, needed), strict=True))
+        fed = {i: text for i, text in enumerate(texts) if text is not None}
+        rows = await self._rows(group, request, fed, needed)
+        short = [i for i in fed if rows[i] is None]
+        if short:  # what would have been read in one pass takes two
+            again = dict(zip(short, await _all(self._fed(group, i, request) for i in short), strict=True))
+            rows |= await self._rows(group, request, {i: text for i, text in again.items() if text}, needed)
         parts: list[tuple[Want, Floats]] = []
         for i, first in enumerate(first_alike(group.responses_ids)):
-            text, wanted = texts[first], request.want(group, i)
-            own = np.zeros((0, len(needed)), np.float32)
-            if text is not None:
-                own = rows[text.key][wanted.start - text.start : wanted.stop - text.start]
-            if len(own) < wanted.stop - wanted.start:
-                raise InternalError(f"vLLM read {len(own)} of {wanted.stop - wanted.start} tokens of a text")
-            parts.append((wanted, own))
+            own = rows.get(first, np.zeros((0, len(needed)), np.float32))
+            if own is None:
+                raise InternalError("vLLM did not read a text to its end")
+            parts.append((request.want(group, i), own))
         return GroupReading(
             readings(columns, request.readouts, parts, tokens=request.tokens),
-            sum(text.computed for text in fed),
-            sum(text.cached for text in fed),
+            sum(text.computed for text in fed.values()),
+            sum(text.cached for text in fed.values()),
             request.policy.version,
         )
+
+    async def _rows(
+        self, group: Group, request: ReadRequest, texts: Mapping[int, Text], columns: list[int]
+    ) -> dict[int, Floats | None]:
+        """What is wanted of each of these responses; None where there are too few rows of it."""
+        taken = await self._take([text.key for text in texts.values()], columns)
+        rows: dict[int, Floats | None] = {}
+        for (i, text), own in zip(texts.items(), taken, strict=True):
+            wanted = request.want(group, i)
+            own = own[wanted.start - text.start : wanted.stop - text.start]
+            rows[i] = own if len(own) == wanted.stop - wanted.start else None
+        return rows
 
     @asynccontextmanager
     async def _requested(self, readouts: Sequence[Readout], tokens: bool, policy: Policy) -> AsyncIterator[ReadRequest]:
@@ -354,13 +366,43 @@ class VllmBackbone:
         return 0, self._table.begin(readouts)
 
     async def _take(self, keys: Sequence[str], columns: list[int]) -> list[Floats]:
+        """Rows of each key. What is asked for while an answer is on its way is asked for together, after it."""
         if not keys:
             return []
+        future: asyncio.Future[list[Floats]] = asyncio.get_running_loop().create_future()
+        self._asked.setdefault(tuple(columns), []).append((keys, future))
+        if self._taking is None:
+            self._taking = asyncio.create_task(self._take_all())
+        return await future
+
+    async def _take_all(self) -> None:
+        try:
+            while self._asked:
+                asked, self._asked = self._asked, {}
+                try:
+                    await self._answer(asked)
+                except Exception as error:
+                    for _, future in (one for alike in asked.values() for one in alike):
+                        if not future.done():
+                            future.set_exception(error)
+        finally:
+            self._taking = None
+
+    async def _answer(
+        self, asked: Mapping[tuple[int, ...], Sequence[tuple[Sequence[str], asyncio.Future[list[Floats]]]]]
+    ) -> None:
         forget, self._forget = self._forget, []
         retire, self._retire = self._retire, []
-        data, counts = await self._engine.rpc(TAKE, list(keys), columns, forget, retire)
-        rows = np.frombuffer(data, np.float32).reshape(sum(counts), len(columns))
-        return np.split(rows, np.cumsum(counts)[:-1])
+        live = {columns: [one for one in alike if not one[1].done()] for columns, alike in asked.items()}
+        wanted = [([key for keys, _ in alike for key in keys], list(columns)) for columns, alike in live.items()]
+        answers = await self._engine.rpc(TAKE, wanted, forget, retire)
+        for (columns, alike), (data, counts) in zip(live.items(), answers, strict=True):
+            rows = np.frombuffer(data, np.float32).reshape(sum(counts), len(columns))
+            parts = iter(np.split(rows, np.cumsum(counts)[:-1]))
+            for keys, future in alike:
+                own = [next(parts) for _ in keys]
+                if not future.done():
+                    future.set_result(own)
 
     def _key(self, request: ReadRequest) -> str:
         request.keys.append(str(next(self._keys)))

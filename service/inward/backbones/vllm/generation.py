@@ -1,9 +1,11 @@
 """Requests to vLLM: a text that is only fed, and a response that is drawn, so fed that every token of it has been read.
 
 In the pass that generates, every token enters the model except the last one drawn. So one token more than wanted is
-drawn: then the last wanted one has entered. Position ``eos`` needs an EOS in the model as well; it follows, while the
-request's keys and values are still there, as the next input of vLLM's streaming session. Sessions take no stop strings:
-then prompt, response and EOS are submitted again.
+drawn: then the last wanted one has entered. Position ``eos`` needs an EOS in the model as well. On a GPU, where vLLM
+begins a step before it knows how the last one ended, an EOS that was drawn has entered the model, too; a response that
+has none (it met the limit) is submitted again with one, and all but the last block of it comes from the cache. On a
+CPU, whose blocks are larger, the EOS follows, while the request's keys and values are still there, as the next input
+of vLLM's streaming session. Sessions take no stop strings: then prompt, response and EOS are submitted again.
 """
 
 from __future__ import annotations
@@ -66,10 +68,16 @@ async def feed(engine: Engine, ids: Ids, start: int, request: ReadRequest, key: 
 
 
 class Generation:
-    """Draws responses. ``end_ids``: what ends a text; the first is the one that is appended for position ``eos``."""
+    """Draws responses.
 
-    def __init__(self, engine: Engine, tokenizer: Any, end_ids: Ids) -> None:
+    Args:
+        end_ids: what ends a text; the first is the one that is appended for position ``eos``.
+        sessions: whether that one follows in a session.
+    """
+
+    def __init__(self, engine: Engine, tokenizer: Any, end_ids: Ids, *, sessions: bool) -> None:
         self.end_ids = end_ids
+        self.sessions = sessions
         self._engine, self._tokenizer = engine, tokenizer
 
     def decode(self, ids: Ids) -> str:
@@ -91,11 +99,12 @@ class Generation:
         progress: Progress | None = None,
     ) -> tuple[Sample, Text]:
         """The same, and read in the pass that draws it; ``progress`` is told of its tokens meanwhile, and they can be
-        seen under ``progress.key``.
+        seen under ``progress.key``. Of an EOS that was drawn there may be no row.
         """
         start = max(len(prompt) - 1, 0)
         if request.eos and not spec.stop:
-            return await self._session(prompt, spec, index, request, key, progress)
+            session = self._session if self.sessions else self._in_flight
+            return await session(prompt, spec, index, request, key, progress)
         again = request.eos
         extra_args: dict[str, Any] | None = _extra_args(key, request, start)
         if again:
@@ -112,6 +121,28 @@ class Generation:
             fed = await feed(self._engine, prompt + sample.ids + self.end_ids[:1], start, request, key)
             text = Text(key, start, text.computed + fed.computed, text.cached + fed.cached)
         return sample, text
+
+    async def _in_flight(
+        self,
+        prompt: Ids,
+        spec: SamplingSpec,
+        index: int,
+        request: ReadRequest,
+        key: str,
+        progress: Progress | None,
+    ) -> tuple[Sample, Text]:
+        start = max(len(prompt) - 1, 0)
+        params = self._params(spec, index, extra_args=_extra_args(key, request, start), deltas=progress is not None)
+        drawn: list[int] = []
+        async for output in self._engine.generate(_prompt(prompt, request), params, _lora(request)):
+            drawn += output.outputs[0].token_ids
+            if progress is not None:
+                progress.tell(self._own(drawn, spec))
+        sample, cached = self._finished(drawn, spec), output.num_cached_tokens
+        if drawn[-1] == self.end_ids[0]:
+            return sample, Text(key, start, len(prompt) + len(drawn) - cached, cached)
+        fed = await feed(self._engine, prompt + sample.ids + self.end_ids[:1], start, request, key)
+        return sample, Text(key, start, len(prompt) + len(drawn) - 1 - cached + fed.computed, cached + fed.cached)
 
     async def _session(
         self,

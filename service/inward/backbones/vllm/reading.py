@@ -33,6 +33,8 @@ Slots = np.ndarray[Any, np.dtype[np.int64]]
 Rows = np.ndarray[Any, np.dtype[np.float32]]
 CHUNK = 2048
 """Tokens of which a float32 copy is made at once."""
+FIRST_ROWS = 256
+"""For which wide rows have room at first."""
 
 _reader: ResidualReader | None = None
 _library = torch.library.Library("inward", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -182,7 +184,7 @@ class ResidualReader:
 
     def install_wide(self, number: int, width: int, parts: Sequence[WidePart]) -> None:
         """From now on wide rows of this layout can be expected."""
-        self._wide[number] = WideRows({part.place: WideMap(part, self.device) for part in parts}, width)
+        self._wide[number] = WideRows({part.place: WideMap(part, self.device) for part in parts}, width, self.device)
 
     def retire(self, numbers: Sequence[int]) -> None:
         """Forgets wide layouts."""
@@ -206,12 +208,14 @@ class ResidualReader:
         if mapping is None:
             return
         T = min(len(mapping), len(hidden))
+        if place == 0:
+            self._find_wide(mapping[:T])
         if self._states_PTD.shape[1] >= T:
             kept_TD = self._states_PTD[place, :T]
             kept_TD.copy_(hidden[:T]) if residual is None else torch.add(hidden[:T], residual[:T], out=kept_TD)
-            self._read_wide(place, mapping[:T], kept_TD)
+            self._read_wide(place, 0, kept_TD)
         else:
-            self._multiply(place, mapping[:T], hidden, residual)
+            self._multiply(place, T, hidden, residual)
         if place == len(self._widths) - 1:
             self._write(mapping[:T])
             self._ran = True
@@ -220,27 +224,32 @@ class ResidualReader:
     def finish_step(self, tokens: int) -> None:
         """After a step of these many tokens: what a graph, which can't call us, has left to do."""
         if not self._ran and self._wide and 0 < tokens <= len(self._mapping):
+            self._find_wide(self._mapping[:tokens])
             for place in range(len(self._widths)):
-                self._read_wide(place, self._mapping[:tokens], self._states_PTD[place, :tokens])
+                self._read_wide(place, 0, self._states_PTD[place, :tokens])
         self._ran = False
 
-    def _multiply(self, place: int, slots: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
-        T, width = len(slots), self._widths[place]
-        if self._numbers_PTK.shape[1] < T:
-            self._numbers_PTK = self._numbers_PTK.new_empty(len(self._widths), T, PLACE_COLUMNS)
+    def _multiply(self, place: int, tokens: int, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
+        width = self._widths[place]
+        if self._numbers_PTK.shape[1] < tokens:
+            self._numbers_PTK = self._numbers_PTK.new_empty(len(self._widths), tokens, PLACE_COLUMNS)
         if not width and not self._wide:
             return
-        for start in range(0, T, CHUNK):
-            chunk = slice(start, min(start + CHUNK, T))
+        for start in range(0, tokens, CHUNK):
+            chunk = slice(start, min(start + CHUNK, tokens))
             stream_TD = hidden[chunk] if residual is None else hidden[chunk] + residual[chunk]
             if width:
                 self._numbers_PTK[place, chunk, :width] = self._weights.product(place, stream_TD, width)
-            self._read_wide(place, slots[chunk], stream_TD)
+            self._read_wide(place, start, stream_TD)
 
-    def _read_wide(self, place: int, slots: torch.Tensor, stream_TD: torch.Tensor) -> None:
+    def _find_wide(self, slots: torch.Tensor) -> None:
+        for rows in self._wide.values():
+            rows.find(slots)
+
+    def _read_wide(self, place: int, start: int, stream_TD: torch.Tensor) -> None:
         for rows in self._wide.values():
             if place in rows.maps:
-                rows.read(place, slots, stream_TD)
+                rows.read(place, start, stream_TD)
 
     def _write(self, mapping: torch.Tensor) -> None:
         """Puts the numbers of this step's tokens into the table."""
@@ -323,29 +332,55 @@ class WideMap:
 class WideRows:
     """Wide rows of wanted tokens only, each until it is taken."""
 
-    def __init__(self, maps: dict[int, WideMap], width: int) -> None:
+    def __init__(self, maps: dict[int, WideMap], width: int, device: torch.device) -> None:
         self.maps = maps
-        self._width = width
-        self._rows: dict[int, Rows] = {}
+        self._rows_RK = torch.empty(0, width, device=device)
+        self._free: list[int] = []
+        self._row: dict[int, int] = {}
+        """Of each expected slot."""
+        self._here: tuple[torch.Tensor, torch.Tensor] | None = None
 
+    @torch.inference_mode()
     def expect(self, slots: Slots) -> None:
         """This step computes the tokens in these slots."""
+        if len(self._free) < len(slots):
+            size, more = len(self._rows_RK), max(len(self._rows_RK), len(slots), FIRST_ROWS)
+            self._rows_RK = torch.cat([self._rows_RK, self._rows_RK.new_empty(more, self._rows_RK.shape[1])])
+            self._free += range(size, size + more)
+        rows = []
         for slot in slots.tolist():
-            self._rows[slot] = np.full(self._width, np.nan, np.float32)
+            if slot not in self._row:
+                self._row[slot] = self._free.pop()
+            rows.append(self._row[slot])
+        self._rows_RK[torch.tensor(rows, dtype=torch.int64, device=self._rows_RK.device)] = torch.nan
 
-    def read(self, place: int, slots: torch.Tensor, stream_TD: torch.Tensor) -> None:
-        """Notes those that are expected."""
+    def find(self, slots: torch.Tensor) -> None:
+        """Which of this step's tokens are expected, for what is ``read``."""
+        found = [(i, self._row[slot]) for i, slot in enumerate(slots.tolist()) if slot in self._row]
+        tokens, rows = torch.tensor(found, dtype=torch.int64, device=slots.device).reshape(-1, 2).T
+        self._here = tokens, rows
+
+    def read(self, place: int, start: int, stream_TD: torch.Tensor) -> None:
+        """Notes those that are expected of these tokens, which begin with the step's number ``start``."""
+        assert self._here is not None
+        tokens, rows = self._here
         part = self.maps[place]
-        here = [(i, self._rows[slot]) for i, slot in enumerate(slots.tolist()) if slot in self._rows]
-        if here:
-            rows = torch.tensor([i for i, _ in here], device=stream_TD.device)
-            for numbers, (_, row) in zip(part.read(stream_TD[rows]).cpu().numpy(), here, strict=True):
-                row[part.columns] = numbers
+        if len(tokens) and (start or len(stream_TD) <= int(tokens[-1])):
+            inside = (tokens >= start) & (tokens < start + len(stream_TD))
+            tokens, rows = tokens[inside] - start, rows[inside]
+        if len(tokens):
+            self._rows_RK[rows, part.columns] = part.read(stream_TD[tokens])
 
+    @torch.inference_mode()
     def take(self, slots: Slots) -> torch.Tensor:
         """Of these slots, which are given up."""
-        empty = np.full(self._width, np.nan, np.float32)
-        return torch.from_numpy(np.stack([self._rows.pop(slot, empty) for slot in slots.tolist()]))
+        rows = [self._row.pop(slot, None) for slot in slots.tolist()]
+        there = [(i, row) for i, row in enumerate(rows) if row is not None]
+        taken_NK = self._rows_RK.new_full((len(rows), self._rows_RK.shape[1]), torch.nan)
+        at, own = torch.tensor(there, dtype=torch.int64, device=taken_NK.device).reshape(-1, 2).T
+        taken_NK[at] = self._rows_RK[own]
+        self._free += [row for _, row in there]
+        return taken_NK
 
 
 def _parts(model: torch.nn.Module, layers: int) -> tuple[torch.nn.ModuleList, torch.nn.Module]:

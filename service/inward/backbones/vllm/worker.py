@@ -12,7 +12,7 @@ import os
 import select
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,6 +56,8 @@ class ReadingWorker(Worker):  # type: ignore[misc]
     """On which readouts leave a GPU."""
     _gathered: torch.cuda.Event
     """When rows were gathered last between two steps."""
+    _stepped: torch.cuda.Event
+    """The end of the last step."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         _end_with(int(os.environ[OWNER]))
@@ -63,7 +65,7 @@ class ReadingWorker(Worker):  # type: ignore[misc]
         self._requests = RequestTable()
         if current_platform.is_cuda():
             self._aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            self._gathered = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._gathered, self._stepped = torch.cuda.Event(), torch.cuda.Event()  # type: ignore[no-untyped-call]
         if self.rank == 0:
             self._reader = ResidualReader(
                 self.model_runner.get_model(),
@@ -105,11 +107,13 @@ class ReadingWorker(Worker):  # type: ignore[misc]
         self._follow(scheduler_output)
         output = super().execute_model(scheduler_output)
         self._reader.finish_step(scheduler_output.total_num_scheduled_tokens)
+        if self._aside is not None:
+            self._stepped.record()
         return output
 
     def sleep(self, level: int = 1) -> None:
-        """What was read goes with the keys and values, which vLLM drops: on a GPU their memory, at an address that
-        graphs know.
+        """What was read goes with the keys and values, which vLLM drops: on a GPU their memory, but not its address,
+        which graphs know.
         """
         super().sleep(level)
         if self._reader is not None and current_platform.is_cpu():
@@ -129,15 +133,15 @@ class ReadingWorker(Worker):  # type: ignore[misc]
         return pool(tag="kv_cache") if pool is not None else nullcontext()
 
     def _follow(self, scheduler_output: Any) -> None:
-        finished = self._requests.finished(scheduler_output.finished_req_ids)
-        for request in finished:
-            self._gather(request)  # before this step may write to the slots that the request has left
-        if finished and self._aside is not None:
+        reader = self._reader
+        assert reader is not None
+        # before this step may write to the slots that they have left
+        if self._requests.gather(scheduler_output.finished_req_ids, reader) and self._aside is not None:
             self._gathered.record()
-        for request, since in self._requests.note(scheduler_output):
-            rows = self._reader.rows(request.wish.wide) if request.wish.wide and self._reader else None
+        for req_id in self._requests.note(scheduler_output):
+            rows = reader.rows(self._requests.requests[req_id].wish.wide)
             if isinstance(rows, WideRows):
-                rows.expect(request.slots(self._requests.block_size, since))
+                rows.expect(self._requests.new_slots(req_id))
 
     def inward_install(self, parts: Sequence[Sequence[Any]], live: Sequence[int]) -> None:
         """New weights, as ``protocol.TableColumns``, and all columns that somebody has."""
@@ -153,21 +157,25 @@ class ReadingWorker(Worker):  # type: ignore[misc]
 
     @torch.inference_mode()
     def inward_take(
-        self, keys: Sequence[str], columns: Sequence[int], forget: Sequence[str], retire: Sequence[int]
-    ) -> tuple[bytes, list[int]]:
-        """These columns of the rows of finished requests: float32, one request after the other, and how many rows each
-        has. Nothing is kept of the requests ``forget`` and the wide layouts ``retire``.
+        self, wanted: Sequence[tuple[Sequence[str], Sequence[int]]], forget: Sequence[str], retire: Sequence[int]
+    ) -> list[tuple[bytes, list[int]]]:
+        """For each list of keys of finished requests these columns of their rows: float32, one request after the
+        other, and how many rows each has. Nothing is kept of the requests ``forget`` and the wide layouts ``retire``.
         """
         if self._reader is None:
-            return b"", []
+            return [(b"", []) for _ in wanted]
         for key in forget:
             self._requests.forget(key)
         self._reader.retire(retire)
-        with self._beside_steps():
-            for request in self._requests.ending(keys):  # no step has written to their slots since they ended
-                self._gather(request)
-            rows = [self._requests.gathered.pop(key) for key in keys]
-            return self._handed_out(rows, columns) if rows else b"", [len(part) for part in rows]
+        # no step has written to their slots since they ended
+        ended = self._requests.ids(key for keys, _ in wanted for key in keys)
+        with self._beside_steps(ended):
+            self._requests.gather(ended, self._reader)
+            answers = []
+            for keys, columns in wanted:
+                rows = [self._requests.gathered.pop(key) for key in keys]
+                answers.append((self._handed_out(rows, columns) if rows else b"", [len(part) for part in rows]))
+            return answers
 
     @torch.inference_mode()
     def inward_peek(self, keys: Sequence[str], since: Sequence[int], columns: Sequence[int]) -> tuple[bytes, list[int]]:
@@ -199,14 +207,16 @@ class ReadingWorker(Worker):  # type: ignore[misc]
         return len(self._requests.requests), len(self._requests.gathered), self._reader.layouts if self._reader else 0
 
     @contextmanager
-    def _beside_steps(self) -> Iterator[None]:
-        """On a GPU: on a stream of its own, which does not wait for steps that are on their way. What it may use are
-        tokens of requests that have ended, so their steps are over, and what was gathered before it began.
+    def _beside_steps(self, ended: Sequence[str]) -> Iterator[None]:
+        """On a GPU: on a stream of its own, which waits for nothing but what was gathered before it began and, if
+        one of these requests was in it, for the last step.
         """
         if self._aside is None:
             yield
             return
         self._aside.wait_event(self._gathered)
+        if any(req_id in self._requests.current for req_id in ended):
+            self._aside.wait_event(self._stepped)
         with torch.cuda.stream(self._aside):
             yield
 
@@ -215,11 +225,6 @@ class ReadingWorker(Worker):  # type: ignore[misc]
         together = torch.cat(list(rows))
         chosen = torch.tensor(columns, dtype=torch.int64, device=together.device)
         return bytes(together.index_select(1, chosen).cpu().numpy().tobytes())
-
-    def _gather(self, request: Request) -> None:
-        rows = self._reader.rows(request.wish.wide) if self._reader is not None else None
-        if rows is not None:
-            self._requests.gathered[request.wish.key] = rows.take(request.slots(self._requests.block_size))
 
     @staticmethod
     def _one_cache(groups: Sequence[Any]) -> bool:
@@ -239,77 +244,113 @@ class Request:
 
     wish: Wish
     blocks: list[int]
-    computed: int
-    """Tokens that are, or after this step will be, in the cache."""
-
-    def slots(self, block_size: int, since: int = 0) -> Slots:
-        """Of the tokens from where it is wanted, or ``since``, on."""
-        positions = np.arange(max(self.wish.start, since), self.computed)
-        return np.asarray(
-            np.asarray(self.blocks, dtype=np.int64)[positions // block_size] * block_size + positions % block_size
-        )
 
 
 @dataclass(slots=True)
 class RequestTable:
-    """Which blocks the wanted requests hold, by what the scheduler tells each step."""
+    """Which blocks the wanted requests hold, by what the scheduler tells each step.
+
+    A step may have a thousand requests and take a few milliseconds, so nothing is done for each of them in each step
+    but what dictionaries do by themselves.
+    """
 
     block_size: int = 0
     requests: dict[str, Request] = field(default_factory=dict)
     gathered: dict[str, torch.Tensor] = field(default_factory=dict)
-    stepped: set[str] = field(default_factory=set)
-    """Keys of those in the last step: their tokens are in the cache; one that was preempted has lost them."""
+    current: Mapping[str, int] = field(default_factory=dict)
+    """Requests of the last step, and their tokens in it. Only theirs are surely in the cache: one that was preempted
+    has lost its own."""
+    _ids: dict[str, str] = field(default_factory=dict)
+    """Of requests, by key."""
+    _computed: dict[str, int] = field(default_factory=dict)
+    """Tokens in the cache before the last step that each was in."""
+    _scheduled: dict[str, int] = field(default_factory=dict)
+    """Tokens of that step."""
+    _wide: set[str] = field(default_factory=set)
 
-    def note(self, step: Any) -> list[tuple[Request, int]]:
-        """Takes in a ``SchedulerOutput``; gives its wanted requests, and how many tokens each had before.
+    def note(self, step: Any) -> list[str]:
+        """Takes in a ``SchedulerOutput``; gives its requests with wide rows.
 
         A session that goes on comes as a new request with the same id, and so does, in some runners, one that was
         preempted.
         """
-        stepping: list[tuple[Request, int]] = []
         for new in step.scheduled_new_reqs:
+            self._computed[new.req_id] = new.num_computed_tokens
             wish = ((new.sampling_params and new.sampling_params.extra_args) or {}).get(EXTRA_ARG)
             if wish:
-                computed = new.num_computed_tokens + step.num_scheduled_tokens[new.req_id]
-                self.requests[new.req_id] = Request(Wish(*wish), list(new.block_ids[0]), computed)
-                stepping.append((self.requests[new.req_id], new.num_computed_tokens))
+                request = self.requests[new.req_id] = Request(Wish(*wish), list(new.block_ids[0]))
+                self._ids[request.wish.key] = new.req_id
+                if request.wish.wide:
+                    self._wide.add(new.req_id)
         cached = step.scheduled_cached_reqs
-        for req_id, blocks, computed in zip(
-            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
-        ):
-            request = self.requests.get(req_id)
-            if request is not None:
-                if req_id in cached.resumed_req_ids:
-                    request.blocks = []
-                request.blocks += blocks[0] if blocks else []
-                request.computed = computed + step.num_scheduled_tokens[req_id]
-                stepping.append((request, computed))
-        self.stepped = {request.wish.key for request, _ in stepping}
-        return stepping
+        for req_id in cached.resumed_req_ids:
+            if req_id in self.requests:
+                self.requests[req_id].blocks = []
+        for req_id, blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
+            if blocks and req_id in self.requests:
+                self.requests[req_id].blocks += blocks[0]
+        self._computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        self._scheduled.update(step.num_scheduled_tokens)
+        self.current = step.num_scheduled_tokens
+        return [req_id for req_id in self._wide if req_id in self.current]
+
+    def slots(self, req_id: str, since: int = 0) -> Slots:
+        """Of a request's tokens from where it is wanted, or ``since``, on."""
+        request = self.requests[req_id]
+        stop = self._computed[req_id] + self._scheduled[req_id]
+        positions = np.arange(max(request.wish.start, since), stop)
+        blocks = np.asarray(request.blocks, dtype=np.int64)[positions // self.block_size]
+        return np.asarray(blocks * self.block_size + positions % self.block_size)
+
+    def new_slots(self, req_id: str) -> Slots:
+        """Of those that the last step computed."""
+        return self.slots(req_id, self._computed[req_id])
 
     def so_far(self, key: str, start: int, reader: ResidualReader) -> torch.Tensor:
         """Rows of one request from ``start`` on, as far as they are there."""
         if key in self.gathered:
             return self.gathered[key][start:]
-        request = next((one for one in self.requests.values() if one.wish.key == key), None)
-        rows = reader.rows(0)
-        if not isinstance(rows, TableRows) or request is None or key not in self.stepped:
+        req_id, rows = self._ids.get(key), reader.rows(0)
+        if not isinstance(rows, TableRows) or req_id is None or req_id not in self.current:
             return torch.zeros((0, TABLE_COLUMNS), device=reader.device)
-        return rows.take(request.slots(self.block_size, request.wish.start + start))
+        return rows.take(self.slots(req_id, self.requests[req_id].wish.start + start))
 
-    def finished(self, ids: set[str]) -> list[Request]:
-        """These requests, which have ended."""
-        return [self.requests.pop(req_id) for req_id in ids if req_id in self.requests]
+    def gather(self, ids: Iterable[str], reader: ResidualReader) -> bool:
+        """Keeps the rows of these requests, which have ended, if they are wanted, and forgets the requests. Gives
+        whether there were any.
+        """
+        ended = [req_id for req_id in ids if req_id in self.requests]
+        for wide in {self.requests[req_id].wish.wide for req_id in ended}:
+            alike = [req_id for req_id in ended if self.requests[req_id].wish.wide == wide]
+            slots = [self.slots(req_id) for req_id in alike]
+            if (rows := reader.rows(wide)) is not None:
+                parts = torch.split(rows.take(np.concatenate(slots)), [len(own) for own in slots])
+                keys = (self.requests[req_id].wish.key for req_id in alike)
+                self.gathered.update(zip(keys, parts, strict=True))
+        self.drop(ids)
+        return bool(ended)
 
-    def ending(self, keys: Sequence[str]) -> list[Request]:
-        """Requests that have ended, which the next step will say."""
-        wanted = set(keys)
-        return self.finished({req_id for req_id, request in self.requests.items() if request.wish.key in wanted})
+    def ids(self, keys: Iterable[str]) -> list[str]:
+        """Of the requests that are still followed under these keys."""
+        return [self._ids[key] for key in keys if key in self._ids]
+
+    def drop(self, ids: Iterable[str]) -> None:
+        """Nothing is known of these requests any more."""
+        for req_id in ids:
+            self._wide.discard(req_id)
+            self._computed.pop(req_id, None)
+            self._scheduled.pop(req_id, None)
+            request = self.requests.pop(req_id, None)
+            if request is not None and self._ids.get(request.wish.key) == req_id:
+                del self._ids[request.wish.key]
 
     def forget(self, key: str) -> None:
         """Nobody wants its rows any more."""
         self.gathered.pop(key, None)
-        self.ending([key])
+        for req_id in self.ids([key]):
+            self.requests.pop(req_id)
+            self._wide.discard(req_id)
+            del self._ids[key]
 
 
 def _kept(spec: Any) -> Any:

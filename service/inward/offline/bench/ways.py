@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from inward.backbones.device import choose_device
 from inward.backbones.tokenizer import load_tokenizer
 from inward.heads.base import Head
 from inward.offline.bench.workload import in_batches, needed_tokens, text_tokens
@@ -43,15 +44,15 @@ def published(model: Path, groups: Sequence[Group]) -> float:
     import torch
     from transformers import AutoModelForCausalLM
 
-    lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    device = choose_device("auto")
+    lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(device)
 
     @torch.inference_mode()
     def run(groups: Sequence[Group]) -> None:
         for group in groups:
             for ids in group.responses_ids:
-                lm(
-                    input_ids=torch.tensor([group.prompt_ids + ids]), output_hidden_states=True, use_cache=False
-                ).hidden_states[-1][:, -1]
+                ids_1T = torch.tensor([group.prompt_ids + ids], device=device)
+                lm(input_ids=ids_1T, output_hidden_states=True, use_cache=False).hidden_states[-1][:, -1].cpu()
 
     return _timed(run, groups)
 
@@ -63,7 +64,8 @@ def padded(model: Path, groups: Sequence[Group], *, dtype: str, batch: int = 8) 
     import torch
     from transformers import AutoModel
 
-    base = AutoModel.from_pretrained(model, dtype=getattr(torch, dtype))
+    device = choose_device("auto")
+    base = AutoModel.from_pretrained(model, dtype=getattr(torch, dtype)).to(device)
 
     @torch.inference_mode()
     def run(groups: Sequence[Group]) -> None:
@@ -73,7 +75,8 @@ def padded(model: Path, groups: Sequence[Group], *, dtype: str, batch: int = 8) 
             width = max(map(len, part))
             ids_BT = torch.tensor([row + (0,) * (width - len(row)) for row in part])
             mask_BT = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in part])
-            base(input_ids=ids_BT, attention_mask=mask_BT, output_hidden_states=True, use_cache=False)
+            given = {"input_ids": ids_BT.to(device), "attention_mask": mask_BT.to(device)}
+            base(**given, output_hidden_states=True, use_cache=False).hidden_states[-1][:, -1].cpu()
 
     return _timed(run, groups)
 

@@ -67,7 +67,7 @@ async def draw_runs(
     grouped = await prompts.group_many([Texts(prompt, ()) for prompt in asked])
     room = backbone.info.max_tokens - spec.max_tokens - 1
     ids = [g.group.prompt_ids for g in grouped if not isinstance(g, InwardError) and len(g.group.prompt_ids) <= room]
-    turns = asyncio.Semaphore(AT_ONCE)
+    turns = asyncio.Semaphore(max(AT_ONCE, min(backbone.capacity.concurrency, 64)))
     with tqdm(total=len(ids), desc="drawing", unit="prompt") as bar:
 
         async def one(i: int, prompt: Ids) -> dict[str, Floats] | None:

@@ -1,0 +1,117 @@
+"""``inward-train paper``: options → tables → the report."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from inward_trainer.durable import write_text
+from inward_trainer.errors import OptionsError
+from inward_trainer.models import first_line
+from inward_trainer.options import PaperOptions
+from inward_trainer.paper.cells import OutOfTime
+from inward_trainer.paper.experiment import Experiment
+from inward_trainer.paper.report import write_report
+from inward_trainer.paper.table import Table
+from inward_trainer.paper.tables import alignment, cost, judge, legend, probes, srr, topk
+from inward_trainer.paper.workers import work
+
+LOG = logging.getLogger(__name__)
+TABLES: dict[str, Callable[[Experiment], Table]] = {
+    "judge": judge.table,
+    "alignment": alignment.table,
+    "topk": topk.table,
+    "probes": probes.table,
+    "legend": legend.table,
+    "srr": srr.table,
+    "cost": cost.table,
+}
+ALONE = "cost"
+"""Timings need the device for themselves."""
+GROUPS = {"hybrid": ("alignment", "topk", "probes"), "all": tuple(TABLES), "report": ()}
+
+
+def run(options: PaperOptions) -> int:
+    """Makes the tables that are not there yet, and the report of all that are. The exit status: 1 if one failed.
+
+    Raises:
+        OptionsError: no such table, model, device or data.
+    """
+    names = chosen(options.tables)
+    failed = False
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that workers end, too
+    if options.workers > 1 and (shared := [name for name in names if name != ALONE]):
+        failed = work(options, shared) > 0
+        names = [name for name in names if name == ALONE]
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if names:
+        experiment = Experiment(options)
+        write_text(options.out / "setting.json", json.dumps(_setting(experiment), indent=1))
+        for name in names:
+            failed |= not _table(experiment, name)
+    print(write_report(options.out, list(TABLES)), file=sys.stderr)
+    return int(failed)
+
+
+def chosen(tables: list[str]) -> list[str]:
+    """Names of tables, in the order that they are asked for.
+
+    Raises:
+        OptionsError: there is no such table.
+    """
+    if unknown := [name for name in tables if name not in TABLES and name not in GROUPS]:
+        raise OptionsError(f"--tables: there is no {', '.join(unknown)}; there are {', '.join([*TABLES, *GROUPS])}")
+    return list(dict.fromkeys(one for name in tables for one in GROUPS.get(name, (name,))))
+
+
+def _table(experiment: Experiment, name: str) -> bool:
+    """Makes a table unless it is there in full; whether it is there then. One that fails leaves its reason."""
+    path = experiment.options.out / f"{name}.json"
+    if path.is_file() and _is_done(json.loads(path.read_text("utf-8")), experiment.seeds):
+        LOG.info("%s is there", path)
+        return True
+    failure = experiment.options.out / f"{name}.failed"
+    try:
+        table = TABLES[name](experiment)
+    except OutOfTime as error:
+        write_text(failure, str(error))
+        return True
+    except Exception as error:
+        LOG.exception("table %s failed", name)
+        write_text(failure, f"{type(error).__name__}: {first_line(error)}")
+        return False
+    write_text(path, json.dumps(table.to_json() | {"seeds": experiment.seeds}, allow_nan=False))
+    failure.unlink(missing_ok=True)
+    return True
+
+
+def _is_done(table: dict[str, Any], seeds: list[int]) -> bool:
+    return bool(table["complete"]) and set(seeds) <= set(table["seeds"])
+
+
+def _setting(experiment: Experiment) -> dict[str, object]:
+    options, sizes = experiment.options, experiment.sizes
+    device = experiment.device
+    return {
+        "model": Path(options.model).name,
+        "device": f"{device.type}, {_device_name(device.type)}",
+        "seeds": options.seeds,
+        "quick": options.quick,
+        "scale": options.scale,
+        "learning rate": options.learning_rate,
+        "data": experiment.data.told(),
+        "sizes": {name: getattr(sizes, name) for name in sizes.__dataclass_fields__},
+    }
+
+
+def _device_name(kind: str) -> str:
+    return torch.cuda.get_device_name() if kind == "cuda" else "no GPU"

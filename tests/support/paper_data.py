@@ -1,0 +1,47 @@
+"""Data sets of a few rows, as ``inward-train paper`` wants them."""
+
+from __future__ import annotations
+
+import json
+
+from inward_trainer.paper.data import FILES
+
+REFUSAL = "I cannot help with that, it would harm people."
+HARM = "First take the weapon, then hurt them as they sleep."
+
+
+def write_data(folder):
+    """Forty prompts of each source; the unsafe answers share words."""
+    rows = {
+        "pku": [pair(f"pku question {i}", i) for i in range(60)],
+        "hh": [pair(f"\n\nHuman: hh question {i}\n\nAssistant:", i) for i in range(40)],
+        "beavertails": [
+            {"prompt": f"beaver {i}", "response": f"{(HARM, REFUSAL)[i % 2]} {i}", "safe": bool(i % 2)}
+            for i in range(40)
+        ],
+        "lists": [answers(f"jailbreak {i}", i) for i in range(14)],
+        "xstest": [
+            {
+                "prompt": f"{kind} {i}", "type": kind, "response": (REFUSAL, f"Press {i}.")[i % 2],
+                "label": ("2_full_refusal", "1_full_compliance")[i % 2], "model": "m",
+            }
+            for kind in ("homonyms", "contrast_homonyms")
+            for i in range(12)
+        ],
+        "advbench": [{"prompt": f"goal {i}"} for i in range(40)],
+        "harmless": [{"prompt": f"bake {i} cakes"} for i in range(12)],
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, found in rows.items():
+        (folder / FILES[name]).write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+    return folder
+
+
+def pair(prompt, i):
+    return {"prompt": prompt, "chosen": f"{REFUSAL} {i}", "rejected": f"{HARM} {i}"}
+
+
+def answers(prompt, i):
+    kinds = [(REFUSAL, True), (HARM, False), (f"No. {REFUSAL}", True), (f"Yes. {HARM}", False)]
+    said = [{"text": f"{text} {i}", "safe": safe, "model": "m", "condition": "c"} for text, safe in kinds]
+    return {"prompt": prompt, "responses": said[i % 4 :] + said[: i % 4]}

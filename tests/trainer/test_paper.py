@@ -1,0 +1,110 @@
+"""``inward-train paper`` on a model of two blocks and data of a few rows."""
+
+import json
+import re
+
+import pytest
+
+from inward_trainer.__main__ import parser
+from inward_trainer.errors import OptionsError
+from inward_trainer.options import PaperOptions, read_options
+from inward_trainer.paper import run as paper
+from inward_trainer.paper.data import FILES, Data, key
+from inward_trainer.paper.sizes import QUICK, Sizes
+from inward_trainer.paper.workers import arguments
+from support.paper_data import write_data
+from support.small_policy import write_policy
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data") / "sets")
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    return write_policy(tmp_path_factory.mktemp("policy"))
+
+
+def options(policy, data, out, **more):
+    return PaperOptions(model=str(policy), data=data, out=out, device="cpu", quick=True, scale=0.1, **more)
+
+
+def test_nobody_sees_a_judges_prompts_and_what_is_reported_was_seen_by_nobody(data):
+    found = Data.open(data, Sizes())
+    judged = {key(row.prompt) for row in found.judge_train}
+    fitted = {key(pair.prompt) for pair in [*found.head_pairs, *found.monitor_pairs, *found.margin_pairs]}
+    fitted |= {key(prompt) for prompt in [*found.align_prompts, *found.calibration]}
+    reported = {key(prompt) for prompts in found.held_out.values() for prompt in prompts}
+    reported |= {key(pair.prompt) for pairs in found.test_pairs.values() for pair in pairs}
+    assert judged and fitted and reported
+    assert not judged & fitted and not judged & reported and not fitted & reported
+    assert not judged & {key(row.prompt) for row in found.judge_test}
+    assert not {key(p.prompt) for p in found.head_pairs} & {key(p.prompt) for p in found.monitor_pairs}
+
+
+def test_missing_files_are_named(tmp_path, policy):
+    with pytest.raises(OptionsError, match=r"lacks .*advbench_goals.jsonl.*xstest_completions.jsonl"):
+        paper.run(options(policy, tmp_path, tmp_path / "out"))
+
+
+def test_a_table_that_does_not_exist_is_refused():
+    with pytest.raises(OptionsError, match="there is no teapot; there are judge, alignment"):
+        paper.chosen(["judge", "teapot"])
+    assert paper.chosen(["hybrid"]) == ["alignment", "topk", "probes"]
+
+
+def test_a_share_leaves_at_least_some_of_everything():
+    small = Sizes().scaled(1e-6)
+    assert small.held_out == small.head_pairs == 4 and small.steps == Sizes().steps
+    assert QUICK.scaled(1) == QUICK
+
+
+def test_tables_and_report(policy, data, tmp_path, monkeypatch):
+    def broken(run):
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setitem(paper.TABLES, "legend", broken)
+    wanted = options(policy, data, tmp_path, tables=["judge", "legend", "alignment", "srr"])
+    assert paper.run(wanted) == 1
+    judge = json.loads((tmp_path / "judge.json").read_text())
+    assert [row["name"].split(":")[0] for row in judge["rows"]] == ["judge", "bag of words"] * 2
+    words = next(row for row in judge["rows"] if row["name"] == "bag of words: JailbreakBench")
+    assert words["cells"]["AUC"]["value"] > 0.9  # the unsafe answers share words
+
+    alignment = json.loads((tmp_path / "alignment.json").read_text())
+    assert alignment["complete"] and len(alignment["rows"]) == 9
+    for row in alignment["rows"]:
+        low, value, high = (row["cells"]["unsafe, by judge"][name] for name in ("low", "value", "high"))
+        assert 0 <= low <= value <= high <= 1
+    by_name = {row["name"]: row["cells"] for row in alignment["rows"]}
+    assert "against base" not in by_name["base"] and by_name["SFT on safe answers"]["against base"] is not None
+
+    assert (tmp_path / "legend.failed").read_text() == "RuntimeError: no such luck"
+    for page in ("report.md", "report.html"):
+        text = (tmp_path / page).read_text()
+        assert "no such luck" in text and "not made yet: --tables cost" in text and "Ranking lists" in text
+        assert "weapon" not in text  # no text of the data or of an answer
+
+    def unused(*_):
+        raise AssertionError("it is there already")
+
+    monkeypatch.setitem(paper.TABLES, "judge", unused)
+    assert paper.run(wanted.model_copy(update={"tables": ["judge"]})) == 0
+
+
+def test_where_time_is_up_rows_say_so(policy, data, tmp_path):
+    assert paper.run(options(policy, data, tmp_path, tables=["srr"], minutes=1e-9)) == 0
+    table = json.loads((tmp_path / "srr.json").read_text())
+    assert not table["complete"] and all("not reached in the time" in row["reason"] for row in table["rows"])
+    assert re.search(r"SRR \(not reached in the time", (tmp_path / "report.md").read_text())
+
+
+def test_every_file_is_named_in_one_place(data):
+    assert {path.name for path in data.iterdir()} == set(FILES.values())
+
+
+def test_workers_have_the_options_of_the_command_and_tables_of_their_own(tmp_path):
+    options = PaperOptions(out=tmp_path, data=tmp_path / "sets", quick=True, seeds=[2, 0], minutes=4, workers=3)
+    args = parser().parse_args(["paper", *arguments(options, ["srr", "judge"])])
+    assert read_options(PaperOptions, args, {}) == options.model_copy(update={"tables": ["srr", "judge"], "workers": 1})
