@@ -58,6 +58,7 @@ def place(tmp_path_factory, _shared_redis):
     with pytest.MonkeyPatch.context() as patch, Fleet(folder, _shared_redis.url, demo=True) as fleet:
         patch.setenv("XDG_STATE_HOME", str(folder / "state"))
         patch.setenv("INWARD_MODEL", "toy")
+        patch.setenv("INWARD_BACKBONE", "fake")  # the commands are what is tested, and not what a model says
         api, worker = fleet.api("--api-keys-file", str(folder / "keys")), fleet.worker()
         fleet.wait_until_ready(api, worker)
         names = {"API": api.url, "KEY": KEY, "WORKER": worker.url, "REDIS": _shared_redis.url}

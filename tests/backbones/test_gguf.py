@@ -11,12 +11,13 @@ import sys
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from inward.backbones.fingerprint import ORIGIN, fingerprint
 from inward.backbones.gguf import tokens
@@ -119,6 +120,23 @@ def test_a_text_begins_with_bos_where_the_file_says_so(adds: bool, tmp_path: Pat
     write(tmp_path / "bos.gguf", keys=keys)
     tokenizer = load_tokenizer(resolve(str(tmp_path / "bos.gguf"), dtype="float32"))
     assert tokenizer("a")["input_ids"] == [1] * adds + [TOKENS.index("a")]
+
+
+def test_the_end_of_a_text_is_the_one_that_the_file_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = {"tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2}
+    write(tmp_path / "ends.gguf", keys=keys)
+    read = AutoTokenizer.from_pretrained
+
+    def mistaken(*args: Any, **kwargs: Any) -> Any:  # transformers 5.17 does this
+        tokenizer = read(*args, **kwargs)
+        tokenizer.eos_token = tokenizer.bos_token
+        return tokenizer
+
+    with monkeypatch.context() as patched:
+        patched.setattr(AutoTokenizer, "from_pretrained", mistaken)
+        folder = resolve(str(tmp_path / "ends.gguf"), dtype="float32")
+    tokenizer = load_tokenizer(folder)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
 
 
 def test_every_token_that_ends_an_answer_is_carried_over(tmp_path: Path) -> None:
@@ -264,7 +282,8 @@ def _resolve_in_another_process(file: str, ready: Callable[[], object], found: m
 
 
 def test_two_processes_at_once_get_one_folder(file: Path, cache: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # torch is imported once for both
     found, barrier = context.Queue(), context.Barrier(2)
     processes = [
         context.Process(target=_resolve_in_another_process, args=(str(file), barrier.wait, found)) for _ in range(2)

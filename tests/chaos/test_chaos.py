@@ -362,7 +362,8 @@ async def test_workers_of_two_weights_never_answer_as_one_service(folder, redis,
     """As it was found: one request was answered 61 : 59 by two workers of the same name and other weights."""
     write_model(tmp_path, seed=1)
     pairs = [pair(n) for n in range(1200 if FULL else 120)]
-    with Fleet(folder, redis.url, queue="chaos") as fleet, Fleet(tmp_path, redis.url, queue="chaos") as others:
+    settings = {"queue": "chaos", "presence": 30, "claim_idle": 9}  # a worker looks for others of its kind every 3 s
+    with Fleet(folder, redis.url, **settings) as fleet, Fleet(tmp_path, redis.url, **settings) as others:
         api, worker = fleet.api(), fleet.worker()
         fleet.wait_until_ready(worker, api)
         stranger = others.worker()

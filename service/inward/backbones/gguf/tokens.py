@@ -18,7 +18,9 @@ WITH_BOS = frozenset(
     {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
 )
 """Byte-level vocabularies that take a word whole if it is a token, and begin a text with BOS by default."""
-SPECIAL = ("bos", "eos", "unknown", "padding", "eot", "eom")
+NAMED = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+"""Of special tokens: a tokenizer's name and the file's."""
+SPECIAL = (*NAMED.values(), "eot", "eom")
 
 
 def check_vocabulary(header: Header) -> None:
@@ -74,12 +76,23 @@ def load_tokenizer(header: Header) -> Any:
         backend.pre_tokenizer = pre_tokenizers.Sequence(by_digit)
     if byte_level and split in WITH_BOS:
         backend.model.ignore_merges = True
-    special = {f"{name}_token": getattr(read, f"{name}_token") for name in ("bos", "eos", "unk", "pad")}
+    special = {f"{ours}_token": _special(header, theirs, read, ours) for ours, theirs in NAMED.items()}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=read.chat_template, **special)
     begins = split in WITH_BOS if byte_level else _kind(header) == "llama"
     tokenizer.add_bos_token = header.get("tokenizer.ggml.add_bos_token", bool, begins)
     tokenizer.add_eos_token = header.get("tokenizer.ggml.add_eos_token", bool, False)
     return tokenizer
+
+
+def _special(header: Header, name: str, read: Any, attribute: str) -> str | None:
+    """What the file states; where it says nothing, what transformers takes. Some of its versions take the beginning of
+    a text for its end.
+    """
+    number = header.get(f"tokenizer.ggml.{name}_token_id", int)
+    if number is None:
+        found: str | None = getattr(read, f"{attribute}_token")
+        return found
+    return str(header.get("tokenizer.ggml.tokens", list)[number])
 
 
 def _only_of(vocabulary: list[str], tokenizer: Tokenizer) -> Tokenizer:

@@ -39,6 +39,8 @@ POLL_INTERVAL_S = 0.25
 """Between two looks at whether the engine that a call waits for is still alive."""
 CPU_CACHE_BYTES = 2**30
 """KV cache on a CPU, where vLLM would otherwise take most of the machine's memory."""
+START_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
+"""Environment variable of vLLM's: how its processes are started."""
 CPU_BINDING = "VLLM_CPU_OMP_THREADS_BIND"
 """Environment variable of vLLM's: which processors its threads are bound to."""
 
@@ -62,6 +64,9 @@ class Engine:
         """
         arguments = _arguments(folder, dtype, options) | {"trust_remote_code": trust_remote_code}
         _follow_quota()
+        if current_platform.is_cuda():
+            # whoever has asked torch for a GPU must not be forked, and choosing a dtype or converting a file asks it
+            os.environ.setdefault(START_METHOD, "spawn")
         os.environ[OWNER] = str(os.getpid())
         self.error: str | None = None
         self.asleep = False

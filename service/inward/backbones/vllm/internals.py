@@ -18,8 +18,8 @@ from inward.errors import SetupError
 log = logging.getLogger(__name__)
 OLDEST, NEWEST = 26, 33
 """Minor versions (0.x) that have every name."""
-TRIED = (32,)
-"""Minor versions whose numbers were compared (``make test-vllm``)."""
+TRIED = (26, 32)
+"""Minor versions whose numbers were compared: on a GPU (``tests/gpu/parity.py``), on a CPU (``make test-vllm``)."""
 NAMES = {
     # in our process
     "AsyncEngineArgs": "vllm.engine.arg_utils.AsyncEngineArgs",

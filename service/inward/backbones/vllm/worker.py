@@ -27,6 +27,9 @@ from inward.backbones.vllm.reading import ResidualReader, Slots, TableRows, Wide
 KEPT_TOKENS = 1024
 """On a GPU: of a step that keeps its states until it ends; at least as many as vLLM captures graphs for."""
 
+POOL = "inward"
+"""Of vLLM's allocator: where the table is."""
+
 if current_platform.is_cpu():
     from inward.backbones.vllm import cpu_lora
 
@@ -128,9 +131,11 @@ class ReadingWorker(Worker):  # type: ignore[misc]
             self._reader.clear_table()
 
     def _cache_memory(self) -> AbstractContextManager[Any]:
-        """Memory that vLLM gives away while it sleeps, if it does."""
+        """Memory that vLLM gives away while it sleeps, if it does. A pool of its own: opened twice, one loses what it
+        had.
+        """
         pool = getattr(self, "_maybe_get_memory_pool_context", None)
-        return pool(tag="kv_cache") if pool is not None else nullcontext()
+        return pool(tag=POOL) if pool is not None else nullcontext()
 
     def _follow(self, scheduler_output: Any) -> None:
         reader = self._reader
