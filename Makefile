@@ -65,7 +65,7 @@ test-valkey: .venv/installed-dev
 	REDIS_SERVER=valkey $(BIN)/python -m pytest $(SHARED_OUT) tests/queues tests/stores tests/chaos tests/commands/test_dead_letters.py tests/api/test_bulk.py $(ARGS)
 
 test-deploy: .venv/installed-dev .venv-deploy/installed
-	PATH=$(CURDIR)/.venv-deploy/bin:$$PATH $(BIN)/python -m pytest tests/deploy/test_image.py $(ARGS)
+	PATH=$(CURDIR)/.venv-deploy/bin:$$PATH $(BIN)/python -m pytest tests/deploy/test_image.py tests/deploy/test_nginx.py tests/deploy/test_recipes.py $(ARGS)
 	.venv-deploy/bin/python -m pytest -c /dev/null --rootdir . --noconftest -p no:cacheprovider tests/deploy/test_chart.py tests/deploy/test_dashboards.py $(ARGS)
 
 test-litellm: .venv/installed-dev .venv-litellm/installed

@@ -12,9 +12,8 @@ from inward.api.auth import CALLER
 from inward.api.services import Services
 from inward.errors import DeadlineExceeded, InwardError, NotFinite, NotFound, Unavailable
 from inward.prompts import Grouped, Texts
-from inward.types import Detail, Group, HeadRef, Ids, Kind, Scored, Scores, Timing
-from inward.types import Usage as UsageTokens
-from inward.wire import ErrorDetail, Head, Options, Parts, Scorable, Usage
+from inward.types import Detail, Group, HeadRef, Ids, Kind, Scored, Scores, Timing, Usage
+from inward.wire import ErrorDetail, NamedHead, Parts, Scorable, ScoringOptions, TokenUsage
 
 MOST_SWITCHES = 3
 """How often a head may be switched under one request before it gives up."""
@@ -68,8 +67,8 @@ def named(services: Services, scored: Sequence[Scored]) -> dict[str, Any]:
     return {
         "model": services.model,
         "policy_version": scored[0].policy_version,
-        "head": Head.of(scored[0].heads[0]),
-        "usage": Usage.of(sum((outcome.usage for outcome in scored), UsageTokens())),
+        "head": NamedHead.of(scored[0].heads[0]),
+        "usage": TokenUsage.of(sum((outcome.usage for outcome in scored), Usage())),
     }
 
 
@@ -127,7 +126,7 @@ async def score_all(
     field: str,
     items: Sequence[Scorable],
     heads: tuple[str, ...],
-    options: Options,
+    options: ScoringOptions,
     *,
     details: frozenset[Detail] = frozenset(),
     pair: bool = False,
@@ -148,7 +147,7 @@ async def score_each(
     field: str | None,
     items: Sequence[Scorable],
     heads: tuple[str, ...],
-    options: Options,
+    options: ScoringOptions,
     *,
     details: frozenset[Detail] = frozenset(),
     pair: bool = False,

@@ -15,7 +15,7 @@ from inward.api.errors import RESPONSES
 from inward.api.services import FromApp, Services, SleepControl
 from inward.errors import Conflict, EngineDead, InvalidField, Unavailable
 from inward.prompts import Texts
-from inward.wire import ActivateRequest, ErrorBody, Head, PolicyAnswer, PolicyRequest, UpdateRequest
+from inward.wire import ActivateRequest, ErrorBody, NamedHead, PolicyAnswer, PolicyRequest, UpdateRequest
 from inward.wire.admin import HeadInfo, HeadsAnswer, Info, SleepAnswer, Status
 
 router = APIRouter(route_class=JsonRoute)
@@ -54,7 +54,7 @@ async def head(name: Name, services: FromApp) -> Response:
     "/heads/{name}/activate",
     tags=["heads"],
     summary="Switch to a version",
-    response_model=Head,
+    response_model=NamedHead,
     responses=RESPONSES | RESTRICTED,
     dependencies=[needs("update")],
 )
@@ -67,7 +67,7 @@ async def activate(name: Name, request: ActivateRequest, services: FromApp) -> R
     "/heads/{name}/update",
     tags=["heads"],
     summary="One online step",
-    response_model=Head,
+    response_model=NamedHead,
     responses={
         **RESPONSES,
         **RESTRICTED,
