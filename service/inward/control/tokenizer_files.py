@@ -13,7 +13,7 @@ from pathlib import Path
 
 from inward import codec, logs
 from inward.control.channel import ControlChannel
-from inward.errors import DeadlineExceeded, SetupError, Unavailable
+from inward.errors import SetupError, Unavailable
 from inward.files import replace_folder
 
 LOG = logs.logger("control")
@@ -69,7 +69,7 @@ async def fetch(control: ControlChannel, root: Path) -> Path:
     while True:
         try:
             answer = codec.decode_map(await control.ask(codec.encode_map(VERB, {}), PATIENCE_S), "answer")
-        except (Unavailable, DeadlineExceeded) as error:
+        except Unavailable as error:
             logs.event(LOG, "no_tokenizer_yet", severity=logging.DEBUG, reason=error.message)
             await asyncio.sleep(AGAIN_S)
             continue
