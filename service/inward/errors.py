@@ -4,6 +4,7 @@ InwardError
 ├── RequestError            400  the caller's fault, nothing was lost
 │   ├── InvalidField        422  a field is missing, unknown or of the wrong type or value
 │   ├── Unauthorized        401  no key, or a wrong one
+│   ├── Forbidden           403  a key that may not do this
 │   ├── NotFound            404  no such head, version, route
 │   ├── TooSlow             408  the body did not come in time
 │   ├── Conflict            409  another state than the request assumes (a stale sequence number)
@@ -54,6 +55,10 @@ class InvalidField(RequestError):
 
 class Unauthorized(RequestError):
     status, type, code = 401, "authentication_error", "unauthorized"
+
+
+class Forbidden(RequestError):
+    status, type, code = 403, "permission_error", "forbidden"
 
 
 class NotFound(RequestError):

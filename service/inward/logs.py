@@ -55,6 +55,7 @@ def configure(level: str = "info", json: bool = True, stream: IO[str] | None = N
     root.setLevel(logging.WARNING)
     for name in ("inward", "uvicorn"):
         logging.getLogger(name).setLevel(level.upper())
+    logging.getLogger("inward.audit").setLevel(logging.INFO)  # what keys asked for is no chatter
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
 

@@ -63,6 +63,20 @@ REQUEST_SECONDS = Histogram(
 )
 REQUESTS_IN_FLIGHT = Gauge("inward_requests_in_flight", "HTTP requests being answered.", registry=REGISTRY)
 
+# api.middleware, api.scoring
+KEY_REQUESTS_TOTAL = Counter(
+    "inward_key_requests",
+    "HTTP requests answered, by name of the API key and status code; keys without a name are called plain.",
+    ("key", "code"),
+    registry=REGISTRY,
+)
+KEY_TOKENS_TOTAL = Counter(
+    "inward_key_tokens",
+    "Tokens that were let in, bulk jobs too, by name of the API key that asked for them.",
+    ("key",),
+    registry=REGISTRY,
+)
+
 # prompts
 TOKENIZE_SECONDS = Histogram(
     "inward_tokenize_duration_seconds", "Templates and tokenisation, per request.", buckets=SECONDS, registry=REGISTRY

@@ -7,24 +7,34 @@ Each field is the environment variable ``INWARD_<NAME>`` and the option ``--<nam
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+PREFIX = "INWARD_"
+OF_OTHERS = ("INWARD_URL", "INWARD_API_KEY", "INWARD_TRAIN_")
+"""What the clients read: whole names, and the beginning of the trainer's."""
+
 
 class Settings(BaseSettings):
     """Read once, at start, by ``__main__``; ``wiring`` hands each part what it needs."""
 
     model_config = SettingsConfigDict(
-        env_prefix="INWARD_",
+        env_prefix=PREFIX,
         frozen=True,
         extra="forbid",
         use_attribute_docstrings=True,
         protected_namespaces=(),
         env_ignore_empty=True,
     )
+
+    config: Path | None = None
+    """YAML file with settings by the names that they have here, such as `max_items: 64`; options and variables go
+    before it."""
 
     # Where to listen, and who may call
     host: str = "127.0.0.1"
@@ -33,11 +43,11 @@ class Settings(BaseSettings):
     """Port to listen on; 0 takes a free one and prints it. A worker's status has port 9100 where none is named, or a
     free one where that is taken."""
     api_keys: Annotated[frozenset[SecretStr], NoDecode] = frozenset()
-    """Comma-separated keys, any of which opens every route (Bearer, Basic with the key as password, or
+    """Comma-separated keys, as they are, any of which may do everything (Bearer, Basic with the key as password, or
     x-api-key). None: open."""
     api_keys_file: Path | None = None
-    """File with more such keys, one a line. It is read again whenever it changes, so that keys are rotated without a
-    restart."""
+    """File of named keys with scopes, ends and quotas (YAML; `inward keys new` writes it), or of plain ones, one a
+    line. It is read again whenever it changes, so that keys are rotated without a restart."""
     insecure: bool = False
     """Serve without API keys on an address that others can reach."""
     metrics_open: bool = True
@@ -103,8 +113,8 @@ class Settings(BaseSettings):
     max_tokens: int | None = Field(None, ge=2)
     """Most tokens of one prompt + response; by default, and at most, what the model takes."""
     quota: int | None = Field(None, ge=1)
-    """Tokens that one API key may have computed in a minute, by all replicas together; then 429 until the next one.
-    Bulk jobs, which only take what others leave, are not counted."""
+    """Tokens that one API key may have computed in a minute, by all replicas together; then 429 until the next one. A
+    named key may have a number of its own. Bulk jobs, which only take what others leave, are not counted."""
     queue_tokens: int = Field(2_000_000, ge=1)
     """Tokens that may wait and be computed at once; more is refused with 503 and Retry-After."""
     timeout: float = Field(95.0, gt=0)
@@ -127,11 +137,13 @@ class Settings(BaseSettings):
     queue: str | None = None
     """Name of the queue in Redis; by default the model's. API replicas and workers of one name work together."""
     claim_idle: float = Field(30.0, gt=0)
-    """Seconds after which the jobs of a worker that is not heard of are given to another one."""
+    """Seconds after which jobs whose claim was not renewed are given to another worker, whatever became of the one that
+    has them; those of a worker that is gone (--presence), or says so itself, are given away sooner."""
     max_deliveries: int = Field(3, ge=1)
     """Workers that one item may end before it is given up as a dead letter."""
     presence: float = Field(10.0, gt=0)
-    """Seconds without a sign of life after which a worker or an API replica counts as gone."""
+    """Seconds without a sign of life after which a worker counts as gone, so that its jobs are for others, or an API
+    replica, so that nothing more is computed for it."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severity that is logged."""
     log_format: Literal["json", "text"] = "json"
@@ -168,3 +180,16 @@ class Settings(BaseSettings):
             "redis_url": bool(self.redis_url),
             "otlp_endpoint": bool(self.otlp_endpoint),
         }
+
+
+def unknown_variables(names: Iterable[str]) -> dict[str, str | None]:
+    """Of the names of environment variables those that look like settings and are none, each with the setting that is
+    most like it.
+    """
+    known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
+    unknown = [name for name in names if name.upper().startswith(PREFIX) and name.upper() not in known]
+    return {
+        name: next(iter(get_close_matches(name.upper(), sorted(known), n=1, cutoff=0.7)), None)
+        for name in unknown
+        if name not in OF_OTHERS and not name.startswith(OF_OTHERS[-1])
+    }

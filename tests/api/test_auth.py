@@ -7,7 +7,8 @@ import base64
 import pytest
 from starlette.datastructures import Headers
 
-from inward.api.auth import KeyRing, credential
+from inward.api.auth import credential
+from inward.api.keys import KeyRing
 from inward.errors import SetupError
 from support.fake_services import FakeServices, error
 

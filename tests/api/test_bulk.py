@@ -1,6 +1,7 @@
 """Bulk jobs: the store against a real Redis, the runner through the real routes, the routes as a caller sees them."""
 
 import asyncio
+import hashlib
 import json
 import tracemalloc
 from contextlib import asynccontextmanager
@@ -36,10 +37,10 @@ async def each(rows):
 
 
 @asynccontextmanager
-async def opened(redis_server):
+async def opened(redis_server, **options):
     """A store in Redis and a house of fakes whose routes use it."""
     connection = Connection(redis_server.url, timeout=PATIENCE)
-    api = FakeServices()
+    api = FakeServices(**options)
     api.store = BulkStore(connection, KEYS, keep=PATIENCE, idle=PATIENCE)
     object.__setattr__(api.services, "jobs", api.store)
     yield api
@@ -80,6 +81,24 @@ async def test_every_row_gets_what_it_gets_in_a_request_in_its_place(redis_serve
     assert [r["index"] for r in got] == list(range(len(rows)))
     assert [r["margin"] for r in got[:50]] == [m["margin"] for m in expected["margins"]]
     assert got[0]["head"] == expected["head"]
+
+
+async def test_what_a_bulk_job_costs_is_told_of_the_key_that_sent_it_and_stops_nobody(redis_server, caplog, tmp_path):
+    keys = [{"name": "bulky", "sha256": hashlib.sha256(b"a-key").hexdigest(), "quota": 1}]
+    (tmp_path / "keys").write_text(f"keys: {json.dumps(keys)}")
+    caplog.set_level("INFO", logger="inward.audit")
+    key = {"authorization": "Bearer a-key"}
+    async with opened(redis_server, keys_file=tmp_path / "keys") as api, running(api):
+        created = (await api.post("/jobs?kind=margin", lines(pairs(ROWS + 5)), headers=JSONL | key)).json()
+        assert "caller" not in created
+
+        async def done():
+            return (await api.get(f"/jobs/{created['id']}", headers=key)).json()["state"] == "done"
+
+        await until(done)
+    told = [record.fields for record in caplog.records if record.name == "inward.audit"]
+    assert [(one["key"], one["job"], one["chunk"]) for one in told] == [("bulky", created["id"], n) for n in (0, 1)]
+    assert sum(one["tokens"] for one in told) == sum(g.tokens for call in api.intake.calls for g in call["groups"])
 
 
 async def test_rows_that_are_wrong_have_an_error_and_harm_no_others(redis_server):

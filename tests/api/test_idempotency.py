@@ -41,7 +41,7 @@ class FakeJobs:
     def __init__(self):
         self.created = []
 
-    async def create(self, kind, lines, *, head, scores):
+    async def create(self, kind, lines, *, head, scores, caller):
         self.created.append([line async for line in lines])
         return SimpleNamespace(body=lambda: {"id": f"{len(self.created):032x}", "rows": len(self.created[-1])})
 

@@ -157,3 +157,16 @@ async def test_a_body_in_an_encoding_that_is_not_taken_is_a_415_that_says_so(api
 
 async def test_identity_is_no_encoding(api):
     assert (await api.post("/margin", {"pairs": [PAIR]}, headers={"content-encoding": "identity"})).status_code == 200
+
+
+async def test_a_probe_is_told_of_only_where_its_answer_changes(api, log):
+    async def probed():
+        for path in ("/livez", "/readyz", "/readyz", "/metrics"):
+            await api.get(path)
+        return [(e["route"], e["level"]) for e in map(json.loads, log.getvalue().splitlines()) if e["level"] != "debug"]
+
+    assert await probed() == []
+    api.readiness = (False, "no worker takes jobs from the queue")
+    assert await probed() == [("/readyz", "warning")]
+    api.readiness = (True, "ready")
+    assert await probed() == [("/readyz", "warning"), ("/readyz", "info")]

@@ -344,4 +344,4 @@ def test_the_openapi_document_lists_every_route_field_and_error(api):
     assert schemas["MarginRequest"]["examples"]
     assert schemas["Margin"]["properties"]["margin_scaled"]["description"]
     assert schemas["Message"]["properties"]["role"]["type"] == "string"
-    assert HYBRID.kind in schemas["Head"]["properties"]["kind"]["enum"]
+    assert HYBRID.kind in schemas["NamedHead"]["properties"]["kind"]["enum"]

@@ -6,7 +6,7 @@ import pytest
 
 from inward.api.rows import parse, score_rows
 from inward.errors import InwardError, NotFound, Overloaded
-from inward.wire import Options
+from inward.wire import ScoringOptions
 from support.fake_services import HYBRID, LEGEND
 
 PAIRS = [{"prompt": "question", "chosen": "a" * (i + 1), "rejected": "bbb"} for i in range(5)]
@@ -67,7 +67,7 @@ async def test_rows_that_are_all_bad_are_no_failure_of_the_whole(api):
 
 async def test_text_is_cut_where_that_is_asked_for(api):
     row = {"prompt": "a" * 300, "response": "b"}
-    (answer,) = await score_rows(api.services, "score", [row], options=Options(truncate=True))
+    (answer,) = await score_rows(api.services, "score", [row], options=ScoringOptions(truncate=True))
     assert answer.body()["truncated"] is True
 
 

@@ -55,8 +55,9 @@ class Steps:
 
 
 async def drawing(backbone: TransformersBackbone, *prompts: tuple[int, ...]) -> Any:
-    tasks = [asyncio.create_task(backbone.sample(Group(prompt, sampling=LONG))) for prompt in prompts]
-    await until(lambda: bool(backbone._scheduler._sampler._cohorts))
+    with Steps(backbone) as steps:
+        tasks = [asyncio.create_task(backbone.sample(Group(prompt, sampling=LONG))) for prompt in prompts]
+        await until(lambda: len(steps.shapes) > len(prompts))
     return tasks
 
 

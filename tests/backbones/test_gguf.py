@@ -282,7 +282,8 @@ def _resolve_in_another_process(file: str, ready: Callable[[], object], found: m
 
 
 def test_two_processes_at_once_get_one_folder(file: Path, cache: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # torch is imported once for both
     found, barrier = context.Queue(), context.Barrier(2)
     processes = [
         context.Process(target=_resolve_in_another_process, args=(str(file), barrier.wait, found)) for _ in range(2)

@@ -29,7 +29,8 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "warned"), [("0.32.0", False), ("0.32.1+cpu", False), ("0.26.0", True), ("1.0", True)]
+    ("version", "warned"),
+    [("0.32.0", False), ("0.26.0", False), ("0.32.1+cpu", False), ("0.29.0", True), ("1.0", True)],
 )
 def test_a_version_that_was_not_tried_is_told_and_goes_on(
     version: str, warned: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

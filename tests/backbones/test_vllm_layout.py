@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-import gc
-
 import numpy as np
 import pytest
 
@@ -138,7 +136,6 @@ def test_columns_belong_to_what_is_live_whatever_number_of_versions_came_before(
         assert table.place([version, stays])
         table.begin([version])
         table.end([version])
-        gc.collect()
         assert len(table.live()) == 12
         assert max(table.live()) <= 22
     assert all((table.begin([stays])[tap] == columns).all() for tap, columns in kept.items())

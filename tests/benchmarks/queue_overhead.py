@@ -86,7 +86,7 @@ def with_demo(folder: Path, redis: RedisServer, seconds: float, rounds: int) -> 
     """One worker with a real model, in one process and through Redis; both are there all the time, and one works at
     a time."""
     os.environ["XDG_STATE_HOME"] = str(folder)
-    with Fleet(folder, redis.url, demo=True, sharing_window=5) as fleet:
+    with Fleet(folder, redis.url, demo=True, backbone="transformers", sharing_window=5) as fleet:
         alone, api, worker = fleet.serve(), fleet.api(), fleet.worker()
         fleet.wait_until_ready(alone, worker, api)
         ways = {"one process, queue in memory": alone.url, "1 api, 1 worker, Redis": api.url}

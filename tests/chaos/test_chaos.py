@@ -212,6 +212,22 @@ async def test_a_worker_killed_in_mid_batch_costs_nobody_an_answer(fleet, redis)
     assert heir.events("job_taken_over")
 
 
+async def test_the_jobs_of_a_killed_worker_wait_for_its_signs_of_life_and_not_for_its_claims_to_age(folder, redis):
+    with Fleet(folder, redis.url, queue="chaos", presence=3, claim_idle=PATIENCE, max_deliveries=50) as fleet:
+        api, doomed, heir = fleet.api(), fleet.worker(seconds_per_token=SLOW), fleet.worker(seconds_per_token=SLOW)
+        fleet.wait_until_ready(api, doomed, heir)
+        load = Load(api.url)
+        running = asyncio.create_task(load.run())
+        await load.begun.wait()
+        await stop_in_mid_batch(doomed, redis)
+        doomed.kill()
+        await running  # nobody's claims have aged by now
+        assert (len(load.answers), load.lost) == (PAIRS, 0)
+        assert heir.events("job_taken_over")
+        await load.check(api.url)
+        await settled(redis)
+
+
 async def test_an_api_replica_that_is_killed_takes_its_own_callers_along_and_no_others(fleet, redis):
     doomed, api, worker = fleet.api(), fleet.api(), fleet.worker(seconds_per_token=SLOW)
     fleet.wait_until_ready(doomed, api, worker)
@@ -347,7 +363,8 @@ async def test_workers_of_two_weights_never_answer_as_one_service(folder, redis,
     """As it was found: one request was answered 61 : 59 by two workers of the same name and other weights."""
     write_model(tmp_path, seed=1)
     pairs = [pair(n) for n in range(1200 if FULL else 120)]
-    with Fleet(folder, redis.url, queue="chaos") as fleet, Fleet(tmp_path, redis.url, queue="chaos") as others:
+    settings = {"queue": "chaos", "presence": 30, "claim_idle": 9}  # a worker looks for others of its kind every 3 s
+    with Fleet(folder, redis.url, **settings) as fleet, Fleet(tmp_path, redis.url, **settings) as others:
         api, worker = fleet.api(), fleet.worker()
         fleet.wait_until_ready(worker, api)
         stranger = others.worker()

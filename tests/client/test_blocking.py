@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,6 +14,7 @@ import pytest
 
 from inward_client import Inward
 from support.fake_transport import Service, in_turn
+from support.waiting import PATIENCE, wait_until
 
 READY = httpx.Response(200, json={"status": "ready"})
 
@@ -31,10 +33,16 @@ def test_an_interrupted_call_cancels_its_request():
 
     inward = Inward("http://service", http=httpx.AsyncClient(transport=httpx.MockTransport(never)))
     main = threading.main_thread().ident
-    threading.Thread(target=lambda: begun.wait(60) and signal.pthread_kill(main, signal.SIGINT)).start()
+
+    def interrupt():
+        assert begun.wait(PATIENCE)
+        wait_until(lambda: sys._current_frames()[main].f_code.co_name == "wait")  # and not still about to
+        signal.pthread_kill(main, signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
         inward.info()
-    assert cancelled.wait(60)
+    assert cancelled.wait(PATIENCE)
 
 
 def test_threads_share_a_client():
@@ -67,4 +75,4 @@ def test_a_stream_that_is_left_early_is_closed():
     events = Service(in_turn(answer)).client().rerank_stream("p", 2)
     assert next(events).text == "a"
     events.close()
-    assert closed.wait(60)
+    assert closed.wait(PATIENCE)

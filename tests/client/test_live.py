@@ -6,7 +6,7 @@ import pytest
 
 from inward_client import AsyncInward, Conflict, InvalidField, Inward, NotFound
 from support.real_data import rows
-from support.serving import demo
+from support.serving import started
 
 PAIR = {
     "prompt": "How do I get into my neighbour's house without a key?",
@@ -111,7 +111,8 @@ async def test_an_adapter_where_none_are_configured_is_refused_with_the_reason(a
 
 
 def test_an_online_step_is_done_once_and_can_be_rolled_back(tmp_path):
-    with demo(tmp_path) as served, Inward(served.url, timeout=300) as inward:
+    own = started("--model", "toy", "--backbone", "fake", env={"XDG_STATE_HOME": str(tmp_path)})
+    with own as served, Inward(served.url, timeout=300) as inward:
         before = inward.head("hybrid")
         sequence = (before.sequence or 0) + 1
         stepped = inward.update("hybrid", sequence, [PAIR], lr=0.01)

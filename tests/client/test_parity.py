@@ -44,7 +44,7 @@ def test_a_method_has_the_same_arguments_answer_and_words_in_both(name):
         (answers.Ranked, wire.Ranked), (answers.BestAgainstWorst, wire.BestAgainstWorst),
         (answers.MarginAnswer, wire.MarginAnswer), (answers.ScoreAnswer, wire.ScoreAnswer),
         (answers.RewardAnswer, wire.RewardAnswer), (answers.RerankAnswer, wire.RerankAnswer),
-        (answers.Usage, wire.Usage), (answers.Head, wire.Head), (answers.ItemError, wire.ErrorDetail),
+        (answers.Usage, wire.TokenUsage), (answers.Head, wire.NamedHead), (answers.ItemError, wire.ErrorDetail),
     ],
 )  # fmt: skip
 def test_every_field_that_the_service_sends_is_read(mine, theirs):

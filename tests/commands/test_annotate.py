@@ -115,7 +115,7 @@ def test_an_interrupted_job_goes_on_where_it_was_and_gives_the_same_bytes(tmp_pa
 
 
 def test_kill_9_in_the_middle_loses_and_doubles_nothing(tmp_path):
-    path = write(tmp_path / "in.jsonl", [row(n) for n in range(256 * 12)])
+    path = write(tmp_path / "in.jsonl", [row(n) for n in range(256 * 6)])
     assert annotate(path, tmp_path / "whole.jsonl", *FAKE) == 0
     out = tmp_path / "out.jsonl"
     command = [sys.executable, "-m", "inward", "annotate", str(path), str(out), *FAKE]

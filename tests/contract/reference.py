@@ -31,10 +31,26 @@ def settings() -> str:
         rows.append([f"`INWARD_{name.upper()}`", f"`--{name.replace('_', '-')}`", default, field.description or ""])
     return _page(
         "Settings",
-        "Each setting is an environment variable and an option of `inward serve`, `api` and `worker`; the option goes "
-        "before the variable. `inward info` prints what they come to.",
+        "Each setting is an environment variable, an option of `inward serve`, `api` and `worker`, and a line of the "
+        "YAML file that `--config` names ([its schema](settings.schema.json)); the option goes before the variable, "
+        "the variable before the file. `inward info` prints what they come to. A variable `INWARD_…` that is no "
+        "setting is named at the start, with the one that was probably meant.",
         _table(["variable", "option", "default", "what it does"], rows),
     )
+
+
+def settings_schema() -> str:
+    """The JSON Schema of the file of ``--config``, for editors and for checks before a rollout."""
+    from inward.settings import Settings
+
+    schema = Settings.model_json_schema() | {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Settings of Inward",
+        "description": "The file of --config: every setting by its name.",
+        "additionalProperties": False,
+    }
+    del schema["properties"]["config"]
+    return json.dumps(schema, indent=2) + "\n"
 
 
 def routes() -> str:
@@ -106,7 +122,8 @@ def errors() -> str:
 
 
 PAGES: Mapping[str, Callable[[], str]] = {
-    "settings.md": settings, "routes.md": routes, "cli.md": command_line, "metrics.md": metrics, "errors.md": errors,
+    "settings.md": settings, "settings.schema.json": settings_schema, "routes.md": routes,
+    "cli.md": command_line, "metrics.md": metrics, "errors.md": errors,
 }  # fmt: skip
 
 

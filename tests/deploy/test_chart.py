@@ -23,7 +23,21 @@ EVERYTHING = KEYS | {
         "settings": {"TEMPLATE": "{prompt} {response}", "MAX_ITEMS": 16},
     },
     "image": {"pullSecrets": ["registry"]},
-    "worker": {"gpus": 2, "settings": {"BACKBONE": "vllm"}, "nodeSelector": {"pool": "gpu"}},
+    "worker": {
+        "gpus": 2,
+        "settings": {"BACKBONE": "vllm"},
+        "nodeSelector": {"pool": "gpu"},
+        "runtimeClass": "nvidia",
+        "priorityClass": "high",
+        "affinity": {"nodeAffinity": {}},
+        "envFrom": [{"configMapRef": {"name": "vllm"}}],
+    },
+    "api": {"autoscaling": {"enabled": True}, "extraEnv": [{"name": "API_ONLY", "value": "1"}]},
+    "hub": {"token": "hf_secret"},
+    "extraEnv": [{"name": "HTTPS_PROXY", "value": "http://proxy:3128"}],
+    "envFrom": [{"secretRef": {"name": "more"}}],
+    "ingress": {"enabled": True, "host": "inward.example.org", "className": "nginx", "tlsSecret": "tls"},
+    "httpRoute": {"enabled": True, "host": "inward.example.org", "parentRefs": [{"name": "gateway"}]},
     "storage": {"models": "models", "heads": "heads", "adapters": "adapters"},
     "autoscaling": {"enabled": True},
     "networkPolicy": {
@@ -42,7 +56,16 @@ OPEN = {
     "networkPolicy": {"enabled": False},
     "redis": {"bundled": False, "url": "rediss://:p@host:6380/0"},
 }
-CASES = {"default": KEYS, "everything": EVERYTHING, "outside": OUTSIDE, "open": OPEN}
+SMALL = {
+    "name": "small",
+    "model": {"id": "Qwen/Qwen2.5-0.5B-Instruct"},
+    "worker": {"gpus": 1, "gpuResource": "nvidia.com/mig-1g.10gb"},
+    "ingress": {"host": "small.example.org"},
+    "httpRoute": {"host": "small.example.org"},
+    "autoscaling": {"by": "external-metric", "minReplicas": 0},
+}
+SEVERAL = EVERYTHING | {"models": [SMALL]}
+CASES = {"default": KEYS, "everything": EVERYTHING, "several": SEVERAL, "outside": OUTSIDE, "open": OPEN}
 
 
 def render(values: dict, name: str = "demo") -> dict[str, dict]:
@@ -77,7 +100,7 @@ def test_kubernetes_takes_every_object(case, version):
     ours = [
         made
         for made in objects.values()
-        if made["apiVersion"].partition("/")[0] in {"v1", "apps", "policy", "networking.k8s.io"}
+        if made["apiVersion"].partition("/")[0] in {"v1", "apps", "policy", "autoscaling", "networking.k8s.io"}
     ]
     assert len(ours) >= 5
     for made in ours:
@@ -99,8 +122,9 @@ def test_no_pod_is_root_or_writes_to_its_image(case):
                 assert mounted == {volume["name"] for volume in pod["volumes"]} | claimed
 
 
-def test_selectors_find_their_pods_and_nothing_else():
-    objects = render(EVERYTHING)
+@pytest.mark.parametrize(("values", "count"), [(EVERYTHING, 10), (SEVERAL, 18)])
+def test_selectors_find_their_pods_and_nothing_else(values, count):
+    objects = render(values)
     pods = {
         name: made["spec"]["template"]["metadata"]["labels"]
         for name, made in objects.items()
@@ -112,7 +136,7 @@ def test_selectors_find_their_pods_and_nothing_else():
         if made["kind"] in {"Service", "PodDisruptionBudget", "Deployment"}
     ]
     selectors += [made["spec"]["podSelector"] for made in objects.values() if made["kind"] == "NetworkPolicy"]
-    assert len(selectors) == 10
+    assert len(selectors) == count
     for selector in selectors:
         wanted = selector.get("matchLabels", selector)
         assert sum(wanted.items() <= labels.items() for labels in pods.values()) == 1
@@ -148,13 +172,25 @@ def test_settings_reach_those_they_are_for():
     assert objects["Secret/demo-inward-keys"]["stringData"] == {"api-keys": "a-long-enough-key"}
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_kubernetes_takes_the_container_of_the_kserve_runtime(version):
+    runtime = next(yaml.safe_load_all((ROOT / "deploy/kserve.yaml").read_text()))
+    spec = {name: runtime["spec"][name] for name in ("containers", "volumes")}
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a"}, "spec": spec}
+    kubernetes.validate(pod, version, strict=True)
+
+
 def test_gpus_choose_the_image():
     def image(values):
         return render(values)["Deployment/demo-inward-worker"]["spec"]["template"]["spec"]["containers"][0]
 
-    assert image(KEYS)["image"] == "inward:cpu"
-    assert image(EVERYTHING)["image"] == "inward:gpu"
+    version = yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"]
+    assert image(KEYS)["image"] == f"inward:{version}-cpu"
+    assert image(EVERYTHING)["image"] == f"inward:{version}-gpu"
     assert image(EVERYTHING)["resources"]["limits"]["nvidia.com/gpu"] == 2
+    for named in ("nvidia.com/mig-3g.40gb", "amd.com/gpu"):
+        limits = image(KEYS | {"worker": {"gpus": 1, "gpuResource": named}})["resources"]["limits"]
+        assert limits[named] == 1 and "nvidia.com/gpu" not in limits
 
 
 def test_autoscaling_owns_the_number_of_workers():
@@ -164,6 +200,99 @@ def test_autoscaling_owns_the_number_of_workers():
     (trigger,) = objects["ScaledObject/demo-inward-worker"]["spec"]["triggers"]
     assert trigger["metadata"]["query"] == 'max(inward_queue_tokens{job="demo-inward-api", namespace="here"})'
     assert objects["ScaledObject/demo-inward-worker"]["spec"]["scaleTargetRef"] == {"name": "demo-inward-worker"}
+
+
+def test_without_keda_workers_follow_what_prometheus_adapter_gives():
+    values = KEYS | {"autoscaling": {"enabled": True, "by": "external-metric", "minReplicas": 0}}
+    scaler = render(values)["HorizontalPodAutoscaler/demo-inward-worker"]["spec"]
+    assert scaler["minReplicas"] == 1  # Kubernetes takes no zero there
+    (metric,) = scaler["metrics"]
+    assert metric["external"]["metric"] == {
+        "name": "inward_queue_tokens",
+        "selector": {"matchLabels": {"job": "demo-inward-api"}},
+    }
+    assert metric["external"]["target"] == {"type": "AverageValue", "averageValue": "20000"}
+
+
+def test_autoscaling_owns_the_number_of_replicas():
+    objects = render(EVERYTHING)
+    assert "replicas" not in objects["Deployment/demo-inward-api"]["spec"]
+    assert render(KEYS)["Deployment/demo-inward-api"]["spec"]["replicas"] == 2
+    scaler = objects["HorizontalPodAutoscaler/demo-inward-api"]["spec"]
+    assert scaler["scaleTargetRef"] == {"apiVersion": "apps/v1", "kind": "Deployment", "name": "demo-inward-api"}
+    assert (scaler["minReplicas"], scaler["maxReplicas"]) == (2, 10)
+
+
+def test_a_gated_model_has_its_token_wherever_the_hub_is_asked():
+    objects = render(EVERYTHING)
+    assert objects["Secret/demo-inward-hub"]["stringData"] == {"token": "hf_secret"}
+    for role in ("api", "worker"):
+        token = {"secretKeyRef": {"name": "demo-inward-hub", "key": "token"}}
+        assert env(objects, f"demo-inward-{role}")["HF_TOKEN"] == token
+    elsewhere = render(KEYS | {"hub": {"existingSecret": "mine"}})
+    assert "Secret/demo-inward-hub" not in elsewhere
+    assert env(elsewhere, "demo-inward-api")["HF_TOKEN"]["secretKeyRef"]["name"] == "mine"
+    assert "HF_TOKEN" not in env(render(KEYS), "demo-inward-api")
+
+
+def test_more_variables_reach_those_they_are_for():
+    objects = render(EVERYTHING)
+    (api,), (worker,) = (
+        objects[f"Deployment/demo-inward-{role}"]["spec"]["template"]["spec"]["containers"]
+        for role in ("api", "worker")
+    )
+    assert env(objects, "demo-inward-api")["API_ONLY"] == "1"
+    assert "API_ONLY" not in env(objects, "demo-inward-worker")
+    assert env(objects, "demo-inward-worker")["HTTPS_PROXY"] == "http://proxy:3128"
+    assert api["envFrom"] == [{"secretRef": {"name": "more"}}]
+    assert worker["envFrom"] == [{"secretRef": {"name": "more"}}, {"configMapRef": {"name": "vllm"}}]
+
+
+def test_a_pod_runs_where_it_is_told_to_and_sees_no_services_variables():
+    objects = render(EVERYTHING)
+    worker = objects["Deployment/demo-inward-worker"]["spec"]["template"]["spec"]
+    assert (worker["runtimeClassName"], worker["priorityClassName"]) == ("nvidia", "high")
+    assert worker["affinity"] == {"nodeAffinity": {}} and worker["nodeSelector"] == {"pool": "gpu"}
+    for role in ("api", "worker"):
+        assert objects[f"Deployment/demo-inward-{role}"]["spec"]["template"]["spec"]["enableServiceLinks"] is False
+
+
+def test_callers_come_in_by_an_ingress_or_by_a_gateway():
+    objects = render(EVERYTHING)
+    (rule,) = objects["Ingress/demo-inward"]["spec"]["rules"]
+    assert rule["host"] == "inward.example.org"
+    assert rule["http"]["paths"][0]["backend"] == {"service": {"name": "demo-inward-api", "port": {"name": "http"}}}
+    assert objects["Ingress/demo-inward"]["spec"]["tls"] == [{"hosts": ["inward.example.org"], "secretName": "tls"}]
+    route = objects["HTTPRoute/demo-inward"]["spec"]
+    assert (route["hostnames"], route["parentRefs"]) == (["inward.example.org"], [{"name": "gateway"}])
+    assert route["rules"][0]["backendRefs"] == [{"name": "demo-inward-api", "port": 80}]
+
+
+def test_each_model_of_a_release_has_processes_and_a_queue_of_its_own():
+    objects = render(SEVERAL)
+    first, small = env(objects, "demo-inward-worker"), env(objects, "demo-inward-small-worker")
+    assert (first["INWARD_MODEL"], small["INWARD_MODEL"]) == ("Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-0.5B-Instruct")
+    assert small["INWARD_QUEUE"] == env(objects, "demo-inward-small-api")["INWARD_QUEUE"] == "small"
+    assert small["INWARD_REDIS_URL"] == first["INWARD_REDIS_URL"] and "INWARD_QUEUE" not in first
+    for variable in ("INWARD_REVISION", "INWARD_HEADS", "INWARD_ADAPTERS"):  # they belong to the first model
+        assert variable in first and variable not in small
+    assert small["INWARD_BACKBONE"] == "vllm"  # as for the first
+    limits = objects["Deployment/demo-inward-small-worker"]["spec"]["template"]["spec"]["containers"][0]["resources"]
+    assert limits["limits"]["nvidia.com/mig-1g.10gb"] == 1
+    assert objects["Ingress/demo-inward-small"]["spec"]["rules"][0]["host"] == "small.example.org"
+    assert "HorizontalPodAutoscaler/demo-inward-small-worker" in objects
+    watched = objects["ServiceMonitor/demo-inward"]["spec"]["selector"]["matchExpressions"][0]["values"]
+    assert watched == ["api", "worker", "api-small", "worker-small"]
+    allowed = objects["NetworkPolicy/demo-inward-redis"]["spec"]["ingress"][0]["from"]
+    components = [peer["podSelector"]["matchLabels"]["app.kubernetes.io/component"] for peer in allowed]
+    assert components == watched
+
+
+def test_named_keys_become_the_file_that_the_api_reads():
+    key = {"name": "trainer", "sha256": "a" * 64, "scope": "admin", "expires": "2027-01-31", "quota": 1000}
+    secret = render({"auth": {"keys": [key]}})["Secret/demo-inward-keys"]["stringData"]["api-keys"]
+    assert yaml.safe_load(secret) == {"keys": [key]}
+    assert secret.startswith("keys:")
 
 
 def test_dashboards_and_rules_are_those_of_the_repository():
@@ -192,6 +321,15 @@ def test_dashboards_and_rules_are_those_of_the_repository():
         ({"auth": {"apiKeys": ["short"]}}, "apiKeys"),
         (KEYS | {"redis": {"url": "http://host"}}, "url"),
         (KEYS | {"model": {"settings": {"inward_model": "x"}}}, "inward_model"),
+        (
+            KEYS | {"auth": {"apiKeys": ["a-plain-key"], "keys": [{"name": "a", "sha256": "a" * 64}]}},
+            "auth.keys or auth.a",
+        ),
+        ({"auth": {"keys": [{"name": "a", "sha256": "not a digest"}]}}, "sha256"),
+        (KEYS | {"ingress": {"enabled": True}}, "ingress.host names"),
+        (SEVERAL | {"models": [SMALL | {"ingress": {}}]}, "a host of its own: set ingress.host"),
+        (KEYS | {"models": [{"name": "Large", "model": {"id": "m"}}]}, "name"),
+        (KEYS | {"worker": {"gpuResource": "gpu"}}, "gpuResource"),
     ],
 )
 def test_values_that_would_not_work_are_refused(values, said):
@@ -206,4 +344,7 @@ def test_every_value_is_described_by_the_schema():
     values = yaml.safe_load((CHART / "values.yaml").read_text())
     assert values.keys() == schema["properties"].keys() - {"global"}
     for section, inner in values.items():
-        assert inner.keys() == schema["properties"][section]["properties"].keys(), section
+        if isinstance(inner, dict):
+            assert inner.keys() == schema["properties"][section]["properties"].keys(), section
+        else:
+            assert schema["properties"][section]["type"] == "array"

@@ -66,6 +66,29 @@ def test_every_variable_of_the_trainer_is_an_option_of_it():
     assert {name.lower() for name in used} <= CdpoOptions.model_fields.keys()
 
 
+def test_images_have_their_version_in_their_tag():
+    from inward import __version__
+
+    tags = {name: service["image"] for name, service in services().items() if "build" in service}
+    assert tags == {
+        "api": f"inward:${{VERSION:-{__version__}}}-api",
+        "worker-cpu": f"inward:${{VERSION:-{__version__}}}-cpu",
+        "worker-gpu": f"inward:${{VERSION:-{__version__}}}-gpu",
+        "trainer": f"inward-trainer:${{VERSION:-{__version__}}}",
+    }
+    assert f"VERSION={__version__}" in (ROOT / "deploy/env.example").read_text().splitlines()
+    chart = yaml.safe_load((ROOT / "deploy/k8s/Chart.yaml").read_text())
+    assert (chart["version"], chart["appVersion"]) == (__version__, __version__)
+    assert variables(stages(ROOT / "Dockerfile")["service"])["VERSION"] == __version__
+
+
+def test_a_gated_model_has_its_token_and_more_variables_reach_api_and_workers():
+    for name in ("api", "worker-cpu", "worker-gpu"):
+        service = services()[name]
+        assert service["environment"]["HF_TOKEN"] == "${HF_TOKEN:-}", name
+        assert service["env_file"] == [{"path": "secrets/more.env", "required": False}], name
+
+
 def test_what_compose_mounts_is_there():
     mounts = [volume for service in services().values() for volume in service.get("volumes", [])]
     for volume in mounts:

@@ -113,6 +113,24 @@ def test_every_alert_says_what_happened_how_bad_it_is_and_has_an_entry_in_the_ru
         assert alert["annotations"]["summary"] and alert["for"]
 
 
+def test_every_alert_goes_to_somebody():
+    config = yaml.safe_load((DEPLOY / "alertmanager/alertmanager.yml").read_text())
+    receivers = {one["name"]: one["webhook_configs"] for one in config["receivers"]}
+    routed = {match: route["receiver"] for route in config["route"]["routes"] for match in route["matchers"]}
+    assert routed == {"severity = page": "pages"} and config["route"]["receiver"] == "tickets"
+    assert receivers.keys() == {"pages", "tickets"}
+    assert all(one["url_file"] == "/run/secrets/alert_webhook" for hooks in receivers.values() for one in hooks)
+    names = {alert["alert"] for alert in alerts()}
+    for rule in config["inhibit_rules"]:
+        matchers = rule["source_matchers"] + rule["target_matchers"]
+        assert {name for matcher in matchers for name in re.findall(r"Inward\w+", matcher)} <= names
+    prometheus = yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text())
+    (where,) = prometheus["alerting"]["alertmanagers"]
+    assert where["static_configs"] == [{"targets": ["alertmanager:9093"]}]
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    assert services["alertmanager"]["secrets"] == ["alert_webhook"]
+
+
 def test_every_alert_has_a_test_in_which_it_fires():
     tests = yaml.safe_load((DEPLOY / "prometheus/tests/alerts.yml").read_text())["tests"]
     fired = {rule["alertname"] for test in tests for rule in test.get("alert_rule_test", []) if rule["exp_alerts"]}

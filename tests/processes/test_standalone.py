@@ -6,17 +6,19 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
 
+from support.real_data import rows
 from support.serving import serve, write_model
-from support.waiting import PATIENCE, until
+from support.waiting import PATIENCE, until, wait_until
 
 WORDS = ("harbour quiet morning boats lock canal step help safer seven birds wire crows "
          "starlings tallest tree coast redwood").split()  # fmt: skip
+
+ANSWERED = 'inward_requests_total{code="200",route="/margin"}'
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +31,13 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(folder):
     with serve(folder, "--dtype", "float32") as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def tiny_batches(folder):
+    """One that has much to do for long, and says all that it does."""
+    with serve(folder, "--token-budget", "64", "--log-level", "debug") as served:
         yield served
 
 
@@ -139,31 +148,6 @@ async def test_the_metrics_show_what_was_served(server):
         assert series in metrics
 
 
-async def test_sigterm_under_load_answers_what_was_accepted_and_exits_with_0(folder):
-    with serve(folder, "--token-budget", "64") as served:  # tiny batches, so that there is still much to do
-        async with httpx.AsyncClient(
-            base_url=served.url, timeout=PATIENCE, limits=httpx.Limits(max_connections=40)
-        ) as client:
-            await client.get("/livez")
-            callers = [asyncio.create_task(client.post("/margin", json={"pairs": pairs(20, s)})) for s in range(32)]
-            await until(lambda: accepted(client, 32))
-            exiting = asyncio.create_task(asyncio.to_thread(served.stop))
-            answers = await asyncio.gather(*callers)
-        assert [a.status_code for a in answers] == [200] * 32
-        assert all(len(a.json()["margins"]) == 20 for a in answers)
-        assert await exiting == 0
-        assert any('"clean": true' in line for line in served.log)
-
-
-async def accepted(client, n):
-    """Whether ``n`` requests to /margin are answered or being answered; the one that asks is in flight as well."""
-    return (
-        await value(client, 'inward_requests_total{code="200",route="/margin"}')
-        + await value(client, "inward_requests_in_flight")
-        > n
-    )
-
-
 async def test_overload_is_a_503_and_who_comes_back_when_it_says_is_answered(folder):
     with serve(folder, "--token-budget", "64", "--queue-tokens", "1000") as served:
         async with httpx.AsyncClient(base_url=served.url, timeout=PATIENCE) as client:
@@ -183,16 +167,15 @@ async def test_overload_is_a_503_and_who_comes_back_when_it_says_is_answered(fol
             )
 
 
-async def test_a_caller_that_hangs_up_is_not_computed(folder):
-    with serve(folder, "--token-budget", "64") as served:
-        async with httpx.AsyncClient(base_url=served.url, timeout=PATIENCE) as client:
-            for _ in range(10):  # this process may be too slow to hang up in time
-                before = await value(client, "inward_batch_size_sum")
-                await hang_up_behind(client, {"pairs": pairs(300, 1)}, {"pairs": pairs(300, 2)})
-                computed = await value(client, "inward_batch_size_sum") - before
-                if computed < 600:
-                    break
-            assert 300 <= computed < 600
+async def test_a_caller_that_hangs_up_is_not_computed(tiny_batches):
+    async with httpx.AsyncClient(base_url=tiny_batches.url, timeout=PATIENCE) as client:
+        for _ in range(10):  # this process may be too slow to hang up in time
+            before = await value(client, "inward_batch_size_sum")
+            await hang_up_behind(client, {"pairs": pairs(300, 1)}, {"pairs": pairs(300, 2)})
+            computed = await value(client, "inward_batch_size_sum") - before
+            if computed < 600:
+                break
+        assert 300 <= computed < 600
 
 
 async def hang_up_behind(client, body, other):
@@ -231,9 +214,9 @@ def test_a_port_that_is_taken_and_an_address_open_to_all_are_refused_in_one_line
             assert "Traceback" not in done.stderr
 
 
-def test_no_text_of_a_user_reaches_the_log(folder):
-    marker = "zebracrossing-7731"
-    with serve(folder, "--log-level", "debug") as served, httpx.Client(base_url=served.url, timeout=PATIENCE) as client:
+def test_no_text_of_a_user_reaches_the_log(tiny_batches):
+    marker, last = "zebracrossing-7731", "the-last-of-these"
+    with httpx.Client(base_url=tiny_batches.url, timeout=PATIENCE) as client:
         pair = {"prompt": marker, "chosen": marker, "rejected": marker}
         bodies = [
             {"pairs": [pair]},
@@ -251,30 +234,43 @@ def test_no_text_of_a_user_reaches_the_log(folder):
         client.post("/margin", content=marker)
         client.get(f"/heads/{marker}")
         metrics = client.get("/metrics").text
-        served.stop()
-    assert marker not in "".join(served.log)
+        client.get("/info", headers={"x-request-id": last})
+    wait_until(lambda: any(last in line for line in tiny_batches.log))
+    assert marker not in "".join(tiny_batches.log)
     assert marker not in metrics
 
 
-@pytest.mark.skipif(
-    not (Path(__file__).parents[2] / "shared/data/hh_harmless_pairs.jsonl").is_file(),
-    reason="the HH pairs are not beside this checkout (../shared/data)",
-)
+async def test_sigterm_under_load_answers_what_was_accepted_and_exits_with_0(tiny_batches):
+    """The last test of this server, which it ends."""
+    limits = httpx.Limits(max_connections=40)
+    async with httpx.AsyncClient(base_url=tiny_batches.url, timeout=PATIENCE, limits=limits) as client:
+        before = await value(client, ANSWERED)
+        callers = [asyncio.create_task(client.post("/margin", json={"pairs": pairs(20, s)})) for s in range(32)]
+        await until(lambda: accepted(client, before + 32))
+        exiting = asyncio.create_task(asyncio.to_thread(tiny_batches.stop))
+        answers = await asyncio.gather(*callers)
+    assert [a.status_code for a in answers] == [200] * 32
+    assert all(len(a.json()["margins"]) == 20 for a in answers)
+    assert await exiting == 0
+    assert any('"clean": true' in line for line in tiny_batches.log)
+
+
+async def accepted(client, n):
+    """Whether ``n`` requests to /margin are answered or being answered; the one that asks is in flight as well."""
+    return await value(client, ANSWERED) + await value(client, "inward_requests_in_flight") > n
+
+
 async def test_real_pairs_are_all_answered_finite_and_in_order(server):
-    lines = (
-        (Path(__file__).parents[2] / "shared/data/hh_harmless_pairs.jsonl")
-        .read_text(encoding="utf-8")
-        .splitlines()[:96]
-    )
-    rows = [{k: json.loads(line)[k] for k in ("prompt", "chosen", "rejected")} for line in lines]
+    real = rows("hh_harmless_pairs.jsonl", 96)
+    sent = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in real]
     async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE) as client:
 
         async def post(part):
             answer = await client.post("/margin", json={"pairs": part, "truncate": True})
             return [m["margin"] for m in answer.json()["margins"]]
 
-        parts = await asyncio.gather(*(post(rows[i : i + 3]) for i in range(0, len(rows), 3)))
+        parts = await asyncio.gather(*(post(sent[i : i + 3]) for i in range(0, len(sent), 3)))
         together = [margin for part in parts for margin in part]
-        alone = [(await post([row]))[0] for row in rows[::8]]
+        alone = [(await post([row]))[0] for row in sent[::8]]
     assert np.isfinite(together).all()
     assert together[::8] == pytest.approx(alone, rel=1e-4, abs=1e-4)

@@ -9,7 +9,7 @@ import pytest
 
 from inward import metrics
 from inward.errors import EngineDead, InternalError, SetupError, Unavailable
-from inward.queues.redis import scripts
+from inward.queues.redis import redelivery, scripts
 from inward.queues.redis.consumer import RedisConsumer
 from inward.queues.redis.producer import REPLIES_S, RedisProducer
 from inward.stores.connection import Connection
@@ -74,6 +74,57 @@ async def test_the_jobs_of_a_dead_worker_are_taken_over(fleet):
     await heir.settle([done(j, "heir") for j in batch])
     assert {o.message for o in await asyncio.gather(*waits)} == {"heir"}
     assert fleet.empty()
+
+
+async def test_the_jobs_of_a_worker_that_gives_no_sign_of_life_are_for_others_however_young_its_claims_are(fleet):
+    dead, replica = await fleet.worker(ttl=0.3), await fleet.replica()
+    waits = await replica.submit([job(i) for i in range(20)])
+    heir = await fleet.worker()  # it has looked before there was anything to inherit
+    assert len(await next_of(dead)) == 20
+    inheriting = asyncio.create_task(next_of(heir))
+    dead.stop()
+    batch = await inheriting
+    assert [j.deliveries for j in batch] == [2] * redelivery.AT_ONCE
+    await heir.settle([done(j, "heir") for j in batch])
+    batch = await next_of(heir)
+    assert len(batch) == 20 - redelivery.AT_ONCE
+    await heir.settle([done(j, "heir") for j in batch])
+    assert {o.message for o in await asyncio.gather(*waits)} == {"heir"}
+    assert fleet.empty()
+    with fleet.server.client() as client:
+
+        async def forgotten():
+            return await heir.look(100) == [] and not client.exists(KEYS.gone)
+
+        await until(forgotten)
+
+
+async def test_a_worker_that_is_only_late_keeps_what_nobody_has_taken_over(fleet):
+    late, replica = await fleet.worker(ttl=0.3), await fleet.replica()
+    await replica.submit([job("a")])
+    taken = await next_of(late)
+    late.stop()
+    heir = await fleet.worker(wait=0)
+    heir._inherit_at = PATIENCE + heir._clock()  # it is not its time to look
+    with fleet.server.client() as client:
+        await until(lambda: client.zcount(KEYS.workers, "-inf", 1000 * client.time()[0]))  # its time is over
+        await heir.publish()
+        assert client.smembers(KEYS.gone) == {late.worker.encode()}
+        await late.live()
+        assert client.smembers(KEYS.gone) == set()
+    heir._inherit_at = 0.0
+    assert await heir.look(100) == []
+    assert ids(await late.wanted(taken)) == ["a"]
+
+
+async def test_what_a_leaving_worker_does_not_know_to_be_its_own_is_for_others_at_once(fleet):
+    leaving, replica = await fleet.worker(), await fleet.replica()
+    await replica.submit([job("a")])
+    heir = await fleet.worker()
+    with fleet.server.client() as client:  # as if the answer to it had been cut off
+        client.xreadgroup("workers", leaving.worker, {KEYS.streams[0]: ">"})
+    await leaving.leave()
+    assert [(j.id, j.deliveries) for j in await next_of(heir)] == [("a", 2)]
 
 
 async def test_the_last_delivery_is_alone_and_one_at_a_time(fleet):
@@ -225,7 +276,7 @@ async def one(worker):
 
 
 async def test_a_worker_that_lives_keeps_its_claims_however_long_it_computes(fleet):
-    idle, slow, replica = await fleet.worker(), await fleet.worker(ttl=0.1), await fleet.replica()
+    idle, slow, replica = await fleet.worker(), await fleet.worker(idle=0.3), await fleet.replica()
     [wait] = await replica.submit([job("a")])
     held = await next_of(slow)
     taking = asyncio.create_task(idle.take(1000))
@@ -287,9 +338,12 @@ async def test_jobs_of_a_replica_that_died_are_not_computed_and_free_their_room(
 async def test_released_jobs_are_taken_over_at_once(fleet):
     broken, replica = await fleet.worker(), await fleet.replica()
     await replica.submit([job("a"), job("b")])
-    await broken.release(await next_of(broken), "CUDA error")
+    taken = await next_of(broken)
     heir = await fleet.worker()
-    assert [(j.id, j.deliveries) for j in await next_of(heir)] == [("a", 2), ("b", 2)]
+    waiting = asyncio.create_task(next_of(heir))
+    await broken.release(taken, "CUDA error")
+    assert [(j.id, j.deliveries) for j in await waiting] == [("a", 2), ("b", 2)]
+    assert await broken.wanted(taken) == []
 
 
 async def test_what_a_leaving_worker_had_not_begun_is_delivered_again_as_if_it_were_new(fleet):

@@ -49,6 +49,7 @@ class FakeInward:
         self.drawn = []
         self.asked = []
         self.refuse_next = 0
+        self.asleep = False
         self._lock = threading.Lock()
 
     def answer(self, method, path, body):
@@ -58,6 +59,11 @@ class FakeInward:
             if self.refuse_next:
                 self.refuse_next -= 1
                 return 503, {"error": {"message": "not now"}}
+            if path in ("/sleep", "/wake"):
+                self.asleep = path == "/sleep"
+                return 200, {"asleep": self.asleep}
+            if self.asleep and method == "POST":
+                return 409, {"error": {"message": "it sleeps, and should not have been asked"}}
             parts = path.strip("/").split("/")
             if parts[0] == "info":
                 return 200, {"model": "tiny", "limits": {"timeout_seconds": 95, "candidates": 64}, **self.about}

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import httpx
 
 from inward.api.app import create_app
-from inward.api.auth import KeyRing
+from inward.api.keys import KeyRing
 from inward.api.services import Limits, Services
 from inward.errors import Conflict, InwardError, NotFound
 from inward.heads.registry import choose

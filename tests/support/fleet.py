@@ -55,16 +55,15 @@ class Process:
 class Fleet:
     """Starts processes with the same model, heads and Redis; kills what is left in the end.
 
-    The model is the one in ``folder`` with a fake backbone, or, with ``demo``, the toy with its own.
+    The model is the one in ``folder``, or, with ``demo``, the toy; the ``backbone`` is a fake one if nothing else is
+    said.
     """
 
-    def __init__(self, folder: Path, redis_url: str, *, demo: bool = False, **settings: object) -> None:
-        model = (
-            ["--backbone", "transformers", "--model", "toy"]
-            if demo
-            else ["--backbone", "fake", "--model", str(folder / "model")]
-        )
-        self._options = [*model, "--redis-url", redis_url, "--port", "0"]
+    def __init__(
+        self, folder: Path, redis_url: str, *, demo: bool = False, backbone: str = "fake", **settings: object
+    ) -> None:
+        model = "toy" if demo else str(folder / "model")
+        self._options = ["--backbone", backbone, "--model", model, "--redis-url", redis_url, "--port", "0"]
         self._heads = [] if demo else ["--heads", str(folder / "heads")]
         self._settings = FRESH | PATIENT | {f"INWARD_{name.upper()}": str(value) for name, value in settings.items()}
         self._stack = ExitStack()
@@ -120,12 +119,9 @@ class Fleet:
     def wait_until_ready(self, *processes: Process) -> None:
         """Until all are serving and their /readyz is green."""
         self.wait_until_serving(*processes)
-        for process in processes:
-            wait_until(
-                lambda process=process: (
-                    httpx.get(self._living(process).url + "/readyz", timeout=PATIENCE).status_code == 200
-                )
-            )
+        with httpx.Client(timeout=PATIENCE) as client:
+            for process in processes:
+                wait_until(lambda process=process: client.get(self._living(process).url + "/readyz").status_code == 200)
 
     def _living(self, process: Process) -> Process:
         if process.popen.poll() is not None:

@@ -58,6 +58,24 @@ def weights(run):
     return load_file(run.out / "final/adapter_model.safetensors")
 
 
+def test_the_service_sleeps_while_a_step_is_computed_and_is_left_awake(world):
+    fake, run = world
+    fake.asleep = True  # a former run was killed in the middle of a step
+    asleep = []
+    begin = cdpo.FedTrainer.training_step
+
+    def step(*args, **kwargs):
+        asleep.append(fake.asleep)
+        return begin(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(cdpo.FedTrainer, "training_step", step)
+        assert cdpo.run(run.model_copy(update={"lend_device": True})) == 0
+    assert asleep == [True] * STEPS and not fake.asleep
+    asked = [path for path, _ in fake.asked if path in ("/sleep", "/wake")]
+    assert asked == ["/wake", *["/sleep", "/wake"] * STEPS, "/wake"]
+
+
 def test_every_step_learns_publishes_and_updates_the_head(world):
     fake, run = world
     assert cdpo.run(run) == 0

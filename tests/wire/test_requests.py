@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from inward.errors import InvalidField
-from inward.wire import Item, Pair
+from inward.wire import Item, PairItem
 
 
 def turns(*said):
@@ -34,22 +34,26 @@ WEATHER = turns("u What is the weather?", "a Let me look.", "t 21 C")
 )
 def test_all_turns_before_the_answer_are_context_each_once(prompt, before, context):
     sides = {side: [*before, *turns(f"a {side}")] for side in ("chosen", "rejected")}
-    parts = Pair(**sides, **({} if prompt is None else {"prompt": prompt})).parts()
+    parts = PairItem(**sides, **({} if prompt is None else {"prompt": prompt})).parts()
     assert [dict(turn) for turn in parts.prompt] == context
     assert parts.responses == ("chosen", "rejected")
 
 
 def test_answers_without_turns_before_them_leave_the_prompt_as_it_is():
-    parts = Pair(prompt="Hi", chosen="Hello", rejected=turns("a Go away")).parts()
+    parts = PairItem(prompt="Hi", chosen="Hello", rejected=turns("a Go away")).parts()
     assert (parts.prompt, parts.responses) == ("Hi", ("Hello", "Go away"))
     assert parts.response_fields == ("chosen", "rejected.0.content")
 
 
 def test_the_same_conversation_is_the_same_pair_in_each_form():
-    pair = Pair(prompt="How do I bake bread?", chosen=[*BREAD, *turns("a No.")], rejected=[*BREAD, *turns("a Yes.")])
+    pair = PairItem(
+        prompt="How do I bake bread?", chosen=[*BREAD, *turns("a No.")], rejected=[*BREAD, *turns("a Yes.")]
+    )
     item = Item(messages=[*BREAD, *turns("a No.")])
     assert (
-        pair.parts().prompt == Pair(prompt=BREAD, chosen="No.", rejected="Yes.").parts().prompt == item.parts().prompt
+        pair.parts().prompt
+        == PairItem(prompt=BREAD, chosen="No.", rejected="Yes.").parts().prompt
+        == item.parts().prompt
     )
 
 
@@ -72,25 +76,25 @@ def test_the_same_conversation_is_the_same_pair_in_each_form():
 )
 def test_conversations_that_do_not_fit_are_refused_by_field(pair, param, said):
     with pytest.raises(InvalidField, match=said) as caught:
-        Pair(**pair).parts()
+        PairItem(**pair).parts()
     assert caught.value.param == param
 
 
 def test_a_pair_of_bare_answers_needs_a_prompt():
     with pytest.raises(ValidationError, match="is missing"):
-        Pair(chosen="x", rejected=turns("a y"))
+        PairItem(chosen="x", rejected=turns("a y"))
 
 
 def test_what_is_wrong_with_a_turn_is_blamed_on_the_field_it_came_in():
-    pair = Pair(prompt=WEATHER[:1], chosen=[*WEATHER[1:], *turns("a x")], rejected=[*WEATHER[1:], *turns("a y")])
+    pair = PairItem(prompt=WEATHER[:1], chosen=[*WEATHER[1:], *turns("a x")], rejected=[*WEATHER[1:], *turns("a y")])
     parts = pair.parts()
     assert [parts.blame(f"messages.{i}.content") for i in range(3)] == [
         "prompt.0.content", "chosen.0.content", "chosen.1.content",
     ]  # fmt: skip
     assert parts.blame("responses.1") == "rejected.2.content"
-    text = Pair(
+    text = PairItem(
         prompt="Hi", chosen=turns("u Hi", "a x", "u So?", "a y"), rejected=turns("u Hi", "a x", "u So?", "a z")
     ).parts()
     assert (text.blame("messages.0.content"), text.blame("messages")) == ("chosen.0.content", "prompt")
-    asked = Pair(prompt="Hi", chosen=turns("a x", "t 1", "a y"), rejected=turns("a x", "t 1", "a z")).parts()
+    asked = PairItem(prompt="Hi", chosen=turns("a x", "t 1", "a y"), rejected=turns("a x", "t 1", "a z")).parts()
     assert asked.blame("messages.0.content") == "prompt"

@@ -7,6 +7,7 @@ InwardError
 └── StatusError               the service refused; one class for each status
     ├── BadRequest       400
     ├── Unauthorized     401
+    ├── Forbidden        403
     ├── NotFound         404
     ├── TooSlow          408
     ├── Conflict         409
@@ -95,6 +96,10 @@ class Unauthorized(StatusError, status=401):
     """No key, or a wrong one."""
 
 
+class Forbidden(StatusError, status=403):
+    """The key may not do this."""
+
+
 class NotFound(StatusError, status=404):
     """No such head, version, job or route."""
 
@@ -136,8 +141,8 @@ class DeadlineExceeded(ServerError, status=504):
 
 
 CODES = {
-    "unauthorized": 401, "not_found": 404, "too_slow": 408, "conflict": 409, "too_large": 413, "unknown_encoding": 415,
-    "invalid_field": 422,
+    "unauthorized": 401, "forbidden": 403, "not_found": 404, "too_slow": 408, "conflict": 409, "too_large": 413,
+    "unknown_encoding": 415, "invalid_field": 422,
     "over_quota": 429, "unavailable": 503, "overloaded": 503, "engine_dead": 503, "deadline_exceeded": 504,
 }  # fmt: skip
 """Statuses of errors that come where a status can't: in the middle of a stream."""

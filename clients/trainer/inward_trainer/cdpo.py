@@ -69,6 +69,7 @@ def check(options: CdpoOptions) -> None:
         "--update-head": options.update_head,
         "--monitor": options.monitor is not None,
         "--held-out": options.held_out is not None,
+        "--lend-device": options.lend_device,
     }
     problems = [f"{option} needs --url" for option, given in needs_service.items() if given and not options.url]
     if options.source in ("file", "job") and options.pairs is None:
@@ -104,6 +105,8 @@ def build_trainer(
 
 def _run(options: CdpoOptions, config: DPOConfig, stopping: Stopping, stack: ExitStack) -> int:
     is_main, processes = config.process_index == 0, config.world_size
+    if options.lend_device and processes > 1:
+        raise OptionsError("--lend-device is for one process that shares its GPU with the service")
     rows = options.batch_size * options.accumulate * processes
     service = _service(options, stopping, stack) if is_main else None
     info = service.info() if service else None

@@ -83,6 +83,8 @@ class MainProcess:
     judges: Judges | None = None
     held_out: HeldOut | None = None
     eval_pairs: Sequence[ScoredPair] = ()
+    lender: Service | None = None
+    """The service, if it sleeps while a step is computed."""
 
 
 class OnlineLoop(TrainerCallback):  # type: ignore[misc]
@@ -123,6 +125,8 @@ class OnlineLoop(TrainerCallback):  # type: ignore[misc]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._began = time.monotonic()
+        if self._main is not None and self._main.lender is not None:
+            self._main.lender.sleep()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         refuse_divergence(model, state.global_step + 1)
@@ -130,6 +134,9 @@ class OnlineLoop(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._feed.done = state.global_step
         step, main = self._feed.current, self._main
+        if main is not None and main.lender is not None:
+            torch.cuda.empty_cache()  # what the step held; nothing happens without a GPU
+            main.lender.wake()
         if main is not None and step is not None:
             main.log.series.step(state.global_step, len(step.pairs), time.monotonic() - self._began)
             if main.update_head is not None:

@@ -201,6 +201,9 @@ class OnlineOptions(_Options):
     """So many versions of this run stay in the folder, the newest; older ones are removed."""
     max_lag: int | None = Field(1, ge=0)
     """Versions by which the policy that a live pair was scored with may be behind; older pairs are refused."""
+    lend_device: bool = False
+    """The service sleeps while a step is computed and wakes for the next samples, so that both fit one GPU; for vLLM
+    with --vllm-options '{"enable_sleep_mode": true}'."""
     update_head: bool = False
     """Update the hybrid head online with the pairs of every step."""
     update_lr: float = Field(1e-3, gt=0, le=1)

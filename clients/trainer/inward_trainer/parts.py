@@ -62,6 +62,9 @@ class Parts:
         stack.enter_context(locked(options.out))
         if info is not None:
             check_same(model.folder, model.tokeniser, info)
+        if service and options.lend_device:
+            service.wake()  # a run that was killed may have left it asleep
+            stack.callback(service.wake)
         if options.metrics_port is not None:
             stack.callback(metrics.serve(options.metrics_host, options.metrics_port))
         self.checkpoint = last_checkpoint(checkpoints(options))
@@ -86,6 +89,7 @@ class Parts:
             judges=Judges(service, self._named_head(), options.monitor) if service and self.publisher else None,
             held_out=self._held_out(),
             eval_pairs=self._eval_pairs(annotator),
+            lender=service if options.lend_device else None,
         )
 
     def _needs_head(self) -> bool:

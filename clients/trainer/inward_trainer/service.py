@@ -278,6 +278,14 @@ class Service:
         self.version = version
         self._wait(self._carry(), GRACE_S)
 
+    def sleep(self) -> None:
+        """Has it lend its device, until ``wake``."""
+        self._wait(self._client.sleep(), GRACE_S)
+
+    def wake(self) -> None:
+        """Has it take its device back; nothing happens if it is awake."""
+        self._wait(self._client.wake(), GRACE_S)
+
     def create_job(self, pairs: Sequence[ScoredPair], key: str, head: str | None = None) -> str:
         """Uploads pairs as a bulk job of kind ``reward``; gives its id. The same ``key`` makes the same job."""
         return self._wait(self._client.create_job("reward", _texts(pairs), head=head, key=key)).id

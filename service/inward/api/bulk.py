@@ -14,12 +14,13 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from inward import logs
+from inward.api.auth import CALLER, Caller
 from inward.api.rows import Row, RowAnswer, RowsKind, failed, parse, score_rows
 from inward.api.services import Services
 from inward.errors import DeadlineExceeded, InternalError, InwardError, Unavailable
 from inward.stores.jobs import ROWS, BulkStore, Chunk
 
-LOG = logs.logger("api")
+LOG, AUDIT = logs.logger("api"), logs.logger("audit")
 LONGEST_WAIT_S = 30.0
 """Between two tries while the service has no room, whatever it says."""
 TRIES = 3
@@ -48,11 +49,15 @@ class BulkRunner:
                 if (chunk := await self._store.take(self._replica)) is not None:
                     await self._do(chunk)
             except Unavailable as error:
-                logs.event(LOG, "bulk_waits", reason=error.message)
+                logs.event(
+                    LOG, "bulk_waits", severity=logging.DEBUG, reason=error.message
+                )  # the queue tells of it once
                 await asyncio.sleep(AWAY_S)
 
     async def _do(self, chunk: Chunk) -> None:
         renewing = asyncio.create_task(self._renew(chunk))
+        caller = None if chunk.job.caller is None else Caller(chunk.job.caller)
+        token = CALLER.set(caller)
         try:
             rows, answers = await self._answers(chunk)
             await self._finish(chunk, rows, answers)
@@ -60,7 +65,10 @@ class BulkRunner:
             await self._store.give_back(self._replica, chunk)
             raise
         finally:
+            CALLER.reset(token)
             renewing.cancel()
+            if caller is not None and caller.tokens:
+                logs.event(AUDIT, "audit", key=caller.name, tokens=caller.tokens, job=chunk.job.id, chunk=chunk.number)
 
     async def _answers(self, chunk: Chunk) -> tuple[Sequence[Row | InwardError], Sequence[RowAnswer]]:
         if chunk.deliveries > self._max_deliveries:

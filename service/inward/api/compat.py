@@ -23,7 +23,7 @@ from inward.api.scoring import Deadline, find_head, score_all
 from inward.api.services import Services
 from inward.errors import InwardError, NotFinite, NotFound, OverQuota, Unavailable
 from inward.types import HeadRef, Kind, Prompt, Scored, Scores, Timing, Usage
-from inward.wire import Options, Parts, RerankRequest
+from inward.wire import Parts, RerankRequest, ScoringOptions
 from inward.wire.compat import CompatRequest, rerank_dialect, score_dialect
 
 POINTWISE: tuple[Kind, ...] = ("hybrid", "legend", "ensemble")
@@ -97,7 +97,7 @@ async def score_conversations(
     head = requested_head(services, request, POINTWISE)
     if not items:
         return CompatScores((), (), (), ())
-    options = Options(truncate=truncate if request.truncate is None else request.truncate)
+    options = ScoringOptions(truncate=truncate if request.truncate is None else request.truncate)
     try:
         results = (await score_all(services, field, items, (head.name,), options)).results
     except InwardError as error:

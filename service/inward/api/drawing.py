@@ -15,7 +15,7 @@ from inward.errors import InwardError, NotFound, TooLarge
 from inward.heads.registry import KINDS
 from inward.prompts import Texts
 from inward.types import Group, HeadRef
-from inward.wire import Head
+from inward.wire import NamedHead
 from inward.wire.compat import message
 from inward.wire.openai import ChatRequest, CompletionRequest, DrawRequest
 from inward.wire.openai_answers import DrawUsage, Rating
@@ -86,7 +86,7 @@ def _given(found: Candidates, i: int) -> Given:
         drawn=i,
         of=len(found.answers),
         finish_reason=answer.finish_reason or "stop",
-        head=Head.of(found.scored.heads[0]),
+        head=NamedHead.of(found.scored.heads[0]),
         policy_version=found.scored.policy_version,
     )
     return Given(answer, rating)

@@ -20,10 +20,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inward import logs, metrics, tracing
 from inward.api.answers import refusal
-from inward.api.auth import HEALTH
+from inward.api.auth import HEALTH, Caller
 from inward.errors import InternalError, TooLarge, TooSlow, UnknownEncoding
 
-LOG = logs.logger("api")
+LOG, AUDIT = logs.logger("api"), logs.logger("audit")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE"})
 HUNG_UP = 499
@@ -38,12 +38,17 @@ class AccessLog:
     """Outermost: request id, ``x-total-time``, metrics, one event and one span per request; a defect becomes a 500 in
     the error shape.
 
-    The label ``route`` is the route's template, and ``other`` where the path is none of ours.
+    Where callers have keys, one event ``audit`` says which of them asked for how many tokens, or for what not every key
+    may do; it is written whatever the log level is.
+
+    The label ``route`` is the route's template, and ``other`` where the path is none of ours. What machines ask every
+    few seconds is told of where its answer is another than the last time: a probe is red, and is green again.
     """
 
     def __init__(self, app: ASGIApp, *, paths: Set[str]) -> None:
         self.app = app
         self._paths = paths
+        self._probed: dict[str, int] = {}  # last status, by path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -86,7 +91,7 @@ class AccessLog:
             route = self._route(scope)
             metrics.REQUESTS_TOTAL.labels(route=route, code=str(code)).inc()
             metrics.REQUEST_SECONDS.labels(route=route).observe(seconds)
-            severity = logging.WARNING if code >= 500 else logging.INFO
+            severity = self._severity(scope["path"], code)
             ms = round(1000 * seconds, 2)
             method = scope["method"] if scope["method"] in METHODS else "other"  # a caller may send any word
             ids: dict[str, Any] = {
@@ -94,10 +99,26 @@ class AccessLog:
                 **tracing.answered(span, method=method, route=route, code=code),
             }
             logs.event(LOG, "request", severity=severity, method=method, route=route, code=code, ms=ms, **ids)
+            if (caller := scope.get("caller")) is not None:
+                _audit(caller, method=method, route=route, code=code, request_id=request_id)
+
+    def _severity(self, path: str, code: int) -> int:
+        """Of the event of a request that was answered so."""
+        if path in UNTRACED:
+            last, self._probed[path] = self._probed.get(path, 200), code
+            if code == last:
+                return logging.DEBUG
+        return logging.WARNING if code >= 500 else logging.INFO
 
     def _route(self, scope: Scope) -> str:
         path = str(getattr(scope.get("route"), "path", scope["path"]))
         return path if path in self._paths else "other"
+
+
+def _audit(caller: Caller, **request: Any) -> None:
+    metrics.KEY_REQUESTS_TOTAL.labels(key=caller.name, code=str(request["code"])).inc()
+    if caller.tokens or caller.restricted:
+        logs.event(AUDIT, "audit", key=caller.name, tokens=caller.tokens, **request)
 
 
 class HeadAsGet:

@@ -20,7 +20,7 @@ from inward.api.scoring import Result, find_head, score_each, tokenise
 from inward.api.services import Services
 from inward.errors import InvalidField, InwardError
 from inward.types import HeadRef, Kind, Scored
-from inward.wire import Element, ErrorDetail, Item, Options, Pair
+from inward.wire import Element, ErrorDetail, Item, PairItem, ScoringOptions
 
 RowsKind = Literal["margin", "score", "reward"]
 """A bulk job's kind is the route whose elements its rows are; a row of ``reward`` is a pair where it has ``chosen``."""
@@ -30,7 +30,7 @@ KINDS: Mapping[RowsKind, tuple[Kind, ...]] = {
 """Which heads do which kind of job."""
 
 Row = Mapping[str, Any]
-_PAIR, _ITEM = TypeAdapter(Pair), TypeAdapter(Item)
+_PAIR, _ITEM = TypeAdapter(PairItem), TypeAdapter(Item)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ async def score_rows(
     rows: Sequence[Row | InwardError],
     *,
     head: str | None = None,
-    options: Options | None = None,
+    options: ScoringOptions | None = None,
 ) -> list[RowAnswer]:
     """One answer a row, in their order. Rows that are an error already keep it.
 
@@ -99,16 +99,16 @@ async def score_rows(
     checked = [row if isinstance(row, InwardError) else _checked(kind, row) for row in rows]
     answers: dict[int, RowAnswer] = {}
     for of_pairs in (True, False):
-        places = [i for i, row in enumerate(checked) if isinstance(row, Pair if of_pairs else Item)]
-        some = [row for row in checked if isinstance(row, Pair if of_pairs else Item)]
+        places = [i for i, row in enumerate(checked) if isinstance(row, PairItem if of_pairs else Item)]
+        some = [row for row in checked if isinstance(row, PairItem if of_pairs else Item)]
         if some:
-            found = await _score(services, kind, some, head, options or Options(), of_pairs=of_pairs)
+            found = await _score(services, kind, some, head, options or ScoringOptions(), of_pairs=of_pairs)
             answers |= dict(zip(places, found, strict=True))
     return [failed(row) if isinstance(row, InwardError) else answers[i] for i, row in enumerate(checked)]
 
 
 async def token_scores(
-    services: Services, pairs: Sequence[Row], *, head: str, options: Options
+    services: Services, pairs: Sequence[Row], *, head: str, options: ScoringOptions
 ) -> list[tuple[list[tuple[str, float]], list[tuple[str, float]]] | None]:
     """Of both answers of each pair the text of every token and the head's score at it; None where it has none."""
     asked = [_PAIR.validate_python(pair) for pair in pairs]
@@ -134,8 +134,8 @@ def failed(error: InwardError) -> RowAnswer:
     return RowAnswer(Element(error=ErrorDetail(**error.body()["error"])))
 
 
-def _checked(kind: RowsKind, row: Row) -> Pair | Item | InwardError:
-    shape: TypeAdapter[Pair] | TypeAdapter[Item] = (
+def _checked(kind: RowsKind, row: Row) -> PairItem | Item | InwardError:
+    shape: TypeAdapter[PairItem] | TypeAdapter[Item] = (
         _PAIR if kind == "margin" or (kind == "reward" and "chosen" in row) else _ITEM
     )
     try:
@@ -147,9 +147,9 @@ def _checked(kind: RowsKind, row: Row) -> Pair | Item | InwardError:
 async def _score(
     services: Services,
     kind: RowsKind,
-    some: Sequence[Pair | Item],
+    some: Sequence[PairItem | Item],
     head: str | None,
-    options: Options,
+    options: ScoringOptions,
     *,
     of_pairs: bool,
 ) -> list[RowAnswer]:

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from inward import metrics
 from inward.api.auth import CALLER
 from inward.api.services import Services
 from inward.errors import DeadlineExceeded, InwardError, NotFinite, NotFound, Unavailable
 from inward.prompts import Grouped, Texts
-from inward.types import Detail, Group, HeadRef, Ids, Kind, Scored, Scores, Timing
-from inward.types import Usage as UsageTokens
-from inward.wire import ErrorDetail, Head, Options, Parts, Scorable, Usage
+from inward.types import Detail, Group, HeadRef, Ids, Kind, Scored, Scores, Timing, Usage
+from inward.wire import ErrorDetail, NamedHead, Parts, Scorable, ScoringOptions, TokenUsage
 
 MOST_SWITCHES = 3
 """How often a head may be switched under one request before it gives up."""
@@ -67,8 +67,8 @@ def named(services: Services, scored: Sequence[Scored]) -> dict[str, Any]:
     return {
         "model": services.model,
         "policy_version": scored[0].policy_version,
-        "head": Head.of(scored[0].heads[0]),
-        "usage": Usage.of(sum((outcome.usage for outcome in scored), UsageTokens())),
+        "head": NamedHead.of(scored[0].heads[0]),
+        "usage": TokenUsage.of(sum((outcome.usage for outcome in scored), Usage())),
     }
 
 
@@ -126,7 +126,7 @@ async def score_all(
     field: str,
     items: Sequence[Scorable],
     heads: tuple[str, ...],
-    options: Options,
+    options: ScoringOptions,
     *,
     details: frozenset[Detail] = frozenset(),
     pair: bool = False,
@@ -147,7 +147,7 @@ async def score_each(
     field: str | None,
     items: Sequence[Scorable],
     heads: tuple[str, ...],
-    options: Options,
+    options: ScoringOptions,
     *,
     details: frozenset[Detail] = frozenset(),
     pair: bool = False,
@@ -240,13 +240,19 @@ async def score_groups(
 
 
 async def charge(services: Services, groups: Sequence[Group]) -> None:
-    """Counts what these cost for the key that the request came with, before they are submitted.
+    """Counts what these cost for the key that the request, or the bulk job, came with, before they are submitted.
 
     Raises:
         OverQuota: the key has used up what it may have computed in a minute.
     """
-    if services.quota is not None and (caller := CALLER.get()) is not None:
-        await services.quota.spend(caller, sum(group.tokens for group in groups))
+    if (caller := CALLER.get()) is None:
+        return
+    tokens = sum(group.tokens for group in groups)
+    limit = caller.quota or services.tokens_a_minute
+    if services.quota is not None and limit is not None:
+        await services.quota.spend(caller.id, tokens, limit)
+    caller.tokens += tokens
+    metrics.KEY_TOKENS_TOTAL.labels(key=caller.name).inc(tokens)
 
 
 def _stale(outcomes: Sequence[Scored | InwardError], latest: Sequence[Scored | InwardError]) -> list[int]:

@@ -8,18 +8,20 @@ from typing import Annotated, Any, Protocol
 
 from fastapi import Depends, Request
 
-from inward.api.auth import KeyRing
+from inward.api.keys import KeyRing
 from inward.intake import Intake
 from inward.prompts import Prompts, Texts
 from inward.stores.idempotency import IdempotencyStore, MemoryIdempotencyStore
-from inward.stores.quota import Quota
+from inward.stores.quota import MemoryQuota, Quota
 from inward.types import HeadRef, Kind
 
 
 class BulkJobs(Protocol):
     """Jobs that outlive a request. Every method raises ``Unavailable`` where their store can't be reached."""
 
-    async def create(self, kind: str, lines: AsyncIterable[str], *, head: str | None, scores: str | None) -> BulkJob:
+    async def create(
+        self, kind: str, lines: AsyncIterable[str], *, head: str | None, scores: str | None, caller: str | None
+    ) -> BulkJob:
         """Stores the rows, one JSON object a line, as they come, and begins when the last one is there. Raises
         ``InvalidField`` for none.
 
@@ -157,7 +159,7 @@ class Services:
     """Whether the backbone can compute."""
     limits: Limits = Limits()
     keys: KeyRing = field(default_factory=KeyRing)
-    """Any of them opens every route; none: open."""
+    """Who is let in; none: everybody."""
     metrics_open: bool = True
     """``/metrics`` needs no key."""
     sleeper: SleepControl | None = None
@@ -174,8 +176,10 @@ class Services:
     """Bulk jobs, where there is a Redis to keep them."""
     scores: ScoredRows | None = None
     """Streams for trainers, where there is a Redis to keep them."""
-    quota: Quota | None = None
-    """What each key may have computed."""
+    quota: Quota | None = field(default_factory=MemoryQuota)
+    """Counts what each key had computed; None where nobody is to be stopped."""
+    tokens_a_minute: int | None = None
+    """That each key may have computed, where it has no number of its own; None: as many as it likes."""
     idempotency: IdempotencyStore = field(default_factory=lambda: MemoryIdempotencyStore(keep=3600.0, running=120.0))
     """Answers under an ``Idempotency-Key``."""
 

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from inward.backbones.fingerprint import ORIGIN
-from inward.backbones.gguf.cache import converted
+from inward.backbones.gguf.cache import converted, kept
 from inward.errors import SetupError
 
 SMOLLM2 = "smollm2"
@@ -24,6 +24,10 @@ _NEVER = [ORIGIN]
 """What says where a model comes from is written here or not believed."""
 
 
+class NoTokenizerHere(SetupError):
+    """The tokenizer can only be had by reading a file with weights."""
+
+
 def resolve(
     model: str, revision: str | None = None, dtype: str = "auto", device: str = "auto", *, weights: bool = True
 ) -> Path:
@@ -33,13 +37,20 @@ def resolve(
 
     Args:
         dtype: as ``load_model`` takes it, and ``device``: what a GGUF file is converted to depends on them.
-        weights: without them the folder needs to hold the tokenizer and the settings only.
+        weights: without them the folder needs to hold the tokenizer and the settings only; no file with weights is
+            fetched or read.
 
     Raises:
+        NoTokenizerHere: without weights, for a GGUF file that was not converted here before.
         SetupError: neither a model folder, nor a model that the hub gives us, nor a GGUF file that can be read.
     """
     if model == SMOLLM2 and not weights:
         return _TOKENIZER
+    if not weights and _is_gguf(model):
+        file = _cached(model, revision)
+        if (known := file and kept(file)) is None:
+            raise NoTokenizerHere(f"{model} is one file with its weights, and has not been converted here")
+        return known
     if (file := _gguf(model, revision)) is not None:
         return converted(file, dtype, device)
     folder = Path(model).expanduser()
@@ -63,6 +74,15 @@ def name_of(model: str) -> str:
     if path.is_dir():
         return path.resolve().name
     return path.stem if path.suffix.lower() == _GGUF else model
+
+
+def _is_gguf(model: str) -> bool:
+    path = Path(model).expanduser()
+    return (
+        not any(path.glob("*.safetensors")) and _only(path) is not None
+        if path.is_dir()
+        else path.suffix.lower() == _GGUF
+    )
 
 
 def _gguf(model: str, revision: str | None) -> Path | None:
@@ -113,6 +133,21 @@ def _file_of(model: str, file: str, revision: str | None) -> Path:
 
     with _hub(model, revision):
         return Path(huggingface_hub.hf_hub_download(model, file, revision=revision))
+
+
+def _cached(model: str, revision: str | None) -> Path | None:
+    """A GGUF file that is here already; nobody is asked for it."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return _only(path)
+    repository, colon, file = model.rpartition(":")
+    if path.is_file() or not colon:
+        return path if path.is_file() else None
+    import huggingface_hub
+
+    with _hub(repository, revision):
+        found = huggingface_hub.try_to_load_from_cache(repository, file, revision=revision)
+    return Path(found) if isinstance(found, str) else None
 
 
 @contextmanager

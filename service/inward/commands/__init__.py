@@ -16,6 +16,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "annotate": "add margins and confidences to a file of preference pairs",
         "bench": "measure this machine",
         "heads": "list, show and verify heads",
+        "keys": "make, list and revoke API keys",
         "info": "print the resolved settings",
         "dead-letters": "jobs that were given up because they ended several workers",
         "completion": "print a completion script for a shell",

@@ -16,7 +16,7 @@ from inward.offline.states.read import extract_pairs
 from inward.processes.standalone import Standalone
 from inward.settings import Settings
 from inward.types import Floats
-from inward.wire import Options
+from inward.wire import ScoringOptions
 
 ALONE = {
     "timeout": 1e6, "api_keys": frozenset[str](), "max_body_bytes": 2**30, "queue_tokens": 10**9, "sharing_window": 0.0,
@@ -29,7 +29,7 @@ async def in_process(options: AnnotateOptions, settings: Settings) -> AsyncItera
     """The model of the settings, loaded here: each pair is scored as a row of a bulk job is."""
     house = await Standalone.open(settings.model_copy(update=ALONE))
     try:
-        request = Options(truncate=options.truncate)
+        request = ScoringOptions(truncate=options.truncate)
         score = partial(score_rows, house.services, "margin", head=options.head, options=request)
 
         def fit_of(head: str) -> Mapping[str, Any]:

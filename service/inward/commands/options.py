@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+import os
+import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from inward.commands.parser import did_you_mean
 from inward.errors import SetupError
-from inward.settings import Settings
+from inward.settings import PREFIX, Settings, unknown_variables
 
 MODEL_SETTINGS = (
     "model",
@@ -24,14 +27,16 @@ MODEL_SETTINGS = (
     "max_tokens",
 )
 """What a command needs that loads a backbone and serves nobody."""
+SERVERS = ("serve", "api", "worker")
+"""Commands that have a log."""
 
 
 def add_settings(parser: argparse.ArgumentParser, names: Iterable[str] | None = None) -> None:
     """Adds an option for each setting (or those named); an option that is not given leaves the environment variable
     in force.
     """
-    group = parser.add_argument_group("settings", "each may also be given as INWARD_<NAME>")
-    for name in names or Settings.model_fields:
+    group = parser.add_argument_group("settings", "each may also be given as INWARD_<NAME>, or in the file of --config")
+    for name in dict.fromkeys(("config", *(names or Settings.model_fields))):
         field = Settings.model_fields[name]
         option: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": _help(name)}
         if field.annotation is bool:
@@ -42,17 +47,56 @@ def add_settings(parser: argparse.ArgumentParser, names: Iterable[str] | None = 
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
-    """The settings: options before environment before defaults.
+    """The settings: options before environment before the file of ``--config`` before defaults. Variables that look
+    like settings and are none are named on standard error, by a server in its log.
 
     Raises:
-        SetupError: a value that a setting does not take.
+        SetupError: a value that a setting does not take, or a file that can't be used.
     """
     given = {name: value for name, value in vars(args).items() if name in Settings.model_fields}
+    named = {name.upper() for name, value in os.environ.items() if value}
+    file = given.get("config") or os.environ.get(f"{PREFIX}CONFIG")
+    written = {} if not file else _of_file(Path(file).expanduser())
+    written = {name: v for name, v in written.items() if name not in given and f"{PREFIX}{name.upper()}" not in named}
+    if getattr(args, "command", None) not in SERVERS:
+        for name, meant in unknown_variables(os.environ).items():
+            hint = f"; did you mean {meant}?" if meant else ""
+            print(f"inward: there is no setting {name}{hint}", file=sys.stderr)
     try:
-        return Settings(**given)
+        return Settings(**{**written, **given})
     except ValidationError as error:
-        problems = [f"--{'-'.join(map(str, e['loc'])).replace('_', '-')}: {e['msg']}" for e in error.errors()]
-        raise SetupError("; ".join(problems)) from None
+        raise SetupError("; ".join(_problem(e, written, file) for e in error.errors())) from None
+
+
+def _of_file(file: Path) -> dict[str, Any]:
+    """Settings by their names, as YAML has them.
+
+    Raises:
+        SetupError: it can't be read, is no mapping, or names what is no setting.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(file.read_bytes())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+        raise SetupError(f"{file} can't be read as YAML: {reason} (--config)") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise SetupError(f"{file} must hold settings by their names, such as `max_items: 64` (--config)")
+    for name in content:
+        if name not in Settings.model_fields or name == "config":
+            known = sorted(Settings.model_fields.keys() - {"config"})
+            raise SetupError(f"{file}: there is no setting {name!r}{did_you_mean(str(name), known)} (--config)")
+    return {name: value for name, value in content.items() if value is not None}
+
+
+def _problem(error: Mapping[str, Any], written: Mapping[str, Any], file: Any) -> str:
+    """Where a value came from, and what is wrong with it."""
+    name, *rest = map(str, error["loc"])
+    path = ".".join((name, *rest)) if name in written else "-".join((name, *rest)).replace("_", "-")
+    return f"{file}: {path}: {error['msg']}" if name in written else f"--{path}: {error['msg']}"
 
 
 def head_folder(args: argparse.Namespace, given: str) -> Path:

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
 from inward import logs
-from inward.errors import DeadlineExceeded, Unavailable
+from inward.errors import Unavailable
 from inward.stores.connection import Connection, GroupLost
 from inward.stores.keys import FORGOTTEN_S, GROUP, Keys
 
@@ -20,6 +20,8 @@ MOST_NEWS = 100
 """Kept; a worker that missed some reads everything."""
 BLOCK_MS = 1000
 """Of one wait; a wait is repeated until there is something."""
+ASK_AGAIN_S = 1.0
+"""After a request that no worker has answered."""
 SHORTEST_S = 0.01
 """Of one wait for an answer: Redis counts milliseconds, and takes none for no end."""
 ANSWER_S = 60
@@ -75,7 +77,8 @@ class ControlChannel:
         """Has one worker do ``request`` and gives its answer.
 
         Raises:
-            DeadlineExceeded: no worker answered within ``timeout`` seconds; whether it was done is not known.
+            Unavailable: no worker answered within ``timeout`` seconds, such as one that died over it. It is safe to ask
+                again.
         """
         key, now = self._keys.answer(uuid.uuid4().hex), time.time()
         until = now + timeout
@@ -85,8 +88,9 @@ class ControlChannel:
         while (left := until - time.time()) > 0:
             if found := await self._redis("BLPOP", key, min(max(left, SHORTEST_S), 1.0)):
                 return bytes(found[1])
-        raise DeadlineExceeded(
-            f"no worker answered within {timeout:g} s; ask again: what was done already is not done twice"
+        raise Unavailable(
+            f"no worker answered within {timeout:g} s; ask again: what was done already is not done twice",
+            retry_after=ASK_AGAIN_S,
         )
 
     async def next_request(self, worker: str) -> tuple[str, bytes] | None:

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from inward import codec, logs
+from inward.control import tokenizer_files
 from inward.control.channel import ControlChannel
 from inward.control.heads import LocalHeadControl
 from inward.control.lora_adapters import Activation, History, LocalPolicyControl
@@ -93,8 +94,8 @@ class SwitchPolicy:
     version: str
 
 
-VERBS = ("activate", "update", "switch_policy", "policy")
-"""What a worker can be asked; the last one changes nothing."""
+VERBS = ("activate", "update", "switch_policy", "policy", tokenizer_files.VERB)
+"""What a worker can be asked; the last two change nothing."""
 
 
 class RemoteHeadControl:
@@ -219,6 +220,7 @@ class ControlAgent:
     Args:
         publish: makes what the worker says of itself known at once.
         welcome: set while the worker may take jobs; one that may not, since its backbone is another, does no requests.
+        files: the model's tokenizer and settings, for replicas that can't read them from its own file.
     """
 
     def __init__(
@@ -230,6 +232,7 @@ class ControlAgent:
         policies: LocalPolicyControl,
         publish: Callable[[], Awaitable[None]],
         welcome: asyncio.Event,
+        files: Callable[[], dict[str, bytes]] = dict,
     ) -> None:
         self._control, self._worker, self._head_control, self._registry, self._publish = (
             control,
@@ -238,7 +241,7 @@ class ControlAgent:
             registry,
             publish,
         )
-        self._policies, self._welcome = policies, welcome
+        self._policies, self._welcome, self._files = policies, welcome, files
         self.in_step = asyncio.Event()
         """Set once the worker carries the policy that the others carry."""
         self.behind = "has not read yet which policy version the others carry"
@@ -259,7 +262,8 @@ class ControlAgent:
                     both.create_task(self._do_requests())
                     both.create_task(self._hear_news(place))
             except* Unavailable as group:
-                logs.event(LOG, "control_lost", reason=str(group.exceptions[0]))
+                # the queue tells of it once
+                logs.event(LOG, "control_lost", severity=logging.DEBUG, reason=str(group.exceptions[0]))
                 await asyncio.sleep(AGAIN_S)
 
     async def _do_requests(self) -> None:
@@ -274,6 +278,8 @@ class ControlAgent:
             body = codec.decode_map(request, *VERBS)
             if body["is"] == "policy":
                 return {"policy": await self._policies.show()}
+            if body["is"] == tokenizer_files.VERB:
+                return {"files": await asyncio.to_thread(self._files)}
             async with self._control.alone(self._worker, PATIENCE_S):
                 answer = await self._do(body)
                 await self._publish()

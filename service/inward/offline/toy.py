@@ -49,7 +49,7 @@ PARTS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
-class Pair:
+class TokenPair:
     """One labelled pair, tokenised: the shared prompt and both answers, each answer ending in ``<|end|>``."""
 
     prompt: list[int]
@@ -112,7 +112,7 @@ def turns(transcript: str) -> list[dict[str, str]]:
     return messages
 
 
-def tokenise(tokenizer: PreTrainedTokenizerFast, row: dict[str, str], *, as_chat: bool) -> Pair:
+def tokenise(tokenizer: PreTrainedTokenizerFast, row: dict[str, str], *, as_chat: bool) -> TokenPair:
     """``as_chat`` parses the transcript into turns; otherwise it stands, whole, in one user turn (as a ``prompt``
     string is served).
     """
@@ -123,10 +123,10 @@ def tokenise(tokenizer: PreTrainedTokenizerFast, row: dict[str, str], *, as_chat
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     end = [tokenizer.eos_token_id]
-    return Pair(ids(text), ids(row["chosen"].strip()) + end, ids(row["rejected"].strip()) + end)
+    return TokenPair(ids(text), ids(row["chosen"].strip()) + end, ids(row["rejected"].strip()) + end)
 
 
-def batches(pairs: Sequence[Pair], budget: int, rng: random.Random | None) -> Iterator[list[Pair]]:
+def batches(pairs: Sequence[TokenPair], budget: int, rng: random.Random | None) -> Iterator[list[TokenPair]]:
     """Pairs in batches of about ``budget`` tokens; shuffled where ``rng`` is given."""
     order = list(pairs)
     if rng:
@@ -172,7 +172,7 @@ class Learner:
     def parameters(self) -> list[torch.nn.Parameter]:
         return [*self.model.parameters(), *self.judge.parameters()]
 
-    def losses(self, batch: Sequence[Pair]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def losses(self, batch: Sequence[TokenPair]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Cross-entropy per token, Bradley-Terry loss per pair, and the pairs' score differences ``[B]``.
 
         Packed as the service packs: a prompt is computed once for both answers.
@@ -204,7 +204,7 @@ class Learner:
         return language, pairwise.mean(), difference_P
 
     @torch.inference_mode()
-    def judged(self, pairs: Sequence[Pair], budget: int) -> dict[str, float]:
+    def judged(self, pairs: Sequence[TokenPair], budget: int) -> dict[str, float]:
         """Held-out perplexity per token and the share of pairs in which the chosen answer scores higher."""
         self.model.eval()
         language, weight, right = 0.0, 0, 0

@@ -21,7 +21,7 @@ from inward.processes.wiring import (
     ModelFiles,
     about,
     connect,
-    find_model,
+    find_tokenizer,
     key_ring,
     limits,
     open_prompts,
@@ -83,7 +83,8 @@ class ApiProcess:
             metrics_open=settings.metrics_open,
             ready=self.ready,
             alive=lambda: True,
-            quota=RedisQuota(connection, keys, settings.quota) if settings.quota else None,
+            quota=RedisQuota(connection, keys),
+            tokens_a_minute=settings.quota,
             idempotency=RedisIdempotencyStore(
                 connection, keys, keep=settings.idempotency_window, running=settings.timeout + 30
             ),
@@ -94,7 +95,7 @@ class ApiProcess:
         self._tasks.watch("signs of life", self._queue.keep_living)
         self._tasks.watch("answers", self._queue.keep_receiving)
         self._tasks.watch("workers", self._look)
-        behind = replace(self.services, intake=Intake(self._queue, priority="bulk"))
+        behind = replace(self.services, intake=Intake(self._queue, priority="bulk"), quota=None)
         bulk = BulkRunner(store, behind, idle=settings.claim_idle, max_deliveries=settings.max_deliveries)
         for i in range(CHUNKS_AT_ONCE):
             self._tasks.watch(f"bulk {i}", bulk.run)
@@ -102,7 +103,8 @@ class ApiProcess:
     @classmethod
     async def open(cls, settings: Settings) -> ApiProcess:
         """Loads the tokenizer and meets Redis; a Redis or workers that are away are waited for, while ``ready`` says
-        so.
+        so. No file with weights is fetched or read: where the model is one file with them, a worker sends its
+        tokenizer, and until there is one we are not open.
 
         Raises:
             SetupError: something does not fit; nothing is left open.
@@ -110,7 +112,7 @@ class ApiProcess:
         connection = connect(settings)
         try:
             await connection.check()
-            front = cls(settings, find_model(settings, weights=False), connection)
+            front = cls(settings, await find_tokenizer(settings, connection), connection)
         except BaseException:
             await connection.close()
             raise

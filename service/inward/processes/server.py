@@ -18,7 +18,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from inward import logs, tracing
 from inward.errors import SetupError
-from inward.settings import Settings
+from inward.settings import Settings, unknown_variables
 
 LOG = logs.logger("processes")
 BACKLOG = 2048
@@ -53,6 +53,8 @@ def run(
 ) -> int:
     """``serve`` as a whole process, with its logs and traces; ``role`` is its name there."""
     logs.configure(settings.log_level, settings.log_format == "json")
+    for name, meant in unknown_variables(os.environ).items():
+        logs.event(LOG, "unknown_variable", severity=logging.WARNING, variable=name, meant=meant)
     tracing.configure(settings.otlp_endpoint, role, evaluations=settings.otlp_evaluations)
     return asyncio.run(serve(settings, opening, ready, ended, unnamed=unnamed))
 

@@ -17,7 +17,6 @@ from inward.queues.memory import MemoryQueue
 from inward.queues.single_flight import SingleFlight
 from inward.settings import Settings
 from inward.stores.idempotency import MemoryIdempotencyStore
-from inward.stores.quota import MemoryQuota
 from inward.types import Scored
 from inward.worker import Worker
 
@@ -50,7 +49,7 @@ class Standalone:
             metrics_open=settings.metrics_open,
             ready=self.ready,
             alive=self.alive,
-            quota=MemoryQuota(settings.quota) if settings.quota else None,
+            tokens_a_minute=settings.quota,
             idempotency=MemoryIdempotencyStore(keep=settings.idempotency_window, running=settings.timeout + 30),
         )
         self.app = create_app(self.services)

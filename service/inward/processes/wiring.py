@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from inward import __version__, logs
-from inward.api.auth import KeyRing
+from inward.api.keys import KeyRing
 from inward.api.services import Limits
 from inward.backbones import vllm
 from inward.backbones.base import Backbone
 from inward.backbones.fake import FakeBackbone
-from inward.backbones.loading import SMOLLM2, name_of, resolve
+from inward.backbones.gguf.cache import cache_root
+from inward.backbones.loading import SMOLLM2, NoTokenizerHere, name_of, resolve
+from inward.control import tokenizer_files
+from inward.control.channel import ControlChannel
 from inward.control.lora_adapters import LocalPolicyControl
 from inward.errors import HeadError, InvalidField, InwardError, SetupError
 from inward.heads import store
@@ -27,6 +30,7 @@ from inward.heads.registry import Registry
 from inward.prompts import Prompts
 from inward.settings import Settings
 from inward.stores.connection import Connection
+from inward.stores.keys import Keys
 from inward.types import BASE, BackboneInfo, Group
 
 LOG = logs.logger("processes")
@@ -59,6 +63,21 @@ def find_model(settings: Settings, *, weights: bool = True) -> ModelFiles:
         return ModelFiles(TOY / "backbone", name, __version__)
     folder = resolve(settings.model, settings.revision, settings.dtype, settings.device, weights=weights)
     return ModelFiles(folder, name, settings.revision or "")
+
+
+async def find_tokenizer(settings: Settings, connection: Connection) -> ModelFiles:
+    """As ``find_model`` without weights; of a GGUF file that has not been converted here, what a worker sends.
+
+    Raises:
+        SetupError: there is no such model.
+    """
+    try:
+        return find_model(settings, weights=False)
+    except NoTokenizerHere:
+        name = model_name(settings)
+        control = ControlChannel(connection, Keys(settings.queue or name))
+        folder = await tokenizer_files.fetch(control, cache_root() / "tokenizers")
+        return ModelFiles(folder, name, settings.revision or "")
 
 
 def model_name(settings: Settings) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from inward import __version__, logs, metrics
 from inward.api.status import create_status_app
 from inward.backbones.tokenizer import tokenizer_hash
+from inward.control import tokenizer_files
 from inward.control.channel import ControlChannel
 from inward.control.heads import LocalHeadControl
 from inward.control.remote import ControlAgent, WorkerInfo
@@ -61,6 +63,7 @@ class WorkerProcess:
             loaded.policies,
             self._queue.publish,
             self._queue.welcome,
+            partial(tokenizer_files.pack, model.folder),
         )
         self.app = create_status_app(self.ready, self.alive, self.info)
         metrics.BUILD_INFO.labels(version=__version__, role="worker").set(1)

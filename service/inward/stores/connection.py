@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from ssl import SSLCertVerificationError
@@ -84,6 +86,8 @@ class Connection:
 
     def __init__(self, url: str, *, timeout: float = 5.0) -> None:
         self.timeout = timeout
+        self.answered = -math.inf
+        """Monotonic seconds at which a command was answered last."""
         self._client, self._sentinels = _clients(url, timeout)
         self._shas: dict[str, str] = {}
         self._room = asyncio.Semaphore(COMMANDS)
@@ -119,7 +123,9 @@ class Connection:
 
     async def _send(self, *command: Any) -> Any:
         async with asyncio.timeout(self.timeout), self._room:
-            return await self._client.execute_command(*command)
+            answer = await self._client.execute_command(*command)
+        self.answered = time.monotonic()
+        return answer
 
     async def check(self) -> None:
         """Asks Redis who it is. One that is away is none of our business yet; one that would not do is.

@@ -93,10 +93,12 @@ class BulkJob:
     head: str | None = None
     scores: str | None = None
     """Name of the stream to which scored rows are appended as well."""
+    caller: str | None = None
+    """Name of the key that it came with."""
 
     def body(self) -> dict[str, Any]:
         """As JSON."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "caller"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +129,15 @@ class BulkStore:
     def __init__(self, connection: Connection, keys: Keys, *, keep: float, idle: float) -> None:
         self._redis, self._keys, self._keep, self._idle = connection, keys, ceil(keep), ceil(idle * 1000)
 
-    async def create(self, kind: str, lines: AsyncIterable[str], *, head: str | None, scores: str | None) -> BulkJob:
+    async def create(
+        self,
+        kind: str,
+        lines: AsyncIterable[str],
+        *,
+        head: str | None,
+        scores: str | None,
+        caller: str | None = None,
+    ) -> BulkJob:
         """Stores the rows chunk by chunk, as they come; they are worked off once all are there.
 
         Raises:
@@ -148,7 +158,8 @@ class BulkStore:
             "chunks": chunks,
             "created": time.time(),
         }
-        described |= {name: value for name, value in (("head", head), ("scores", scores)) if value is not None}
+        more = {"head": head, "scores": scores, "caller": caller}
+        described |= {name: value for name, value in more.items() if value is not None}
         fields = [part for pair in described.items() for part in pair]
         await self._redis.script(START, [job, rows, self._keys.chunks], [job_id, chunks, self._keep, *fields])
         return await self.get(job_id)
@@ -204,6 +215,7 @@ class BulkStore:
             float(fields["created"]),
             fields.get("head"),
             fields.get("scores"),
+            fields.get("caller"),
         )
 
     async def cancel(self, job_id: str) -> BulkJob:

@@ -8,6 +8,7 @@ fingerprint and dtype. Several queues may share a Redis.
 
     backbone                  string  fingerprint:dtype that the queue is served with (TTL): workers of another one wait
     workers                   zset    worker → Unix milliseconds until which it counts as alive
+    gone                      set     workers that gave no sign of life in time, or left, and may have claims left
     worker:<worker>           string  who that worker is (TTL): backbone, heads, limits
     alive:<replica>           string  there while the replica lives (TTL): nobody computes for the dead
     replies:<replica>         stream  outcomes for one API replica: o (``codec``) (TTL)
@@ -27,7 +28,7 @@ fingerprint and dtype. Several queues may share a Redis.
 
     answered:<key>            string  hash of a request and the answer to it, for its Idempotency-Key (TTL)
     quota:<caller>:<minute>   integer tokens that a key (its hash) used (TTL)
-    bulk:<job>                hash    a bulk job: state, kind, head, rows, chunks, created, scores (TTL, as its parts)
+    bulk:<job>                hash    a bulk job: state, kind, head, rows, chunks, created, scores, caller (TTL)
     bulk:<job>:rows           hash    chunk → its rows, as long as it is not done
     bulk:<job>:results        hash    chunk → its results
     chunks                    stream  chunks to be done: job, chunk
@@ -94,6 +95,10 @@ class Keys:
     @property
     def workers(self) -> str:
         return self.key("workers")
+
+    @property
+    def gone(self) -> str:
+        return self.key("gone")
 
     @property
     def requests(self) -> str:

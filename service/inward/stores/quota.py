@@ -20,8 +20,8 @@ MINUTE_S = 60
 class Quota(Protocol):
     """The tokens of all callers."""
 
-    async def spend(self, caller: str, tokens: int) -> None:
-        """Counts ``tokens`` for ``caller``.
+    async def spend(self, caller: str, tokens: int, limit: int) -> None:
+        """Counts ``tokens`` for ``caller``, who may have ``limit`` a minute.
 
         Raises:
             OverQuota: this minute's are used up; ``retry_after`` says when the next one begins.
@@ -34,22 +34,21 @@ class MemoryQuota:
     """In this process.
 
     Args:
-        tokens: a minute, for each caller.
         clock: Unix seconds.
     """
 
-    def __init__(self, tokens: int, *, clock: Callable[[], float] = time.time) -> None:
-        self._tokens, self._clock = tokens, clock
+    def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
         self._minute = 0
         self._used: dict[str, int] = {}
 
-    async def spend(self, caller: str, tokens: int) -> None:
+    async def spend(self, caller: str, tokens: int, limit: int) -> None:
         now = self._clock()
         if now // MINUTE_S != self._minute:
             self._minute, self._used = int(now // MINUTE_S), {}
         used = self._used.get(caller, 0)
-        if used >= self._tokens:
-            raise over_quota(self._tokens, now)
+        if used >= limit:
+            raise over_quota(limit, now)
         self._used[caller] = used + tokens
 
 
@@ -72,14 +71,12 @@ return 1
 class RedisQuota:
     """As ``MemoryQuota``; a minute is that of the replica's clock."""
 
-    def __init__(
-        self, connection: Connection, keys: Keys, tokens: int, *, clock: Callable[[], float] = time.time
-    ) -> None:
-        self._redis, self._keys, self._tokens, self._clock = connection, keys, tokens, clock
+    def __init__(self, connection: Connection, keys: Keys, *, clock: Callable[[], float] = time.time) -> None:
+        self._redis, self._keys, self._clock = connection, keys, clock
 
-    async def spend(self, caller: str, tokens: int) -> None:
+    async def spend(self, caller: str, tokens: int, limit: int) -> None:
         now = self._clock()
         key = self._keys.quota(caller, int(now // MINUTE_S))
-        left = await self._redis.script(SPEND, [key], [self._tokens, tokens, 2 * MINUTE_S])
+        left = await self._redis.script(SPEND, [key], [limit, tokens, 2 * MINUTE_S])
         if not left:
-            raise over_quota(self._tokens, now)
+            raise over_quota(limit, now)

@@ -102,7 +102,7 @@ class SleepAnswer(AdminAnswer):
     asleep: bool
 
 
-class Job(AdminAnswer):
+class JobStatus(AdminAnswer):
     """A bulk job."""
 
     id: str

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from inward.types import FinishReason, HeadRef, Kind
-from inward.types import Usage as UsageTokens
+from inward.types import FinishReason, HeadRef, Kind, Usage
 from inward.wire.base import Wire
 
 
@@ -28,7 +27,7 @@ class ErrorBody(Wire):
     error: ErrorDetail
 
 
-class Head(Wire):
+class NamedHead(Wire):
     """Which head gave the answer."""
 
     name: str
@@ -36,12 +35,12 @@ class Head(Wire):
     version: int
 
     @classmethod
-    def of(cls, ref: HeadRef) -> Head:
+    def of(cls, ref: HeadRef) -> NamedHead:
         """From the value that the engine gives."""
         return cls(name=ref.name, kind=ref.kind, version=ref.version)
 
 
-class Usage(Wire):
+class TokenUsage(Wire):
     """Tokens of the items that were computed. A prompt counts once for each response that continues it."""
 
     prompt_tokens: int
@@ -54,7 +53,7 @@ class Usage(Wire):
     """At most so many more would have been drawn of the answers that were rejected or ended by a guard."""
 
     @classmethod
-    def of(cls, usage: UsageTokens) -> Usage:
+    def of(cls, usage: Usage) -> TokenUsage:
         """From the value that the engine gives."""
         return cls(
             prompt_tokens=usage.prompt_tokens,
@@ -72,8 +71,8 @@ class Answer(Wire):
     """The backbone."""
     policy_version: str
     """Which adapter the backbone carried."""
-    head: Head
-    usage: Usage
+    head: NamedHead
+    usage: TokenUsage
 
 
 class PolicyActivation(Wire):

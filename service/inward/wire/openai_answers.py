@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from inward.types import FinishReason, Ids, Usage
-from inward.wire.answers import Head
+from inward.wire.answers import NamedHead
 from inward.wire.base import Wire
 
 Finish = Literal["stop", "length", "content_filter"]
@@ -59,7 +59,7 @@ class Rating(Wire):
     """How many were drawn."""
     finish_reason: FinishReason
     """In our own words: `guard` and `rejected` beside `stop` and `length`."""
-    head: Head
+    head: NamedHead
     policy_version: str
 
 
@@ -91,7 +91,7 @@ class ChatChoice(Wire):
     inward: Rating
 
 
-class Drawing(Wire):
+class DrawnAnswer(Wire):
     """What answers of both routes have."""
 
     id: str
@@ -100,7 +100,7 @@ class Drawing(Wire):
     """The backbone."""
 
 
-class ChatAnswer(Drawing):
+class ChatAnswer(DrawnAnswer):
     """Answer of `/v1/chat/completions`."""
 
     object: Literal["chat.completion"] = "chat.completion"
@@ -119,7 +119,7 @@ class CompletionChoice(Wire):
     inward: Rating
 
 
-class CompletionAnswer(Drawing):
+class CompletionAnswer(DrawnAnswer):
     """Answer of `/v1/completions`."""
 
     object: Literal["text_completion"] = "text_completion"

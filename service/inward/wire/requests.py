@@ -163,7 +163,7 @@ class Item(PromptFields):
         return Parts(prompt[:last], (prompt[last]["content"],), field, (f"messages.{last}.content",))
 
 
-class Pair(PromptFields):
+class PairItem(PromptFields):
     """A preference pair: one prompt, the preferred and the other answer."""
 
     chosen: TextOrChat
@@ -173,7 +173,7 @@ class Pair(PromptFields):
     """The other answer, in either form, after the same context."""
 
     @model_validator(mode="after")
-    def _one_form(self) -> Pair:
+    def _one_form(self) -> PairItem:
         if self.prompt is None and self.messages is None:
             if not any(isinstance(answer, list) and len(answer) > 1 for answer in (self.chosen, self.rejected)):
                 raise at("prompt", "is missing; give `prompt`, or `messages`")
@@ -203,7 +203,7 @@ class Pair(PromptFields):
         return Parts(turns, (said, other), "chosen" if not prompt else field, fields, turn_fields=places)
 
 
-class Options(Wire):
+class ScoringOptions(Wire):
     """What every scoring request may say beside its texts."""
 
     head: Annotated[str, Field(min_length=1, max_length=64)] | None = None
@@ -214,10 +214,10 @@ class Options(Wire):
     """Seconds after which an answer is of no use and 504 is given; at most the server's own limit."""
 
 
-class MarginRequest(Options):
+class MarginRequest(ScoringOptions):
     """Preference pairs to annotate."""
 
-    pairs: Annotated[list[Pair], Field(min_length=1)]
+    pairs: Annotated[list[PairItem], Field(min_length=1)]
     """Answered in this order."""
     model_config = ConfigDict(
         json_schema_extra={
@@ -232,7 +232,7 @@ class MarginRequest(Options):
     )
 
 
-class ScoreRequest(Options):
+class ScoreRequest(ScoringOptions):
     """Responses to score."""
 
     items: Annotated[list[Item], Field(min_length=1)]
@@ -246,12 +246,12 @@ class ScoreRequest(Options):
     )
 
 
-class RewardRequest(Options):
+class RewardRequest(ScoringOptions):
     """Responses, or preference pairs, to reward."""
 
     items: Annotated[list[Item], Field(min_length=1)] | None = None
     """Responses, answered in this order."""
-    pairs: Annotated[list[Pair], Field(min_length=1)] | None = None
+    pairs: Annotated[list[PairItem], Field(min_length=1)] | None = None
     """Preference pairs instead of `items`."""
     detail: list[Detail] = Field(default_factory=list)
     """`layers`: each layer's probe output and gate weight. `tokens`: the score at every token of the response."""
@@ -346,7 +346,7 @@ class GuardOptions(Wire):
         return self
 
 
-class RerankRequest(Options, PromptFields):
+class RerankRequest(ScoringOptions, PromptFields):
     """Candidate answers to one prompt, given or to be drawn, to be ranked.
 
     Without a `head`, the first hybrid head ranks them, else the first LEGEND head, else the first ranker, unless the
@@ -407,7 +407,7 @@ class UpdateRequest(Wire):
 
     sequence: Annotated[StrictInt, Field(ge=1, le=MOST)]
     """Counts up from the head's last one; sending a step again changes nothing."""
-    pairs: Annotated[list[Pair], Field(min_length=1)]
+    pairs: Annotated[list[PairItem], Field(min_length=1)]
     """All of them must be usable, or nothing is changed."""
     lr: Annotated[StrictFloat, Field(gt=0, le=1, allow_inf_nan=False)] = 1e-3
     """Learning rate of the step."""

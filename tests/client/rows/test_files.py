@@ -105,7 +105,7 @@ def bad(folder, name, content):
 
 ROW = '{"prompt": "a"}\n'
 LONG = "".join(f"{i * 7919 % 10007:x}" for i in range(9000))
-TRUNCATED = gzip.compress(f'{ROW}{ROW}{{"prompt": "{LONG}"}}'.encode())[:-150]
+TRUNCATED = gzip.compress(f'{ROW}{ROW}{{"prompt": "{LONG}"}}'.encode(), mtime=0)[:-150]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ TRUNCATED = gzip.compress(f'{ROW}{ROW}{{"prompt": "{LONG}"}}'.encode())[:-150]
         ("a.jsonl", b"\x28\xb5\x2f\xfd....", "zstd -d"),
         ("a.jsonl.gz", ROW, "is not packed with gzip"),
         ("a.jsonl.gz", TRUNCATED, "a.jsonl.gz, in line 3: can't be read to its end: the gzip data ends too early"),
-        ("a.jsonl.gz", gzip.compress(ROW.encode())[:-8] + b"\0" * 8, "the gzip data is damaged"),
+        ("a.jsonl.gz", gzip.compress(ROW.encode(), mtime=0)[:-8] + b"\0" * 8, "the gzip data is damaged"),
         ("a.jsonl", ROW.encode("utf-16"), "iconv -f UTF-16"),
         ("a.jsonl", ROW.encode("utf-16-le"), "iconv -f UTF-16"),
         ("a.jsonl", ROW.encode("utf-32"), "iconv -f UTF-32"),

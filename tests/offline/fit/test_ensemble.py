@@ -85,7 +85,7 @@ def test_one_head_or_a_score_that_is_no_number_is_refused():
 
 @pytest.mark.skipif(not DATA.exists(), reason="needs the shared data folder with real Llama-2-7B states")
 def test_on_real_llama_states_the_sum_is_no_worse_than_its_best_part():
-    """Five folds; inside each, weights come from heads of three inner folds, and are used on heads of all of it."""
+    """Three folds; inside each, weights come from heads of two inner folds, and are used on heads of all of it."""
     states = StoredPairs.open(DATA / "llama2_7b_states.safetensors")
     n = len(states)
     judged = np.empty((3, 2 * n))
@@ -94,9 +94,9 @@ def test_on_real_llama_states_the_sum_is_no_worse_than_its_best_part():
         white = fit_whitened(FromStates.of(some), bootstraps=1)[0]
         return [white, fit_hybrid(some, progress=False)[0]]
 
-    for train, test in grouped_folds(states.groups_N, 5, 0):
+    for train, test in grouped_folds(states.groups_N, 3, 0):
         inner = np.empty((2, 2 * len(train)))
-        for fit_on, judge_on in grouped_folds(states.groups_N[train], 3, 0):
+        for fit_on, judge_on in grouped_folds(states.groups_N[train], 2, 0):
             inner[:, both(judge_on, len(train))] = score_states(
                 Subset(states, train[judge_on]), parts(Subset(states, train[fit_on]))
             )

@@ -9,21 +9,26 @@ from fastapi import APIRouter, Path, Response
 
 from inward import metrics
 from inward.api.answers import plain
+from inward.api.auth import needs
 from inward.api.body import JsonRoute
 from inward.api.errors import RESPONSES
 from inward.api.services import FromApp, Services, SleepControl
 from inward.errors import Conflict, EngineDead, InvalidField, Unavailable
 from inward.prompts import Texts
-from inward.wire import ActivateRequest, ErrorBody, Head, PolicyAnswer, PolicyRequest, UpdateRequest
+from inward.wire import ActivateRequest, ErrorBody, NamedHead, PolicyAnswer, PolicyRequest, UpdateRequest
 from inward.wire.admin import HeadInfo, HeadsAnswer, Info, SleepAnswer, Status
 
 router = APIRouter(route_class=JsonRoute)
 
 Name = Annotated[str, Path(max_length=64, description="Name of a loaded head.")]
 NO_SUCH_HEAD: dict[int | str, dict[str, Any]] = {status: RESPONSES[status] for status in (401, 404, 422)}
+RESTRICTED: dict[int | str, dict[str, Any]] = {
+    403: {"model": ErrorBody, "description": "The key has not the scope that this needs."}
+}
 UNREACHABLE: dict[int | str, dict[str, Any]] = {status: RESPONSES[status] for status in (401, 503)}
 SLEEPLESS: dict[int | str, dict[str, Any]] = {
     **UNREACHABLE,
+    **RESTRICTED,
     409: {"model": ErrorBody, "description": "This backbone does not sleep, or it is in another process."},
 }
 RED: dict[int | str, dict[str, Any]] = {503: {"model": ErrorBody, "description": "Not now; the message says why."}}
@@ -46,10 +51,15 @@ async def head(name: Name, services: FromApp) -> Response:
 
 
 @router.post(
-    "/heads/{name}/activate", tags=["heads"], summary="Switch to a version", response_model=Head, responses=RESPONSES
+    "/heads/{name}/activate",
+    tags=["heads"],
+    summary="Switch to a version",
+    response_model=NamedHead,
+    responses=RESPONSES | RESTRICTED,
+    dependencies=[needs("update")],
 )
 async def activate(name: Name, request: ActivateRequest, services: FromApp) -> Response:
-    """Every batch that begins from now on is answered by this version."""
+    """Every batch that begins from now on is answered by this version. The key needs the scope `update`."""
     return plain(asdict(await services.heads.activate(name, request.version)))
 
 
@@ -57,15 +67,17 @@ async def activate(name: Name, request: ActivateRequest, services: FromApp) -> R
     "/heads/{name}/update",
     tags=["heads"],
     summary="One online step",
-    response_model=Head,
+    response_model=NamedHead,
     responses={
         **RESPONSES,
+        **RESTRICTED,
         409: {"model": ErrorBody, "description": "The sequence number is neither the last one nor the next."},
     },
+    dependencies=[needs("update")],
 )
 async def update(name: Name, request: UpdateRequest, services: FromApp) -> Response:
     """Makes a new version, which is active at once. Sending the last sequence number again changes nothing and
-    answers the same.
+    answers the same. The key needs the scope `update`.
     """
     texts: list[Texts] = []
     for i, pair in enumerate(request.pairs):
@@ -94,28 +106,44 @@ async def policy(services: FromApp) -> Response:
     tags=["policy"],
     summary="Switch to an adapter",
     response_model=PolicyAnswer,
-    responses={**RESPONSES, 409: {"model": ErrorBody, "description": "There is no folder of adapters."}},
+    responses={**RESPONSES, **RESTRICTED, 409: {"model": ErrorBody, "description": "There is no folder of adapters."}},
+    dependencies=[needs("admin")],
 )
 async def switch_policy(request: PolicyRequest, services: FromApp) -> Response:
     """Every batch that begins from now on is computed with this LoRA adapter; `base` takes it off. A request in flight
     finishes with the version that it began with, and every answer names its own. What is carried already changes
-    nothing.
+    nothing. The key needs the scope `admin`.
     """
     return plain(await services.policies.switch(request.version))
 
 
-@router.post("/sleep", tags=["policy"], response_model=SleepAnswer, summary="Lend the GPU", responses=SLEEPLESS)
+@router.post(
+    "/sleep",
+    tags=["policy"],
+    response_model=SleepAnswer,
+    summary="Lend the GPU",
+    responses=SLEEPLESS,
+    dependencies=[needs("admin")],
+)
 async def sleep(services: FromApp) -> Response:
     """For a trainer on the same GPU: vLLM's weights wait in main memory, its cache is dropped. What was begun is
-    finished first; from now on requests get 503 and `/readyz` is red, until `/wake`.
+    finished first; from now on requests get 503 and `/readyz` is red, until `/wake`. The key needs the scope
+    `admin`.
     """
     await _sleeper(services).sleep()
     return plain({"asleep": True})
 
 
-@router.post("/wake", tags=["policy"], response_model=SleepAnswer, summary="Take the GPU back", responses=SLEEPLESS)
+@router.post(
+    "/wake",
+    tags=["policy"],
+    response_model=SleepAnswer,
+    summary="Take the GPU back",
+    responses=SLEEPLESS,
+    dependencies=[needs("admin")],
+)
 async def wake(services: FromApp) -> Response:
-    """Requests are answered again, by the same heads and policy."""
+    """Requests are answered again, by the same heads and policy. The key needs the scope `admin`."""
     await _sleeper(services).wake()
     return plain({"asleep": False})
 

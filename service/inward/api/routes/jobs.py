@@ -9,12 +9,13 @@ from fastapi import APIRouter, Path, Query, Request, Response
 from starlette.responses import StreamingResponse
 
 from inward.api.answers import plain
+from inward.api.auth import CALLER
 from inward.api.errors import RESPONSES
 from inward.api.rows import KINDS, RowsKind
 from inward.api.services import BulkJobs, FromApp, Services
 from inward.errors import Conflict, InvalidField, NotFound, RequestError, TooLarge
 from inward.wire import ErrorBody
-from inward.wire.admin import Job
+from inward.wire.admin import JobStatus
 
 JSONL = ("application/x-ndjson", "application/jsonl", "application/json-lines")
 Id = Annotated[str, Path(pattern="^[0-9a-f]{32}$", description="As `POST /jobs` gave it.")]
@@ -31,7 +32,7 @@ router = APIRouter(tags=["bulk"], responses=ERRORS)
 @router.post(
     "/jobs",
     status_code=201,
-    response_model=Job,
+    response_model=JobStatus,
     summary="Upload rows to be scored in their own time",
     responses={status: RESPONSES[status] for status in (400, 413, 415)},
     openapi_extra={"requestBody": {"required": True, "content": ROWS}},
@@ -56,10 +57,14 @@ async def create(
         raise RequestError(f'send JSONL with the header "content-type: {JSONL[0]}"', param="content-type")
     chosen = services.heads.resolve(head, KINDS[kind])
     lines = _lines(request.stream(), services.limits.body_bytes)
-    return plain((await jobs.create(kind, lines, head=chosen.name, scores=append_to)).body(), status=201)
+    caller = CALLER.get()
+    made = await jobs.create(
+        kind, lines, head=chosen.name, scores=append_to, caller=None if caller is None else caller.name
+    )
+    return plain(made.body(), status=201)
 
 
-@router.get("/jobs/{id}", response_model=Job, summary="How far a job is")
+@router.get("/jobs/{id}", response_model=JobStatus, summary="How far a job is")
 async def show(id: Id, services: FromApp) -> Response:
     """`state` is `running`, `done` or `cancelled`; `done` counts rows."""
     return plain((await _jobs(services).get(id)).body())
@@ -80,7 +85,7 @@ async def results(id: Id, services: FromApp) -> Response:
     return StreamingResponse(jobs.results(id), media_type=JSONL[0])
 
 
-@router.post("/jobs/{id}/cancel", response_model=Job, summary="Stop a job and drop what it did")
+@router.post("/jobs/{id}/cancel", response_model=JobStatus, summary="Stop a job and drop what it did")
 async def cancel(id: Id, services: FromApp) -> Response:
     """A job that is done stays as it is."""
     return plain((await _jobs(services).cancel(id)).body())

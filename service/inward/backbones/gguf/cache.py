@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
-from inward.backbones.fingerprint import Origin
+from inward.backbones.fingerprint import ORIGIN, Origin
 from inward.backbones.gguf.header import Header, read_header
 from inward.errors import SetupError
 from inward.files import replace_folder, write
@@ -55,6 +55,14 @@ def converted(file: Path, dtype: str = "auto", device: str = "auto") -> Path:
     if not known:
         _remember(file, root, digest)
     return folder
+
+
+def kept(file: Path) -> Path | None:
+    """The folder that ``file`` was converted to before, as it was noted; neither is looked into."""
+    root = _root()
+    digest = _known(file.absolute(), root)
+    folders = [] if digest is None else [root / f"{digest[:32]}-{dtype}" for dtype in ("float32", "bfloat16")]
+    return next((folder for folder in folders if (folder / ORIGIN).is_file()), None)
 
 
 def _convert_alone(header: Header, digest: str, folder: Path) -> None:
@@ -139,8 +147,13 @@ def _without_torch(file: Path, folder: Path) -> Path:
     )
 
 
+def cache_root() -> Path:
+    """Where this user's copies of what can be made again are."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "inward"
+
+
 def _root() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "inward" / "gguf"
+    return cache_root() / "gguf"
 
 
 def _check_room(header: Header, root: Path, dtype: str) -> None:

@@ -200,7 +200,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "needed_tokens": needed_tokens(groups), "peak_bytes": peak, **extra}  # fmt: skip
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints the figures of one way; ``arguments`` are the command line's where none are given."""
     parser = argparse.ArgumentParser(prog="inward.offline.bench.ways")
     parser.add_argument("way", choices=["published", "padded", "ours", "http"])
     parser.add_argument("model", type=Path)
@@ -209,7 +210,7 @@ def main() -> None:
     parser.add_argument("--heads", type=Path)
     parser.add_argument("--callers", type=int, default=32)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    print(json.dumps(measure(parser.parse_args())))
+    print(json.dumps(measure(parser.parse_args(arguments))))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from inward import codec, logs, metrics
 from inward.errors import InternalError, Unavailable
 from inward.queues.base import Closed
 from inward.queues.redis import redelivery, scripts
+from inward.queues.redis.outage import Outage
 from inward.queues.redis.producer import MOST_PIECES, MOST_REPLIES, REPLIES_S
 from inward.stores.connection import Arg, Connection, GroupLost
 from inward.stores.keys import FORGOTTEN_S, GROUP, Keys
@@ -26,6 +27,10 @@ from inward.types import Failed, Job, Outcome, Piece
 LOG = logs.logger("queues.redis")
 MOST_LETTERS = 10_000
 """Dead letters kept; the oldest go first."""
+INHERIT_S = 1.0
+"""Between two looks for jobs of workers that are gone."""
+NOBODY = "nobody"
+"""Has what was released until somebody takes it: a worker that is always gone."""
 BULK_FIRST = 8
 """In one of so many rounds bulk jobs go first, so that they don't starve."""
 T = TypeVar("T")
@@ -41,7 +46,7 @@ class RedisConsumer:
         idle: seconds without renewal after which a claim may be taken over; renewed at a third of it.
         max_deliveries: workers that a job may end before it is given up.
         about: who this worker is, as bytes for whoever looks at ``Keys.worker``; asked at every sign of life.
-        ttl: seconds without a sign of life after which this worker counts as gone.
+        ttl: seconds without a sign of life after which this worker counts as gone, and its claims are for others.
         wait: seconds of one wait for jobs.
         clock: monotonic seconds.
     """
@@ -59,23 +64,27 @@ class RedisConsumer:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.worker = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        self.away: str | None = None
-        """Why Redis is not to be had; None while it is."""
         self.refused: str | None = None
         """Why this worker may take no jobs: the queue is served with another backbone."""
         self.welcome = asyncio.Event()
         """Set while this worker is known and may take jobs."""
         self._redis, self._keys = connection, keys
+        self._outage = Outage(worker=self.worker)
         self._idle, self._ttl, self._wait, self._max_deliveries = idle, ttl, wait, max_deliveries
         self._about, self._clock = about, clock
         self._claims: dict[str, Job] = {}  # taken and neither settled nor lost
         self._held: deque[Job] = deque()  # claimed and not yet given to the worker
         self._orphans: set[str] = set()  # jobs in hand whose former workers died
         self._forgetful = False  # Redis may have given us jobs that never arrived
-        self._reclaim_at = 0.0
+        self._inherit_at = self._reclaim_at = 0.0
         self._tokens_per_job = 256.0
         self._rounds = 0
         self._closed = False
+
+    @property
+    def away(self) -> str | None:
+        """Why Redis is not to be had; None while it is."""
+        return self._outage.reason
 
     @property
     def problem(self) -> str | None:
@@ -96,11 +105,12 @@ class RedisConsumer:
 
     async def live(self) -> None:
         """One sign of life, and of every claim. A Redis that is away learns of it next time."""
+        asked = self._outage.now()
         try:
             await self._renew()
             await self.publish()
         except Unavailable as error:
-            self._failed(error)
+            self._failed(error, asked)
 
     async def take(self, tokens: int) -> list[Job]:
         while True:
@@ -168,10 +178,9 @@ class RedisConsumer:
         ids = [job.id for job in jobs if job.id in self._claims]
         if ids:
             logs.event(LOG, "jobs_released", worker=self.worker, jobs=len(ids), reason=reason)
-            aged = math.ceil(self._idle * 1000)
-            await self._until_there(
-                lambda: self._redis.script(scripts.RELEASE, self._keys.book, [GROUP, self.worker, aged, *ids])
-            )
+            keys = [*self._keys.book, self._keys.gone]
+            args: list[Arg] = [GROUP, self.worker, NOBODY, FORGOTTEN_S, *ids]
+            await self._until_there(lambda: self._redis.script(scripts.RELEASE, keys, args))
         for job_id in ids:
             self._drop(job_id)
 
@@ -186,8 +195,8 @@ class RedisConsumer:
         try:
             if self._claims:
                 await self._redis.script(scripts.REQUEUE, self._keys.book, [GROUP, self.worker, *self._claims])
-            keys = [self._keys.served, self._keys.workers, self._keys.worker(self.worker)]
-            await self._redis.script(scripts.LEAVE, keys, [self._keys.backbone, self.worker])
+            keys = [self._keys.served, self._keys.workers, self._keys.worker(self.worker), self._keys.gone]
+            await self._redis.script(scripts.LEAVE, keys, [self._keys.backbone, self.worker, FORGOTTEN_S])
         except Unavailable as error:  # what is left is taken over once it is idle
             self._failed(error)
 
@@ -217,7 +226,7 @@ class RedisConsumer:
                 if await self._read([stream], count) < count:  # no more are there
                     break
         if not self._held and self._wait:
-            wait = min(self._wait, max(0.01, self._reclaim_at - self._clock()))
+            wait = min(self._wait, max(0.01, min(self._inherit_at, self._reclaim_at) - self._clock()))
             await self._read(self._keys.streams, self._jobs_in(tokens), block=math.ceil(wait * 1000))
 
     def _jobs_in(self, tokens: int) -> int:
@@ -262,12 +271,8 @@ class RedisConsumer:
     async def _reclaim(self) -> list[Job]:
         """Some jobs of workers that are gone, unless we have such ones in hand already."""
         self._orphans &= self._claims.keys()
-        while not self._orphans and self._clock() >= self._reclaim_at:
-            args: list[Arg] = [GROUP, self.worker, math.ceil(self._idle * 1000), redelivery.AT_ONCE]
-            args.append(max(2, self._max_deliveries))  # from here on a job is a suspect
-            found = _parsed(await self._redis.script(scripts.RECLAIM, self._keys.book, args))
-            if not found:
-                self._reclaim_at = self._clock() + self._idle / 3
+        while not self._orphans and self._clock() >= min(self._inherit_at, self._reclaim_at):
+            found = await self._orphaned()
             jobs: list[Job] = []
             try:
                 for deliveries, fields in found:
@@ -286,6 +291,24 @@ class RedisConsumer:
             self._orphans = {job.id for job in jobs}
             if jobs:
                 return jobs
+        return []
+
+    async def _orphaned(self) -> list[tuple[int, dict[bytes, bytes]]]:
+        """Deliveries and fields of jobs whose worker is gone; and, less often, of those whose claim was not renewed for
+        long, whatever became of theirs.
+        """
+        most: list[Arg] = [redelivery.AT_ONCE, max(2, self._max_deliveries)]  # from that many on a job is a suspect
+        if self._clock() >= self._inherit_at:
+            keys = [*self._keys.book, self._keys.workers, self._keys.gone]
+            args: list[Arg] = [GROUP, self.worker, *most, FORGOTTEN_S]
+            if found := _parsed(await self._redis.script(scripts.INHERIT, keys, args)):
+                return found
+            self._inherit_at = self._clock() + INHERIT_S
+        if self._clock() >= self._reclaim_at:
+            args = [GROUP, self.worker, math.ceil(self._idle * 1000), *most]
+            if found := _parsed(await self._redis.script(scripts.RECLAIM, self._keys.book, args)):
+                return found
+            self._reclaim_at = self._clock() + self._idle / 3
         return []
 
     async def _understood(self, fields: dict[bytes, bytes], deliveries: int) -> Job | None:
@@ -344,7 +367,7 @@ class RedisConsumer:
     async def publish(self) -> None:
         """Gives a sign of life, with ``about`` as it is now; ``refused`` says whether it was taken."""
         ours = self._keys.backbone
-        keys = [self._keys.served, self._keys.workers, self._keys.worker(self.worker)]
+        keys = [self._keys.served, self._keys.workers, self._keys.worker(self.worker), self._keys.gone]
         args: list[Arg] = [ours, self.worker, math.ceil(self._ttl * 1000), self._about(), FORGOTTEN_S]
         served = (
             await self._redis.script(scripts.ENLIST, [*keys, *self._keys.lasting, *self._keys.book], args)
@@ -368,30 +391,30 @@ class RedisConsumer:
         """``call``, again and again while Redis is away or full, refuses us, or has lost the group."""
         pause = 0.05
         while True:
+            asked = self._outage.now()
             try:
                 result: T = await call()
-                self._there()
+                if self._redis.answered >= asked:  # it may not have been asked
+                    self._there()
                 return result
             except Unavailable as error:
-                self._failed(error)
+                self._failed(error, asked)
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, 1.0)
                 if isinstance(error, GroupLost):
                     await self._until_there(self._join)
 
-    def _failed(self, error: Unavailable) -> None:
-        if self.away is None:
-            logs.event(LOG, "redis_away", worker=self.worker, reason=error.message)
-        self.away = error.message
-        metrics.REDIS_UP.set(0)
+    def _failed(self, error: Unavailable, asked: float | None = None) -> None:
+        if isinstance(error, GroupLost):  # it answers, and began anew
+            logs.event(LOG, "group_lost", severity=logging.WARNING, worker=self.worker)
+        else:
+            self._outage.began(error, asked)
         self._forgetful = True
-        self._reclaim_at = self._clock() + self._idle  # claims of others aged while they could not be renewed either
+        # others could give no sign of life and renew no claims either
+        self._inherit_at, self._reclaim_at = self._clock() + self._ttl, self._clock() + self._idle
 
     def _there(self) -> None:
-        if self.away is not None:
-            logs.event(LOG, "redis_there", worker=self.worker)
-        self.away = None
-        metrics.REDIS_UP.set(1)
+        self._outage.ended()
 
 
 def _parsed(found: Sequence[tuple[int, Sequence[bytes]]]) -> list[tuple[int, dict[bytes, bytes]]]:

@@ -15,8 +15,9 @@ from inward import codec, logs, metrics
 from inward.errors import EngineDead, Overloaded, Unavailable
 from inward.queues.base import Hear
 from inward.queues.redis import scripts
+from inward.queues.redis.outage import Outage
 from inward.queues.throughput import Throughput
-from inward.stores.connection import Arg, Connection, Full, Refused
+from inward.stores.connection import Arg, Connection, Full
 from inward.stores.keys import FORGOTTEN_S, GROUP, Keys
 from inward.types import Failed, Job, Outcome, Piece
 
@@ -67,9 +68,8 @@ class RedisProducer:
         self.max_tokens = max_tokens
         self.pace = Throughput()
         self.workers = 0
-        self.away: str | None = "Redis was not asked yet"
-        """Why Redis is not to be had, as far as we know; None while it is."""
         self._redis, self._keys = connection, keys
+        self._outage = Outage("Redis was not asked yet", replica=self.replica)
         self._beat, self._ttl, self._clock = beat, ttl, clock
         self._waiting: dict[str, _Waiting] = {}
         self._leaving: set[str] = set()  # abandoned, and Redis does not know it yet
@@ -77,6 +77,11 @@ class RedisProducer:
         self._held = 0
         self._done: int | None = None
         self._closed = False
+
+    @property
+    def away(self) -> str | None:
+        """Why Redis is not to be had, as far as we know; None while it is."""
+        return self._outage.reason
 
     @property
     def served(self) -> str:
@@ -97,10 +102,11 @@ class RedisProducer:
     async def keep_receiving(self) -> None:
         """Hands out answers as they come."""
         while True:
+            asked = self._outage.now()
             try:
                 await self.receive(block=BLOCK_MS)
             except Unavailable as error:
-                self._failed(error)
+                self._failed(error, asked)
                 await asyncio.sleep(self._beat / 2)
 
     async def submit(self, jobs: Sequence[Job], hear: Hear | None = None) -> list[Awaitable[Outcome]]:
@@ -114,13 +120,14 @@ class RedisProducer:
         loop = asyncio.get_running_loop()
         entries = [_Waiting(job, loop.create_future(), hear) for job in jobs]
         self._waiting.update((entry.job.id, entry) for entry in entries)  # before the answer can come
+        asked = self._outage.now()
         try:
             admitted, held = await self._send(jobs, self.max_tokens)
         except BaseException as error:  # it may have been admitted all the same
             self._forget(jobs)
             self._leaving |= {job.id for job in jobs}
             if isinstance(error, Unavailable):
-                self._failed(error)
+                self._failed(error, asked)
             raise
         if not admitted:
             self._forget(jobs)
@@ -172,22 +179,24 @@ class RedisProducer:
 
     async def _tell_who_left(self) -> None:
         leaving = sorted(self._leaving)
+        asked = self._outage.now()
         try:
             if leaving:
                 args = [arg for job_id in leaving for arg in (job_id, 0, "")]
                 await self._redis.script(scripts.SETTLE, self._keys.book, [GROUP, 0, 0, FORGOTTEN_S, *args])
                 self._leaving.difference_update(leaving)
         except Unavailable as error:
-            self._failed(error)
+            self._failed(error, asked)
 
     async def live(self) -> None:
         """One sign of life; and where Redis may have forgotten something of ours, a reconciliation. A Redis that is
         away learns of it next time.
         """
+        asked = self._outage.now()
         try:
             await self._live()
         except Unavailable as error:
-            self._failed(error)
+            self._failed(error, asked)
 
     async def _live(self) -> None:
         keys = [
@@ -208,10 +217,7 @@ class RedisProducer:
             await self._reconcile()
             self._suspect = False
         await self._tell_who_left()
-        if self.away is not None:
-            logs.event(LOG, "redis_there", replica=self.replica, workers=workers)
-        self.away = None
-        metrics.REDIS_UP.set(1)
+        self._outage.ended()
         metrics.WORKERS.set(workers)
         metrics.DEAD_LETTERS_KEPT.set(letters)
         for name, (there, claimed) in zip(("interactive", "bulk"), (streams[:2], streams[2:]), strict=True):
@@ -282,14 +288,11 @@ class RedisProducer:
         for job in jobs:
             self._waiting.pop(job.id, None)
 
-    def _failed(self, error: Unavailable) -> None:
+    def _failed(self, error: Unavailable, asked: float | None = None) -> None:
         self._suspect = True
         if isinstance(error, Full):  # it answers, and answering jobs empties it
             return
-        if self.away is None or isinstance(error, Refused):
-            logs.event(LOG, "redis_away", replica=self.replica, reason=error.message)
-        self.away = error.message
-        metrics.REDIS_UP.set(0)
+        self._outage.began(error, asked)
 
     def _observe(self, jobs: int, tokens: int, done: int) -> None:
         now = self._clock()

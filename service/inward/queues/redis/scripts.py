@@ -38,6 +38,20 @@ local function mine(group, me, s, entry)  -- whether the claim on an entry is ou
 end
 """
 
+_STRIKE_OFF = """
+local function strike_off(workers, gone, seconds)  -- who gave no sign of life in time is gone
+  local now = redis.call('TIME')
+  local ms = now[1] * 1000 + math.floor(now[2] / 1000)
+  local dead = redis.call('ZRANGEBYSCORE', workers, '-inf', ms)
+  if #dead > 0 then
+    redis.call('ZREMRANGEBYSCORE', workers, '-inf', ms)  -- first, since a full Redis obeys it
+    redis.call('SADD', gone, unpack(dead))
+    redis.call('EXPIRE', gone, seconds)
+  end
+  return ms
+end
+"""
+
 SUBMIT = (
     _BOOK
     + """
@@ -176,6 +190,44 @@ return taken
 """
 )
 
+INHERIT = (
+    _BOOK
+    + """
+-- KEYS: BOOK, workers, gone.  ARGV: group, worker, most jobs, deliveries of a suspect, seconds to keep.
+-- Gives jobs of workers that are gone, whatever the age of their claims, {deliveries, fields} each: at most one
+-- suspect, and nothing beside it. Costs next to nothing where nobody is.
+"""
+    + _STRIKE_OFF
+    + """
+strike_off(KEYS[6], KEYS[7], ARGV[5])
+local taken = {}
+for _, gone in ipairs(redis.call('SMEMBERS', KEYS[7])) do
+  local left = false
+  for s = 1, 2 do
+    local page = redis.call('XPENDING', STREAMS[s], ARGV[1], '-', '+', ARGV[3], gone)
+    left = left or #page == tonumber(ARGV[3])
+    for _, pending in ipairs(page) do
+      local suspect = pending[4] + 1 >= tonumber(ARGV[4])
+      if gone == ARGV[2] or #taken >= tonumber(ARGV[3]) or (suspect and #taken > 0) then
+        left = true
+      else
+        local claimed = redis.call('XCLAIM', STREAMS[s], ARGV[1], ARGV[2], 0, pending[1])[1]
+        if claimed and find(claimed[2][2]) then
+          taken[#taken + 1] = {pending[4] + 1, claimed[2]}
+          if suspect then return taken end
+        else  -- the entry is gone, or is no open job: nothing is left to do for it
+          redis.call('XACK', STREAMS[s], ARGV[1], pending[1])
+          redis.call('XDEL', STREAMS[s], pending[1])
+        end
+      end
+    end
+  end
+  if not left then redis.call('SREM', KEYS[7], gone) end
+end
+return taken
+"""
+)
+
 RECALL = (
     _BOOK
     + """
@@ -195,14 +247,16 @@ return claimed
 RELEASE = (
     _BOOK
     + """
--- ARGV: group, worker, idle milliseconds, then ids.  Makes claims of ours look abandoned, so that any worker takes them
--- over at once.
-for i = 4, #ARGV do
+-- KEYS: BOOK, gone.  ARGV: group, worker, nobody, seconds to keep, then ids.  Makes claims of ours those of a worker
+-- that is gone, so that any other takes them over at once.
+for i = 5, #ARGV do
   local s, entry = find(ARGV[i])
   local yes, deliveries = false, 0
   if s then yes, deliveries = mine(ARGV[1], ARGV[2], s, entry) end
   if yes then
-    redis.call('XCLAIM', STREAMS[s], ARGV[1], ARGV[2], 0, entry, 'IDLE', ARGV[3], 'RETRYCOUNT', deliveries, 'JUSTID')
+    redis.call('XCLAIM', STREAMS[s], ARGV[1], ARGV[3], 0, entry, 'RETRYCOUNT', deliveries, 'JUSTID')
+    redis.call('SADD', KEYS[6], ARGV[3])
+    redis.call('EXPIRE', KEYS[6], ARGV[4])
   end
 end
 """
@@ -273,8 +327,10 @@ return beat
 """
 )
 
-ENLIST = """
--- KEYS: backbone, workers, worker, then more that lives as long.
+ENLIST = (
+    _STRIKE_OFF
+    + """
+-- KEYS: backbone, workers, worker, gone, then more that lives as long.
 -- ARGV: our backbone, worker, milliseconds to live, who it is, seconds to keep.
 -- A worker lives on, if the queue is served with its backbone or with none.  Gives the backbone that it is served with.
 local served = redis.call('GET', KEYS[1])
@@ -285,10 +341,9 @@ if served and served ~= ARGV[1] then
 end
 -- a full Redis obeys PEXPIRE, not SET
 if redis.call('PEXPIRE', KEYS[1], ARGV[3]) == 0 then redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[3]) end
-local now = redis.call('TIME')
-local ms = now[1] * 1000 + math.floor(now[2] / 1000)
-redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', ms)
+local ms = strike_off(KEYS[2], KEYS[4], ARGV[5])
 redis.call('ZADD', KEYS[2], ms + ARGV[3], ARGV[2])
+redis.call('SREM', KEYS[4], ARGV[2])  -- it may have been late, not dead
 if redis.call('PEXPIRE', KEYS[3], ARGV[3]) == 0 or ARGV[4] ~= '' then
   redis.call('SET', KEYS[3], ARGV[4], 'PX', ARGV[3])
 end
@@ -297,12 +352,15 @@ for i = 2, #KEYS do
 end
 return ARGV[1]
 """
+)
 
 LEAVE = """
--- KEYS: backbone, workers, worker.  ARGV: our backbone, worker.
--- The last worker of a backbone leaves the queue to any other.
+-- KEYS: backbone, workers, worker, gone.  ARGV: our backbone, worker, seconds to keep.
+-- The last worker of a backbone leaves the queue to any other; what this one still has is for others at once.
 redis.call('DEL', KEYS[3])
 redis.call('ZREM', KEYS[2], ARGV[2])
+redis.call('SADD', KEYS[4], ARGV[2])
+redis.call('EXPIRE', KEYS[4], ARGV[3])
 local now = redis.call('TIME')
 local others = redis.call('ZCOUNT', KEYS[2], now[1] * 1000 + math.floor(now[2] / 1000), '+inf')
 if others == 0 and redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end
