@@ -163,6 +163,7 @@ class FakeBackbone:
         ), version)  # fmt: skip
         stops: dict[int, tuple[Stop, int]] = {}
         for t in range(1 + max(map(len, segment.responses), default=0)):
+            await self._drawn(samples[0].ids[: t + 1], None if stops else on_tokens)
             going = [i for i in range(len(samples)) if i not in stops]
             news = {
                 i: [own.tokens_TK[i][t : t + 1] for own in reading if own.tokens_TK is not None]
@@ -171,7 +172,6 @@ class FakeBackbone:
             }
             for i, stop in watch.look(news, [i for i in going if t >= len(samples[i].ids)]).items():
                 stops[i] = (stop, min(t + 1, len(samples[i].ids)))
-            await self._drawn(samples[0].ids[: t + 1], None if stops else on_tokens)
         return [
             stopped(sample.ids[: stops[i][1]], stops[i][0], self._decode) if i in stops else sample
             for i, sample in enumerate(samples)
