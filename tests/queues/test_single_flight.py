@@ -7,7 +7,7 @@ import pytest
 
 from inward.queues.memory import MemoryQueue
 from inward.queues.single_flight import SingleFlight
-from inward.types import Failed, Group, HeadRef, Job, SamplingSpec, Scored, Scores, Usage
+from inward.types import Failed, Group, HeadRef, Job, Piece, SamplingSpec, Scored, Scores, Usage
 from support.queues import ids, job
 
 
@@ -104,6 +104,19 @@ async def test_items_that_differ_in_anything_are_not_shared(both, other):
     waits = await both.submit(job("a", 7), replace(job("b", 7), **other))
     assert await both.compute() == ["a", "b"]
     await asyncio.gather(*waits)
+
+
+async def test_who_is_told_of_a_drawing_has_it_alone(both):
+    drawing = Group((1, 2), sampling=SamplingSpec(1, seed=3, max_tokens=8))
+    heard = []
+    waits = await both.shared.submit([replace(job(name), group=drawing, told=True) for name in "ab"], heard.append)
+    batch = await both.queue.take(1000)
+    assert ids(batch) == ["a", "b"]
+    for name in "ab":
+        await both.queue.tell(Piece(name, 0, name))
+    assert [piece.text for piece in heard] == ["a", "b"]
+    await both.queue.settle([both.scored(one) for one in batch])
+    assert [outcome.job_id for outcome in await asyncio.gather(*waits)] == ["a", "b"]
 
 
 async def test_samples_are_shared_only_where_a_seed_makes_them_the_same(both):
