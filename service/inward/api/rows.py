@@ -42,6 +42,8 @@ class RowAnswer:
     policy_version: str | None = None
     confidence_head: HeadRef | None = None
     """The one that gave ``confidence``, where it isn't ``head``."""
+    tokens: int = 0
+    """Of its prompt and responses."""
 
     @property
     def error(self) -> ErrorDetail | None:
@@ -166,7 +168,8 @@ def _answer(result: Result, element: Element) -> RowAnswer:
     scored = result.outcome
     if not isinstance(scored, Scored):
         return RowAnswer(element)
-    return RowAnswer(element, scored.heads[0], scored.policy_version, next(iter(scored.heads[1:]), None))
+    tokens = scored.usage.prompt_tokens + scored.usage.completion_tokens
+    return RowAnswer(element, scored.heads[0], scored.policy_version, next(iter(scored.heads[1:]), None), tokens)
 
 
 def _no_number(constant: str) -> None:

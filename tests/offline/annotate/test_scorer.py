@@ -172,7 +172,7 @@ class Row:
     """As ``api.rows`` gives it."""
 
     def __init__(self, margin=None, error=None):
-        self.by = None if error else BY
+        self.by, self.tokens = (None, 0) if error else (BY, 12)
         self._body = {"margin": margin, "error": error and {"message": error}, "truncated": False, "bin": 0.5}
 
     def body(self):
@@ -193,7 +193,7 @@ async def test_rows_that_are_scored_in_this_process_come_the_same_way():
     assert await scorer.token_scores(PAIRS[:1]) == [TokenScores([(PAIRS[0].chosen, 1.0)], [("legend", 0.0)])]
     assert (await scorer.states(PAIRS[:3])).shape == (3, 2)
     assert sent[1:4] == [pair.body() for pair in PAIRS[:3]]
-    assert [one.error for one in results] == [None, "too long", None]
+    assert [(one.error, one.tokens) for one in results] == [(None, 12), ("too long", 0), (None, 12)]
     assert (results[0].columns["margin"], results[0].columns["margin_bin"], by) == (2.0, 0.5, BY)
 
 

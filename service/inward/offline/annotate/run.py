@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -116,9 +117,15 @@ class Annotation:
         )  # fmt: skip
 
     def _keep(self, progress: Progress, bar: tqdm[None]) -> Keep:
+        tokens, began = 0, time.monotonic()
+
         def keep(chunk: Chunk, done: Done) -> None:
+            nonlocal tokens
             progress.keep(chunk, done)
             self.kept = progress.rows
+            tokens += sum(row.tokens for row in done.rows)
+            if tokens:
+                bar.set_postfix_str(f"{tokens / max(time.monotonic() - began, 1e-9):,.0f} tokens/s", refresh=False)
             bar.update(chunk.rows)
 
         return keep

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import httpx
@@ -86,6 +86,8 @@ class Annotated:
     columns: Columns | None
     error: str | None = None
     truncated: bool = False
+    tokens: int = field(default=0, compare=False)
+    """Of its texts, or those of its neighbours too; known only while it is done."""
 
 
 class Scorer(Protocol):
@@ -125,6 +127,11 @@ class ScoredRow(Protocol):
         """Who scored it; None where nobody could."""
         ...
 
+    @property
+    def tokens(self) -> int:
+        """Of prompt and responses."""
+        ...
+
     def body(self) -> Mapping[str, Any]:
         """As an element of ``margins``."""
         ...
@@ -158,7 +165,7 @@ class RowScorer:
         """See ``Scorer``."""
         rows = await self.score([pair.body() for pair in pairs])
         by = next((row.by for row in reversed(rows) if row.by is not None), None)
-        return [_annotated(row.body()) for row in rows], by
+        return [replace(_annotated(row.body()), tokens=row.tokens) for row in rows], by
 
     async def token_scores(self, pairs: Sequence[Pair]) -> Sequence[TokenScores | None]:
         """See ``Scorer``."""
@@ -230,7 +237,9 @@ class ServiceScorer:
             return [*first, *second], by_second or by_first
         except InwardError as error:
             raise _refused(error) from None
-        return [_annotated(asdict(margin)) for margin in answer.margins], self._by(answer)
+        tokens = answer.usage.prompt_tokens + answer.usage.completion_tokens
+        one, *others = (_annotated(asdict(margin)) for margin in answer.margins)
+        return [replace(one, tokens=tokens), *others], self._by(answer)
 
     async def token_scores(self, pairs: Sequence[Pair]) -> Sequence[TokenScores | None]:
         """See ``Scorer``: a service gives scores without the texts of their tokens."""
