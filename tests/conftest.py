@@ -26,6 +26,16 @@ signal.signal(
 )  # a runner in the background ignores it, and so would what it starts
 
 
+@pytest.fixture(autouse=True)
+def _signal_handlers():
+    """A test that runs a server or a trainer in this process leaves its signal handlers to no other test."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        if signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
+
+
 gc.disable()  # while modules are imported, of which torch, transformers and TRL alone leave a million objects
 
 

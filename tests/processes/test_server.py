@@ -78,17 +78,8 @@ async def test_who_reads_that_it_is_ready_can_connect(monkeypatch):
             await serve(Settings(), open_house, ready)
 
 
-@pytest.fixture
-def handlers():
-    """Gives the test's process its signal handlers back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_a_signal_that_comes_the_moment_it_is_ready_is_heeded(number, handlers):
+async def test_a_signal_that_comes_the_moment_it_is_ready_is_heeded(number):
     process = Standalone()
 
     async def opening():
@@ -116,7 +107,7 @@ async def test_a_port_that_another_one_was_quicker_to_take_is_an_error_that_name
 
 
 @pytest.mark.parametrize("taken", ["listened on", "bound a moment ago"])
-async def test_a_port_that_nobody_named_gives_way_to_a_free_one(taken, monkeypatch, handlers):
+async def test_a_port_that_nobody_named_gives_way_to_a_free_one(taken, monkeypatch):
     urls = []
 
     with socket.socket() as other:
@@ -137,7 +128,7 @@ async def test_a_port_that_nobody_named_gives_way_to_a_free_one(taken, monkeypat
             await serve(Settings(port=port), opening, lambda _: {}, unnamed=port + 1)
 
 
-async def test_a_process_whose_device_hangs_is_ended_without_waiting_for_it(monkeypatch, handlers):
+async def test_a_process_whose_device_hangs_is_ended_without_waiting_for_it(monkeypatch):
     ended = []
     monkeypatch.setattr("os._exit", ended.append)
     process = Standalone()
