@@ -119,7 +119,12 @@ for _ in $(seq 900); do prom alerts | grep -q '"alertname":"InwardProcessDown"[^
 prom alerts | grep -q '"alertname":"InwardProcessDown"[^}]*}[^}]*}[^}]*"state":"firing"' || { say "the alert InwardProcessDown did not fire"; exit 1; }
 say "its alert fires"
 start worker1; ready worker1
-sleep 65 # a minute of recording rules
+for _ in $(seq 13); do # a minute of recording rules, and of answers that come as they are drawn
+  curl -fsSN -H "Authorization: Bearer $key" -H 'content-type: application/json' "127.0.0.1:${port[nginx]}/v1/chat/completions" \
+    -d '{"messages": [{"role": "user", "content": "How do I bake bread?"}], "max_tokens": 8, "stream": true}' > "$work/stream.log"
+  grep -q '^data: \[DONE\]' "$work/stream.log" || { say "a stream has no end"; exit 1; }
+  sleep 5
+done
 touch "$work/enough"
 wait "${pid[load]}" || { cat "$work/load.log"; exit 1; }
 say "$(cat "$work/load.log")"
