@@ -107,48 +107,27 @@ class Generation:
         """The same, and read in the pass that draws it; ``progress`` is told of its tokens meanwhile, and they can be
         seen under ``progress.key``. Of an EOS that was drawn there may be no row.
         """
+        in_flight = request.eos and not spec.stop
+        if in_flight and self.sessions:
+            return await self._session(prompt, spec, index, request, key, progress)
         start = max(len(prompt) - 1, 0)
-        if request.eos and not spec.stop:
-            session = self._session if self.sessions else self._in_flight
-            return await session(prompt, spec, index, request, key, progress)
-        again = request.eos
-        extra_args: dict[str, Any] | None = _extra_args(key, request, start)
-        if again:
-            extra_args = _extra_args(progress.key, request, start) if progress and progress.key else None
-        params = self._params(spec, index, more=0 if again else 1, extra_args=extra_args, deltas=progress is not None)
-        drawn: list[int] = []
-        async for output in self._engine.generate(_prompt(prompt, request), params, _lora(request)):
-            drawn += output.outputs[0].token_ids
-            if progress is not None:
-                progress.tell(self._own(drawn, spec))
-        sample = self._finished(drawn, spec)
-        text = Text(key, start, len(prompt) + len(drawn) - 1 - output.num_cached_tokens, output.num_cached_tokens)
-        if again:
-            fed = await feed(self._engine, prompt + sample.ids + self.end_ids[:1], start, request, key)
-            text = Text(key, start, text.computed + fed.computed, text.cached + fed.cached)
-        return sample, text
-
-    async def _in_flight(
-        self,
-        prompt: Ids,
-        spec: SamplingSpec,
-        index: int,
-        request: ReadRequest,
-        key: str,
-        progress: Progress | None,
-    ) -> tuple[Sample, Text]:
-        start = max(len(prompt) - 1, 0)
-        params = self._params(spec, index, extra_args=_extra_args(key, request, start), deltas=progress is not None)
+        shown = key if in_flight or not request.eos else progress and progress.key
+        extra_args = _extra_args(shown, request, start) if shown else None
+        more = 0 if request.eos else 1
+        params = self._params(spec, index, more=more, extra_args=extra_args, deltas=progress is not None)
         drawn: list[int] = []
         async for output in self._engine.generate(_prompt(prompt, request), params, _lora(request)):
             drawn += output.outputs[0].token_ids
             if progress is not None:
                 progress.tell(self._own(drawn, spec))
         sample, cached = self._finished(drawn, spec), output.num_cached_tokens
-        if drawn[-1] == self.end_ids[0]:
-            return sample, Text(key, start, len(prompt) + len(drawn) - cached, cached)
-        fed = await feed(self._engine, prompt + sample.ids + self.end_ids[:1], start, request, key)
-        return sample, Text(key, start, len(prompt) + len(drawn) - 1 - cached + fed.computed, cached + fed.cached)
+        computed = len(prompt) + len(drawn) - 1 - cached
+        if in_flight and drawn[-1] == self.end_ids[0]:
+            return sample, Text(key, start, computed + 1, cached)
+        if request.eos:
+            fed = await feed(self._engine, prompt + sample.ids + self.end_ids[:1], start, request, key)
+            computed, cached = computed + fed.computed, cached + fed.cached
+        return sample, Text(key, start, computed, cached)
 
     async def _session(
         self,

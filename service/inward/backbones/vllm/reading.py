@@ -184,6 +184,7 @@ class ResidualReader:
 
     def install_wide(self, number: int, width: int, parts: Sequence[WidePart]) -> None:
         """From now on wide rows of this layout can be expected."""
+        self._ran = False  # while graphs were captured it ran last
         self._wide[number] = WideRows({part.place: WideMap(part, self.device) for part in parts}, width, self.device)
 
     def retire(self, numbers: Sequence[int]) -> None:

@@ -25,7 +25,7 @@ from inward.backbones.vllm.protocol import EXTRA_ARG, OWNER, TABLE_COLUMNS, Tabl
 from inward.backbones.vllm.reading import ResidualReader, Slots, TableRows, WideRows
 
 KEPT_TOKENS = 1024
-"""On a GPU: of a step that keeps its states until it ends; at least as many as vLLM captures graphs for."""
+"""On a GPU: of a step that keeps its states until it ends, as every step that is captured does."""
 
 POOL = "inward"
 """Of vLLM's allocator: where the table is."""
@@ -75,10 +75,14 @@ class ReadingWorker(Worker):  # type: ignore[misc]
                 self.model_config.hf_text_config.num_hidden_layers,
                 int(self.model_config.get_hidden_size()),
                 tokens=self.scheduler_config.max_num_batched_tokens,
-                kept=KEPT_TOKENS if current_platform.is_cuda() else 0,
+                kept=max(KEPT_TOKENS, self._captured_tokens()) if current_platform.is_cuda() else 0,
                 dtype=self.model_config.dtype,
                 device=self.device,
             )
+
+    def _captured_tokens(self) -> int:
+        """Of the largest step that is captured."""
+        return int(getattr(self.vllm_config.compilation_config, "max_cudagraph_capture_size", 0) or 0)
 
     def get_kv_cache_spec(self) -> dict[str, Any]:
         """Where all layers have a sliding window vLLM forgets the tokens that it has left, and their rows would go with

@@ -38,6 +38,15 @@ local function mine(group, me, s, entry)  -- whether the claim on an entry is ou
 end
 """
 
+_CLAIM = """
+local function claim(s, pending, idle)  -- {deliveries, fields} of another worker's job, which is ours from now on
+  local claimed = redis.call('XCLAIM', STREAMS[s], ARGV[1], ARGV[2], idle, pending[1])[1]
+  if claimed and find(claimed[2][2]) then return {pending[4] + 1, claimed[2]} end
+  -- the entry is gone, or is no open job: nothing is left to do for it
+  redis.call('XACK', STREAMS[s], ARGV[1], pending[1])
+  redis.call('XDEL', STREAMS[s], pending[1])
+end
+"""
 _STRIKE_OFF = """
 local function strike_off(workers, gone, seconds)  -- who gave no sign of life in time is gone
   local now = redis.call('TIME')
@@ -161,6 +170,7 @@ return kept
 
 RECLAIM = (
     _BOOK
+    + _CLAIM
     + """
 -- ARGV: group, worker, idle milliseconds, most jobs, deliveries of a suspect.
 -- Gives jobs of other workers that have not been heard of for so long, {deliveries, fields} each: at most one suspect,
@@ -174,14 +184,9 @@ for s = 1, 2 do
       local suspect = pending[4] + 1 >= tonumber(ARGV[5])
       from = '(' .. pending[1]
       if pending[2] ~= ARGV[2] and #taken < tonumber(ARGV[4]) and not (suspect and #taken > 0) then
-        local claimed = redis.call('XCLAIM', STREAMS[s], ARGV[1], ARGV[2], ARGV[3], pending[1])[1]
-        if claimed and find(claimed[2][2]) then
-          taken[#taken + 1] = {pending[4] + 1, claimed[2]}
-          if suspect then return taken end
-        else  -- the entry is gone, or is no open job: nothing is left to do for it
-          redis.call('XACK', STREAMS[s], ARGV[1], pending[1])
-          redis.call('XDEL', STREAMS[s], pending[1])
-        end
+        local job = claim(s, pending, ARGV[3])
+        taken[#taken + 1] = job
+        if job and suspect then return taken end
       end
     end
   until #taken > 0 or #page < tonumber(ARGV[4])
@@ -192,6 +197,7 @@ return taken
 
 INHERIT = (
     _BOOK
+    + _CLAIM
     + """
 -- KEYS: BOOK, workers, gone.  ARGV: group, worker, most jobs, deliveries of a suspect, seconds to keep.
 -- Gives jobs of workers that are gone, whatever the age of their claims, {deliveries, fields} each: at most one
@@ -211,14 +217,9 @@ for _, gone in ipairs(redis.call('SMEMBERS', KEYS[7])) do
       if gone == ARGV[2] or #taken >= tonumber(ARGV[3]) or (suspect and #taken > 0) then
         left = true
       else
-        local claimed = redis.call('XCLAIM', STREAMS[s], ARGV[1], ARGV[2], 0, pending[1])[1]
-        if claimed and find(claimed[2][2]) then
-          taken[#taken + 1] = {pending[4] + 1, claimed[2]}
-          if suspect then return taken end
-        else  -- the entry is gone, or is no open job: nothing is left to do for it
-          redis.call('XACK', STREAMS[s], ARGV[1], pending[1])
-          redis.call('XDEL', STREAMS[s], pending[1])
-        end
+        local job = claim(s, pending, 0)
+        taken[#taken + 1] = job
+        if job and suspect then return taken end
       end
     end
   end
