@@ -2,6 +2,7 @@
 killed.
 
     python tests/benchmarks/mixed_load.py --seconds 300 --callers 200 --out load
+    python tests/benchmarks/mixed_load.py --seconds 300 --callers 32 --model smollm2 --prompts PAIRS.jsonl
 
 Of the answers that are drawn some are drawn with early rejection, some with a guard, some with both. Watched: errors,
 whether each answer belongs to its question (every score is compared with that of the same text alone, before or after
@@ -19,6 +20,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +35,15 @@ from drawn import write as write_results
 
 from inward.backbones.fingerprint import fingerprint
 from inward.offline.bench.workload import write_random_heads
+from inward.offline.data.pairs import read_prompts
 from inward.prompts import Prompts
 from inward.types import BackboneInfo
-from support.serving import Served, serve
+from support.serving import Served, serve, started
 from support.tiny_tokenizer import TEXTS
 from support.tiny_tokenizer import of_transformers as tokenizer
 
 LAYERS, WIDTH = 4, 64
-OPTIONS = ("--dtype", "float32", "--max-candidates", "16")
+Prompt = str | list[dict[str, Any]]
 
 
 def write(folder: Path) -> None:
@@ -59,26 +63,39 @@ def write(folder: Path) -> None:
     write_random_heads(info, Prompts(tok, max_tokens=1024).template, folder / "heads", 2)
 
 
-def question(i: int) -> dict[str, Any]:
-    """The ``i``-th of a fixed list: a text to score, candidates to rank, or answers to draw."""
-    rng = random.Random(i)
-    prompt = f"Question {i}: " + " ".join(rng.choices(TEXTS, k=rng.randint(1, 3)))
-    answers = [" ".join(rng.choices(TEXTS, k=rng.randint(1, 3))) + f" ({i}.{k})" for k in range(4)]
-    kind = i % 3
-    if kind == 0:
-        return {"items": [{"prompt": prompt, "response": answers[0]}], "head": "bench-0"}
-    if kind == 1:
-        return {"prompt": prompt, "head": "bench-0", "candidates": answers}
-    draw: dict[str, Any] = {"n": 4, "sampling": {"max_tokens": 48}, "return_token_ids": True}
-    if i % 2:
-        draw["early_rejection"] = {"keep": 0.5, "at": [8, 16]}
-    if i % 4 > 1:
-        draw["stop_when"] = GUARD
-    return {"prompt": prompt, "head": "bench-0"} | draw
+@dataclass(frozen=True)
+class Questions:
+    """A fixed list of 120: texts to score, candidates to rank, and answers to draw."""
+
+    heads: tuple[str, str]
+    """What ranks, and what guards."""
+    prompts: Sequence[Prompt] = ()
+    """Of a file, all of which are to be answered; none: made up, of all three kinds."""
+    n: int = 4
+    tokens: int = 48
+
+    def __call__(self, i: int) -> dict[str, Any]:
+        """The ``i``-th."""
+        rng = random.Random(i)
+        prompt: Prompt = f"Question {i}: " + " ".join(rng.choices(TEXTS, k=rng.randint(1, 3)))
+        answers = [" ".join(rng.choices(TEXTS, k=rng.randint(1, 3))) + f" ({i}.{k})" for k in range(4)]
+        kind = i % 3
+        if self.prompts:
+            prompt, kind = self.prompts[i % len(self.prompts)], 2
+        if kind == 0:
+            return {"items": [{"prompt": prompt, "response": answers[0]}], "head": self.heads[0]}
+        if kind == 1:
+            return {"prompt": prompt, "head": self.heads[0], "candidates": answers}
+        draw: dict[str, Any] = {"n": self.n, "sampling": {"max_tokens": self.tokens}, "return_token_ids": True}
+        if i % 2:
+            draw["early_rejection"] = {"keep": 0.5, "at": [8, 16]}
+        if i % 4 > 1:
+            draw["stop_when"] = GUARD
+        return {"prompt": prompt, "head": self.heads[0]} | draw
 
 
-GUARD: dict[str, Any] = {"below": 0.0, "pool": "last", "head": "bench-1"}
-"""What it stops below is set before the load, so that some answers are stopped and some are not."""
+GUARD: dict[str, Any] = {"below": 0.0, "pool": "last"}
+"""Its head, and what it stops below, are set before the load, so that some answers are stopped and some are not."""
 
 
 def said(answer: dict[str, Any]) -> list[float]:
@@ -109,9 +126,10 @@ def memory(server: Served) -> float:
     return sum(p.memory_full_info().pss for p in (process, *process.children(recursive=True))) / 2**20
 
 
-async def load(server: Served, args: argparse.Namespace) -> None:
+async def load(server: Served, args: argparse.Namespace, question: Questions) -> None:
+    GUARD["head"] = question.heads[1]
     limits = httpx.Limits(max_connections=args.callers + 8)
-    async with httpx.AsyncClient(base_url=server.url, timeout=100, limits=limits) as client:
+    async with httpx.AsyncClient(base_url=server.url, timeout=args.patience, limits=limits) as client:
 
         async def ask(body: dict[str, Any]) -> httpx.Response:
             return await client.post("/score" if "items" in body else "/rerank", json=body)
@@ -158,7 +176,7 @@ async def load(server: Served, args: argparse.Namespace) -> None:
             if not results:
                 continue
             items = [{"prompt": body["prompt"], "response_ids": result["token_ids"]} for result in results]
-            again = await ask({"items": items, "head": "bench-0"})
+            again = await ask({"items": items, "head": question.heads[0]})
             for result, score in zip(results, again.json()["scores"], strict=True):
                 outcomes[
                     "drawn: same score given" if near([result["score"]], [score["score"]]) else "drawn: WRONG"
@@ -179,7 +197,7 @@ async def load(server: Served, args: argparse.Namespace) -> None:
         print("memory in MiB after seconds: " + ", ".join(f"{at:.0f}: {size:.0f}" for at, size in sizes))
 
 
-async def kill(server: Served) -> None:
+async def kill(server: Served, question: Questions) -> None:
     async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
         calls = [
             asyncio.create_task(client.post("/rerank", json=question(2) | {"n": 8, "sampling": {"max_tokens": 600}}))
@@ -208,16 +226,31 @@ def main() -> None:
     parser.add_argument("--callers", type=int, default=200)
     parser.add_argument("--out", type=Path, help="results: OUT.json and OUT.md")
     parser.add_argument("--backbone", default="vllm")
+    parser.add_argument("--model", help="with its own heads and --prompts, instead of a tiny one of random weights")
+    parser.add_argument("--prompts", type=Path, help="prompts that are all drawn for")
+    parser.add_argument("--questions", type=int, default=120, help="of --prompts (default: %(default)s)")
+    parser.add_argument("--n", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--patience", type=float, default=100, help="seconds a caller waits (default: %(default)s)")
     args = parser.parse_args()
+    if bool(args.model) != bool(args.prompts):
+        parser.error("--model and --prompts go together")
+    options = ("--backbone", args.backbone, "--dtype", "float32", "--max-candidates", "16")
+    if args.model:
+        prompts = [prompt if isinstance(prompt, str) else list(prompt) for prompt in read_prompts(args.prompts)[: args.questions]]
+        environment = {"INWARD_TIMEOUT": str(args.patience)}
+        with started("--model", args.model, *options, env=environment) as server:
+            asyncio.run(load(server, args, Questions(("hybrid", "legend"), prompts, args.n, args.tokens)))
+        return
+    question = Questions(("bench-0", "bench-1"), n=args.n, tokens=args.tokens)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write(folder)
-        options = ("--backbone", args.backbone, *OPTIONS)
         with serve(folder, *options) as server:
-            asyncio.run(load(server, args))
+            asyncio.run(load(server, args, question))
             if args.backbone != "vllm":
                 return
-            asyncio.run(kill(server))
+            asyncio.run(kill(server, question))
             print(f"stopped with {server.stop(timeout=90)}")
         with serve(folder, *options) as server:
             print(f"after a restart: {httpx.post(server.url + '/rerank', json=question(2), timeout=60).status_code}")
