@@ -237,7 +237,10 @@ def main() -> None:
         parser.error("--model and --prompts go together")
     options = ("--backbone", args.backbone, "--dtype", "float32", "--max-candidates", "16")
     if args.model:
-        prompts = [prompt if isinstance(prompt, str) else list(prompt) for prompt in read_prompts(args.prompts)[: args.questions]]
+        prompts = [
+            prompt if isinstance(prompt, str) else list(prompt)
+            for prompt in read_prompts(args.prompts)[: args.questions]
+        ]
         environment = {"INWARD_TIMEOUT": str(args.patience)}
         with started("--model", args.model, *options, env=environment) as server:
             asyncio.run(load(server, args, Questions(("hybrid", "legend"), prompts, args.n, args.tokens)))

@@ -1,6 +1,7 @@
 """The command line, end to end on a tiny random model."""
 
 import json
+import re
 from contextlib import redirect_stdout
 from io import StringIO
 
@@ -187,6 +188,25 @@ def test_bench_measures_every_way_in_one_run(folder, capsys, monkeypatch):
     assert [row["way"] for row in results["ways"]] == ["published", "padded", "ours", "ours", "http"]
     assert all(row["tokens_per_second"] > 0 and row["peak_bytes"] > 2**20 for row in results["ways"])
     assert 0 < results["prompt_tokens_saved"] < 1
+
+
+def test_bench_takes_the_median_of_rounds(folder, capsys, monkeypatch):
+    """In each round every way has its turn."""
+    turns = iter([300.0, 900.0, 500.0, 700.0, 400.0, 800.0])
+    asked = []
+
+    def run(arguments):
+        asked.append(arguments[0])
+        rate = next(turns)
+        tokens = {"text_tokens": 900, "needed_tokens": 600, "peak_bytes": 2**21, "heads": 1}
+        return {"way": arguments[0], "seconds": 900 / rate, "tokens_per_second": rate, **tokens}
+
+    monkeypatch.setattr(bench, "_in_own_process", run)
+    assert inward("bench", "--model", folder / "model", "--n", 2, "--ways", "published,ours", "--rounds", 3) == 0
+    assert asked == ["published", "ours"] * 3
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("(")]
+    assert re.split(r"\s{2,}", rows[0])[1:4] == ["400", "300 to 500", "1.00"]
+    assert re.split(r"\s{2,}", rows[1])[1:4] == ["800", "700 to 900", "2.00"]
 
 
 def test_a_whitened_direction_is_fitted_in_one_pass_or_from_states_alike(folder, tmp_path, capsys):

@@ -39,6 +39,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--heads", type=int, nargs="+", default=[1], help="numbers of heads to measure (c) with (default: 1)"
     )
     parser.add_argument("--pool", metavar="NAME", help="of the heads, as inward fit takes it (default: the last token)")
+    parser.add_argument("--rounds", type=int, default=1, help="all ways in turn so often; medians (default: 1)")
     parser.add_argument("--json", action="store_true", help="as JSON")
     parser.set_defaults(run=run)
 
@@ -63,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
         else:
             model = find_model(Settings(model=args.model)).folder
         dtype = str(choose_dtype(args.dtype, choose_device("auto"))).removeprefix("torch.")
-        plan = Plan(args.pairs, args.n, tuple(args.ways.split(",")), tuple(args.heads), dtype, args.callers, args.pool)
+        ways, heads = tuple(args.ways.split(",")), tuple(args.heads)
+        plan = Plan(args.pairs, args.n, ways, heads, dtype, args.callers, args.pool, max(args.rounds, 1))
         results = {"model": args.shape or args.model, **measure(model, plan, folder)}
     if args.json:
         print(json.dumps(results, indent=2))

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.console import Group as Lines
@@ -37,7 +38,7 @@ class Plan:
 
     ``pairs`` is a file, or None for made-up words; ``n`` of them. ``heads`` are numbers of heads to measure ``ours``
     with, the first also all others, and ``pool`` is what they make of their token scores. ``callers`` are those at once
-    over HTTP.
+    over HTTP. In each of ``rounds`` every way has its turn; what counts is a way's median.
     """
 
     pairs: Path | None
@@ -47,6 +48,7 @@ class Plan:
     dtype: str
     callers: int
     pool: str | None = None
+    rounds: int = 1
 
 
 def measure(model: Path, plan: Plan, folder: Path) -> dict[str, Any]:
@@ -60,16 +62,20 @@ def measure(model: Path, plan: Plan, folder: Path) -> dict[str, Any]:
     pairs.write_text(json.dumps([asdict(p) for p in read_texts(plan.pairs, plan.n)]))
     info = BackboneInfo("bench", "", fingerprint(model), config["num_hidden_layers"], config["hidden_size"], 0, "", "")
     template = Prompts(load_tokenizer(model), max_tokens=2048).template
-    rows: list[dict[str, Any]] = []
-    for way in plan.ways:
-        for n in plan.heads if way == "ours" else plan.heads[:1]:
+    turns = [(way, n) for way in plan.ways for n in (plan.heads if way == "ours" else plan.heads[:1])]
+    measured: dict[tuple[str, int], list[dict[str, Any]]] = {turn: [] for turn in turns}
+    rates: list[float] = []
+    for _ in range(plan.rounds):
+        for way, n in measured:
             heads = folder / f"heads-{n}"
             if not heads.exists():
                 write_random_heads(info, template, heads, n, plan.pool)
             options = ["--dtype", plan.dtype, "--heads", str(heads), "--callers", str(plan.callers)]
-            rows.append(_in_own_process([way, str(model), str(pairs), *options]))
-            print(f"{way}: {rows[-1]['tokens_per_second']:,.0f} tokens/s", file=sys.stderr)
-    rate = matmul_rate(plan.dtype, config["hidden_size"], config.get("intermediate_size") or 4 * config["hidden_size"])
+            measured[way, n].append(_in_own_process([way, str(model), str(pairs), *options]))
+            print(f"{way}: {measured[way, n][-1]['tokens_per_second']:,.0f} tokens/s", file=sys.stderr)
+        rates.append(matmul_rate(plan.dtype, config["hidden_size"], _inner(config)))
+    rows = [_median(runs) for runs in measured.values()]
+    rate = median(rates)
     needed = rows[0]["needed_tokens"]
     flops = 2 * _block_parameters(model) * needed
     return {
@@ -88,24 +94,38 @@ def measure(model: Path, plan: Plan, folder: Path) -> dict[str, Any]:
 def report(results: Mapping[str, Any]) -> RenderableType:
     """What ``measure`` found, for people."""
     base = {row["way"]: row["tokens_per_second"] for row in reversed(results["ways"])}
-    table = Table("way", "tokens/s", "x (a)", "x (b)", "peak memory", box=None, pad_edge=False)
+    spread = ["of all rounds"] if len(results["ways"][0]["rounds"]) > 1 else []
+    table = Table("way", "tokens/s", *spread, "x (a)", "x (b)", "peak memory", box=None, pad_edge=False)
     for row in results["ways"]:
         heads = f", {row['heads']} heads" if row.get("heads", 1) > 1 else ""
         name = WAYS[row["way"]].format(callers=results["callers"]) + heads
         ratios = [
             f"{row['tokens_per_second'] / base[way]:.2f}" if way in base else "" for way in ("published", "padded")
         ]
-        table.add_row(name, f"{row['tokens_per_second']:,.0f}", *ratios, f"{row['peak_bytes'] / 2**20:,.0f} MiB")
-    rate = results["matmul_flops_per_second"] / 1e9
+        between = [f"{min(row['rounds']):,.0f} to {max(row['rounds']):,.0f}"] if spread else []
+        rate = f"{row['tokens_per_second']:,.0f}"
+        table.add_row(name, rate, *between, *ratios, f"{row['peak_bytes'] / 2**20:,.0f} MiB")
+    gflops = results["matmul_flops_per_second"] / 1e9
     return Lines(
         f"{results['model']}, {results['dtype']}, {results['pairs']} pairs",
         table,
         f"prompt tokens not computed twice: {results['prompt_tokens_saved']:.1%} of all tokens",
         *(
-            f"{name}: {fraction:.2f} of this machine's matrix-product rate ({rate:,.0f} GFLOP/s), needed tokens only"
+            f"{name}: {fraction:.2f} of this machine's matrix-product rate ({gflops:,.0f} GFLOP/s), needed tokens only"
             for name, fraction in results["fraction_of_matmul_rate"].items()
         ),
     )
+
+
+def _median(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The run in the middle, with the tokens/s of all."""
+    middle = sorted(runs, key=lambda run: float(run["seconds"]))[len(runs) // 2]
+    return middle | {"rounds": [run["tokens_per_second"] for run in runs]}
+
+
+def _inner(config: Mapping[str, Any]) -> int:
+    """Width inside a feed-forward layer."""
+    return int(config.get("intermediate_size") or 4 * config["hidden_size"])
 
 
 def _in_own_process(arguments: Sequence[str]) -> dict[str, Any]:
