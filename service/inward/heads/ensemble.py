@@ -51,6 +51,8 @@ class EnsembleOptions(BaseModel):
 
     parts: tuple[Part, ...] = Field(min_length=1)
     confidence: Confidence = Confidence()
+    of: str | None = None
+    """Of a value head: the head whose reward it predicts."""
 
 
 @dataclass(slots=True, eq=False)
@@ -95,7 +97,7 @@ class EnsembleHead:
 
     @property
     def ref(self) -> HeadRef:
-        return HeadRef(self.manifest.name, "ensemble", self.manifest.version)
+        return HeadRef(self.manifest.name, self.manifest.kind, self.manifest.version)
 
     @property
     def pools(self) -> bool:

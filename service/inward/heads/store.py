@@ -28,6 +28,7 @@ from inward.heads.ensemble import EnsembleHead
 from inward.heads.hybrid import HybridHead
 from inward.heads.legend import LegendHead
 from inward.heads.srr import SrrHead
+from inward.heads.value import ValueHead
 from inward.types import Floats, Kind
 
 MANIFEST = "head.json"
@@ -49,7 +50,7 @@ KINDS: Mapping[Kind, HeadClass] = {
     "hybrid": HybridHead,
     "srr": SrrHead,
     "ensemble": EnsembleHead,
-    "value": LegendHead,
+    "value": ValueHead,
 }
 
 

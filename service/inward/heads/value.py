@@ -1,4 +1,5 @@
-"""What a value head was calibrated to: how much of best-of-N early rejection by it costs, from runs drawn to their end.
+"""A value head, and what it was calibrated to: how much of best-of-N early rejection by it costs, on responses that
+were drawn to their end.
 
 A response that lies by more than ``z`` standard deviations below the best one at a decision point is rejected, where
 the deviation is that of the finished rewards about what the head predicts there. So one number says how bold all points
@@ -14,10 +15,28 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from inward.errors import HeadError, InvalidField
+from inward.heads.base import Head, Manifest
+from inward.heads.ensemble import EnsembleHead
+from inward.heads.legend import LegendHead
+from inward.types import Floats
 
 KEY = "rejection"
 OF = "of"
 """Key of ``Manifest.options`` under which a value head names the head whose reward it predicts."""
+
+
+class ValueHead:
+    """Reads a direction alone, or a direction beside the head whose reward it predicts."""
+
+    @staticmethod
+    def from_tensors(manifest: Manifest, tensors: Mapping[str, Floats]) -> Head:
+        """A ``LegendHead`` of one direction, or an ``EnsembleHead`` of the two.
+
+        Raises:
+            HeadError: tensors of neither.
+        """
+        kind = LegendHead if "direction" in tensors else EnsembleHead
+        return kind.from_tensors(manifest, tensors)
 
 
 @dataclass(frozen=True, slots=True)

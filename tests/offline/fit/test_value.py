@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -10,7 +11,10 @@ import pytest
 from heads.test_watch import head
 from inward.backbones.fake import FakeBackbone
 from inward.errors import DataError
+from inward.heads import store
 from inward.heads.base import BackboneRef
+from inward.heads.pooling import Pool
+from inward.heads.running import RunningScore, running_pool, token_scores
 from inward.heads.value import RejectionCurve
 from inward.offline.fit.runs import Runs, draw_runs
 from inward.offline.fit.value import fit_value
@@ -52,6 +56,27 @@ def test_it_finds_the_layer_and_the_direction_and_says_how_well_it_predicts():
     assert list(report.correlations) == sorted(report.correlations)
     assert report.correlations[-1] > 0.9 > 0.2 > max(map(abs, report.own_correlations))
     assert RejectionCurve.load(value.manifest.calibration) == report.curve
+
+
+def test_it_stands_on_the_own_mean_of_the_head_where_that_says_much_already(tmp_path):
+    of = head("plain")
+    made = dataclasses.replace(runs(noise=1.5)[0], backbone=of.manifest.backbone, template=of.manifest.template)
+    made.means_PNALD[:] = made.states_PNALD
+    own = made.rewards_PN[:, :, None] + np.random.default_rng(1).normal(size=made.own_PNA.shape)
+    made.own_PNA[:] = np.where(np.isnan(made.own_PNA), np.nan, own)
+    value, report = fit_value(made, of, name="value")
+    assert report.own_weight == pytest.approx(0.5, abs=0.25)  # two witnesses
+    alone = fit_value(dataclasses.replace(made, own_PNA=np.zeros_like(own)), of, name="value")[1]
+    assert all(both > max(one, other) for both, one, other in zip(
+        report.correlations, alone.correlations, report.own_correlations, strict=True
+    ))  # fmt: skip
+    loaded = store.load(store.save(value, tmp_path / "value"))
+    assert (loaded.ref.kind, loaded.manifest.options["of"], len(loaded.readout.taps)) == ("value", "plain", 2)
+    score, along = np.array([0.5, 1.5, -1.0]), np.array([2.0, 0.0, 1.0])
+    said = token_scores(loaded, {0: np.stack([score, along], axis=1).astype(np.float32)})[0]
+    assert said == pytest.approx(report.own_weight * score + along)
+    running = RunningScore(running_pool(loaded, "", Pool(name="last"), param=""))
+    assert [running.push(float(one), np.zeros(1)) for one in said][-1] == pytest.approx(said.mean())
 
 
 def test_bolder_rejection_draws_less_and_loses_more_and_bad_predictions_save_little_at_the_same_loss():

@@ -4,12 +4,16 @@ regression).
 
 What it is for is choosing among responses to one prompt. So it is fitted on differences within a prompt and a decision
 point, and judged by the correlation there. Layer, pool (the last token's score, or the mean so far) and ridge are
-chosen by folds over prompts; its calibration for early rejection is made of predictions of prompts that were left out.
+chosen by folds over prompts; so is whether it stands on the head's own mean so far, which says much where the reward is
+itself a mean over tokens: the readout then predicts what that mean does not know yet. Its calibration for early
+rejection is made of predictions of prompts that were left out.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,18 +23,17 @@ from rich.table import Table
 
 from inward.errors import DataError
 from inward.heads.base import Head, Manifest
-from inward.heads.legend import LegendHead
+from inward.heads.ensemble import PARTS
 from inward.heads.pooling import Pool
 from inward.heads.rejection import Rejecting, keep_near
-from inward.heads.value import KEY, OF, Boldness, RejectionCurve
+from inward.heads.value import KEY, OF, Boldness, RejectionCurve, ValueHead
 from inward.offline.fit.prepare import created, record
 from inward.offline.fit.runs import Runs
 from inward.offline.states.moments import Doubles
 from inward.offline.states.saved import Indices
-from inward.types import Floats
 
 FOLDS = 5
-RIDGES = (0.01, 0.1, 1.0, 10.0, 100.0)
+RIDGES = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
 """In units of the mean variance of a state's number."""
 BOLDNESS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
 RESAMPLES = 1000
@@ -46,6 +49,8 @@ class ValueReport:
     layer: int
     pool: PoolChoice
     ridge: float
+    own_weight: float | None
+    """Of the ranking head's own mean so far, where it stands on that."""
     at: tuple[int, ...]
     correlations: tuple[float, ...]
     """With the finished reward, within a prompt, at each of ``at``, on prompts that were left out."""
@@ -61,9 +66,10 @@ class ValueReport:
         for row in self.curve.table:
             costs.add_row(f"{row.z:g} deviations", f"{row.loss:.1%} ({row.upper:.1%})", f"{row.drawn:.1%}")
         grid = Table.grid()
+        beside = "" if self.own_weight is None else f", beside {self.own_weight:.2f} x the head's own mean so far"
         grid.add_row(
             f"{self.responses} responses to {self.prompts} prompts; layer {self.layer}, pool {self.pool}, ridge "
-            f"{self.ridge:g}; correlation with the finished reward within a prompt:"
+            f"{self.ridge:g}{beside}; correlation with the finished reward within a prompt:"
         )
         for part in (table, "", costs):
             grid.add_row(part)
@@ -80,37 +86,91 @@ def fit_value(runs: Runs, of: Head, *, name: str, seed: int = 0) -> tuple[Head, 
     if P < 2 * FOLDS or N < 2:
         raise DataError(f"{P} prompts with {N} responses each: a value head needs {2 * FOLDS} and 2 at least")
     fold_P = np.random.default_rng(seed).permutation(P) % FOLDS
-    best: tuple[float, int, PoolChoice, float, Doubles] | None = None
-    for pool in ("last", "mean"):
-        for l in range(len(runs.layers)):
-            states = (runs.states_PNALD if pool == "last" else runs.means_PNALD)[:, :, :, l]
-            for ridge, values_PNA in zip(RIDGES, _held_out(states, runs.rewards_PN, fold_P), strict=True):
-                found = _mean(np.array(correlations(values_PNA, runs.rewards_PN)))
-                if math.isfinite(found) and (best is None or found > best[0]):
-                    best = (found, l, "last" if pool == "last" else "mean", ridge, values_PNA)
+    best: _Candidate | None = None
+    for found in _candidates(runs, fold_P, own=of.ref.kind in PARTS):
+        if math.isfinite(found.skill) and (best is None or found.skill > best.skill):
+            best = found
     if best is None:
         raise DataError(
             f"no two responses of a prompt reach {runs.at[0]} tokens and differ in reward: draw longer ones"
         )
-    _, l, chosen, ridge, values_PNA = best
-    states = (runs.states_PNALD if chosen == "last" else runs.means_PNALD)[:, :, :, l]
-    gram, moment = (np.sum(part, axis=0) for part in zip(*_moments(states, runs.rewards_PN), strict=True))
-    weight_D = _solve(gram, moment, ridge)
-    offset = _mean(runs.rewards_PN[:, :, None] - states @ weight_D)
+    offset = _mean(runs.rewards_PN[:, :, None] - best.inputs(runs) @ best.weight_K)
     report = ValueReport(
-        P, P * N, runs.layers[l], chosen, ridge, runs.at, correlations(values_PNA, runs.rewards_PN),
-        correlations(runs.own_PNA, runs.rewards_PN), calibrate(values_PNA, runs, seed=seed),
+        P, P * N, runs.layers[best.layer], best.pool, best.ridge, best.own_weight, runs.at,
+        correlations(best.values_PNA, runs.rewards_PN), correlations(runs.own_PNA, runs.rewards_PN),
+        calibrate(best.values_PNA, runs, seed=seed),
     )  # fmt: skip
-    manifest = Manifest(
+    return _head(runs, of, best, offset, report, name, seed), report
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Candidate:
+    """A way to predict, fitted on all prompts, and what it says of prompts that were left out."""
+
+    skill: float
+    """Mean correlation with the finished reward within a prompt."""
+    layer: int
+    """Entry of ``Runs.layers``."""
+    pool: PoolChoice
+    ridge: float
+    weight_K: Doubles
+    """Of a state's numbers, and of the head's own mean so far, if it stands on that."""
+    own: bool
+    values_PNA: Doubles
+
+    @property
+    def own_weight(self) -> float | None:
+        return float(self.weight_K[-1]) if self.own else None
+
+    def inputs(self, runs: Runs) -> Doubles:
+        return _inputs(runs, self.layer, self.pool, self.own)
+
+
+def _candidates(runs: Runs, fold_P: Indices, *, own: bool) -> Iterator[_Candidate]:
+    ways: list[tuple[PoolChoice, bool]] = [("last", False), ("mean", False), *([("mean", True)] if own else [])]
+    for (pool, beside), layer in itertools.product(ways, range(len(runs.layers))):
+        inputs_PNAK = _inputs(runs, layer, pool, beside)
+        moments = _moments(inputs_PNAK, runs.rewards_PN)
+        gram, moment = (np.sum(part, axis=0) for part in zip(*moments, strict=True))
+        for ridge, values_PNA in zip(RIDGES, _held_out(inputs_PNAK, moments, fold_P, beside), strict=True):
+            weight_K = _solve(gram, moment, ridge, beside)
+            if not beside or weight_K[-1] > 0:
+                skill = _mean(np.array(correlations(values_PNA, runs.rewards_PN)))
+                yield _Candidate(skill, layer, pool, ridge, weight_K, beside, values_PNA)
+
+
+def _inputs(runs: Runs, layer: int, pool: PoolChoice, own: bool) -> Doubles:
+    """``[P, N, A, K]``"""
+    states = (runs.states_PNALD if pool == "last" else runs.means_PNALD)[:, :, :, layer].astype(np.float64)
+    return np.concatenate([states, runs.own_PNA[..., None]], axis=-1) if own else states
+
+
+def _head(runs: Runs, of: Head, best: _Candidate, offset: float, report: ValueReport, name: str, seed: int) -> Head:
+    fit = record(runs.data_hash, report.responses, seed, {
+        "at": list(runs.at), "correlations": list(report.correlations),
+        "own_correlations": list(report.own_correlations), "prompts": report.prompts, "ridge": best.ridge,
+        "own_weight": best.own_weight,
+    })  # fmt: skip
+    D = runs.states_PNALD.shape[-1]
+    tensors = {"direction": best.weight_K[None, :D].astype(np.float32)}
+    alone = Manifest(
         name=name, kind="value", version=1, created=created(), backbone=runs.backbone, layers=(report.layer,),
-        position="last", pool=Pool(name=chosen), template=runs.template, calibration={KEY: report.curve.dump()},
-        fit=record(runs.data_hash, P * N, seed, {
-            "at": list(runs.at), "correlations": list(report.correlations),
-            "own_correlations": list(report.own_correlations), "prompts": P, "ridge": ridge,
-        }),
-        options={OF: of.ref.name, "offset": offset},
+        position="last", pool=Pool(name=best.pool), template=runs.template, calibration={KEY: report.curve.dump()},
+        fit=fit, options={OF: of.ref.name, "offset": offset},
     )  # fmt: skip
-    return LegendHead.from_tensors(manifest, {"direction": weight_D[None].astype(np.float32)}), report
+    if best.own_weight is None:
+        return ValueHead.from_tensors(alone, tensors)
+    part = alone.model_copy(update={"kind": "legend", "pool": None, "calibration": {}, "options": {"offset": offset}})
+    weighed = zip((of.manifest, part), (best.own_weight, 1.0), strict=True)
+    manifest = alone.model_copy(update={
+        "layers": tuple(sorted({report.layer, *of.manifest.layers})), "final_norm": of.manifest.final_norm,
+        "options": {OF: of.ref.name, "parts": [
+            {"manifest": one.model_dump(mode="json"), "weight": weight, "centre": 0.0, "spread": 1.0}
+            for one, weight in weighed
+        ]},
+    })  # fmt: skip
+    parts = {f"0.{key}": tensor for key, tensor in of.tensors().items()}
+    return ValueHead.from_tensors(manifest, parts | {f"1.{key}": tensor for key, tensor in tensors.items()})
 
 
 def correlations(values_PNA: Doubles, rewards_PN: Doubles) -> tuple[float, ...]:
@@ -162,38 +222,42 @@ def _simulated(
     return float(rewards_N.max() - rewards_N[left].max()), float(drawn)
 
 
-def _held_out(states_PNAD: Floats, rewards_PN: Doubles, fold_P: Indices) -> list[Doubles]:
+def _held_out(
+    inputs_PNAK: Doubles, moments: Sequence[tuple[Doubles, Doubles]], fold_P: Indices, own: bool
+) -> list[Doubles]:
     """For each of ``RIDGES`` the predictions ``[P, N, A]`` of prompts by fits without their fold."""
-    moments = _moments(states_PNAD, rewards_PN)
     grams_P, moments_P = (np.stack(part) for part in zip(*moments, strict=True))
-    values = [np.full(states_PNAD.shape[:3], np.nan) for _ in RIDGES]
+    values = [np.full(inputs_PNAK.shape[:3], np.nan) for _ in RIDGES]
     for fold in range(FOLDS):
         train = fold_P != fold
         gram, moment = grams_P[train].sum(axis=0), moments_P[train].sum(axis=0)
         for ridge, values_PNA in zip(RIDGES, values, strict=True):
-            values_PNA[~train] = states_PNAD[~train] @ _solve(gram, moment, ridge)
+            values_PNA[~train] = inputs_PNAK[~train] @ _solve(gram, moment, ridge, own)
     return values
 
 
-def _moments(states_PNAD: Floats, rewards_PN: Doubles) -> list[tuple[Doubles, Doubles]]:
+def _moments(inputs_PNAK: Doubles, rewards_PN: Doubles) -> list[tuple[Doubles, Doubles]]:
     """Of each prompt ``X'X`` and ``X'y`` of its differences, summed over the points."""
     found = []
-    for states_NAD, rewards_N in zip(states_PNAD, rewards_PN, strict=True):
+    for inputs_NAK, rewards_N in zip(inputs_PNAK, rewards_PN, strict=True):
         rows, targets = [], []
-        for a in range(states_NAD.shape[1]):
-            there = np.isfinite(states_NAD[:, a, 0])
+        for a in range(inputs_NAK.shape[1]):
+            there = np.isfinite(inputs_NAK[:, a, 0])
             if there.sum() > 1:
-                rows.append(states_NAD[there, a] - states_NAD[there, a].mean(axis=0))
+                rows.append(inputs_NAK[there, a] - inputs_NAK[there, a].mean(axis=0))
                 targets.append(rewards_N[there] - rewards_N[there].mean())
-        D = states_NAD.shape[2]
-        X = np.concatenate([np.zeros((0, D)), *rows]).astype(np.float64)
+        X = np.concatenate([np.zeros((0, inputs_NAK.shape[2])), *rows])
         found.append((X.T @ X, X.T @ np.concatenate([np.zeros(0), *targets])))
     return found
 
 
-def _solve(gram_DD: Doubles, moment_D: Doubles, ridge: float) -> Doubles:
-    D = len(gram_DD)
-    return np.asarray(np.linalg.solve(gram_DD + (ridge * np.trace(gram_DD) / D + 1e-12) * np.eye(D), moment_D))
+def _solve(gram_KK: Doubles, moment_K: Doubles, ridge: float, own: bool) -> Doubles:
+    """The ridge is on a state's numbers, not on the head's own mean, which comes last."""
+    D = len(gram_KK) - own
+    penalty_K = np.full(len(gram_KK), 1e-12)
+    penalty_K[:D] += ridge * np.trace(gram_KK[:D, :D]) / D
+    penalty_K[D:] += 1e-9 * np.diagonal(gram_KK)[D:]
+    return np.asarray(np.linalg.solve(gram_KK + np.diag(penalty_K), moment_K))
 
 
 def _mean(values: Doubles) -> float:
