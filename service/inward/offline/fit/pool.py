@@ -279,7 +279,7 @@ def _train(tokens: Tokens, pool: Pool, fold_N: Indices, seed: int, *, progress: 
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             bar.update()
-    weight_FD = kept[0].numpy() / (scale_D * width)
+    weight_FD = kept[0].numpy() / (scale_D * np.sqrt(width))
     return Maps(weight_FD.astype(np.float32), (kept[1].numpy() - weight_FD @ mean_D).astype(np.float32))
 
 
@@ -299,8 +299,8 @@ def _pool_batch(
     scores, real = np.zeros((len(rows), longest), dtype=np.float32), np.zeros((len(rows), longest), dtype=np.bool_)
     for m, row in enumerate(rows):
         length = len(tokens.scores_M[row])
-        # Divided by D twice over, in the end: a step of Adam then moves a logit by about the learning rate.
-        states[m, :length] = (tokens.states_M[row] - mean_D) / (scale_D * len(mean_D))
+        # So that a state has length 1: a logit then moves by the learning rate or more in a step of Adam, whatever D is.
+        states[m, :length] = (tokens.states_M[row] - mean_D) / (scale_D * np.sqrt(len(mean_D)))
         scores[m, :length], real[m, :length] = tokens.scores_M[row] / spread, True
     logits_FMT = torch.einsum("mtd,fd->fmt", torch.from_numpy(states), weight_FD) + bias_F[:, None, None]
     mask_MT = torch.from_numpy(real)
