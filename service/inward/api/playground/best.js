@@ -1,5 +1,5 @@
 // Answers as they are drawn, in the order of their scores.
-import { events, post } from "./api.js";
+import { events } from "./api.js";
 import { histogram } from "./charts.js";
 import { headSelect } from "./choosing.js";
 import { field, figures, form, h, number } from "./dom.js";
@@ -39,15 +39,11 @@ async function draw(out, request, early) {
     const scores = seen.map((one) => one.score).filter((score) => score !== null);
     if (scores.length > 1) chart.replaceChildren(histogram(scores, "Scores"));
   };
+  const rejection = early ? { early_rejection: { keep: 0.5, at: [8, 16] } } : {};
   let result;
-  if (early) {
-    result = await post("/rerank", { ...request, early_rejection: { keep: 0.5, at: [8, 16] } });
-    result.results.forEach(add);
-  } else {
-    for await (const [name, value] of events("/rerank", { ...request, stream: true })) {
-      if (name === "sample") add(value);
-      if (name === "result") result = value;
-    }
+  for await (const [name, value] of events("/rerank", { ...request, ...rejection, stream: true })) {
+    if (name === "sample") add(value);
+    if (name === "result") result = value;
   }
   rank(list, result.results, true);
   const scores = result.results.filter((one) => !["rejected", "guard"].includes(one.finish_reason)).map((one) => one.score).filter((score) => score !== null);
