@@ -22,18 +22,18 @@ export function review(name, pairs, head) {
   const all = pairs.map((one) => ({ ...one, longer: one.chosen.length - one.rejected.length, decision: "" }));
   const columns = [...new Set(all.flatMap((one) => Object.keys(one.row)))].filter((column) => !OWN.includes(column)).sort();
   const limit = (label, step = "any") => h("input", { type: "number", step, ariaLabel: label });
-  const choice = (options) => h("select", {}, options.map((text) => h("option", {}, text)));
+  const choice = (label, options) => h("select", { ariaLabel: label }, options.map((text) => h("option", {}, text)));
   const text = h("input", { type: "search", placeholder: "in prompt or answers" });
   const ranges = {
     margin: [limit("Least margin"), limit("Most margin")],
     label_probability: [limit("Least label probability"), limit("Most label probability")],
     longer: [limit("Least length difference", 1), limit("Most length difference", 1)],
   };
-  const verdict = choice(Object.keys(VERDICTS));
-  const column = choice(["any column", ...columns]);
+  const verdict = choice("Verdict of the head", Object.keys(VERDICTS));
+  const column = choice("Column", ["any column", ...columns]);
   const value = h("input", { size: 10, ariaLabel: "Value of the column", placeholder: "holds" });
-  const decided = choice(["decided or not", "undecided", "decided", "right", "flip", "drop"]);
-  const sort = choice(Object.keys(SORTS));
+  const decided = choice("Decided", ["decided or not", "undecided", "decided", "right", "flip", "drop"]);
+  const sort = choice("Sort", Object.keys(SORTS));
   const count = h("p", { className: "quiet", role: "status" });
   const list = h("ol", { className: "pairs", "aria-label": "Pairs" });
   const more = h("button", { type: "button", className: "plain" }, "More");
@@ -79,7 +79,7 @@ export function review(name, pairs, head) {
     }, decision);
     const rest = columns.filter((name) => name in one.row).map((name) => `${name}: ${said(one.row[name]).slice(0, 80)}`);
     const facts = [`${one.longer >= 0 ? "+" : ""}${one.longer} characters`, ...rest].join(" · ");
-    return h("li", { className: `card pair ${one.decision}`, onclick: () => { at = shown.indexOf(one); mark(false); } },
+    return h("li", { className: "card pair", "data-decision": one.decision, onclick: () => { at = shown.indexOf(one); mark(false); } },
       h("div", { className: "head" },
         h("strong", {}, `Row ${one.i + 1}`),
         h("span", { className: one.label_agrees === false ? "bad" : "" }, "margin ", h("span", { className: "mono" }, number(one.margin))),
