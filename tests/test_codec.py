@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from inward import codec
 from inward.types import (
+    Ended,
     Failed,
     Group,
     HeadRef,
@@ -55,6 +56,15 @@ def test_a_piece_arrives_as_it_was_sent_and_is_no_outcome():
     assert codec.decode_reply(codec.encode(FAILED)) == FAILED
     with pytest.raises(codec.Unreadable):
         codec.decode_outcome(codec.encode(piece))
+
+
+def test_the_end_of_a_response_arrives_as_it_was_sent():
+    ended = Ended("a1", 3, Sample((1, 2), "text", "rejected", stop_score=-0.5, held_back=2))
+    assert codec.decode_reply(codec.encode(ended)) == ended
+    scored = replace(ended, score=1.25, probability=0.5)
+    assert codec.decode_reply(codec.encode(scored)) == scored
+    with pytest.raises(codec.Unreadable):
+        codec.decode_outcome(codec.encode(ended))
 
 
 def test_a_job_of_a_replica_that_knows_nothing_of_pieces_is_not_told():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ from inward import metrics
 from inward.errors import DeadlineExceeded, InternalError, Unavailable
 from inward.intake import Intake
 from inward.queues.memory import MemoryQueue
-from inward.telling import Telling
-from inward.types import Failed, Group, HeadRef, Piece, Sample, SamplingSpec, Scored, Scores, StopRule, Usage
+from inward.telling import Telling, TellingEnds
+from inward.types import Ended, Failed, Group, HeadRef, Piece, Sample, SamplingSpec, Scored, Scores, StopRule, Usage
 from support.corridor import corridor
 from support.waiting import PATIENCE
 
@@ -173,3 +174,70 @@ async def test_an_answer_that_stands_still_ends_with_its_deadline():
     text = await Intake(queue).tell(DRAWING, heads=("h",), timeout=0.05)
     with pytest.raises(DeadlineExceeded):
         await anext(text)
+
+
+SEVERAL = Group((1, 2, 3), sampling=SamplingSpec(2, max_tokens=40))
+FIRST, SECOND = Sample((1, 2), "one", "stop"), Sample((3, 4), "two", "rejected", stop_score=0.5)
+
+
+async def follow(*ended, end):
+    """What comes of two responses whose ends are told, through a queue."""
+    queue = MemoryQueue(max_tokens=1000)
+    samples = await Intake(queue).follow(SEVERAL, heads=("h",), timeout=PATIENCE)
+    [job] = await queue.take(1000)
+    assert job.told
+    for index, sample in ended:
+        assert await queue.tell(Ended(job.id, index, sample))
+    await queue.settle(
+        [replace(outcome(job.id, ""), samples=end) if isinstance(end, tuple) else Failed(job.id, end, "no")]
+    )
+    given = []
+    try:
+        async for one in samples:
+            given.append(one.index)
+        assert samples.scored.samples == end
+    except Exception as error:
+        given.append(type(error))
+    finally:
+        await samples.aclose()
+    return given
+
+
+@pytest.mark.parametrize(
+    ("ended", "end", "given"),
+    [
+        ([(1, SECOND), (0, FIRST)], (FIRST, SECOND), [1, 0]),
+        ([(1, SECOND)], (FIRST, SECOND), [1]),  # one was lost
+        ([], (FIRST, SECOND), []),
+        ([(1, SECOND), (1, SECOND), (0, FIRST)], (FIRST, SECOND), [1, 0]),  # another worker, the same drawing
+        ([(1, SECOND), (1, FIRST)], (FIRST, SECOND), [1, Unavailable]),
+        ([(0, SECOND)], (FIRST, SECOND), [0, Unavailable]),
+        ([(0, FIRST)], InternalError.code, [0, InternalError]),
+    ],
+)
+async def test_each_end_is_given_once_and_no_two_drawings_are_mixed(ended, end, given):
+    assert await follow(*ended, end=end) == given
+
+
+async def test_ends_are_told_when_they_are_final_and_not_after_the_outcome():
+    final, told = set(), []
+
+    async def rate(index, sample):
+        return Ended("a", index, sample)
+
+    async def tell(news):
+        told.append((news.index, news.sample))
+        return True
+
+    async with TellingEnds("a", final.__contains__, rate, tell) as telling:
+        telling.on_ended(0, FIRST)
+        telling.on_ended(1, SECOND)
+        await asyncio.sleep(0.01)
+        assert told == [(1, SECOND)]
+        final.add(0)
+        telling.on_ended(2, FIRST)
+        await asyncio.sleep(0.01)
+        assert told == [(1, SECOND), (0, FIRST)]
+        final.add(2)
+        telling.on_ended(3, SECOND)
+    assert len(told) <= 3

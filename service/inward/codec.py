@@ -1,4 +1,5 @@
-"""Jobs, pieces and outcomes as bytes: a version byte, a byte for the kind of message, then MessagePack. Never pickle.
+"""Jobs, news of them and outcomes as bytes: a version byte, a byte for the kind of message, then MessagePack. Never
+pickle.
 
 A dataclass is a map of its field names, so a reader skips fields that it does not know and fills in the default of
 those that are missing: adding a field with a default keeps the version. Types are checked on the way in, because a
@@ -12,15 +13,16 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from inward.types import Failed, Job, Outcome, Piece, Scored
+from inward.types import Ended, Failed, Job, News, Outcome, Piece, Scored
 
 VERSION = 2
-JOB, SCORED, FAILED, MAP, PIECE = b"JSFMP"
+JOB, SCORED, FAILED, MAP, PIECE, ENDED = b"JSFMPE"
 _ENCODER = msgspec.msgpack.Encoder(order="deterministic")  # equal jobs are equal bytes, whatever the order of a set
 _JOBS = msgspec.msgpack.Decoder(Job)
 _SCORED = msgspec.msgpack.Decoder(Scored)
 _FAILED = msgspec.msgpack.Decoder(Failed)
 _PIECES = msgspec.msgpack.Decoder(Piece)
+_ENDED = msgspec.msgpack.Decoder(Ended)
 _MAPS = msgspec.msgpack.Decoder(dict[str, Any])
 
 T = TypeVar("T")
@@ -30,13 +32,15 @@ class Unreadable(ValueError):
     """Bytes that are no message, or one of a version that this process does not know."""
 
 
-def encode(message: Job | Piece | Outcome) -> bytes:
+def encode(message: Job | News | Outcome) -> bytes:
     """``message`` with its version and kind."""
     match message:
         case Job():
             kind = JOB
         case Piece():
             kind = PIECE
+        case Ended():
+            kind = ENDED
         case Scored():
             kind = SCORED
         case Failed():
@@ -84,13 +88,16 @@ def decode_job(data: bytes) -> Job:
     return _decoded(data, _JOBS)
 
 
-def decode_reply(data: bytes) -> Piece | Outcome:
-    """The piece or the outcome that ``encode`` was given.
+def decode_reply(data: bytes) -> News | Outcome:
+    """The news or the outcome that ``encode`` was given.
 
     Raises:
         Unreadable: neither, or of a version that this process does not know.
     """
-    return _decoded(data, _PIECES) if _kind(data) == PIECE else decode_outcome(data)
+    kind = _kind(data)
+    if kind == PIECE:
+        return _decoded(data, _PIECES)
+    return _decoded(data, _ENDED) if kind == ENDED else decode_outcome(data)
 
 
 def decode_outcome(data: bytes) -> Outcome:

@@ -8,15 +8,16 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 
 from inward import logs, metrics
-from inward.backbones.base import Backbone, OnTokens
+from inward.backbones.base import Backbone, OnEnded, OnTokens, stopped
 from inward.backbones.decoding import before_stop
 from inward.errors import EngineDead, InternalError, InwardError
 from inward.heads.base import Head
 from inward.heads.calibration import Deciles
 from inward.heads.registry import Registry, Snapshot
 from inward.heads.watch import HeadWatch, watch
-from inward.telling import Tell, Telling
+from inward.telling import Tell, Telling, TellingEnds
 from inward.types import (
+    Ended,
     Failed,
     Group,
     GroupReading,
@@ -54,7 +55,7 @@ class Engine:
         without it.
 
         Args:
-            tell: takes the pieces of jobs that are told.
+            tell: takes the news of jobs that are told.
 
         Raises:
             EngineDead: the backbone can't compute any more; no job of the batch has an outcome.
@@ -112,9 +113,13 @@ class Engine:
     ) -> Outcome:
         """Of a job whose responses are drawn, and some of them perhaps not to their end."""
         looks = watch(spec, job.heads[0], snapshot)
-        async with self._telling(job, spec, looks, tell) as on_tokens:
+        head = heads[job.heads[0]]
+        async with (
+            self._telling(job, spec, looks, tell) as on_tokens,
+            self._telling_ends(job, spec, head, looks, tell) as on_ended,
+        ):
             samples, reading = await self.backbone.sample_and_read(
-                job.group, readouts, tokens=tokens, watch=looks, on_tokens=on_tokens
+                job.group, readouts, tokens=tokens, watch=looks, on_tokens=on_tokens, on_ended=on_ended
             )
         answered = Group(job.group.prompt_ids, tuple(sample.ids for sample in samples), spec)
         return self._scored(job, answered, tuple(samples), reading, heads)
@@ -134,6 +139,43 @@ class Engine:
 
         async with Telling(job.id, text, tell) as telling:
             yield telling.on_tokens
+
+    @asynccontextmanager
+    async def _telling_ends(
+        self, job: Job, spec: SamplingSpec, head: Head, looks: HeadWatch | None, tell: Tell | None
+    ) -> AsyncGenerator[OnEnded | None, None]:
+        """Who is told when each of a job's several responses ends; nobody, where its caller does not want to be."""
+        if tell is None or not job.told or spec.n == 1:
+            yield None
+            return
+        version = self.backbone.policy_version
+
+        async def rate(index: int, sample: Sample) -> Ended:
+            return await self._rated(job, index, sample, head, looks, version)
+
+        async with TellingEnds(job.id, looks.final if looks is not None else lambda index: True, rate, tell) as telling:
+            yield telling.on_ended
+
+    async def _rated(
+        self, job: Job, index: int, sample: Sample, head: Head, looks: HeadWatch | None, version: str
+    ) -> Ended:
+        """What is told of a response that has ended. Of one drawn to its end the head says its score, for which it is
+        read by itself, and a guard whether it may be given at all.
+        """
+        if not sample.finished:
+            return Ended(job.id, index, sample)
+        guards = looks.readouts if looks is not None and looks.guards else ()
+        group = Group(job.group.prompt_ids, (sample.ids,))
+        (read,) = await self.backbone.read([group], [head.readout, *guards], tokens=head.pools or bool(guards))
+        if looks is not None and guards:
+            shown = [own.tokens_TK[0] for own in read.readings[1:] if own.tokens_TK is not None]
+            if (stop := looks.check(index, shown)) is not None:
+                return Ended(job.id, index, stopped(sample.ids, stop, self.backbone.certain))
+        scores = head.score(read.readings[0])
+        if scores.listwise or read.policy_version != version:
+            return Ended(job.id, index, sample)
+        probability = scores.probability_N[0] if scores.probability_N else None
+        return Ended(job.id, index, sample, scores.scores_N[0], probability)
 
     def _scored(
         self, job: Job, group: Group, samples: tuple[Sample, ...], reading: GroupReading, heads: dict[str, Head]

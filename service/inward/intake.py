@@ -8,14 +8,15 @@ import uuid
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from inward import metrics, tracing
 from inward.errors import DeadlineExceeded, InwardError, Unavailable, from_code
 from inward.queues.base import Producer
-from inward.types import Detail, Failed, Group, Job, Outcome, Piece, Priority, Scored
+from inward.types import Detail, Ended, Failed, Group, Job, News, Outcome, Piece, Priority, Sample, Scored
 
-News = Piece | asyncio.Future[Outcome]
-"""What comes of an answer that is told: pieces, and in the end what became of it."""
+Heard = News | asyncio.Future[Outcome]
+"""What comes of a job that is told: news, and in the end what became of it."""
 
 
 class Intake:
@@ -76,10 +77,23 @@ class Intake:
         Raises:
             InwardError: as ``stream``.
         """
+        return ComingText(*await self._told(group, heads, timeout))
+
+    async def follow(self, group: Group, *, heads: tuple[str, ...], timeout: float = 60.0) -> ComingSamples:
+        """Admits a group with several responses to be drawn, and then gives each when it has ended.
+
+        Raises:
+            InwardError: as ``stream``.
+        """
+        return ComingSamples(*await self._told(group, heads, timeout))
+
+    async def _told(
+        self, group: Group, heads: tuple[str, ...], timeout: float
+    ) -> tuple[str, Awaitable[Outcome], asyncio.Queue[Heard], Producer, float, float]:
         (job,) = (replace(job, told=True) for job in self._jobs([group], heads, timeout))
-        news: asyncio.Queue[News] = asyncio.Queue()
+        news: asyncio.Queue[Heard] = asyncio.Queue()
         (wait,) = await self._queue.submit([job], news.put_nowait)
-        return ComingText(job.id, wait, news, self._queue, job.deadline - self._clock(), timeout)
+        return job.id, wait, news, self._queue, job.deadline - self._clock(), timeout
 
     def _jobs(
         self,
@@ -136,16 +150,14 @@ class Coming:
         await self._queue.abandon(self._job_ids)
 
 
-class ComingText:
-    """The text of an admitted job that is told, part by part as it is drawn; all parts are the whole of it, whatever
-    was lost or told twice on the way. Closing it (the caller hung up) abandons what is not drawn yet.
-    """
+class _Told:
+    """An admitted job that is told. Closing it (the caller hung up) abandons what is not drawn yet."""
 
     def __init__(
         self,
         job_id: str,
         wait: Awaitable[Outcome],
-        news: asyncio.Queue[News],
+        news: asyncio.Queue[Heard],
         queue: Producer,
         left: float,
         timeout: float,
@@ -153,11 +165,30 @@ class ComingText:
         self._job_id, self._news, self._queue, self._timeout = job_id, news, queue, timeout
         self._begun = asyncio.get_running_loop().time()
         self._end = self._begun + left
-        self._given = ""
         self._outcome = asyncio.ensure_future(wait)
         self._outcome.add_done_callback(news.put_nowait)
         self.scored: Scored | None = None
-        """What became of it, once all parts are given."""
+        """What became of it, once everything is given."""
+
+    async def _next(self) -> Heard:
+        try:
+            async with asyncio.timeout_at(self._end):
+                return await self._news.get()
+        except TimeoutError:
+            raise _late(self._timeout) from None
+
+    async def aclose(self) -> None:
+        """Nobody waits any more."""
+        self._outcome.cancel()
+        await self._queue.abandon([self._job_id])
+
+
+class ComingText(_Told):
+    """The text of an admitted job that is told, part by part as it is drawn; all parts are the whole of it, whatever
+    was lost or told twice on the way.
+    """
+
+    _given = ""
 
     def __aiter__(self) -> ComingText:
         return self
@@ -166,6 +197,8 @@ class ComingText:
         """Raises InwardError for what went wrong."""
         while self.scored is None:
             news = await self._next()
+            if isinstance(news, Ended):
+                continue
             part = self._new(news) if isinstance(news, Piece) else self._rest(news.result())
             if part:
                 if not self._given:
@@ -173,13 +206,6 @@ class ComingText:
                 self._given += part
                 return part
         raise StopAsyncIteration
-
-    async def _next(self) -> News:
-        try:
-            async with asyncio.timeout_at(self._end):
-                return await self._news.get()
-        except TimeoutError:
-            raise _late(self._timeout) from None
 
     def _new(self, piece: Piece) -> str:
         """What of a piece was not given yet. After one that was lost nothing can be, until the outcome."""
@@ -189,19 +215,55 @@ class ComingText:
         return piece.text[len(known) :] if piece.start <= len(self._given) else ""
 
     def _rest(self, outcome: Outcome) -> str:
-        value = _value(outcome)
-        if isinstance(value, InwardError):
-            raise value
+        value = _success(outcome)
         text = value.samples[0].text
         if not text.startswith(self._given):
             raise _another()
         self.scored = value
         return text[len(self._given) :]
 
-    async def aclose(self) -> None:
-        """Nobody waits any more."""
-        self._outcome.cancel()
-        await self._queue.abandon([self._job_id])
+
+class ComingSamples(_Told):
+    """The responses of an admitted job that is told, each when it has ended, by its index. What was lost on the way is
+    not among them: ``scored`` has all.
+    """
+
+    def __init__(self, *told: Any) -> None:
+        super().__init__(*told)
+        self._given: dict[int, Ended] = {}
+
+    def __aiter__(self) -> ComingSamples:
+        return self
+
+    async def __anext__(self) -> Ended:
+        """Raises InwardError for what went wrong."""
+        while self.scored is None:
+            news = await self._next()
+            if isinstance(news, Ended):
+                before = self._given.setdefault(news.index, news)
+                if before is news:
+                    return news
+                _alike(before.sample, news.sample)
+            elif not isinstance(news, Piece):
+                scored = _success(news.result())
+                for index, ended in self._given.items():
+                    _alike(ended.sample, scored.samples[index])
+                self.scored = scored
+        raise StopAsyncIteration
+
+
+def _alike(one: Sample, other: Sample) -> None:
+    """Raises Unavailable where these can't be the same response; a guard may end it a token earlier or later."""
+    n = min(len(one.ids), len(other.ids))
+    if one.ids[:n] != other.ids[:n]:
+        raise _another()
+
+
+def _success(outcome: Outcome) -> Scored:
+    value = _value(outcome)
+    if isinstance(value, InwardError):
+        raise value
+    return value
 
 
 def _another() -> Unavailable:

@@ -1,5 +1,5 @@
-"""The text of a response while it is drawn: from tokens, on whatever thread they are drawn, to pieces of text, not too
-many of them.
+"""What is told of a job while it is drawn: the text of its one response, from tokens, on whatever thread they are
+drawn, to pieces of text, not too many of them; or of several, each as it ends.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ from types import TracebackType
 from typing import Self
 
 from inward import logs
-from inward.types import Ids, Piece
+from inward.types import Ended, Ids, News, Piece, Sample
 
 LOG = logs.logger("engine")
 TELL_INTERVAL_S = 0.05
 """Between two pieces of one response: as often as a reader sees a difference, whatever the pace of drawing."""
-Tell = Callable[[Piece], Awaitable[bool]]
-"""Hands on a piece, see ``queues.base.Consumer.tell``."""
+Tell = Callable[[News], Awaitable[bool]]
+"""Hands on news, see ``queues.base.Consumer.tell``."""
+Rate = Callable[[int, Sample], Awaitable[Ended]]
+"""What is to be told of the response of this number."""
 
 
 class Telling:
@@ -74,3 +76,46 @@ class Telling:
         text = self._text(self._ids)
         if len(text) > self._told and await self._tell(Piece(self._job_id, self._told, text[self._told :])):
             self._told = len(text)
+
+
+class TellingEnds:
+    """Tells of several responses, of each when it has ended for good, from entering this until leaving it. What was not
+    handed on by then is not told: the outcome has it.
+
+    Args:
+        job_id: whose responses they are.
+        final: whether a response that has ended by itself stays as it is.
+        rate: what is told of one.
+        tell: hands it on.
+    """
+
+    def __init__(self, job_id: str, final: Callable[[int], bool], rate: Rate, tell: Tell) -> None:
+        self._job_id, self._final, self._rate, self._tell = job_id, final, rate, tell
+        self._loop = asyncio.get_running_loop()
+        self._ended: dict[int, Sample] = {}
+        self._queue: asyncio.Queue[tuple[int, Sample] | None] = asyncio.Queue()
+        self._over = False
+
+    def on_ended(self, index: int, sample: Sample) -> None:
+        """See ``backbones.base.OnEnded``."""
+        self._ended[index] = sample
+        for i in [i for i, one in self._ended.items() if not one.finished or self._final(i)]:
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, (i, self._ended.pop(i)))
+
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.create_task(self._run())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over = True
+        self._queue.put_nowait(None)
+        await self._task
+
+    async def _run(self) -> None:
+        try:
+            while (news := await self._queue.get()) is not None and not self._over:
+                await self._tell(await self._rate(*news))
+        except Exception as error:  # whatever it was, the outcome says so
+            logs.event(LOG, "telling_failed", severity=logging.ERROR, job=self._job_id, error=error)

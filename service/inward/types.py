@@ -247,7 +247,8 @@ class Job:
     trace: str = ""
     """W3C ``traceparent`` of the request that it belongs to; empty where nobody traces."""
     told: bool = False
-    """Whoever waits for it wants the text of its one response while it is drawn, as ``Piece``."""
+    """Whoever waits for it wants the text of its one response while it is drawn, as ``Piece``, or each of several as
+    it ends, as ``Ended``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,6 +261,24 @@ class Piece:
     start: int
     """Characters of the response before it."""
     text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """What became of one of several responses of a job that is ``told``, before its outcome. Some may be missing, and
+    come in any order: the outcome has all of them. It is what the outcome says of it, but for a score's last digits.
+    """
+
+    job_id: str
+    index: int
+    sample: Sample
+    score: float | None = None
+    """By the job's first head, of one that was drawn to its end; None with a listwise head."""
+    probability: float | None = None
+
+
+News = Piece | Ended
+"""What is told of a job before its outcome."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from api.test_drawn import ASK, ask, serving
-from api.test_stream import STREAM, events
+from api.test_stream import STREAM, ListHead, events
 from inward import metrics
+from inward.queues.memory import MemoryQueue
 from support.corridor import FakeHead
-from support.fake_services import LEGEND, error
+from support.fake_services import LEGEND, SRR, error
 
 REJECT = {"early_rejection": {"keep": 0.5, "at": [4, 8]}}
 GUARD = {"stop_when": {"below": -1.0, "pool": "last"}}
@@ -142,7 +143,6 @@ async def test_both_at_once():
         ({"stop_when": {"below": 0.0, "head": "nobody"}}, 404, "stop_when.head"),
         ({"stop_when": {"below": 0.0, "pool": "median"}}, 422, None),
         ({"stop_when": {"fpr": 0.01}}, 422, None),
-        ({**REJECT, "stream": True}, 422, "early_rejection"),
         ({**GUARD, "n": None, "sampling": None, "candidates": ["a"]}, 422, "stop_when"),
         ({**REJECT, "n": None, "sampling": None, "candidates": ["a"]}, 422, "early_rejection"),
     ],
@@ -154,6 +154,65 @@ async def test_what_can_not_be_done_is_refused(change, status, param):
         response = await api.post("/rerank", body)
     assert response.status_code == status, response.text
     assert error(response)["param"] == param
+
+
+async def test_a_stream_tells_of_each_when_it_ends_and_then_gives_the_ranking_that_comes_without_it():
+    whole = await ask({**ASK, **REJECT})
+    async with serving() as (api, _):
+        *samples, (last, result) = events((await api.post("/rerank", {**STREAM, **REJECT})).text)
+    assert last == "result"
+    assert result == whole
+    final = {one["index"]: one for one in result["results"]}
+    assert sorted(one["index"] for _, one in samples) == sorted(final)
+    for name, one in samples:
+        assert name == "sample"
+        assert one == {**final[one["index"]], "score": pytest.approx(one["score"])}
+    rejected = [one for _, one in samples if one["finish_reason"] == "rejected"]
+    assert rejected and all(one["drawn_tokens"] + one["not_drawn_tokens"] == 20 for one in rejected)
+    assert sum(one["not_drawn_tokens"] for one in final.values()) == result["usage"]["not_drawn_tokens"]
+    assert sum(one["drawn_tokens"] for one in final.values()) == result["usage"]["drawn_tokens"]
+    order = [one["drawn_tokens"] for _, one in samples]
+    assert order.index(4) < order.index(max(order))  # told while the others are drawn
+
+
+async def test_a_stream_gives_nothing_that_a_guard_holds_back():
+    async with serving() as (api, c):
+        *samples, (_, result) = events((await api.post("/rerank", {**STREAM, **REJECT, **GUARD})).text)
+        final = {one["index"]: one for one in result["results"]}
+        assert {one["index"] for _, one in samples} == set(final)
+        assert {one["finish_reason"] for _, one in samples} >= {"guard"}
+        for _, one in samples:
+            assert one["text"] == final[one["index"]]["text"]
+            assert (await tokens(c, one["text"]) >= -1.0).all()
+
+
+async def test_a_listwise_head_ranks_at_the_end_of_such_a_stream():
+    async with serving() as (api, c):
+        api.refs[SRR.name] = SRR
+        c.registry.heads[SRR.name] = ListHead(SRR.name, SRR.version)
+        body = {**STREAM, "head": SRR.name, "early_rejection": {**REJECT["early_rejection"], "head": LEGEND.name}}
+        *samples, (_, result) = events((await api.post("/rerank", body)).text)
+    assert {one["score"] for _, one in samples if one["finish_reason"] != "rejected"} == {None}
+    assert any(one["score"] is not None for one in result["results"] if one["finish_reason"] != "rejected")
+
+
+async def test_what_goes_wrong_in_such_a_stream_is_an_event():
+    async with serving() as (api, c):
+        c.backbone.fail_on(lambda group: True)
+        *_, (name, body) = events((await api.post("/rerank", {**STREAM, **REJECT})).text)
+    assert (name, body["error"]["code"]) == ("error", "internal_error")
+
+
+async def test_where_nothing_could_be_told_all_come_at_the_end(monkeypatch):
+    async def tell(self, news):
+        return False
+
+    monkeypatch.setattr(MemoryQueue, "tell", tell)
+    whole = await ask({**ASK, **REJECT})
+    async with serving() as (api, _):
+        *samples, (_, result) = events((await api.post("/rerank", {**STREAM, **REJECT})).text)
+    assert result == whole
+    assert [one for _, one in samples] == sorted(whole["results"], key=lambda one: one["index"])
 
 
 async def test_the_streams_last_event_ranks_what_was_stopped_last():

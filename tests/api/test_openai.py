@@ -93,7 +93,6 @@ async def test_sampling_fields_reach_the_backbone_and_null_is_as_if_a_field_were
         ({"frequency_penalty": 0.5}, 422, "frequency_penalty"),
         ({"logit_bias": {"5": 1}}, 422, "logit_bias"),
         ({"n": 3, "best_of": 2}, 422, "best_of"),
-        ({"stream": True, "early_rejection": {"keep": 0.5, "at": [4]}}, 422, "early_rejection"),
         ({"early_rejection": {"keep": 0.5}}, 422, "early_rejection.at"),
         ({"stop_when": {"below": 0, "fpr": 0.1}}, 422, "stop_when.fpr"),
         ({"stop_when": {"below": 0, "head": "nobody"}}, 404, "stop_when.head"),
@@ -159,6 +158,27 @@ async def test_a_stream_tells_the_progress_and_then_gives_the_best():
     assert all(one["delta"]["content"] and one["finish_reason"] is None for one in said[::2])
     assert last["choices"] == []
     assert last["usage"]["completion_tokens"] == drawn
+
+
+async def test_a_stream_with_early_rejection_tells_who_was_rejected_and_gives_what_is_given_without_it():
+    body = {**CHAT, "best_of": 6, "early_rejection": {"keep": 0.5, "at": [4, 8]}}
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    async with serving() as (api, c):
+        response = await api.post("/v1/chat/completions", {**body, **options})
+        groups = len(c.backbone.computed)
+    whole = await ask("/v1/chat/completions", body)
+    *pieces, last = chunks(response.text)
+    progress = [piece["inward"] for piece in pieces if "inward" in piece]
+    assert [(p["drawn"], p["of"]) for p in progress] == [(i, 6) for i in range(1, 7)]
+    counts = [p["rejected"] for p in progress]
+    assert counts == sorted(counts) and counts[-1] > 0
+    assert progress[-1]["not_drawn_tokens"] == last["usage"]["not_drawn_tokens"] > 0
+    text, end = [piece["choices"][0] for piece in pieces if "inward" not in piece]
+    assert text["delta"]["content"] == whole["choices"][0]["message"]["content"]
+    assert end["inward"] == whole["choices"][0]["inward"]
+    assert end["inward"]["score"] == pytest.approx(progress[-1]["best"])
+    assert last["usage"] == whole["usage"]
+    assert groups > 1  # each that was drawn to its end was read by itself, and all together in the end
 
 
 async def test_one_answer_is_streamed_while_it_is_drawn(monkeypatch):

@@ -36,7 +36,9 @@ class ListHead(FakeHead):
 
     def score(self, reading, *, details=frozenset(), pair=False):
         scores = super().score(reading).scores_N
-        return Scores(tuple(float(sum(other < one for other in scores)) for one in scores), listwise=True)
+        given = [one for one in scores if one is not None]
+        places = [None if one is None else float(sum(other < one for other in given)) for one in scores]
+        return Scores(tuple(places), listwise=True)
 
 
 async def test_each_answer_comes_as_an_event_and_the_end_is_the_answer_that_is_given_without_streaming():

@@ -163,6 +163,37 @@ def test_tokens_are_told_while_they_are_drawn_and_a_guard_goes_first(backbone):
     assert_told(backbone, range(6))
 
 
+def ends(backbone, spec):
+    """The responses of a drawing, and what was told of their ends: index, sample, and whether that was final."""
+    looks, told = watch(spec, "plain", HEADS), []
+
+    def on_ended(i, sample):
+        told.append((i, sample, looks is None or looks.final(i)))
+
+    call = backbone.sample_and_read(Group(PROMPT, sampling=spec), [PLAIN], watch=looks, on_ended=on_ended)
+    samples, _ = asyncio.run(call)
+    return samples, told
+
+
+def assert_ends_told(backbone, seeds):
+    """That every end is told, the rejected ones before others end, and that what is final is what is given."""
+    early = 0
+    for seed in seeds:
+        spec = SamplingSpec(6, max_tokens=24, seed=seed, early_rejection=EarlyRejection(0.5, (6, 12)))
+        for one in (replace(spec, early_rejection=None), spec):
+            samples, told = ends(backbone, one)
+            assert samples == draw(backbone, one)[0][0]
+            assert {i: sample for i, sample, _ in told} == dict(enumerate(samples))
+            assert all(sample == samples[i] for i, sample, final in told if final or not sample.finished)
+        reasons = [sample.finish_reason for _, sample, _ in told]
+        early += reasons.index("rejected") < len(told) - 3
+    assert early
+
+
+def test_each_end_is_told_when_it_comes(backbone):
+    assert_ends_told(backbone, range(4))
+
+
 def test_of_several_nothing_depends_on_who_is_told(backbone):
     told = []
     group = Group(PROMPT, sampling=SamplingSpec(1, max_tokens=24, seed=3))

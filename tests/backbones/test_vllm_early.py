@@ -15,7 +15,7 @@ from support.parity import EAGER, ids
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm does it", exc_type=ImportError)
 
-from backbones.test_early import HEADS, PLAIN, assert_told, follow
+from backbones.test_early import HEADS, PLAIN, assert_ends_told, assert_told, follow
 from inward.backbones.vllm.backbone import VllmBackbone
 from inward.backbones.vllm.protocol import HELD
 from inward.errors import Unavailable
@@ -110,6 +110,10 @@ def test_tokens_are_told_however_an_answer_is_read(backbone: VllmBackbone, reado
     assert len(told) > 1
     shown = [backbone.certain(ids) for ids in told]
     assert all(one.startswith(sample.text) or sample.text.startswith(one) for one in shown)
+
+
+def test_each_end_is_told_when_it_comes(backbone: VllmBackbone) -> None:
+    assert_ends_told(backbone, range(3))
 
 
 def test_what_was_aborted_leaves_nothing_behind(backbone: VllmBackbone) -> None:

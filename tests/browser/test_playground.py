@@ -11,6 +11,10 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from inward.offline.annotate.decisions import key_of
+from inward.offline.annotate.decisions import read as read_decisions
+from inward_client.rows import Pair
+
 sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: make test-browser")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: make test-browser")
@@ -125,8 +129,8 @@ def test_a_file_of_pairs_has_margins_a_histogram_and_its_most_suspicious_rows(si
     site.open("data")
     file = {"name": "pairs.jsonl", "mimeType": "application/x-ndjson", "buffer": content}
     site.page.locator("#data input[type=file]").set_input_files(file)
-    site.page.wait_for_selector("#data table")
-    assert site.page.locator("#data tbody tr").first.locator("td").first.text_content() == "20"
+    site.page.wait_for_selector("#data .pair")
+    assert site.page.locator("#data .pair strong").first.text_content() == "Row 20"
     assert "1 (5.0 %)" in site.page.locator("#data .figures").text_content()
     with site.page.expect_download() as download:
         site.page.get_by_role("link", name="Download with columns").click()
@@ -134,6 +138,53 @@ def test_a_file_of_pairs_has_margins_a_histogram_and_its_most_suspicious_rows(si
     assert [line["id"] for line in lines] == [row["id"] for row in rows]
     assert lines[0]["margin"] == pytest.approx(-lines[-1]["margin"], rel=1e-3)
     assert {"label_probability", "confidence", "bin"} <= lines[0].keys()
+
+
+def test_pairs_are_filtered_coloured_and_decided_by_keyboard_and_the_file_of_decisions_is_applied(site, tmp_path):
+    names = ["Zoë", "\U0001f600", "Ann"]
+    given = [
+        {**PAIR, "prompt": f"How do I get in, {name}?", "id": n, "source": "ab"[n % 2]}
+        for n, name in enumerate([*names, *(f"number {n}" for n in range(27))])
+    ]
+    given[0] = {"prompt": "x" * 300, "chosen": PAIR["rejected"], "rejected": PAIR["chosen"], "source": "a", "id": 0}
+    content = "".join(json.dumps(row) + "\n" for row in given)
+    site.open("data")
+    file = {"name": "pairs.jsonl", "mimeType": "application/x-ndjson", "buffer": content.encode()}
+    site.page.locator("#data input[type=file]").set_input_files(file)
+    pairs = site.page.locator("#data .pair")
+    pairs.first.wait_for()
+    assert pairs.count() == 20
+    site.page.get_by_role("button", name="More").click()
+    assert pairs.count() == 30
+    status = site.page.locator("#data [role=status]").last
+    site.page.get_by_label("Column", exact=True).select_option("source")
+    site.page.get_by_label("Value of the column").fill("a")
+    assert "15 of 30 pairs, 0 decided" in status.text_content()
+    site.page.get_by_label("Verdict of the head").select_option("contradicts")
+    assert pairs.count() == 1
+    site.page.get_by_label("Verdict of the head").select_option("agrees")
+    site.page.get_by_label("Least margin").fill("1000")
+    assert pairs.count() == 0
+    site.page.get_by_label("Least margin").fill("")
+    site.page.get_by_label("Value of the column").fill("")
+    site.page.get_by_label("Verdict of the head").select_option("agrees or not")
+    site.page.get_by_label("Sort", exact=True).select_option("order of the file")
+    site.page.locator("#data h2").click()  # out of the controls
+    for key in "fdrjfu":
+        site.page.keyboard.press(key)
+    assert "3 decided" in status.text_content() or "4 decided" in status.text_content()
+    site.page.keyboard.press("c")
+    first = pairs.first.locator(".tokens")
+    first.nth(1).wait_for()
+    assert first.all_text_contents() == [given[0]["chosen"], given[0]["rejected"]]
+    with site.page.expect_download() as download:
+        site.page.get_by_role("button", name="Decisions file").click()
+    decisions = tmp_path / "decisions.csv"
+    download.value.save_as(decisions)
+    decided = read_decisions(decisions).by_key
+    keys = [key_of(Pair(row["prompt"], row["chosen"], row["rejected"])) for row in given]
+    assert [decided.get(key) for key in keys[:3]] == ["flip", "drop", "right"]
+    assert set(decided) <= set(keys)
 
 
 def test_a_file_that_is_no_jsonl_is_refused_by_its_line(site):
@@ -180,8 +231,35 @@ def test_axe_finds_nothing_serious(browser, demo_server, scheme):
         if tab == "compare":
             site.page.get_by_role("button", name="Compare", exact=True).click()
             site.page.wait_for_selector("canvas.map")
+        if tab == "data":
+            file = {"name": "pairs.jsonl", "mimeType": "text/plain", "buffer": json.dumps(PAIR).encode()}
+            site.page.locator("#data input[type=file]").set_input_files(file)
+            site.page.locator("#data .pair").wait_for()
+            site.page.get_by_role("button", name="Colour tokens").click()
+            site.page.locator("#data .tokens").nth(1).wait_for()
+            site.page.keyboard.press("d")
+        if tab == "best":
+            site.page.get_by_label("N", exact=True).fill("4")
+            site.page.get_by_label("Tokens, at most").fill("12")
+            site.page.get_by_label("Give up bad ones early").check()
+            site.page.get_by_role("button", name="Draw").click()
+            site.page.wait_for_selector("#best .winner")
         if tab == "heads":
             site.page.wait_for_selector("#heads select >> nth=2", state="attached")
         violations = axe.run(site.page).response["violations"]
         assert [(v["id"], v["nodes"][0]["html"]) for v in violations if v["impact"] in ("serious", "critical")] == []
+    context.close()
+
+
+def test_no_tab_is_wider_than_a_telephone(browser, demo_server):
+    context = browser.new_context(viewport={"width": 360, "height": 740})
+    site = Watched(context.new_page(), demo_server.url)
+    for tab in TABS:
+        site.open(tab)
+        if tab == "data":
+            row = json.dumps({**PAIR, "prompt": "How do I get in? " * 9, "chosen": "no" * 200})
+            file = {"name": "pairs.jsonl", "mimeType": "text/plain", "buffer": row.encode()}
+            site.page.locator("#data input[type=file]").set_input_files(file)
+            site.page.locator("#data .pair").wait_for()
+        assert site.page.evaluate("document.documentElement.scrollWidth") <= 360, tab
     context.close()

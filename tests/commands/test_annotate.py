@@ -180,12 +180,27 @@ def test_a_folder_gives_a_parquet_file_for_each_table(tmp_path):
 def test_a_running_service_gives_the_same_numbers(tmp_path, monkeypatch):
     model = write_model(tmp_path)
     path = write(tmp_path / "in.jsonl", [row(n) for n in range(300)])
+
+    def on_page(name):
+        return ("--html", tmp_path / f"{name}.html", "--page-of", "sample", "--page-rows", 40, "--token-scores")
+
     here = ("--model", str(model), "--heads", str(tmp_path / "heads"), "--dtype", "float32")
-    assert annotate(path, tmp_path / "here.jsonl", *here) == 0
+    assert annotate(path, tmp_path / "here.jsonl", *here, *on_page("here")) == 0
     with serve(tmp_path, "--dtype", "float32", env={"INWARD_API_KEYS": "secret"}) as served:
         assert annotate(path, tmp_path / "there.jsonl", "--url", served.url) == 2
         monkeypatch.setenv("INWARD_API_KEY", "secret")
-        assert annotate(path, tmp_path / "there.jsonl", "--url", served.url) == 0
+        assert annotate(path, tmp_path / "there.jsonl", "--url", served.url, *on_page("there")) == 0
+    pages = [(tmp_path / f"{name}.html").read_text() for name in ("here", "there")]
+    ours, theirs = (
+        {one["key"]: one for one in json.loads(page.split('id="data">')[1].split("</script>")[0])["rows"]}
+        for page in pages
+    )
+    assert len(ours) == len(theirs) == 40
+    for key, one in ours.items():
+        for side in ("chosen", "rejected"):
+            _, scores = zip(*one[f"{side}_tokens"], strict=True)
+            assert "".join(text for text, _ in theirs[key][f"{side}_tokens"]) == one[side]
+            assert [score for _, score in theirs[key][f"{side}_tokens"]] == pytest.approx(scores, abs=1e-3)
     ours, theirs = read(tmp_path / "here.jsonl"), read(tmp_path / "there.jsonl")
     assert [one["id"] for one in ours] == [one["id"] for one in theirs] == list(range(300))
     assert [one["margin"] for one in theirs] == pytest.approx([one["margin"] for one in ours], abs=1e-4)

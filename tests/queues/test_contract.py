@@ -7,7 +7,7 @@ import pytest
 
 from inward.errors import Overloaded
 from inward.queues.base import Closed
-from inward.types import Failed, Piece
+from inward.types import Ended, Failed, Piece, Sample
 from support.queues import InMemory, done, ids, in_redis, job
 
 
@@ -91,7 +91,8 @@ async def test_pieces_come_in_order_before_the_outcome_to_who_wants_them(opened)
         heard = []
         waits = await q.producer.submit([job("a", told=True), job("b")], heard.append)
         assert [one.told for one in await q.consumer.take(1000)] == [True, False]
-        pieces = [Piece("a", 2 * i, f"{i} ") for i in range(20)]
+        pieces = [Piece("a", 2 * i, f"{i} ") for i in range(19)]
+        pieces.append(Ended("a", 1, Sample((1, 2), "x", "rejected", stop_score=0.5, held_back=1), None, None))
         for piece in pieces:
             assert await q.consumer.tell(piece)
         waits[0].add_done_callback(heard.append)

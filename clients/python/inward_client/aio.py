@@ -256,6 +256,7 @@ class AsyncInward:
         truncate: bool = False,
         return_token_ids: bool = False,
         append_to: str | None = None,
+        early_rejection: Mapping[str, Any] | None = None,
         stop_when: Mapping[str, Any] | None = None,
         timeout: float | None = None,
     ) -> AsyncIterator[Event]:
@@ -273,6 +274,8 @@ class AsyncInward:
             truncate: cut a prompt that is longer than the model takes.
             return_token_ids: give each answer's token ids as well.
             append_to: name of a stream to which best against worst is appended, for trainers that consume it.
+            early_rejection: which answers are not drawn to their end: `keep` and `at`, or `max_loss`, and `head`. One
+                worker draws all of them then, since they are compared.
             stop_when: when a guard ends an answer: `below`, `probability` or `fpr`, `head`, `pool`, `after`.
             timeout: seconds, also told to the service.
 
@@ -283,7 +286,17 @@ class AsyncInward:
             InwardError: the service could not do its part, also in the middle.
         """
         call = calls.rerank(
-            prompt, None, n, sampling, head, truncate, return_token_ids, append_to, stop_when=stop_when, stream=True
+            prompt,
+            None,
+            n,
+            sampling,
+            head,
+            truncate,
+            return_token_ids,
+            append_to,
+            early_rejection=early_rejection,
+            stop_when=stop_when,
+            stream=True,
         )
         response = await self._persist(call, timeout, self._open)
         try:

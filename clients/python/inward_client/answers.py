@@ -137,6 +137,10 @@ class Ranked:
     """Of an answer that was rejected or ended by a guard: the score that ended it."""
     probability: float | None = None
     completion_tokens: int | None = None
+    drawn_tokens: int | None = None
+    """Of a drawn answer: all that were drawn, those that are not given included."""
+    not_drawn_tokens: int | None = None
+    """Of a drawn answer: at most so many more would have been drawn, had it not been rejected or ended by a guard."""
     token_ids: list[int] | None = None
     """If asked for. ``score`` takes them as ``response_ids``, and then scores exactly what was scored here."""
     finish_reason: str | None = None

@@ -11,7 +11,18 @@ from inward.api.services import Services
 from inward.errors import InvalidField, InwardError, NotFinite, TooLarge
 from inward.heads.hybrid import confidence
 from inward.prompts import Grouped, Texts
-from inward.types import EarlyRejection, FinishReason, Group, HeadRef, Ids, Prompt, SamplingSpec, Scored, StopRule
+from inward.types import (
+    EarlyRejection,
+    FinishReason,
+    Group,
+    HeadRef,
+    Ids,
+    Prompt,
+    Sample,
+    SamplingSpec,
+    Scored,
+    StopRule,
+)
 from inward.wire import Parts, RerankRequest, Sampling
 from inward.wire.requests import GuardOptions, RejectionOptions
 
@@ -31,6 +42,10 @@ class Candidate:
     """By the head that states confidences, if any does."""
     finish_reason: FinishReason | None = None
     error: InwardError | None = None
+    held_back: int = 0
+    """Tokens that were drawn and are not given."""
+    not_drawn: int | None = None
+    """Of a drawn one: at most so many more tokens would have been drawn, had it not been ended."""
 
     @property
     def finished(self) -> bool:
@@ -78,7 +93,12 @@ class Generation:
     def found(self, scored: Scored) -> Candidates:
         """What was drawn."""
         answers = [sampled(scored, i) for i in range(len(scored.samples))]
-        return Candidates(scored, answers, self.truncated)
+        return Candidates(scored, [self.counted(answer) for answer in answers], self.truncated)
+
+    def counted(self, answer: Candidate) -> Candidate:
+        """``answer``, which was drawn, with what was not drawn of it."""
+        left = self.spec.max_tokens - len(answer.ids) - answer.held_back
+        return replace(answer, not_drawn=0 if answer.finished else left)
 
 
 def ranking_heads(services: Services, head: HeadRef) -> tuple[str, ...]:
@@ -218,8 +238,18 @@ async def score_one(services: Services, group: Group, heads: tuple[str, ...], de
 def sampled(scored: Scored, n: int) -> Candidate:
     """The ``n``-th sample, with what the heads say of it, or with the score that ended it."""
     sample = scored.samples[n]
-    bare = Candidate(sample.text, sample.ids, score=sample.stop_score, finish_reason=sample.finish_reason)
-    return answered(scored, n, bare) if sample.finished else bare
+    return answered(scored, n, drawn(sample)) if sample.finished else drawn(sample)
+
+
+def drawn(sample: Sample) -> Candidate:
+    """A sample of which no head has said anything but the score that ended it."""
+    return Candidate(
+        sample.text,
+        sample.ids,
+        score=sample.stop_score,
+        finish_reason=sample.finish_reason,
+        held_back=sample.held_back,
+    )
 
 
 def answered(scored: Scored, n: int, candidate: Candidate, param: str | None = None) -> Candidate:

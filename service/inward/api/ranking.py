@@ -50,6 +50,8 @@ def one_ranked(index: int, answer: Candidate, request: RerankRequest, truncated:
         score=answer.score,
         probability=answer.probability,
         completion_tokens=len(answer.ids),
+        drawn_tokens=None if answer.not_drawn is None else len(answer.ids) + answer.held_back,
+        not_drawn_tokens=answer.not_drawn,
         token_ids=list(answer.ids) if request.return_token_ids else None,
         finish_reason=answer.finish_reason,
         truncated=truncated,

@@ -4,16 +4,26 @@ the best; and in the end what it cost.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
 from typing import Any, Protocol
 
-from inward.api.candidates import Candidates
+from inward.api.candidates import Candidate, Candidates
 from inward.api.drawing import Given, ToDraw, best, usage
 from inward.api.events import EventStream, data
 from inward.api.services import Services
-from inward.api.streamed_ranking import begin, begin_text, candidate, successes, together
+from inward.api.streamed_ranking import (
+    begin,
+    begin_group,
+    begin_text,
+    candidate,
+    ended,
+    successes,
+    together,
+    together_only,
+)
 from inward.errors import InvalidField
-from inward.intake import Coming, ComingText
+from inward.intake import Coming, ComingSamples, ComingText
 from inward.types import Scored
 from inward.wire.openai import DrawRequest
 from inward.wire.openai_answers import Progress, finish
@@ -50,6 +60,9 @@ async def stream(
     if request.drawn == 1:
         text = await begin_text(services, generation, heads, wanted.deadline)
         chunks = _told(services, request, wanted, text, about, piece)
+    elif together_only(generation):
+        samples = await begin_group(services, generation, heads, wanted.deadline)
+        chunks = _compared(request, wanted, samples, about, piece)
     else:
         outcomes = await begin(services, generation, heads, wanted.deadline)
         chunks = _chosen(services, request, wanted, outcomes, about, piece)
@@ -81,21 +94,61 @@ async def _told(
 async def _chosen(
     services: Services, request: DrawRequest, wanted: ToDraw, outcomes: Coming, about: dict[str, Any], piece: Piece
 ) -> AsyncGenerator[str, None]:
-    chunk = _chunk(request, about)
+    """Answers of which each is a job of its own."""
+    (generation,) = wanted.generations
     drawn: dict[int, Scored] = {}
-    top: float | None = None
+    progress = Progress(drawn=0, of=request.drawn, best=None)
     try:
         yield ""  # begun
         async for i, scored in successes(outcomes):
             drawn[i] = scored
-            score = candidate(scored).score
-            top = score if top is None or (score is not None and score > top) else top
-            progress = Progress(drawn=len(drawn), of=request.drawn, best=top)
-            yield data({**chunk, "choices": [piece(0, None, None)], "inward": progress.model_dump()})
+            progress = _further(progress, generation.counted(candidate(scored)))
+            yield _progress(request, progress, about, piece)
     finally:
         await outcomes.aclose()
     in_order = [drawn[i] for i in range(len(drawn))]
-    found = await together(services, wanted.generations[0], in_order, wanted.deadline)
+    found = await together(services, generation, in_order, wanted.deadline)
+    for told in _winners(request, wanted, found, about, piece):
+        yield told
+
+
+async def _compared(
+    request: DrawRequest, wanted: ToDraw, samples: ComingSamples, about: dict[str, Any], piece: Piece
+) -> AsyncGenerator[str, None]:
+    """Answers that are one job, since they are compared while they are drawn."""
+    (generation,) = wanted.generations
+    progress = Progress(drawn=0, of=request.drawn, best=None)
+    yield ""  # begun
+    async with aclosing(ended(generation, samples)) as answers:
+        async for _, answer in answers:
+            progress = _further(progress, answer)
+            yield _progress(request, progress, about, piece)
+    assert samples.scored is not None
+    for told in _winners(request, wanted, generation.found(samples.scored), about, piece):
+        yield told
+
+
+def _further(before: Progress, answer: Candidate) -> Progress:
+    """How far the drawing is with one answer more."""
+    score = answer.score if answer.finished else None
+    best = before.best if score is None or (before.best is not None and before.best > score) else score
+    return Progress(
+        drawn=before.drawn + 1,
+        of=before.of,
+        rejected=before.rejected + (answer.finish_reason == "rejected"),
+        not_drawn_tokens=before.not_drawn_tokens + (answer.not_drawn or 0),
+        best=best,
+    )
+
+
+def _progress(request: DrawRequest, progress: Progress, about: dict[str, Any], piece: Piece) -> str:
+    return data({**_chunk(request, about), "choices": [piece(0, None, None)], "inward": progress.model_dump()})
+
+
+def _winners(
+    request: DrawRequest, wanted: ToDraw, found: Candidates, about: dict[str, Any], piece: Piece
+) -> Iterator[str]:
+    chunk = _chunk(request, about)
     for index, given in enumerate(best(found, request.given)):
         yield data({**chunk, "choices": [piece(index, given.candidate.text, None)]})
         yield data({**chunk, "choices": [_end(piece, index, given)]})

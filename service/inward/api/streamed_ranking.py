@@ -2,20 +2,31 @@
 
 Every answer is a job of its own, so nothing else in the service knows of streaming: deadlines, hang-ups and several
 workers are those of any other job, and a seed gives answer ``i`` the seed ``seed + i``, as vLLM does within one job.
+Only where they are compared while they are drawn (early rejection) all are one job, as without a stream, which is told.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 
-from inward.api.candidates import Candidate, Candidates, Generation, generation, ranking_heads, sampled, score_one
+from inward.api.candidates import (
+    Candidate,
+    Candidates,
+    Generation,
+    drawn,
+    generation,
+    ranking_heads,
+    sampled,
+    score_one,
+)
 from inward.api.events import EventStream, event
 from inward.api.ranking import one_ranked, ranking
 from inward.api.scoring import Deadline, charge
 from inward.api.services import Services
 from inward.errors import InwardError, Unavailable
-from inward.intake import Coming, ComingText
+from inward.intake import Coming, ComingSamples, ComingText
 from inward.types import Group, HeadRef, Scored, Scores, Timing, Usage
 from inward.wire import RerankAnswer, RerankRequest
 
@@ -34,10 +45,20 @@ async def stream_ranking(
     """
     deadline = Deadline(request.timeout, services.limits.timeout_s)
     wanted = await generation(services, request, head.name)
-    outcomes = await begin(services, wanted, ranking_heads(services, head), deadline)
-    events = _events(services, request, wanted, outcomes, deadline, finish)
-    await anext(events)  # a generator that was never begun would not close ``outcomes`` when it is closed
+    heads = ranking_heads(services, head)
+    if together_only(wanted):
+        samples = await begin_group(services, wanted, heads, deadline)
+        events = _group_events(services, request, wanted, samples, finish)
+    else:
+        outcomes = await begin(services, wanted, heads, deadline)
+        events = _events(services, request, wanted, outcomes, deadline, finish)
+    await anext(events)  # a generator that was never begun would not close what comes when it is closed
     return EventStream(events)
+
+
+def together_only(wanted: Generation) -> bool:
+    """Whether the answers are compared while they are drawn, so that they have to be one job."""
+    return wanted.spec.early_rejection is not None and wanted.spec.n > 1
 
 
 async def begin(services: Services, wanted: Generation, heads: tuple[str, ...], deadline: Deadline) -> Coming:
@@ -64,6 +85,54 @@ async def begin_text(services: Services, wanted: Generation, heads: tuple[str, .
     return await services.intake.tell(group, heads=heads, timeout=deadline.left)
 
 
+async def begin_group(
+    services: Services, wanted: Generation, heads: tuple[str, ...], deadline: Deadline
+) -> ComingSamples:
+    """Admits all answers as one job, to be told of each when it ends.
+
+    Raises:
+        InwardError: it was not admitted.
+    """
+    group = Group(wanted.prompt_ids, sampling=wanted.spec)
+    await charge(services, [group])
+    return await services.intake.follow(group, heads=heads, timeout=deadline.left)
+
+
+async def _group_events(
+    services: Services,
+    request: RerankRequest,
+    wanted: Generation,
+    samples: ComingSamples,
+    finish: Callable[[RerankAnswer], Awaitable[None]],
+) -> AsyncGenerator[str, None]:
+    yield ""  # begun
+    async with aclosing(ended(wanted, samples)) as answers:
+        async for i, one in answers:
+            yield event("sample", one_ranked(i, one, request, wanted.truncated))
+    assert samples.scored is not None
+    answer, _ = ranking(services, request, wanted.found(samples.scored))
+    await finish(answer)
+    yield event("result", answer)
+
+
+async def ended(wanted: Generation, samples: ComingSamples) -> AsyncGenerator[tuple[int, Candidate], None]:
+    """Each answer of one job when it ends, with its number; in the end those of which nobody told."""
+    given = set()
+    try:
+        async for news in samples:
+            given.add(news.index)
+            found = drawn(news.sample)
+            if news.sample.finished:
+                found = replace(found, score=news.score, probability=news.probability)
+            yield news.index, wanted.counted(found)
+    finally:
+        await samples.aclose()
+    assert samples.scored is not None
+    for i in range(len(samples.scored.samples)):
+        if i not in given:
+            yield i, wanted.counted(candidate(samples.scored, i))
+
+
 async def _events(
     services: Services,
     request: RerankRequest,
@@ -72,15 +141,15 @@ async def _events(
     deadline: Deadline,
     finish: Callable[[RerankAnswer], Awaitable[None]],
 ) -> AsyncGenerator[str, None]:
-    drawn: dict[int, Scored] = {}
+    found_by: dict[int, Scored] = {}
     try:
         yield ""  # begun
         async for i, scored in successes(outcomes):
-            drawn[i] = scored
-            yield event("sample", one_ranked(i, candidate(scored), request, wanted.truncated))
+            found_by[i] = scored
+            yield event("sample", one_ranked(i, wanted.counted(candidate(scored)), request, wanted.truncated))
     finally:
         await outcomes.aclose()
-    found = await together(services, wanted, [drawn[i] for i in range(len(drawn))], deadline)
+    found = await together(services, wanted, [found_by[i] for i in range(len(found_by))], deadline)
     answer, _ = ranking(services, request, found)
     await finish(answer)
     yield event("result", answer)
@@ -94,9 +163,9 @@ async def successes(outcomes: AsyncIterator[tuple[int, Scored | InwardError]]) -
         yield i, outcome
 
 
-def candidate(scored: Scored) -> Candidate:
+def candidate(scored: Scored, n: int = 0) -> Candidate:
     """What is known of an answer by itself."""
-    found = sampled(scored, 0)
+    found = sampled(scored, n)
     return replace(found, score=None, error=None) if scored.scores[0].listwise and found.finished else found
 
 

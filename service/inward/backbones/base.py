@@ -31,6 +31,9 @@ class Capacity:
 OnTokens = Callable[[Ids], None]
 """Takes in the tokens of a response while it is drawn: all so far, again and again, without what ends it. It is called
 on the thread that draws, and returns at once."""
+OnEnded = Callable[[int, Sample], None]
+"""Takes in each response of a group, by index, when it has ended; again, if a watch then ends one that had ended by
+itself. It is called where the watch looks, and returns at once."""
 
 
 class Watch(Protocol):
@@ -119,11 +122,13 @@ class Backbone(Protocol):
         tokens: bool = False,
         watch: Watch | None = None,
         on_tokens: OnTokens | None = None,
+        on_ended: OnEnded | None = None,
     ) -> tuple[list[Sample], GroupReading]:
         """``sample``, and ``read`` of what was drawn: in the pass that draws it where the backbone can, else after it.
 
         Equal samples are computed once, and read alike. What ``watch`` ends is not drawn further, and not read: its
-        numbers are NaN. Of a group with one response ``on_tokens`` is told meanwhile.
+        numbers are NaN. Of a group with one response ``on_tokens`` is told meanwhile; of one with several ``on_ended``,
+        before their guard's last look.
 
         Raises:
             EngineDead: the backbone can't compute any more.

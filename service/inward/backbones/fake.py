@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from inward.backbones.base import Capacity, OnTokens, Watch, asleep, guarded, read_samples, stopped
+from inward.backbones.base import Capacity, OnEnded, OnTokens, Watch, asleep, guarded, read_samples, stopped
 from inward.backbones.peft_files import read_adapter
 from inward.backbones.readout import Fusion, ReadPlace
 from inward.backbones.transformers.packing import Packed, Segment, pack
@@ -133,14 +133,20 @@ class FakeBackbone:
         tokens: bool = False,
         watch: Watch | None = None,
         on_tokens: OnTokens | None = None,
+        on_ended: OnEnded | None = None,
     ) -> tuple[list[Sample], GroupReading]:
         version = self.policy_version
-        samples = await (self.sample(group) if on_tokens is None else self._sample(group, 0))
+        told = on_tokens is not None or on_ended is not None
+        samples = await (self._sample(group, 0) if told else self.sample(group))
         if watch is not None:
-            samples = await self._watched(group.prompt_ids, samples, watch, version, on_tokens)
+            samples = await self._watched(group.prompt_ids, samples, watch, version, on_tokens, on_ended)
         elif on_tokens is not None:
             for t in range(1, len(samples[0].ids)):
                 await self._drawn(samples[0].ids[:t], on_tokens)
+        elif on_ended is not None:
+            for i, sample in sorted(enumerate(samples), key=lambda one: len(one[1].ids)):
+                on_ended(i, sample)
+                await self._work(1, ())
         wanted = [*readouts, *watch.readouts] if watch is not None and watch.guards else list(readouts)
 
         async def read(answered: Group) -> GroupReading:
@@ -154,7 +160,13 @@ class FakeBackbone:
             await self._work(1, ())
 
     async def _watched(
-        self, prompt: Ids, samples: Sequence[Sample], watch: Watch, version: str, on_tokens: OnTokens | None
+        self,
+        prompt: Ids,
+        samples: Sequence[Sample],
+        watch: Watch,
+        version: str,
+        on_tokens: OnTokens | None,
+        on_ended: OnEnded | None,
     ) -> list[Sample]:
         """As if they were drawn token by token, all at one pace."""
         group = Group(prompt, tuple(sample.ids for sample in samples))
@@ -164,18 +176,23 @@ class FakeBackbone:
         stops: dict[int, tuple[Stop, int]] = {}
         for t in range(1 + max(map(len, segment.responses), default=0)):
             await self._drawn(samples[0].ids[: t + 1], None if stops else on_tokens)
+            if on_ended is not None:
+                await self._work(1, ())
             going = [i for i in range(len(samples)) if i not in stops]
             news = {
                 i: [own.tokens_TK[i][t : t + 1] for own in reading if own.tokens_TK is not None]
                 for i in going
                 if t < len(samples[i].ids)
             }
-            for i, stop in watch.look(news, [i for i in going if t >= len(samples[i].ids)]).items():
-                stops[i] = (stop, min(t + 1, len(samples[i].ids)))
-        return [
-            stopped(sample.ids[: stops[i][1]], stops[i][0], self._decode) if i in stops else sample
-            for i, sample in enumerate(samples)
-        ]
+            found = watch.look(news, [i for i in going if t >= len(samples[i].ids)])
+            stops |= {i: (stop, min(t + 1, len(samples[i].ids))) for i, stop in found.items()}
+            if on_ended is not None:
+                for i in [i for i in going if i in found or t == len(samples[i].ids)]:
+                    on_ended(i, self._stopped(samples[i], stops.get(i)))
+        return [self._stopped(sample, stops.get(i)) for i, sample in enumerate(samples)]
+
+    def _stopped(self, sample: Sample, by: tuple[Stop, int] | None) -> Sample:
+        return stopped(sample.ids[: by[1]], by[0], self._decode) if by is not None else sample
 
     def certain(self, ids: Ids) -> str:
         return self._decode(ids)

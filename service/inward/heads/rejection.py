@@ -63,6 +63,13 @@ class Rejecting:
             if i in self._responses:
                 self._responses[i].ended = True
 
+    def undecided(self, i: int) -> bool:
+        """Whether a later decision may reject response ``i``: it has reached a point at which nothing was decided yet,
+        or goes on.
+        """
+        own = self._responses.get(i)
+        return own is not None and (not own.ended or len(own.scores) > self._next)
+
     def decide(self) -> dict[int, tuple[int, float]]:
         """Those that are rejected now, with the point's tokens and their score there."""
         rejected: dict[int, tuple[int, float]] = {}

@@ -145,6 +145,10 @@ class HeadWatch:
                 stops[i] = Stop("rejected", given, score)
         return stops
 
+    def final(self, index: int) -> bool:
+        """Whether no later look ends this response, which has ended."""
+        return self._rejecting is None or not self._rejecting.undecided(index)
+
     def give(self, index: int) -> int | None:
         """Tokens of a response that may be given while it is drawn, None: all. What was given stays given: ``check``,
         whose numbers may be rounded otherwise, takes nothing of it back.

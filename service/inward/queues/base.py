@@ -7,10 +7,10 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
-from inward.types import Job, Outcome, Piece
+from inward.types import Job, News, Outcome
 
-Hear = Callable[[Piece], None]
-"""Takes in the pieces of jobs that are told, each before the outcome of its job."""
+Hear = Callable[[News], None]
+"""Takes in what is told of jobs, each before the outcome of its job."""
 
 
 class Producer(Protocol):
@@ -20,7 +20,7 @@ class Producer(Protocol):
         """Admits all jobs or none.
 
         Args:
-            hear: is given the pieces of those that are told.
+            hear: is given the news of those that are told.
 
         Raises:
             Overloaded: there is no room; ``retry_after`` says in how many seconds there should be.
@@ -49,9 +49,9 @@ class Consumer(Protocol):
         """Those of the jobs taken that somebody still waits for; the others are settled by this."""
         ...
 
-    async def tell(self, piece: Piece) -> bool:
-        """Gives a piece of a job that was taken to whoever waits for it; False where it can't be had now. Pieces are
-        told one after the other, and before the job is settled.
+    async def tell(self, news: News) -> bool:
+        """Gives news of a job that was taken to whoever waits for it; False where they can't be had now. They are told
+        one after the other, and before the job is settled.
         """
         ...
 

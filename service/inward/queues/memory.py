@@ -11,7 +11,7 @@ from inward import metrics
 from inward.errors import EngineDead, Overloaded
 from inward.queues.base import Closed, Hear
 from inward.queues.throughput import Throughput
-from inward.types import Failed, Job, Outcome, Piece
+from inward.types import Failed, Job, News, Outcome
 
 
 class MemoryQueue:
@@ -99,10 +99,10 @@ class MemoryQueue:
         self._forget(gone)
         return [job for job in jobs if job.id in self._open]
 
-    async def tell(self, piece: Piece) -> bool:
-        hear = self._hear.get(piece.job_id)
-        if hear is not None and not self._open[piece.job_id][1].done():
-            hear(piece)
+    async def tell(self, news: News) -> bool:
+        hear = self._hear.get(news.job_id)
+        if hear is not None and not self._open[news.job_id][1].done():
+            hear(news)
         return True
 
     async def settle(self, outcomes: Sequence[Outcome]) -> None:

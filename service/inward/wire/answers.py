@@ -184,6 +184,10 @@ class Ranked(Element):
     probability: float | None = None
     """Calibrated probability that the response is acceptable, where the head is calibrated for it."""
     completion_tokens: int | None = None
+    drawn_tokens: int | None = None
+    """Of a drawn answer: all that were drawn, those that are not given included."""
+    not_drawn_tokens: int | None = None
+    """Of a drawn answer: at most so many more would have been drawn, had it not been rejected or ended by a guard."""
     token_ids: list[int] | None = None
     """Of the answer, if asked for. `/score` takes them as `response_ids`, and then scores exactly what was scored
     here."""

@@ -110,8 +110,6 @@ class DrawRequest(ModelRequest):
     def _enough(self) -> DrawRequest:
         if self.drawn < self.given:
             raise at("best_of", f"is {self.drawn} and `n` is {self.given}: more can't be given than are drawn")
-        if self.stream and self.early_rejection is not None:
-            raise at("early_rejection", "compares answers while they are drawn; a stream draws each by itself")
         return self
 
     @property

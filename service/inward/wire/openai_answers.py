@@ -67,7 +67,12 @@ class Progress(Wire):
     """How far a drawing is, before its winner is known."""
 
     drawn: int
+    """Answers that have ended."""
     of: int
+    rejected: int = 0
+    """Of those that have ended: how many by `early_rejection`."""
+    not_drawn_tokens: int = 0
+    """At most so many more would have been drawn of those that were rejected or ended by a guard."""
     best: float | None
     """The best score until now; null with a head that ranks only whole lists."""
 

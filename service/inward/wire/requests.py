@@ -366,7 +366,8 @@ class RerankRequest(ScoringOptions, PromptFields):
     return_token_ids: StrictBool = False
     """Give each answer's token ids as well."""
     stream: StrictBool = False
-    """Send drawn answers as server-sent events, each as soon as it is scored, and the ranking in the end."""
+    """Send drawn answers as server-sent events, each as soon as it is scored (or rejected), and the ranking in the
+    end."""
     append_to: Annotated[str, Field(pattern="^[A-Za-z0-9._-]{1,64}$")] | None = None
     """Name of a stream in Redis to which the answer's `pair` is appended as well, for trainers that consume pairs as
     they come."""
@@ -397,8 +398,6 @@ class RerankRequest(ScoringOptions, PromptFields):
         for name in ("stream", "early_rejection", "stop_when"):
             if self.candidates is not None and getattr(self, name):
                 raise at(name, "is for answers that are drawn; given candidates are ranked together")
-        if self.stream and self.early_rejection is not None:
-            raise at("early_rejection", "compares answers while they are drawn; a stream draws each by itself")
         return self
 
 

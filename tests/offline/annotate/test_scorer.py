@@ -148,6 +148,38 @@ async def test_who_annotates_is_asked_first_and_the_head_of_the_confidence_is_th
     assert by == {**BY, "confidence_head": HYBRID}
 
 
+async def test_a_service_gives_the_scores_of_all_tokens_and_one_bad_pair_harms_itself_only():
+    """A request with the bad pair is refused as a whole; a tie has no token scores."""
+    asked = []
+
+    def handler(request):
+        by = {"model": "m", "policy_version": "base", "head": HEAD}
+        if request.url.path == "/info":
+            return httpx.Response(200, json=INFO)
+        if request.url.path == "/margin":
+            return httpx.Response(200, json={**by, "margins": [{"margin": 1.0}]})
+        if request.url.path.startswith("/heads"):
+            return httpx.Response(200, json={**HEAD, "fit": {}})
+        body = json.loads(request.content)
+        asked.append(len(body["items"]))
+        assert (body["head"], body["detail"]) == (HEAD["name"], ["tokens"])
+        if any(item["response"] == "chosen 3" for item in body["items"]):
+            return refused(422, "no")
+        scores = [
+            {"score": 1.0, "tokens": [0.5, 2.0], "token_texts": [item["response"], "!"]} for item in body["items"]
+        ]
+        return httpx.Response(200, json={**by, "scores": scores})
+
+    pairs = [Pair("q", f"chosen {n}", f"rejected {n}") for n in range(40)]
+    async with httpx.AsyncClient(transport=httpx.MockTransport(handler)) as client:
+        scorer = ServiceScorer("http://service", None, head=None, truncate=False, http=client)
+        found = await scorer.token_scores(pairs)
+        assert await scorer.token_scores([]) == []
+    assert max(asked) == 64
+    assert [n for n, one in enumerate(found) if one is None] == [3]
+    assert found[39] == TokenScores([("chosen 39", 0.5), ("!", 2.0)], [("rejected 39", 0.5), ("!", 2.0)])
+
+
 async def test_an_address_that_is_none_is_refused():
     with pytest.raises(SetupError, match="must begin with http"):
         ServiceScorer("service:8080", None, head=None, truncate=False)

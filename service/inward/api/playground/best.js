@@ -1,5 +1,5 @@
 // Answers as they are drawn, in the order of their scores.
-import { events, post } from "./api.js";
+import { events } from "./api.js";
 import { histogram } from "./charts.js";
 import { headSelect } from "./choosing.js";
 import { field, figures, form, h, number } from "./dom.js";
@@ -34,23 +34,20 @@ async function draw(out, request, early) {
   const add = (sample) => {
     seen.push(sample);
     progress.value = seen.length;
-    said.textContent = `${seen.length} of ${request.n} drawn`;
+    const lost = seen.filter((one) => one.finish_reason === "rejected").length;
+    said.textContent = `${seen.length} of ${request.n} have ended${lost ? `, ${lost} of them given up early` : ""}`;
     rank(list, seen);
-    const scores = seen.map((one) => one.score).filter((score) => score !== null);
+    const scores = seen.filter(whole).map((one) => one.score).filter((score) => score !== null);
     if (scores.length > 1) chart.replaceChildren(histogram(scores, "Scores"));
   };
+  const rejection = early ? { early_rejection: { keep: 0.5, at: [8, 16] } } : {};
   let result;
-  if (early) {
-    result = await post("/rerank", { ...request, early_rejection: { keep: 0.5, at: [8, 16] } });
-    result.results.forEach(add);
-  } else {
-    for await (const [name, value] of events("/rerank", { ...request, stream: true })) {
-      if (name === "sample") add(value);
-      if (name === "result") result = value;
-    }
+  for await (const [name, value] of events("/rerank", { ...request, ...rejection, stream: true })) {
+    if (name === "sample") add(value);
+    if (name === "result") result = value;
   }
   rank(list, result.results, true);
-  const scores = result.results.filter((one) => !["rejected", "guard"].includes(one.finish_reason)).map((one) => one.score).filter((score) => score !== null);
+  const scores = result.results.filter(whole).map((one) => one.score).filter((score) => score !== null);
   const mean = scores.reduce((sum, score) => sum + score, 0) / scores.length;
   const { drawn_tokens: drawn, not_drawn_tokens: saved } = result.usage;
   said.replaceWith(figures([
@@ -60,15 +57,15 @@ async function draw(out, request, early) {
   progress.remove();
 }
 
+const whole = (one) => one.finish_reason !== "rejected" && one.finish_reason !== "guard";
+
 function rank(list, samples, done = false) {
-  const ended = (one) => one.finish_reason === "rejected" || one.finish_reason === "guard";
-  const order = [...samples].sort((a, b) => ended(a) - ended(b) || (b.score ?? -Infinity) - (a.score ?? -Infinity));
+  const order = [...samples].sort((a, b) => whole(b) - whole(a) || (b.score ?? -Infinity) - (a.score ?? -Infinity));
   list.replaceChildren(...order.map((one, place) => {
-    const lost = ended(one);
-    const fade = lost ? 0.9 : 1;
-    return h("li", { className: lost ? "lost" : done && place === 0 ? "winner" : "", style: `opacity:${fade}` },
+    const lost = !whole(one);
+    return h("li", { className: lost ? "lost" : done && place === 0 ? "winner" : "" },
       h("div", { className: "card" },
-        h("p", {}, h("span", {}, `#${one.index + 1}${done && place === 0 ? " · best" : ""}${lost ? ` · ${one.finish_reason}` : ""}`),
+        h("p", {}, h("span", {}, `#${one.index + 1}${done && place === 0 ? " · best" : ""}${lost ? ` · ${one.finish_reason} after ${one.drawn_tokens} tokens, ${one.not_drawn_tokens} saved` : ""}`),
           h("span", { className: "mono" }, number(one.score))),
         one.text ?? ""));
   }));

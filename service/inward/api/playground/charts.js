@@ -19,11 +19,12 @@ export function histogram(values, what, split = null) {
     value: count, low: split !== null && low + (i + 0.5) * width < split,
     said: `${number(low + i * width, 2)} to ${number(low + (i + 1) * width, 2)}: ${count}`,
   }));
-  return bars(heights, `${what}: ${values.length} values from ${number(low, 2)} to ${number(high, 2)}`, [number(low, 2), number(high, 2)]);
+  // a few values are no tall bars
+  return bars(heights, `${what}: ${values.length} values from ${number(low, 2)} to ${number(high, 2)}`, [number(low, 2), number(high, 2)], 0, 4);
 }
 
-export function bars(heights, label, ends = [], floor = 0) {
-  const [w, height, top] = [480, 120, Math.max(...heights.map((bar) => bar.value), floor + 1e-9)];
+export function bars(heights, label, ends = [], floor = 0, least = floor + 1e-9) {
+  const [w, height, top] = [480, 120, Math.max(...heights.map((bar) => bar.value), least)];
   const svg = s("svg", { viewBox: `0 0 ${w} ${height + 18}`, class: "bars", role: "img", "aria-label": label });
   const step = w / heights.length;
   heights.forEach((bar, i) => {

@@ -2,17 +2,17 @@
 import { get, post, text, upload } from "./api.js";
 import { histogram } from "./charts.js";
 import { headSelect } from "./choosing.js";
-import { field, figures, h, number, percent } from "./dom.js";
+import { field, figures, h, percent } from "./dom.js";
+import { review } from "./review.js";
 
 const CHUNK = 16;
-const SHOWN = 20;
 const LOOK_MS = 500;
 const COLUMNS = ["margin", "margin_scaled", "bin", "chosen_score", "rejected_score", "label_agrees", "label_probability", "confidence", "error"];
 
 export function data(panel, listed) {
   const head = headSelect(listed, ["hybrid", "ensemble", "legend"]);
   const file = h("input", { type: "file", accept: ".jsonl,.ndjson,.json,application/x-ndjson" });
-  const out = h("div", { className: "stack", "aria-live": "polite" });
+  const out = h("div", { className: "stack" });
   const drop = h("div", { className: "drop" }, h("p", {}, "Drop a JSONL file of pairs here, or"), field("choose one: ", file),
     h("p", { className: "quiet" }, "One object a line, with prompt, chosen and rejected. It goes to this server and nowhere else."));
   const take = async (chosen) => {
@@ -44,13 +44,13 @@ async function work(out, file, head) {
   const rows = parse(await file.text());
   if (!rows.length) throw new Error("the file has no rows");
   const progress = h("progress", { max: rows.length, value: 0, ariaLabel: "Pairs scored" });
-  const said = h("p", { className: "quiet" }, `0 of ${rows.length}`);
+  const said = h("p", { className: "quiet", role: "status" }, `0 of ${rows.length}`);
   out.replaceChildren(h("div", { className: "card" }, said, progress));
   const tell = (done) => { progress.value = done; said.textContent = `${done} of ${rows.length}`; };
   const pairs = rows.map(({ prompt, messages, chosen, rejected }) =>
     Object.fromEntries(Object.entries({ prompt, messages, chosen, rejected }).filter(([, value]) => value !== undefined)));
   const margins = await ((await get("/info")).jobs ? byJob : byRequests)(pairs, head, tell);
-  show(out, file.name, rows, margins);
+  show(out, file.name, rows, margins, head);
 }
 
 async function byJob(pairs, head, tell) {
@@ -83,10 +83,10 @@ async function chunk(pairs, head) {
   }
 }
 
-function show(out, name, rows, margins) {
+function show(out, name, rows, margins, head) {
   const good = margins.map((margin, i) => ({ ...margin, i })).filter((one) => typeof one.margin === "number");
   const wrong = good.filter((one) => one.label_agrees === false);
-  const worst = [...good].sort((a, b) => a.margin - b.margin).slice(0, SHOWN);
+  const pairs = good.map((one) => ({ ...one, row: rows[one.i], prompt: rows[one.i].prompt ?? rows[one.i].messages, chosen: rows[one.i].chosen, rejected: rows[one.i].rejected }));
   const chart = good.length ? histogram(good.map((one) => one.margin), "Margins", 0) : "";
   const blob = new Blob([rows.map((row, i) => `${JSON.stringify({ ...row, ...columns(margins[i]) })}\n`).join("")], { type: "application/x-ndjson" });
   const download = h("a", { href: URL.createObjectURL(blob), download: name.replace(/(\.\w+)?$/, ".margins.jsonl") }, "Download with columns");
@@ -96,18 +96,10 @@ function show(out, name, rows, margins) {
         ["pairs", String(rows.length)], ["could not be scored", String(rows.length - good.length)],
         ["labels that look flipped", `${wrong.length} (${percent(good.length ? wrong.length / good.length : 0)})`, wrong.length ? "bad" : ""],
       ]), chart, h("p", {}, download)),
-    h("div", { className: "card" }, h("h2", {}, "Most suspicious pairs"), h("div", { className: "scroll", tabIndex: 0, role: "region", ariaLabel: "Most suspicious pairs" }, table(worst, rows))));
+    good.length ? review(name, pairs, head) : "");
 }
 
 function columns(margin) {
   return Object.fromEntries(COLUMNS.filter((name) => margin?.[name] !== undefined && margin[name] !== null)
     .map((name) => [name, name === "error" ? margin.error.message : margin[name]]));
-}
-
-function table(worst, rows) {
-  const brief = (value) => { const said = typeof value === "string" ? value : JSON.stringify(value ?? ""); return said.length > 160 ? `${said.slice(0, 160)} …` : said; };
-  return h("table", {}, h("thead", {}, h("tr", {}, ["row", "margin", "label is right", "prompt", "chosen", "rejected"].map((name) => h("th", { scope: "col" }, name)))),
-    h("tbody", {}, worst.map((one) => h("tr", {},
-      h("td", { className: "number" }, String(one.i + 1)), h("td", { className: "number" }, number(one.margin)), h("td", { className: "number" }, percent(one.label_probability)),
-      ["prompt", "chosen", "rejected"].map((name) => h("td", {}, brief(rows[one.i][name] ?? rows[one.i].messages)))))));
 }

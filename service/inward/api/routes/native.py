@@ -100,8 +100,9 @@ async def rerank(request: AnyRerank, services: FromApp) -> Response:
     """Best first, and the best against the worst as a pair for DPO. With an `srr` head a score depends on the other
     candidates.
 
-    With `stream` come server-sent events: `sample` for each answer as it is drawn and scored, `result` with the answer,
-    or `error`. With `documents` it is the rerank of Jina and vLLM, with `texts` that of text-embeddings-inference.
+    With `stream` come server-sent events: `sample` for each answer as it is drawn and scored, or rejected, `result`
+    with the answer, or `error`. With `documents` it is the rerank of Jina and vLLM, with `texts` that of
+    text-embeddings-inference.
     """
     if isinstance(request, DocumentsRequest):
         return await rank_documents(services, request, version="1")

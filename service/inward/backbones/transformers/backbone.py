@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from inward.backbones.base import Capacity, OnTokens, Watch, guarded, read_samples
+from inward.backbones.base import Capacity, OnEnded, OnTokens, Watch, guarded, read_samples
 from inward.backbones.configuration import max_tokens
 from inward.backbones.decoding import Decoder
 from inward.backbones.end_ids import end_ids, ending_configs
@@ -137,7 +137,12 @@ class TransformersBackbone:
         return await self._sample_with(self._policy, group)
 
     async def _sample_with(
-        self, policy: Policy, group: Group, watch: Watch | None = None, on_tokens: OnTokens | None = None
+        self,
+        policy: Policy,
+        group: Group,
+        watch: Watch | None = None,
+        on_tokens: OnTokens | None = None,
+        on_ended: OnEnded | None = None,
     ) -> list[Sample]:
         spec = sampling_of(group)
         if not self._draws:
@@ -147,7 +152,7 @@ class TransformersBackbone:
             raise InvalidField("the prompt is empty: there is nothing that a response could continue", param="prompt")
         size = {"layers": self.info.layers, "width": self.info.width}
         watched = Watched(watch, **size, device=self._model.device) if watch is not None else None
-        return await self._scheduler.draw(Drawing(group.prompt_ids, spec, policy, watched, on_tokens))
+        return await self._scheduler.draw(Drawing(group.prompt_ids, spec, policy, watched, on_tokens, on_ended))
 
     async def sample_and_read(
         self,
@@ -157,6 +162,7 @@ class TransformersBackbone:
         tokens: bool = False,
         watch: Watch | None = None,
         on_tokens: OnTokens | None = None,
+        on_ended: OnEnded | None = None,
     ) -> tuple[list[Sample], GroupReading]:
         policy = self._policy
         checked = watch.readouts if watch is not None and watch.guards else ()
@@ -165,7 +171,7 @@ class TransformersBackbone:
         async def read(answered: Group) -> GroupReading:
             return (await self._read_with(policy, [answered], wanted, tokens or bool(checked)))[0]
 
-        samples = await self._sample_with(policy, group, watch, on_tokens)
+        samples = await self._sample_with(policy, group, watch, on_tokens, on_ended)
         return guarded(
             *await read_samples(group.prompt_ids, samples, wanted, read, policy.version), watch, self._decoder.text
         )

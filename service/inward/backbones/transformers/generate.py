@@ -24,7 +24,7 @@ import torch
 from torch.nn.functional import pad
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from inward.backbones.base import OnTokens, stopped
+from inward.backbones.base import OnEnded, OnTokens, stopped
 from inward.backbones.generation import finished
 from inward.backbones.readout import ReadPlace
 from inward.backbones.transformers.capture import last_states
@@ -54,11 +54,14 @@ class Drawing:
     policy: Policy
     watched: Watched | None = None
     on_tokens: OnTokens | None = None
+    on_ended: OnEnded | None = None
     future: Future[list[Sample]] = field(default_factory=Future)
     started: int = 0
     drawn: dict[int, Sample] = field(default_factory=dict)
     stops: dict[int, Stop] = field(default_factory=dict)
     """Of responses that the watch ended, perhaps after they had ended by themselves."""
+    told: dict[int, bool] = field(default_factory=dict)
+    """Of whose end was told, and whether it was the watch's doing."""
 
     def finish(self, index: int, sample: Sample) -> None:
         """Response number ``index`` has ended by itself."""
@@ -80,12 +83,16 @@ class Drawing:
             settle_error(self.future, error)
 
     def settle(self, decode: Callable[[Ids], str]) -> None:
-        """Tells its caller, once all responses have ended."""
-        if len(self.drawn) < self.spec.n:
-            return
-        samples = [self.drawn[i] for i in range(self.spec.n)]
-        stops = self.stops
-        settle(self.future, [stopped(s.ids, stops[i], decode) if i in stops else s for i, s in enumerate(samples)])
+        """Tells its caller of those that have ended, and once all have."""
+        if self.on_ended is not None:
+            for i in [i for i in self.drawn if self.told.get(i) != (i in self.stops)]:
+                self.told[i] = i in self.stops
+                self.on_ended(i, self._sample(i, decode))
+        if len(self.drawn) == self.spec.n:
+            settle(self.future, [self._sample(i, decode) for i in range(self.spec.n)])
+
+    def _sample(self, i: int, decode: Callable[[Ids], str]) -> Sample:
+        return stopped(self.drawn[i].ids, self.stops[i], decode) if i in self.stops else self.drawn[i]
 
     @property
     def over(self) -> bool:

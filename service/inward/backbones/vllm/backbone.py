@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from inward.backbones.base import Capacity, OnTokens, Watch, first_alike, guarded, read_samples, spread
+from inward.backbones.base import Capacity, OnEnded, OnTokens, Watch, first_alike, guarded, read_samples, spread
 from inward.backbones.configuration import max_tokens
 from inward.backbones.decoding import Decoder
 from inward.backbones.device import choose_dtype
@@ -202,10 +202,22 @@ class VllmBackbone:
         return await self._engine.call(lambda: self._sample(group.prompt_ids, spec, request))
 
     async def _sample(
-        self, prompt: Ids, spec: SamplingSpec, request: ReadRequest, on_tokens: OnTokens | None = None
+        self,
+        prompt: Ids,
+        spec: SamplingSpec,
+        request: ReadRequest,
+        on_tokens: OnTokens | None = None,
+        on_ended: OnEnded | None = None,
     ) -> list[Sample]:
         told = Told(on_tokens) if on_tokens is not None else None
-        return await _all(self._generation.sample(prompt, spec, i, request, told) for i in range(spec.n))
+
+        async def sample(i: int) -> Sample:
+            drawn = await self._generation.sample(prompt, spec, i, request, told)
+            if on_ended is not None:
+                on_ended(i, drawn)
+            return drawn
+
+        return await _all(map(sample, range(spec.n)))
 
     async def sample_and_read(
         self,
@@ -215,6 +227,7 @@ class VllmBackbone:
         tokens: bool = False,
         watch: Watch | None = None,
         on_tokens: OnTokens | None = None,
+        on_ended: OnEnded | None = None,
     ) -> tuple[list[Sample], GroupReading]:
         spec, policy = sampling_of(group), self._policy
         checked = watch.readouts if watch is not None else ()
@@ -224,7 +237,7 @@ class VllmBackbone:
             async with self._requested(wanted, tokens or bool(checked), policy) as request:
                 if request.wide:
                     bare = ReadRequest(policy, request.layout)
-                    samples = await self._sample(group.prompt_ids, spec, bare, on_tokens)
+                    samples = await self._sample(group.prompt_ids, spec, bare, on_tokens, on_ended)
                     return await read_samples(
                         group.prompt_ids,
                         samples,
@@ -232,7 +245,7 @@ class VllmBackbone:
                         lambda answered: self._read(answered, request),
                         policy.version,
                     )
-                drawn = await self._drawn(group.prompt_ids, spec, request, watch, on_tokens)
+                drawn = await self._drawn(group.prompt_ids, spec, request, watch, on_tokens, on_ended)
                 samples = [sample for sample, _ in drawn]
                 texts = [text for _, text in drawn]
                 kept = [i for i, text in enumerate(texts) if text is not None]
@@ -252,16 +265,23 @@ class VllmBackbone:
         request: ReadRequest,
         watch: Watch | None,
         on_tokens: OnTokens | None,
+        on_ended: OnEnded | None,
     ) -> list[tuple[Sample, Text | None]]:
         """Each response, and where its rows are, unless ``watch`` has ended it."""
         keys = [self._key(request) for _ in range(spec.n)]
         if watch is None:
             told = Told(on_tokens) if on_tokens is not None else None
-            read = (self._generation.read(prompt, spec, i, request, keys[i], told) for i in range(spec.n))
-            return [*await _all(read)]
+
+            async def read(i: int) -> tuple[Sample, Text]:
+                drawn = await self._generation.read(prompt, spec, i, request, keys[i], told)
+                if on_ended is not None:
+                    on_ended(i, drawn[0])
+                return drawn
+
+            return [*await _all(map(read, range(spec.n)))]
         # with stop strings a text is fed anew in the end, under a key of its own
         shown = [self._key(request) for _ in keys] if spec.stop and request.eos else keys
-        watched = GroupWatch(self._engine, watch, request, 1 if prompt else 0, shown, on_tokens)
+        watched = GroupWatch(self._engine, watch, request, 1 if prompt else 0, shown, on_tokens, on_ended)
         drawn = await watched.draw(
             lambda i, progress: self._generation.read(prompt, spec, i, request, keys[i], progress),
             self._decoder.text,

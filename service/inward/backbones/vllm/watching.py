@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from inward.backbones.base import OnTokens, Watch, stopped
+from inward.backbones.base import OnEnded, OnTokens, Watch, stopped
 from inward.backbones.vllm.engine import Engine
 from inward.backbones.vllm.generation import Text
 from inward.backbones.vllm.layout import ReadRequest
@@ -67,6 +67,7 @@ class GroupWatch:
         first: row of the first response token among a request's rows.
         keys: under which the rows of each response can be seen while it is drawn.
         on_tokens: is told of the tokens of a single response.
+        on_ended: of each of several, when it has ended.
     """
 
     def __init__(
@@ -77,8 +78,9 @@ class GroupWatch:
         first: int,
         keys: Sequence[str],
         on_tokens: OnTokens | None = None,
+        on_ended: OnEnded | None = None,
     ) -> None:
-        self._engine, self._watch, self._first = engine, watch, first
+        self._engine, self._watch, self._first, self._on_ended = engine, watch, first, on_ended
         self._changed = asyncio.Event()
         self._responses = [Watched(key, self._changed.set, watch.due, on_tokens) for key in keys]
         self._stops: dict[int, Stop] = {}
@@ -95,7 +97,7 @@ class GroupWatch:
         Args:
             draw: begins one; it tells the ``Watched`` of its tokens.
         """
-        looking = asyncio.ensure_future(self._look_on())
+        looking = asyncio.ensure_future(self._look_on(decode))
         try:
             async with asyncio.TaskGroup() as group:
                 for i, response in enumerate(self._responses):
@@ -116,7 +118,7 @@ class GroupWatch:
     async def _until(looking: Awaitable[None]) -> None:
         await looking
 
-    async def _look_on(self) -> None:
+    async def _look_on(self, decode: Callable[[Ids], str]) -> None:
         """Until all have ended and were seen to the end."""
         told: set[int] = set()
         while len(told) < len(self._responses):
@@ -125,11 +127,25 @@ class GroupWatch:
             ended = [i for i, r in enumerate(self._responses) if r.ended and i not in told]
             news = await self._fetch([i for i in range(len(self._responses)) if i not in told])
             told |= set(ended)
-            for i, stop in self._watch.look(news, ended).items():
-                self._stops[i] = stop
+            stops = self._watch.look(news, ended)
+            self._stops |= stops
+            self._tell([*stops, *(i for i in ended if i not in self._stops)], decode)
+            for i in stops:
                 task = self._responses[i].task
                 if task is not None and not task.done():
                     task.cancel()
+
+    def _tell(self, responses: Sequence[int], decode: Callable[[Ids], str]) -> None:
+        """Of those that have ended, or will at once."""
+        if self._on_ended is None:
+            return
+        for i in responses:
+            response = self._responses[i]
+            whole = _whole(response.task)
+            if i in self._stops:
+                self._on_ended(i, stopped(whole.ids if whole else response.ids, self._stops[i], decode))
+            elif whole is not None:
+                self._on_ended(i, whole)
 
     async def _fetch(self, responses: Sequence[int]) -> dict[int, list[Floats]]:
         """What was not seen yet of these, for each of the watch's readouts."""
@@ -150,10 +166,8 @@ class GroupWatch:
     @staticmethod
     def _length(response: Watched) -> int:
         """Tokens of it that are known to be its own; what was drawn beyond its end is not."""
-        task = response.task
-        if task is not None and task.done() and not task.cancelled() and task.exception() is None:
-            return len(task.result()[0].ids)
-        return len(response.ids)
+        whole = _whole(response.task)
+        return len(response.ids if whole is None else whole.ids)
 
     def _drawn(self, i: int, response: Watched, decode: Callable[[Ids], str]) -> Drawn:
         task = response.task
@@ -162,3 +176,9 @@ class GroupWatch:
             return task.result()
         ids = response.ids if task.cancelled() else task.result()[0].ids
         return stopped(ids, self._stops[i], decode), None
+
+
+def _whole(task: asyncio.Task[tuple[Sample, Text]] | None) -> Sample | None:
+    """What was drawn to its end."""
+    ended = task is not None and task.done() and not task.cancelled() and task.exception() is None
+    return task.result()[0] if task is not None and ended else None

@@ -86,8 +86,8 @@ class AnnotateOptions:
                 raise SetupError(f"--{name.replace('_', '-')} {given[name]}: at least {least}")
         if args.drop_below is not None and not 0 <= args.drop_below <= 1:
             raise SetupError(f"--drop-below {args.drop_below}: a probability, from 0 to 1")
-        if args.token_scores and (args.html is None or args.url is not None or args.engine != "local"):
-            raise SetupError("--token-scores colours the page of --html, and needs the model in this process")
+        if args.token_scores and (args.html is None or args.engine != "local"):
+            raise SetupError("--token-scores colours the page of --html, by the model in this process or at --url")
         if args.clusters and (args.url is not None or args.engine != "local"):
             raise SetupError("--clusters reads states, which needs the model in this process")
         return cls(**given | {"columns": _columns(args.columns)})

@@ -5,6 +5,7 @@ are its own errors, how many are wrong, and where.
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -161,10 +162,7 @@ class Survey:
     def __init__(self, reader: PairReader, by: str | None) -> None:
         self._reader, self._by, self._seen = reader, by, Seen()
         self._names: dict[str, int] = {}
-        self._blocks: list[NDArray[np.float32]] = []
-        self._groups: list[NDArray[np.int64]] = []
-        self._rows: list[tuple[float, float, int]] = []
-        self._prompts: list[int] = []
+        self._margins, self._lengths, self._parts, self._prompts = array("f"), array("f"), array("i"), array("q")
 
     def add(self, rows: Iterable[tuple[Row, Annotated]]) -> None:
         """Takes rows that were annotated."""
@@ -178,18 +176,15 @@ class Survey:
             if annotated.columns["label_agrees"] is None:
                 continue
             part = -1 if self._by is None else self._names.setdefault(str(row.get(self._by)), len(self._names))
-            length = float(len(pair.chosen) - len(pair.rejected))
-            self._rows.append((float(annotated.columns["margin"] or 0.0), length, part))
+            self._margins.append(annotated.columns["margin"] or 0.0)
+            self._lengths.append(len(pair.chosen) - len(pair.rejected))
+            self._parts.append(part)
             self._prompts.append(hashed(text_of(pair.prompt)))
-            if len(self._rows) == 65_536:
-                self._pack()
 
     def quality(self, held_out: HeldOut | None) -> Quality:
         """What was found."""
-        self._pack()
-        rows_N3 = np.concatenate(self._blocks) if self._blocks else np.empty((0, 3), dtype=np.float32)
-        group_N = np.concatenate(self._groups) if self._groups else np.empty(0, dtype=np.int64)
-        margin_N, length_N, part_N = (column.astype(np.float64) for column in rows_N3.T)
+        margin_N, length_N = (np.array(one, dtype=np.float64) for one in (self._margins, self._lengths))
+        part_N, group_N = np.array(self._parts, dtype=np.int32), np.array(self._prompts, dtype=np.int64)
         judges = held_out is None or held_out.better_than_chance
         whole = _part("all", margin_N, group_N, judges)
         parts = [_part(name, margin_N[part_N == n], group_N[part_N == n], judges) for name, n in self._names.items()]
@@ -206,12 +201,6 @@ class Survey:
             _correlation(margin_N, length_N),
             self._seen.repeated(),
         )
-
-    def _pack(self) -> None:
-        if self._rows:
-            self._blocks.append(np.array(self._rows, dtype=np.float32))
-            self._groups.append(np.array(self._prompts, dtype=np.int64))
-            self._rows, self._prompts = [], []
 
 
 def percent(estimate: Estimate) -> str:

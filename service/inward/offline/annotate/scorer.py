@@ -22,6 +22,7 @@ from inward_client import (
     InwardError,
     NotFound,
     Retries,
+    Score,
     StatusError,
     TooLarge,
     Unauthorized,
@@ -38,6 +39,9 @@ PATIENCE = Retries(patience=300.0, cap=30.0)
 """Afterwards a service may restart, or be overloaded for minutes."""
 TIMEOUT_S = 600.0
 """Of one try of a request."""
+
+PAIRS_WITH_TOKENS = 32
+"""Of one request for the scores of all tokens, whose answer is large."""
 
 Columns = dict[str, float | bool | None]
 By = dict[str, Any]
@@ -107,7 +111,7 @@ class Scorer(Protocol):
         ...
 
     async def token_scores(self, pairs: Sequence[Pair]) -> Sequence[TokenScores | None]:
-        """Of each pair the head's score at every token; None where it has none. In this process only."""
+        """Of each pair the head's score at every token; None where it has none."""
         ...
 
     async def states(self, pairs: Sequence[Pair]) -> Floats:
@@ -242,8 +246,27 @@ class ServiceScorer:
         return [replace(one, tokens=tokens), *others], self._by(answer)
 
     async def token_scores(self, pairs: Sequence[Pair]) -> Sequence[TokenScores | None]:
-        """See ``Scorer``: a service gives scores without the texts of their tokens."""
-        return [None] * len(pairs)
+        """See ``Scorer``. Raises as ``annotate``."""
+        head = (await self.annotator()).head["name"] if pairs else ""
+        found: list[TokenScores | None] = []
+        for start in range(0, len(pairs), PAIRS_WITH_TOKENS):
+            found += await self._token_scores(pairs[start : start + PAIRS_WITH_TOKENS], head)
+        return found
+
+    async def _token_scores(self, pairs: Sequence[Pair], head: str) -> list[TokenScores | None]:
+        items = [{"prompt": pair.prompt, "response": one} for pair in pairs for one in (pair.chosen, pair.rejected)]
+        try:
+            answer = await self._client.score(items, head=head, detail=["tokens"], truncate=self._truncate)
+        except (InvalidField, TooLarge, BadRequest, DeadlineExceeded):
+            if len(pairs) == 1:
+                return [None]
+            middle = len(pairs) // 2
+            return await self._token_scores(pairs[:middle], head) + await self._token_scores(pairs[middle:], head)
+        except InwardError as error:
+            raise _refused(error) from None
+        answers = iter([_at_tokens(score) for score in answer.scores])
+        both = zip(answers, answers, strict=True)
+        return [TokenScores(chosen, rejected) if chosen and rejected else None for chosen, rejected in both]
 
     async def states(self, pairs: Sequence[Pair]) -> Floats:
         """See ``Scorer``: a service keeps its states."""
@@ -268,6 +291,11 @@ async def at_url(options: AnnotateOptions, key: str | None) -> AsyncIterator[Sco
         yield scorer
     finally:
         await scorer.close()
+
+
+def _at_tokens(score: Score) -> list[tuple[str, float]]:
+    """Of each token its text and its score; empty where there are none."""
+    return list(zip(score.token_texts or (), score.tokens or (), strict=False))
 
 
 def _annotated(margin: Mapping[str, Any]) -> Annotated:

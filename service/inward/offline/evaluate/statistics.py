@@ -20,7 +20,7 @@ Doubles = NDArray[np.float64]
 Indices = NDArray[np.int64]
 Statistic = Callable[[Doubles], Doubles]
 RESAMPLES = 1000
-_CELLS = 4_000_000
+_CELLS = 1_000_000
 """Weights in memory at once."""
 
 

@@ -22,7 +22,7 @@ from inward.queues.redis.outage import Outage
 from inward.queues.redis.producer import MOST_PIECES, MOST_REPLIES, REPLIES_S
 from inward.stores.connection import Arg, Connection, GroupLost
 from inward.stores.keys import FORGOTTEN_S, GROUP, Keys
-from inward.types import Failed, Job, Outcome, Piece
+from inward.types import Failed, Job, News, Outcome
 
 LOG = logs.logger("queues.redis")
 MOST_LETTERS = 10_000
@@ -149,13 +149,13 @@ class RedisConsumer:
                 metrics.ABANDONED_TOTAL.inc()
         return [job for job, flag in zip(jobs, flags, strict=True) if flag]
 
-    async def tell(self, piece: Piece) -> bool:
+    async def tell(self, news: News) -> bool:
         """Does not wait for a Redis that is away: what follows tells this, too."""
-        job = self._claims.get(piece.job_id)
+        job = self._claims.get(news.job_id)
         if job is None:
             return False
         keys = [*self._keys.book, self._keys.replies(job.reply_to), self._keys.alive(job.reply_to)]
-        args: list[Arg] = [GROUP, self.worker, MOST_PIECES, REPLIES_S, job.id, codec.encode(piece)]
+        args: list[Arg] = [GROUP, self.worker, MOST_PIECES, REPLIES_S, job.id, codec.encode(news)]
         try:
             return bool(await self._redis.script(scripts.TELL, keys, args))
         except Unavailable:

@@ -19,7 +19,7 @@ from inward.queues.redis.outage import Outage
 from inward.queues.throughput import Throughput
 from inward.stores.connection import Arg, Connection, Full
 from inward.stores.keys import FORGOTTEN_S, GROUP, Keys
-from inward.types import Failed, Job, Outcome, Piece
+from inward.types import Ended, Failed, Job, Outcome, Piece
 
 LOG = logs.logger("queues.redis")
 MOST_REPLIES = 100_000
@@ -275,7 +275,7 @@ class RedisProducer:
         except codec.Unreadable as error:
             logs.event(LOG, "unreadable_reply", reason=str(error))
             return
-        if isinstance(reply, Piece):
+        if isinstance(reply, Piece | Ended):
             told = self._waiting.get(reply.job_id)
             if told is not None and told.hear is not None and not told.answer.done():
                 told.hear(reply)
