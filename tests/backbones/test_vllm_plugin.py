@@ -4,7 +4,6 @@ own answers those of vLLM alone.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -222,20 +221,6 @@ def test_what_is_served_is_told_and_texts_are_not(client: httpx.Client, folder: 
         assert "blade" not in said
 
 
-@pytest.mark.parametrize(
-    ("heads", "reason"),
-    [
-        (MODELS / "smollm2/heads", "was fitted on smollm2"),
-        (Path("/no/such/folder"), "there is no folder of heads at /no/such/folder"),
-    ],
-)
-def test_heads_that_do_not_fit_are_refused(heads: Path, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("INWARD_HEADS", str(heads))
-    with pytest.raises(SetupError) as refused:
-        vllm_plugin.check(str(TOY / "backbone"), None)
-    assert reason in refused.value.message
-
-
 def test_a_server_with_the_wrong_heads_ends_before_it_loads_the_model(tmp_path: Path) -> None:
     process = begin(tmp_path, free_port(), VLLM_PLUGINS="inward", INWARD_HEADS=str(MODELS / "smollm2/heads"))
     try:
@@ -245,20 +230,6 @@ def test_a_server_with_the_wrong_heads_ends_before_it_loads_the_model(tmp_path: 
     log = (tmp_path / "log").read_text()
     assert "was fitted on smollm2" in log.splitlines()[-1]
     assert "Loading weights" not in log
-
-
-def test_a_model_that_no_bundled_head_fits_needs_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = serving.write_model(tmp_path)
-    with pytest.raises(SetupError, match="INWARD_HEADS"):
-        vllm_plugin.check(str(model), None)
-    monkeypatch.setenv("INWARD_HEADS", str(tmp_path / "heads"))
-    vllm_plugin.check(str(model), None)
-
-
-def test_a_setting_that_is_wrong_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("INWARD_MAX_ITEMS", "many")
-    with pytest.raises(SetupError, match="INWARD_MAX_ITEMS"):
-        vllm_plugin.check(str(TOY / "backbone"), None)
 
 
 def configuration(**changes: Any) -> SimpleNamespace:
@@ -293,14 +264,3 @@ def test_an_argument_that_is_ours_is_refused(options: dict[str, Any]) -> None:
     arguments = SimpleNamespace(**{"worker_cls": "auto", "hf_overrides": {}, **options})
     with pytest.raises(SetupError, match=next(iter(options)).replace("_", "-")):
         hosted._adapt(arguments)
-
-
-def test_what_is_registered_imports_next_to_nothing() -> None:
-    code = (
-        "import sys, json; from inward.processes import vllm_plugin; vllm_plugin.register();"
-        "print(json.dumps([name for name in sys.modules if name.split('.')[0] in"
-        " ('torch', 'vllm', 'fastapi', 'pydantic', 'numpy', 'transformers')]))"
-    )
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "VLLM_PLUGINS": "inward"}
-    said = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-    assert json.loads(said.stdout) == []
