@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 
 import inward
 from inward import metrics
@@ -107,3 +108,13 @@ def test_only_the_newest_versions_of_a_head_have_series():
     metrics.serving("moving", "3")  # rolled back
     metrics.deciles("moving", "3")[0].inc()
     assert versions("inward_reward_decile_total") == {"3", *sorted(newest, key=int)[1:]}
+
+
+def test_another_registry_shows_ours_without_those_of_the_process(monkeypatch):
+    theirs = CollectorRegistry()
+    ProcessCollector(registry=theirs)
+    monkeypatch.setattr(metrics.prometheus_client, "REGISTRY", theirs)
+    metrics.show_elsewhere()
+    names = re.findall(r"^# TYPE (\S+)", generate_latest(theirs).decode(), re.M)
+    assert "inward_requests_total" in names
+    assert len(names) == len(set(names)) > len([name for name in names if name.startswith("inward_")]) > 0

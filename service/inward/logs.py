@@ -48,8 +48,7 @@ def configure(level: str = "info", json: bool = True, stream: IO[str] | None = N
     Run uvicorn with ``log_config=None``, so that its messages come this way too; its access log is replaced by the
     event ``request``.
     """
-    handler = logging.StreamHandler(stream or sys.stderr)
-    handler.setFormatter(JsonLines() if json else TextLines())
+    handler = _handler(json, stream)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
@@ -58,6 +57,21 @@ def configure(level: str = "info", json: bool = True, stream: IO[str] | None = N
     logging.getLogger("inward.audit").setLevel(logging.INFO)  # what keys asked for is no chatter
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def configure_own(level: str, json: bool) -> None:
+    """``configure`` for a process that is somebody else's: their loggers stay as they are."""
+    own = logging.getLogger("inward")
+    own.handlers[:] = [_handler(json)]
+    own.propagate = False
+    own.setLevel(level.upper())
+    logging.getLogger("inward.audit").setLevel(logging.INFO)
+
+
+def _handler(json: bool, stream: IO[str] | None = None) -> logging.Handler:
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.setFormatter(JsonLines() if json else TextLines())
+    return handler
 
 
 class JsonLines(logging.Formatter):

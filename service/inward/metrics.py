@@ -7,8 +7,10 @@ workers) says so.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 
+import prometheus_client
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -20,6 +22,8 @@ from prometheus_client import (
     generate_latest,
 )
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from inward.errors import DeadlineExceeded, InternalError
 
@@ -278,3 +282,18 @@ _served: dict[str, list[str]] = {}
 def exposition() -> bytes:
     """What ``GET /metrics`` answers, as ``CONTENT_TYPE``."""
     return generate_latest(REGISTRY)
+
+
+class _Ours(Collector):
+    """The series of the service, without those of the process."""
+
+    def collect(self) -> Iterator[Metric]:
+        return (metric for metric in REGISTRY.collect() if metric.name.startswith("inward_"))
+
+    def describe(self) -> Iterator[Metric]:
+        return iter(())  # nobody needs to look for names that are taken: ours have a prefix
+
+
+def show_elsewhere() -> None:
+    """Shows the series of the service in the default registry, too: the one of a process that is somebody else's."""
+    prometheus_client.REGISTRY.register(_Ours())

@@ -64,3 +64,16 @@ def test_uvicorns_access_log_is_silent_and_its_other_messages_are_not():
 
     (line,) = lines(event=uvicorn)
     assert json.loads(line)["event"] == "Started"
+
+
+def test_in_somebody_elses_process_only_our_own_loggers_are_changed(capsys):
+    root, own = logging.getLogger(), logging.getLogger("inward")
+    theirs, before = (root.handlers[:], root.level), (own.handlers[:], own.propagate, own.level)
+    try:
+        logs.configure_own("warning", json=False)
+        logs.event(logs.logger("test"), "chatter")
+        logs.event(logs.logger("test"), "odd", severity=logging.WARNING, port=8080)
+        assert capsys.readouterr().err.endswith(" warning test: odd port=8080\n")
+        assert (root.handlers, root.level) == theirs
+    finally:
+        (own.handlers[:], own.propagate), _ = before[:2], own.setLevel(before[2])

@@ -83,6 +83,16 @@ async def test_sampling_fields_reach_the_backbone_and_null_is_as_if_a_field_were
     assert second == SamplingSpec(n=1, max_tokens=MAX_TOKENS - 2, stop=("a", "b"))
 
 
+async def test_all_tokens_are_asked_for_as_vllms_clients_do():
+    assert (await ask("/v1/completions", {**TEXT, "top_k": -1}))["choices"] == (await ask("/v1/completions", TEXT))[
+        "choices"
+    ]
+
+
+async def test_a_completion_may_say_no_too():
+    assert await ask("/v1/completions", {**TEXT, "logprobs": None, "echo": False, "suffix": None})
+
+
 @pytest.mark.parametrize(
     ("change", "status", "param"),
     [
@@ -122,6 +132,7 @@ async def test_what_can_not_be_done_is_refused_by_its_field(change, status, para
         ({"echo": True}, 422, "echo"),
         ({"suffix": "end"}, 422, "suffix"),
         ({"logprobs": 3}, 422, "logprobs"),
+        ({"logprobs": 0}, 422, "logprobs"),
         ({"prompt": [1, 2]}, 422, "prompt"),
         ({"prompt": ["a", "b"], "stream": True}, 422, "stream"),
         ({"prompt": ["a"] * 6, "n": 2}, 413, "n"),

@@ -172,6 +172,21 @@ def heads_folder(settings: Settings) -> Path | None:
     return folder
 
 
+def bundled_for(print_: str) -> str | None:
+    """The bundled model that has this fingerprint."""
+    return next(
+        (
+            name
+            for name in (TOY.name, SMOLLM2)
+            if any(
+                store.load_manifest(found.path).backbone.fingerprint == print_
+                for found in store.find(MODELS / name / "heads")
+            )
+        ),
+        None,
+    )
+
+
 def _hash(folder: Path) -> str:
     digest = hashlib.sha256()
     for file in sorted(file for file in folder.rglob("*") if file.is_file()):
@@ -232,7 +247,15 @@ async def load(settings: Settings, model: ModelFiles) -> Loaded:
         SetupError: something does not fit; nothing is left open.
     """
     check_heads(settings)
-    backbone = open_backbone(settings, model, serving=True)
+    return await equip(settings, model, open_backbone(settings, model, serving=True))
+
+
+async def equip(settings: Settings, model: ModelFiles, backbone: Backbone) -> Loaded:
+    """What belongs to a backbone that is open: templates, heads, the adapter to begin with.
+
+    Raises:
+        SetupError: something does not fit; the backbone is closed.
+    """
     backbone.info = replace(backbone.info, folder=str(model.folder), concurrency=backbone.capacity.concurrency)
     try:
         prompts = open_prompts(settings, model, backbone.info.max_tokens)

@@ -77,8 +77,8 @@ class DrawRequest(ModelRequest):
     """The newer name of `max_tokens`."""
     temperature: Annotated[StrictFloat, Field(ge=0, le=10, allow_inf_nan=False)] | None = None
     top_p: Annotated[StrictFloat, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[StrictInt, Field(ge=0, le=MOST)] | None = None
-    """Inward's own, as vLLM's: 0 takes all tokens."""
+    top_k: Annotated[StrictInt, Field(ge=-1, le=MOST)] | None = None
+    """Inward's own, as vLLM's: 0 and -1 take all tokens."""
     min_p: Annotated[StrictFloat, Field(ge=0, le=1)] | None = None
     """Inward's own, as vLLM's."""
     repetition_penalty: Annotated[StrictFloat, Field(gt=0, le=10, allow_inf_nan=False)] | None = None
@@ -102,9 +102,14 @@ class DrawRequest(ModelRequest):
     @classmethod
     def _refused(cls, value: Any) -> Any:
         for field, why in NOT_DONE.items():
-            if isinstance(value, dict) and field in value and not _off(value[field]):
+            if isinstance(value, dict) and field in value and not cls._off(field, value[field]):
                 raise at(field, f"can't be used: {why}")
         return value
+
+    @classmethod
+    def _off(cls, field: str, value: Any) -> bool:
+        """Whether a value says that the field isn't wanted."""
+        return value in OFF or value in ({}, []) or value == 0
 
     @model_validator(mode="after")
     def _enough(self) -> DrawRequest:
@@ -132,6 +137,7 @@ class DrawRequest(ModelRequest):
         said = {name: getattr(self, name) for name in Sampling.model_fields if name not in ("max_tokens", "stop")}
         if self.seed is not None:
             said["seed"] = self.seed % SEEDS
+        said["top_k"] = None if self.top_k is None else max(self.top_k, 0)
         said["max_tokens"] = getattr(self, self.budget_field)
         said["stop"] = [self.stop] if isinstance(self.stop, str) else self.stop
         return Sampling(**{name: value for name, value in said.items() if value is not None})
@@ -150,6 +156,11 @@ class CompletionRequest(DrawRequest):
     prompt: TextOrTexts
     """One or several; each has `n` choices."""
 
+    @classmethod
+    def _off(cls, field: str, value: Any) -> bool:
+        """Here `logprobs` is a number, and 0 asks for that of the token that was drawn."""
+        return (field != "logprobs" or value is None or value is False) and super()._off(field, value)
+
     @field_validator("prompt", mode="before")
     @classmethod
     def _text(cls, value: Any) -> Any:
@@ -161,7 +172,3 @@ class CompletionRequest(DrawRequest):
     def prompts(self) -> list[str]:
         """The texts."""
         return [self.prompt] if isinstance(self.prompt, str) else self.prompt
-
-
-def _off(value: Any) -> bool:
-    return value in OFF or value in ({}, []) or value == 0

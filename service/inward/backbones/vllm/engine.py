@@ -12,9 +12,6 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-
 import torch
 
 from inward.backbones.base import asleep
@@ -50,6 +47,11 @@ class Engine:
     there.
     """
 
+    config: Any
+    """vLLM's resolved configuration."""
+    _llm: AsyncLLM | None
+    _loop: asyncio.AbstractEventLoop
+
     def __init__(
         self, folder: Path, dtype: str, options: Mapping[str, Any], *, trust_remote_code: bool = False
     ) -> None:
@@ -68,23 +70,25 @@ class Engine:
             # whoever has asked torch for a GPU must not be forked, and choosing a dtype or converting a file asks it
             os.environ.setdefault(START_METHOD, "spawn")
         os.environ[OWNER] = str(os.getpid())
-        self.error: str | None = None
-        self.asleep = False
-        self._switching = asyncio.Lock()
-        self._ids = itertools.count()
-        self._tasks: set[asyncio.Future[Any]] = set()
-        self._loop = asyncio.new_event_loop()
+        self._begin(asyncio.new_event_loop())
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
         self._thread.start()
         try:
-            self._llm: AsyncLLM | None = asyncio.run_coroutine_threadsafe(self._open(arguments), self._loop).result()
+            self._llm = asyncio.run_coroutine_threadsafe(self._open(arguments), self._loop).result()
         except BaseException as error:
             self._stop()
             if isinstance(error, Exception):
                 raise SetupError(f"vLLM cannot serve the model in {folder}: {error}") from error
             raise
-        self.config: Any = self._llm.vllm_config
-        """vLLM's resolved configuration."""
+        self.config = self._llm.vllm_config
+
+    def _begin(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.error: str | None = None
+        self.asleep = False
+        self._llm, self._loop = None, loop
+        self._switching = asyncio.Lock()
+        self._ids = (f"inward-{number}" for number in itertools.count())
+        self._tasks: set[asyncio.Future[Any]] = set()
 
     @property
     def compiled(self) -> bool:
@@ -173,7 +177,7 @@ class Engine:
         self, prompt: Any, params: SamplingParams, lora: LoRARequest | None
     ) -> AsyncGenerator[Any, None]:
         """vLLM's outputs of one request; leaving early aborts it."""
-        async for output in self._alive.generate(prompt, params, str(next(self._ids)), lora_request=lora):
+        async for output in self._alive.generate(prompt, params, next(self._ids), lora_request=lora):
             yield output
 
     async def final(self, prompt: Any, params: SamplingParams, lora: LoRARequest | None) -> Any:
@@ -233,6 +237,23 @@ class Engine:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+class HostedEngine(Engine):
+    """The engine of somebody else's server, on the event loop where that awaits it. Its end is theirs to decide.
+
+    Args:
+        llm: their ``AsyncLLM``.
+    """
+
+    def __init__(self, llm: AsyncLLM) -> None:
+        self._begin(asyncio.get_running_loop())
+        self._llm = llm
+        self.config = llm.vllm_config
+
+    def shut(self) -> None:
+        """Nothing more is asked of it."""
+        self.error = self.error or "it was closed"
 
 
 def built_for(device: str) -> torch.device:

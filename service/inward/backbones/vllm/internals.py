@@ -24,11 +24,13 @@ NAMES = {
     # in our process
     "AsyncEngineArgs": "vllm.engine.arg_utils.AsyncEngineArgs",
     "AsyncLLM": "vllm.v1.engine.async_llm.AsyncLLM",
+    "EngineArgs": "vllm.engine.arg_utils.EngineArgs",
     "EngineDeadError": "vllm.v1.engine.exceptions.EngineDeadError",
     "LoRARequest": "vllm.lora.request.LoRARequest",
     "RequestOutputKind": "vllm.sampling_params.RequestOutputKind",
     "SamplingParams": "vllm.sampling_params.SamplingParams",
     "StreamingInput": "vllm.engine.protocol.StreamingInput",
+    "UsageContext": "vllm.usage.usage_lib.UsageContext",
     "current_platform": "vllm.platforms.current_platform",
     "tokens_input": "vllm.inputs.tokens_input",
     # in vLLM's

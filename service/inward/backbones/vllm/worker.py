@@ -63,7 +63,8 @@ class ReadingWorker(Worker):  # type: ignore[misc]
     """The end of the last step."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        _end_with(int(os.environ[OWNER]))
+        if owner := os.environ.get(OWNER):  # none where the engine is somebody else's
+            _end_with(int(owner))
         super().load_model(*args, **kwargs)
         self._requests = RequestTable()
         if current_platform.is_cuda():
