@@ -7,7 +7,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -135,8 +136,9 @@ def open_prompts(settings: Settings, model: ModelFiles, max_tokens: int) -> Prom
     return Prompts(tokenizer, max_tokens=limit, format=settings.template, end_ids=ends)
 
 
-async def with_model(settings: Settings, use: Callable[[Backbone, Prompts], Awaitable[T]]) -> T:
-    """What ``use`` makes of the model of the settings, which is open for as long.
+@asynccontextmanager
+async def opened_model(settings: Settings) -> AsyncIterator[tuple[Backbone, Prompts]]:
+    """The model of the settings, and how prompts are rendered for it.
 
     Raises:
         SetupError: it can't be loaded, and why.
@@ -144,9 +146,19 @@ async def with_model(settings: Settings, use: Callable[[Backbone, Prompts], Awai
     model = find_model(settings)
     backbone = open_backbone(settings, model)
     try:
-        return await use(backbone, open_prompts(settings, model, backbone.info.max_tokens))
+        yield backbone, open_prompts(settings, model, backbone.info.max_tokens)
     finally:
         await backbone.close()
+
+
+async def with_model(settings: Settings, use: Callable[[Backbone, Prompts], Awaitable[T]]) -> T:
+    """What ``use`` makes of the model of the settings, which is open for as long.
+
+    Raises:
+        SetupError: it can't be loaded, and why.
+    """
+    async with opened_model(settings) as (backbone, prompts):
+        return await use(backbone, prompts)
 
 
 def heads_folder(settings: Settings) -> Path | None:
