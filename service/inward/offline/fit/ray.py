@@ -195,7 +195,8 @@ class Reader:
 
     def _read(self, block: Block) -> bytes:
         pairs = [self._pairs[row] for row in block.rows_N]
-        return save(self._loop.run(self._what.of(self._backbone, self._prompts, pairs, block.kept_K)))
+        data: bytes = save(self._loop.run(self._what.of(self._backbone, self._prompts, pairs, block.kept_K)))
+        return data
 
 
 def blocks_of(groups_N: Indices, size: int, kept_N: Indices | None = None) -> list[Block]:
