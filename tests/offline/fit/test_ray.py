@@ -61,11 +61,13 @@ def test_sums_of_blocks_are_those_of_one_pass():
 @pytest.fixture
 def environment(monkeypatch):
     """For the processes that Ray starts."""
-    pytest.importorskip("ray", reason="Ray is not installed: pip install 'inward[ray]'")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     monkeypatch.setenv("RAY_worker_niceness", "0")  # its processes are nice otherwise, and starve on a busy machine
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_gcs_server_request_timeout_seconds", "300")  # these two are read when Ray is imported
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "300")
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'inward[ray]'")
 
 
 def fake_model(log=None, dies=None):
