@@ -13,6 +13,7 @@ InwardError
 │   └── OverQuota           429  a key used up its own quota
 ├── Unavailable             503  not now: come back after ``retry_after`` seconds
 │   ├── Overloaded          503  the queue is full
+│   ├── ShardAway           503  one Redis of several is away, and this prompt's jobs go through it
 │   └── EngineDead          503  the backbone can't compute any more
 ├── DeadlineExceeded        504  the answer would have come too late
 ├── InternalError           500  a defect of ours
@@ -91,6 +92,10 @@ class Unavailable(InwardError):
 
 class Overloaded(Unavailable):
     code = "overloaded"
+
+
+class ShardAway(Unavailable):
+    code = "shard_away"
 
 
 class EngineDead(Unavailable):

@@ -7,6 +7,7 @@ Each field is the environment variable ``INWARD_<NAME>`` and the option ``--<nam
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
@@ -134,6 +135,9 @@ class Settings(BaseSettings):
     redis_url: str | None = None
     """Redis that connects `inward api` and `inward worker`, such as redis://:password@host:6379/0 (rediss:// for TLS,
     redis+sentinel://host:port,host:port/service/0, redis+cluster://host:port)."""
+    redis_urls: Annotated[tuple[str, ...], NoDecode] = ()
+    """Several of them instead, comma-separated: shards of one queue, each of which has the jobs of its part of the
+    prompts. The first is the home of all that is no job. New ones go to the end."""
     queue: str | None = None
     """Name of the queue in Redis; by default the model's. API replicas and workers of one name work together."""
     claim_idle: float = Field(30.0, gt=0)
@@ -161,6 +165,14 @@ class Settings(BaseSettings):
     def _split_keys(cls, value: Any) -> Any:
         return [key.strip() for key in value.split(",") if key.strip()] if isinstance(value, str) else value
 
+    @field_validator("redis_urls", mode="before")
+    @classmethod
+    def _split_urls(cls, value: Any) -> Any:
+        """At the commas before a scheme: a list of sentinels has commas of its own."""
+        if not isinstance(value, str):
+            return value
+        return [url.strip() for url in re.split(r",(?=\s*[a-z+]+://)", value) if url.strip()]
+
     @field_validator("vllm_options", mode="before")
     @classmethod
     def _parse_options(cls, value: Any) -> Any:
@@ -173,11 +185,12 @@ class Settings(BaseSettings):
         """As JSON, keys counted instead of shown; nested where a name has parts (``backbone.path`` is added by
         ``wiring``).
         """
-        values = self.model_dump(mode="json", exclude={"api_keys", "redis_url", "otlp_endpoint"})
+        values = self.model_dump(mode="json", exclude={"api_keys", "redis_url", "redis_urls", "otlp_endpoint"})
         return {
             **values,
             "api_keys": len(self.api_keys),
             "redis_url": bool(self.redis_url),
+            "redis_urls": len(self.redis_urls),
             "otlp_endpoint": bool(self.otlp_endpoint),
         }
 

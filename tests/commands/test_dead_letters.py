@@ -84,7 +84,7 @@ async def test_those_that_are_scored_when_replayed_are_no_dead_letters_any_more(
         serving.cancel()
         rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         assert [(r["job"], r["scored"]) for r in rows] == [("a", True), ("b", False)]
-        assert [letter.job_id for letter in await DeadLetters(q.redis, KEYS).all()] == ["b"]
+        assert [letter.job_id for letter in await DeadLetters([q.redis], KEYS).all()] == ["b"]
 
 
 async def test_a_letter_of_another_backbone_is_not_replayed_to_the_one_that_serves_now(letters, capsys):

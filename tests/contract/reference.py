@@ -27,7 +27,7 @@ def settings() -> str:
 
     rows = []
     for name, field in Settings.model_fields.items():
-        default = "" if field.default in (None, frozenset()) else f"`{json.dumps(_plain(field.default))}`"
+        default = "" if field.default in (None, frozenset(), ()) else f"`{json.dumps(_plain(field.default))}`"
         rows.append([f"`INWARD_{name.upper()}`", f"`--{name.replace('_', '-')}`", default, field.description or ""])
     return _page(
         "Settings",

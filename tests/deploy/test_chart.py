@@ -65,7 +65,15 @@ SMALL = {
     "autoscaling": {"by": "external-metric", "minReplicas": 0},
 }
 SEVERAL = EVERYTHING | {"models": [SMALL]}
-CASES = {"default": KEYS, "everything": EVERYTHING, "several": SEVERAL, "outside": OUTSIDE, "open": OPEN}
+SHARDED = KEYS | {"redis": {"bundled": False, "urls": ["redis://:p@a:6379/0", "redis://:p@b:6379/0"]}}
+CASES = {
+    "default": KEYS,
+    "sharded": SHARDED,
+    "everything": EVERYTHING,
+    "several": SEVERAL,
+    "outside": OUTSIDE,
+    "open": OPEN,
+}
 
 
 def render(values: dict, name: str = "demo") -> dict[str, dict]:
@@ -193,6 +201,26 @@ def test_gpus_choose_the_image():
         assert limits[named] == 1 and "nvidia.com/gpu" not in limits
 
 
+def test_a_worker_with_several_gpus_runs_one_model_over_all_of_them():
+    def options(worker, **more):
+        values = KEYS | {"worker": worker} | more
+        return env(render(values), "demo-inward-worker").get("INWARD_VLLM_OPTIONS")
+
+    assert options({"gpus": 4}) == '{"tensor_parallel_size":4}'
+    assert options({"gpus": 1}) is options({"gpus": 0}) is None
+    assert options({"gpus": 2, "settings": {"VLLM_OPTIONS": "{}"}}) == "{}"
+    assert options({"gpus": 2}, model={"settings": {"VLLM_OPTIONS": "{}"}}) == "{}"
+
+
+def test_shards_are_named_to_api_and_workers():
+    objects = render(SHARDED)
+    for deployment in ("demo-inward-api", "demo-inward-worker"):
+        named = env(objects, deployment)
+        assert named["INWARD_REDIS_URLS"] == {"secretKeyRef": {"name": "demo-inward-redis", "key": "redis-urls"}}
+        assert "INWARD_REDIS_URL" not in named
+    assert objects["Secret/demo-inward-redis"]["stringData"]["redis-urls"] == "redis://:p@a:6379/0,redis://:p@b:6379/0"
+
+
 def test_autoscaling_owns_the_number_of_workers():
     objects = render(EVERYTHING)
     assert "replicas" not in objects["Deployment/demo-inward-worker"]["spec"]
@@ -316,6 +344,7 @@ def test_dashboards_and_rules_are_those_of_the_repository():
     [
         ({}, "auth.apiKeys"),
         (KEYS | {"redis": {"bundled": False}}, "redis.url"),
+        (KEYS | {"redis": {"urls": ["redis://a"]}}, "redis.bundled=false"),
         (KEYS | {"worker": {"gpu": 1}}, "gpu"),
         (KEYS | {"api": {"replicas": 0}}, "replicas"),
         ({"auth": {"apiKeys": ["short"]}}, "apiKeys"),

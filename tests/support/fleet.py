@@ -60,10 +60,11 @@ class Fleet:
     """
 
     def __init__(
-        self, folder: Path, redis_url: str, *, demo: bool = False, backbone: str = "fake", **settings: object
+        self, folder: Path, redis_url: str | None, *, demo: bool = False, backbone: str = "fake", **settings: object
     ) -> None:
         model = "toy" if demo else str(folder / "model")
-        self._options = ["--backbone", backbone, "--model", model, "--redis-url", redis_url, "--port", "0"]
+        self._options = ["--backbone", backbone, "--model", model, "--port", "0"]
+        self._options += ["--redis-url", redis_url] if redis_url else []
         self._heads = [] if demo else ["--heads", str(folder / "heads")]
         self._settings = FRESH | PATIENT | {f"INWARD_{name.upper()}": str(value) for name, value in settings.items()}
         self._stack = ExitStack()

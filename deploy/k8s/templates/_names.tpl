@@ -95,8 +95,13 @@ capabilities: {drop: [ALL]}
 - name: INWARD_REVISION
   value: {{ . | quote }}
 {{- end }}
+{{- if .Values.redis.urls }}
+- name: INWARD_REDIS_URLS
+  valueFrom: {secretKeyRef: {name: {{ include "inward.redisSecret" . }}, key: redis-urls}}
+{{- else }}
 - name: INWARD_REDIS_URL
   valueFrom: {secretKeyRef: {name: {{ include "inward.redisSecret" . }}, key: redis-url}}
+{{- end }}
 {{- if or .Values.hub.token .Values.hub.existingSecret }}
 - name: HF_TOKEN
   valueFrom: {secretKeyRef: {name: {{ include "inward.hubSecret" . }}, key: token}}

@@ -10,7 +10,7 @@ from typing import Any
 from inward import metrics
 from inward.api.auth import CALLER
 from inward.api.services import Services
-from inward.errors import DeadlineExceeded, InwardError, NotFinite, NotFound, Unavailable
+from inward.errors import DeadlineExceeded, InwardError, NotFinite, NotFound, ShardAway, Unavailable
 from inward.prompts import Grouped, Texts
 from inward.types import Detail, Group, HeadRef, Ids, Kind, Scored, Scores, Timing, Usage
 from inward.wire import ErrorDetail, NamedHead, Parts, Scorable, ScoringOptions, TokenUsage
@@ -214,7 +214,7 @@ async def score_groups(
     are scored again after it.
 
     Raises:
-        Unavailable, DeadlineExceeded: not the fault of any one group.
+        Unavailable, DeadlineExceeded: not the fault of any one group. One whose shard is away stands in its place.
         OverQuota: the key has used up what it may have computed in a minute.
     """
     await charge(services, groups)
@@ -222,7 +222,7 @@ async def score_groups(
     async def score(some: Sequence[Group]) -> list[Scored | InwardError]:
         outcomes = await services.intake.score(some, heads=heads, details=details, pair=pair, timeout=deadline.left)
         for outcome in outcomes:
-            if isinstance(outcome, Unavailable | DeadlineExceeded):
+            if isinstance(outcome, Unavailable | DeadlineExceeded) and not isinstance(outcome, ShardAway):
                 raise outcome
         return outcomes
 

@@ -9,7 +9,7 @@ import json
 from inward.commands import COMMANDS
 from inward.commands.options import add_settings, settings_of
 
-SETTINGS = ("redis_url", "queue", "model", "revision")
+SETTINGS = ("redis_url", "redis_urls", "queue", "model", "revision")
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

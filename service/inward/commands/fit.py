@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -14,7 +15,7 @@ from inward.commands import COMMANDS
 from inward.commands.options import MODEL_SETTINGS, add_settings, head_folder, settings_of
 from inward.errors import SetupError
 from inward.heads import store
-from inward.processes.wiring import with_model
+from inward.processes.wiring import opened_model, with_model
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -50,7 +51,9 @@ def run(args: argparse.Namespace) -> int:
     else:
         args.position = args.position or ("mean" if args.pool else "eos" if args.kind == "hybrid" else "last")
     cache = _cache_folder(args)
-    head, report = fit(args, lambda use: asyncio.run(with_model(settings_of(args), use)), cache)
+    settings = settings_of(args)
+    opened = partial(opened_model, settings)
+    head, report = fit(args, lambda use: asyncio.run(with_model(settings, use)), cache, opened)
     path = store.save(head, args.out, replace=args.replace)
     shutil.rmtree(cache, ignore_errors=True)
     console = Console(width=None if Console().is_terminal else 120)

@@ -124,7 +124,7 @@ def _help(name: str) -> str:
     field = Settings.model_fields[name]
     default = (
         ""
-        if field.default in (None, frozenset()) or isinstance(field.default, bool)
+        if field.default in (None, frozenset(), ()) or isinstance(field.default, bool)
         else f" (default: {field.default})"
     )
     return f"{field.description}{default}".replace("%", "%%").replace("`", "")

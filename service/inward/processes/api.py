@@ -19,6 +19,7 @@ from inward.intake import Intake
 from inward.processes.supervisor import Supervisor
 from inward.processes.wiring import (
     ModelFiles,
+    Shards,
     about,
     connect,
     find_tokenizer,
@@ -26,10 +27,8 @@ from inward.processes.wiring import (
     limits,
     open_prompts,
 )
-from inward.queues.redis.producer import RedisProducer
 from inward.queues.single_flight import SingleFlight
 from inward.settings import Settings
-from inward.stores.connection import Connection
 from inward.stores.idempotency import RedisIdempotencyStore
 from inward.stores.jobs import BulkStore
 from inward.stores.keys import Keys
@@ -48,16 +47,14 @@ UNKNOWN_TOKENS = 2**31
 class ApiProcess:
     """Everything one process of ``inward api`` holds."""
 
-    def __init__(self, settings: Settings, model: ModelFiles, connection: Connection) -> None:
+    def __init__(self, settings: Settings, model: ModelFiles, shards: Shards) -> None:
         self.settings = settings
         self.draining = self.stuck = False
-        self._connection = connection
+        self._shards, connection = shards, shards.home
         self.queue_name = settings.queue or model.name
         keys = Keys(self.queue_name)
         beat = min(1.0, settings.presence / 3)
-        self._queue = RedisProducer(
-            connection, keys, max_tokens=settings.queue_tokens, ttl=settings.presence, beat=beat
-        )
+        self._queue = shards.producer(keys, max_tokens=settings.queue_tokens, ttl=settings.presence, beat=beat)
         self._prompts = open_prompts(settings, model, UNKNOWN_TOKENS)
         self.head_control = RemoteHeadControl(
             ControlChannel(connection, keys),
@@ -109,12 +106,12 @@ class ApiProcess:
         Raises:
             SetupError: something does not fit; nothing is left open.
         """
-        connection = connect(settings)
+        shards = connect(settings)
         try:
-            await connection.check()
-            front = cls(settings, await find_tokenizer(settings, connection), connection)
+            await shards.check()
+            front = cls(settings, await find_tokenizer(settings, shards.home), shards)
         except BaseException:
-            await connection.close()
+            await shards.close()
             raise
         await front._queue.live()
         return front
@@ -141,7 +138,8 @@ class ApiProcess:
             return False, self.head_control.problem
         if not self._queue.workers:
             return False, "no worker takes jobs from the queue"
-        return self._tasks.problem is None, self._tasks.problem or "ready"
+        lost = self._queue.lost
+        return self._tasks.problem is None, self._tasks.problem or (f"ready, but {lost}" if lost else "ready")
 
     def info(self) -> dict[str, Any]:
         """What ``GET /info`` answers.
@@ -163,6 +161,6 @@ class ApiProcess:
         await self._tasks.stop()
         left = self._queue.open_jobs
         await self._queue.leave()
-        await self._connection.close()
+        await self._shards.close()
         logs.event(LOG, "stopped", clean=not left)
         return not left

@@ -10,11 +10,9 @@ from typing import Any
 
 from inward.errors import InwardError
 from inward.processes.supervisor import Supervisor
-from inward.processes.wiring import connect, find_model, model_name
+from inward.processes.wiring import AnyProducer, Shards, connect, find_model, model_name
 from inward.queues.redis.dead_letters import DeadLetter, DeadLetters
-from inward.queues.redis.producer import RedisProducer
 from inward.settings import Settings
-from inward.stores.connection import Connection
 from inward.stores.keys import Keys
 from inward.types import Failed
 
@@ -27,7 +25,7 @@ class DeadLetterQueue:
     """The dead letters of a queue, and the way back into it."""
 
     settings: Settings
-    connection: Connection
+    shards: Shards
     keys: Keys
     letters: DeadLetters
 
@@ -39,13 +37,13 @@ class DeadLetterQueue:
         Raises:
             SetupError: none is set, or it refuses us.
         """
-        connection = connect(settings)
+        shards = connect(settings)
         try:
-            await connection.check()
+            await shards.check()
             keys = Keys(settings.queue or model_name(settings))
-            yield cls(settings, connection, keys, DeadLetters(connection, keys))
+            yield cls(settings, shards, keys, DeadLetters(shards.connections, keys))
         finally:
-            await connection.close()
+            await shards.close()
 
     def shown(self, letter: DeadLetter, *, text: bool) -> dict[str, Any]:
         """One letter with its sizes, and with its text where that is asked for."""
@@ -68,7 +66,7 @@ class DeadLetterQueue:
 
     async def replayed(self, letters: Sequence[DeadLetter]) -> AsyncIterator[tuple[DeadLetter, str | None]]:
         """Each letter, scored again, and why it could not be, or None: then it is a dead letter no more."""
-        producer, tasks = RedisProducer(self.connection, self.keys, max_tokens=2**62), Supervisor()
+        producer, tasks = self.shards.producer(self.keys, max_tokens=2**62), Supervisor()
         await producer.live()
         tasks.watch("signs of life", producer.keep_living)
         tasks.watch("answers", producer.keep_receiving)
@@ -83,7 +81,7 @@ class DeadLetterQueue:
             await producer.leave()
 
 
-async def _again(producer: RedisProducer, letter: DeadLetter) -> str | None:
+async def _again(producer: AnyProducer, letter: DeadLetter) -> str | None:
     job, now = letter.job, time.time()
     if job is None:
         return "it can't be read by this version"

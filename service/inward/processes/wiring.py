@@ -7,7 +7,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +29,9 @@ from inward.heads import store
 from inward.heads.hub import HubHeads, fetch
 from inward.heads.registry import Registry
 from inward.prompts import Prompts
+from inward.queues.redis.consumer import RedisConsumer
+from inward.queues.redis.producer import RedisProducer
+from inward.queues.redis.sharded import ShardedConsumer, ShardedProducer
 from inward.settings import Settings
 from inward.stores.connection import Connection
 from inward.stores.keys import Keys
@@ -40,6 +44,8 @@ MODELS = Path(__file__).parents[1] / "models"
 """What comes with Inward: heads for some models, and one small model."""
 TOY = MODELS / "toy"
 T = TypeVar("T")
+AnyProducer = RedisProducer | ShardedProducer
+AnyConsumer = RedisConsumer | ShardedConsumer
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +136,9 @@ def open_prompts(settings: Settings, model: ModelFiles, max_tokens: int) -> Prom
     return Prompts(tokenizer, max_tokens=limit, format=settings.template, end_ids=ends)
 
 
-async def with_model(settings: Settings, use: Callable[[Backbone, Prompts], Awaitable[T]]) -> T:
-    """What ``use`` makes of the model of the settings, which is open for as long.
+@asynccontextmanager
+async def opened_model(settings: Settings) -> AsyncIterator[tuple[Backbone, Prompts]]:
+    """The model of the settings, and how prompts are rendered for it.
 
     Raises:
         SetupError: it can't be loaded, and why.
@@ -139,9 +146,19 @@ async def with_model(settings: Settings, use: Callable[[Backbone, Prompts], Awai
     model = find_model(settings)
     backbone = open_backbone(settings, model)
     try:
-        return await use(backbone, open_prompts(settings, model, backbone.info.max_tokens))
+        yield backbone, open_prompts(settings, model, backbone.info.max_tokens)
     finally:
         await backbone.close()
+
+
+async def with_model(settings: Settings, use: Callable[[Backbone, Prompts], Awaitable[T]]) -> T:
+    """What ``use`` makes of the model of the settings, which is open for as long.
+
+    Raises:
+        SetupError: it can't be loaded, and why.
+    """
+    async with opened_model(settings) as (backbone, prompts):
+        return await use(backbone, prompts)
 
 
 def heads_folder(settings: Settings) -> Path | None:
@@ -338,15 +355,59 @@ async def let_go(backbone: Backbone) -> bool:
     return True
 
 
-def connect(settings: Settings) -> Connection:
-    """The Redis of the settings.
+@dataclass(frozen=True, slots=True)
+class Shards:
+    """The Redis servers of a queue; mostly one. The first is the home of all that is no job."""
+
+    connections: tuple[Connection, ...]
+
+    @property
+    def home(self) -> Connection:
+        return self.connections[0]
+
+    def producer(self, keys: Keys, *, max_tokens: int, beat: float = 1.0, ttl: float = 10.0) -> AnyProducer:
+        """A replica's side of the queue."""
+        if len(self.connections) == 1:
+            return RedisProducer(self.home, keys, max_tokens=max_tokens, beat=beat, ttl=ttl)
+        return ShardedProducer(self.connections, keys, max_tokens=max_tokens, beat=beat, ttl=ttl)
+
+    def consumer(self, keys: Keys, settings: Settings, about: Callable[[], bytes]) -> AnyConsumer:
+        """A worker's side of the queue."""
+        options: dict[str, Any] = {
+            "idle": settings.claim_idle,
+            "max_deliveries": settings.max_deliveries,
+            "ttl": settings.presence,
+            "about": about,
+        }
+        if len(self.connections) == 1:
+            return RedisConsumer(self.home, keys, **options)
+        return ShardedConsumer(self.connections, keys, **options)
+
+    async def check(self) -> None:
+        """As a connection's, for each."""
+        for connection in self.connections:
+            await connection.check()
+
+    async def close(self) -> None:
+        """Closes the sockets."""
+        for connection in self.connections:
+            await connection.close()
+
+
+def connect(settings: Settings) -> Shards:
+    """The Redis of the settings, or the several.
 
     Raises:
-        SetupError: none is set, or not by a URL that can be used.
+        SetupError: none is set, or not by a URL that can be used, or one twice.
     """
-    if not settings.redis_url:
+    urls = settings.redis_urls or ((settings.redis_url,) if settings.redis_url else ())
+    if settings.redis_urls and settings.redis_url:
+        raise SetupError("the Redis is named twice: give --redis-url or --redis-urls")
+    if not urls:
         raise SetupError("API replicas and workers meet in a Redis: name it with --redis-url or INWARD_REDIS_URL")
-    return Connection(settings.redis_url)
+    if len(set(urls)) < len(urls):
+        raise SetupError("one Redis is named twice in --redis-urls: each shard is a server of its own")
+    return Shards(tuple(map(Connection, urls)))
 
 
 def served_as(loaded: Loaded) -> str:

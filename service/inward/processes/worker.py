@@ -17,6 +17,7 @@ from inward.processes.supervisor import Supervisor
 from inward.processes.wiring import (
     Loaded,
     ModelFiles,
+    Shards,
     about,
     connect,
     drain,
@@ -25,9 +26,7 @@ from inward.processes.wiring import (
     load,
     served_as,
 )
-from inward.queues.redis.consumer import RedisConsumer
 from inward.settings import Settings
-from inward.stores.connection import Connection
 from inward.stores.keys import Keys
 from inward.worker import Worker
 
@@ -37,7 +36,7 @@ LOG = logs.logger("processes")
 class WorkerProcess:
     """Everything one process of ``inward worker`` holds."""
 
-    def __init__(self, settings: Settings, model: ModelFiles, loaded: Loaded, connection: Connection) -> None:
+    def __init__(self, settings: Settings, model: ModelFiles, loaded: Loaded, shards: Shards) -> None:
         self.settings, self.backbone, self.prompts, self.registry = (
             settings,
             loaded.backbone,
@@ -45,18 +44,15 @@ class WorkerProcess:
             loaded.registry,
         )
         self.draining = self.stuck = False
-        self._connection, self._tokenizer = connection, tokenizer_hash(loaded.prompts.tokenizer)
+        self._shards, self._tokenizer = shards, tokenizer_hash(loaded.prompts.tokenizer)
         self.queue_name = settings.queue or model.name
         keys = Keys(self.queue_name, served_as(loaded))
-        self._queue = RedisConsumer(
-            connection, keys, idle=settings.claim_idle, max_deliveries=settings.max_deliveries, ttl=settings.presence,
-            about=lambda: self.worker_info().encode(),
-        )  # fmt: skip
+        self._queue = shards.consumer(keys, settings, lambda: self.worker_info().encode())
         self.name = self._queue.worker
         self.worker = Worker(self._queue, Engine(loaded.backbone, loaded.registry))
         head_control = LocalHeadControl(loaded.registry, loaded.backbone, loaded.prompts)
         self._agent = ControlAgent(
-            ControlChannel(connection, keys),
+            ControlChannel(shards.home, keys),
             self._queue.worker,
             head_control,
             loaded.registry,
@@ -79,13 +75,13 @@ class WorkerProcess:
         Raises:
             SetupError: something does not fit; nothing is left open.
         """
-        connection = connect(settings)
+        shards = connect(settings)
         try:
-            await connection.check()
+            await shards.check()
             model = find_model(settings)
-            return cls(settings, model, await load(settings, model), connection)
+            return cls(settings, model, await load(settings, model), shards)
         except BaseException:
-            await connection.close()
+            await shards.close()
             raise
 
     async def _work(self) -> None:
@@ -113,7 +109,8 @@ class WorkerProcess:
         problem = self._queue.problem or self._tasks.problem
         if problem is None and not self._agent.in_step.is_set():
             problem = f"this worker {self._agent.behind}"
-        return problem is None, problem or "ready"
+        lost = self._queue.lost
+        return problem is None, problem or (f"ready, but {lost}" if lost else "ready")
 
     def info(self) -> dict[str, Any]:
         """What ``GET /info`` answers."""
@@ -131,7 +128,7 @@ class WorkerProcess:
         clean = await drain(self.working, timeout) and self.worker.dead is None
         await self._tasks.stop()
         await self._queue.leave()
-        await self._connection.close()
+        await self._shards.close()
         self.stuck = not await let_go(self.backbone)
         logs.event(LOG, "stopped", clean=clean)
         return clean

@@ -98,6 +98,18 @@ def _add_legend(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--validation", type=Path, metavar="FILE", help="labelled pairs that choose the layer and give the agreement"
     )
+    parser.add_argument(
+        "--engine",
+        choices=["local", "ray"],
+        default="local",
+        help="ray: read the pairs on the Ray cluster at $RAY_ADDRESS, in blocks that are put together here",
+    )
+    parser.add_argument(
+        "--actors", type=int, default=1, metavar="N", help="with --engine ray: how many models (default: 1)"
+    )
+    parser.add_argument(
+        "--gpus", type=float, default=0.0, metavar="N", help="with --engine ray: GPUs for each actor (default: 0)"
+    )
 
 
 def _add_hybrid(parser: argparse.ArgumentParser) -> None:

@@ -299,7 +299,7 @@ def _pool_batch(
     scores, real = np.zeros((len(rows), longest), dtype=np.float32), np.zeros((len(rows), longest), dtype=np.bool_)
     for m, row in enumerate(rows):
         length = len(tokens.scores_M[row])
-        # So that a state has length 1: a logit then moves by the learning rate or more in a step of Adam, whatever D is.
+        # So that a state has length 1: in a step of Adam a logit moves by the learning rate or more, whatever D is.
         states[m, :length] = (tokens.states_M[row] - mean_D) / (scale_D * np.sqrt(len(mean_D)))
         scores[m, :length], real[m, :length] = tokens.scores_M[row] / spread, True
     logits_FMT = torch.einsum("mtd,fd->fmt", torch.from_numpy(states), weight_FD) + bias_F[:, None, None]

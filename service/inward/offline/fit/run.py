@@ -31,6 +31,7 @@ from inward.offline.fit.guard import fit_guard
 from inward.offline.fit.hybrid import fit_hybrid
 from inward.offline.fit.legend import constant_refusal, fit_legend
 from inward.offline.fit.pool import fit_pool
+from inward.offline.fit.ray import OpenModel, SpreadPairs
 from inward.offline.fit.runs import Runs, draw_runs
 from inward.offline.fit.srr import fit_srr
 from inward.offline.fit.value import fit_value
@@ -50,16 +51,19 @@ Fitted = tuple[Head, Any]
 """A head, and a report that can be printed."""
 
 
-def fit(args: Namespace, with_model: WithModel[Any], cache: Path) -> Fitted:
+def fit(args: Namespace, with_model: WithModel[Any], cache: Path, opened: OpenModel | None = None) -> Fitted:
     """Fits a head of ``args.kind``.
 
     Args:
         args: as ``commands.fit`` parses them.
+        opened: opens the model in another process, for ``--engine ray``.
         cache: folder for what is finished of a pass through the model, so that the same command goes on after a stop.
 
     Raises:
         DataError, SetupError: rows or options that no head can be fitted with.
     """
+    if getattr(args, "engine", "local") == "ray":
+        return _in_ray(args, cache, opened)
     if getattr(args, "pool", None) and args.kind != "guard":
         return _with_pool(args, with_model, cache)
     match args.kind:
@@ -116,6 +120,31 @@ def _first(error: ValueError) -> str:
         one = error.errors()[0]
         return f"{'.'.join(map(str, one['loc'])) or 'pool'}: {one['msg']}"
     return str(error)
+
+
+def _in_ray(args: Namespace, cache: Path, opened: OpenModel | None) -> Fitted:
+    """A LEGEND head whose pairs are read by the actors of a cluster; what is made of them is made here."""
+    if args.states or args.pool or args.validation or args.save_states or args.covariance:
+        raise SetupError(
+            "--engine ray reads --pairs: not with --states, --save-states, --validation, --covariance or --pool"
+        )
+    assert opened is not None
+    (pairs,), warnings = _pairs(args)
+    whitened = args.direction == "whitened"
+    layer = args.layer or ("sum" if whitened else "last")
+    _choice(layer, (0,)) if whitened else _single(layer)  # refused before the cluster is started
+    with SpreadPairs(opened, pairs, cache, actors=args.actors, gpus=args.gpus) as spread:
+        every = layer in ("sum", "sweep")
+        layers = numbers(args.layers if args.layers != "all" or every else layer, spread.depth)
+        if whitened:
+            evidence = spread.sums(layers, args.position)
+            choice = _choice(layer, evidence.kept.layers)
+            return fit_whitened(
+                evidence, name=args.name, layer=choice, covariance_of="the pairs themselves", seed=args.seed,
+                progress=True, warnings=warnings,
+            )  # fmt: skip
+        states = spread.states(layers, args.position)
+    return fit_legend(states, name=args.name, layer=_single(layer), seed=args.seed, warnings=warnings)
 
 
 def _legend(args: Namespace, with_model: WithModel[Any], cache: Path) -> Fitted:

@@ -127,7 +127,9 @@ class _Candidate:
 
 
 def _candidates(runs: Runs, fold_P: Indices, *, own: bool) -> Iterator[_Candidate]:
-    ways: list[tuple[PoolChoice, bool]] = [("last", False), ("mean", False), *([("mean", True)] if own else [])]
+    ways: list[tuple[PoolChoice, bool]] = [("last", False), ("mean", False)]
+    if own:
+        ways.append(("mean", True))
     for (pool, beside), layer in itertools.product(ways, range(len(runs.layers))):
         inputs_PNAK = _inputs(runs, layer, pool, beside)
         moments = _moments(inputs_PNAK, runs.rewards_PN)

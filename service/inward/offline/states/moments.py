@@ -116,6 +116,12 @@ class PairSums:
         self.difference_D += (chosen_M - rejected_M) @ states_MD.astype(np.float64)
         self.pairs += float(chosen_M.sum())
 
+    def merge(self, other: PairSums) -> None:
+        """Adds all pairs of ``other``."""
+        self.moments.merge(other.moments)
+        self.difference_D = self.difference_D + other.difference_D
+        self.pairs += other.pairs
+
     @property
     def mean_difference_D(self) -> Doubles:
         """LEGEND's standard margin vector, of any length.

@@ -14,7 +14,7 @@ from inward.offline.data.pairs import Pair, ResponseList, data_hash, prompt_grou
 from inward.offline.states.model_pass import Place, merge, pass_key, read_groups
 from inward.offline.states.moments import Doubles, Moments
 from inward.offline.states.running_sums import RunningSums, SummedPairs
-from inward.offline.states.saved import ListStates, PairStates
+from inward.offline.states.saved import Indices, ListStates, PairStates
 from inward.offline.states.stored import PairWriter, StoredPairs
 from inward.prompts import Prompt, Prompts
 from inward.types import Floats, Group, Position, Readout, Tap
@@ -164,6 +164,7 @@ async def sum_pairs(
     position: Position = "last",
     final_norm: bool = False,
     most: int = KEPT_PAIRS,
+    kept: Indices | None = None,
     checkpoint: Path | None = None,
     progress: bool = True,
 ) -> SummedPairs:
@@ -171,33 +172,34 @@ async def sum_pairs(
 
     Args:
         most: pairs whose states are kept (whole prompts); fewer where ``KEPT_BYTES`` is less.
+        kept: these pairs' instead, by their numbers.
         checkpoint: folder for the sums so far; give the same one to go on after an interruption.
     """
     groups, places = merge(prompts, _texts(pairs), backbone.capacity.tokens)
     readout = _readout(backbone, layers, position, final_norm)
     width = backbone.info.width
     groups_N = prompt_groups(pair.prompt for pair in pairs)
-    index_N = whole_prompts(groups_N, min(most, KEPT_BYTES // (8 * len(layers) * width)))
+    index_N = kept_pairs(groups_N, len(layers), width, most) if kept is None else kept
     both = [p[0] for p in places], [p[1] for p in places]
-    kept = _Rows(2 * len(index_N), len(layers), width, [side[i] for side in both for i in index_N])
+    rows = _Rows(2 * len(index_N), len(layers), width, [side[i] for side in both for i in index_N])
     sums = RunningSums(
         len(layers),
         width,
         [_times(both[0], groups), _times(both[1], groups)],
-        kept.states,
+        rows.states,
         checkpoint and checkpoint / f"{pass_key(backbone, groups, [readout])}.safetensors",
     )
 
     def deliver(group: int, arrays: list[Floats]) -> None:
-        kept.fill(group, arrays[0])
+        rows.fill(group, arrays[0])
         sums.add(group, arrays[0].reshape(-1, len(layers), width))
 
     with sums.kept_on_failure():
         await read_groups(backbone, groups, [readout], deliver, done=sums.done, commit=sums.commit, progress=progress)
     n = len(index_N)
     states = PairStates(
-        kept.states[:n],
-        kept.states[n:],
+        rows.states[:n],
+        rows.states[n:],
         tuple(layers),
         groups_N[index_N],
         _length_difference(groups, places)[index_N],
@@ -239,6 +241,11 @@ async def sum_responses(
     with sums.kept_on_failure():
         await read_groups(backbone, groups, [readout], deliver, done=sums.done, commit=sums.commit, progress=progress)
     return tuple(one.moments for one in sums.finish())
+
+
+def kept_pairs(groups_N: Indices, layers: int, width: int, most: int = KEPT_PAIRS) -> Indices:
+    """Numbers of the pairs whose states are kept beside running sums."""
+    return whole_prompts(groups_N, min(most, KEPT_BYTES // (8 * layers * width)))
 
 
 def groups_of(backbone: Backbone, prompts: Prompts, pairs: Sequence[Pair]) -> tuple[list[Group], list[list[Place]]]:

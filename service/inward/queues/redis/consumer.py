@@ -49,6 +49,7 @@ class RedisConsumer:
         ttl: seconds without a sign of life after which this worker counts as gone, and its claims are for others.
         wait: seconds of one wait for jobs.
         clock: monotonic seconds.
+        outage: what is known of this Redis.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class RedisConsumer:
         ttl: float = 10.0,
         wait: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
+        outage: Outage | None = None,
     ) -> None:
         self.worker = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self.refused: str | None = None
@@ -69,7 +71,7 @@ class RedisConsumer:
         self.welcome = asyncio.Event()
         """Set while this worker is known and may take jobs."""
         self._redis, self._keys = connection, keys
-        self._outage = Outage(worker=self.worker)
+        self._outage = outage or Outage(worker=self.worker)
         self._idle, self._ttl, self._wait, self._max_deliveries = idle, ttl, wait, max_deliveries
         self._about, self._clock = about, clock
         self._claims: dict[str, Job] = {}  # taken and neither settled nor lost
@@ -85,6 +87,16 @@ class RedisConsumer:
     def away(self) -> str | None:
         """Why Redis is not to be had; None while it is."""
         return self._outage.reason
+
+    @property
+    def claimed(self) -> set[str]:
+        """Ids of the jobs that were taken and are neither settled nor lost."""
+        return set(self._claims)
+
+    @property
+    def lost(self) -> str | None:
+        """As a producer's."""
+        return None
 
     @property
     def problem(self) -> str | None:
@@ -325,8 +337,9 @@ class RedisConsumer:
         except codec.Unreadable as error:
             await self._bury(job_id, replica, deliveries, str(error))
             return None
+        if job.id not in self._claims:
+            metrics.CLAIMED_JOBS.inc()
         self._claims[job.id] = job
-        metrics.CLAIMED_JOBS.set(len(self._claims))
         return job
 
     async def _bury(self, job_id: str, replica: str, deliveries: int, reason: str) -> None:
@@ -339,8 +352,8 @@ class RedisConsumer:
             metrics.DEAD_LETTERS_TOTAL.inc()
 
     def _drop(self, job_id: str) -> None:
-        self._claims.pop(job_id, None)
-        metrics.CLAIMED_JOBS.set(len(self._claims))
+        if self._claims.pop(job_id, None) is not None:
+            metrics.CLAIMED_JOBS.dec()
 
     # Staying alive
 

@@ -16,7 +16,9 @@ from inward.types import Job
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """One dead letter. ``entry`` names it; its first part is the Unix time in milliseconds at which it was given up."""
+    """One dead letter. ``entry`` names it: the Unix time in milliseconds at which it was given up, a number, and in
+    another Redis than the first ``@`` and which.
+    """
 
     entry: str
     job_id: str
@@ -25,6 +27,11 @@ class DeadLetter:
     data: bytes
     backbone: str | None = None
     """What the queue was served with when it was given up."""
+
+    @property
+    def given_up(self) -> float:
+        """Unix seconds."""
+        return int(self.entry.partition("-")[0]) / 1000
 
     @property
     def job(self) -> Job | None:
@@ -37,7 +44,7 @@ class DeadLetter:
     def described(self) -> dict[str, Any]:
         """What `list` prints of it: no text."""
         job = self.job
-        given_up = datetime.fromtimestamp(int(self.entry.partition("-")[0]) / 1000, UTC)
+        given_up = datetime.fromtimestamp(self.given_up, UTC)
         return {
             "entry": self.entry, "given_up": given_up.isoformat(timespec="seconds"), "job": self.job_id,
             "deliveries": self.deliveries, "reason": self.reason,
@@ -46,17 +53,21 @@ class DeadLetter:
 
 
 class DeadLetters:
-    """The dead letters of one queue. Raises ``Unavailable`` where Redis is away."""
+    """The dead letters of one queue, which has one Redis or several. Raises ``Unavailable`` where Redis is away."""
 
-    def __init__(self, connection: Connection, keys: Keys) -> None:
-        self._redis, self._keys = connection, keys
+    def __init__(self, connections: Sequence[Connection], keys: Keys) -> None:
+        self._shards, self._keys = connections, keys
 
     async def all(self) -> list[DeadLetter]:
         """Oldest first."""
-        found = await self._redis("XRANGE", self._keys.dead, "-", "+")
+        letters = [letter for shard in range(len(self._shards)) for letter in await self._of(shard)]
+        return sorted(letters, key=lambda letter: letter.given_up)
+
+    async def _of(self, shard: int) -> list[DeadLetter]:
+        found = await self._shards[shard]("XRANGE", self._keys.dead, "-", "+")
         return [
             DeadLetter(
-                entry.decode(),
+                entry.decode() + (f"@{shard + 1}" if shard else ""),
                 fields[b"id"].decode(),
                 fields[b"reason"].decode(errors="replace"),
                 int(fields[b"deliveries"]),
@@ -84,4 +95,8 @@ class DeadLetters:
 
     async def drop(self, entries: Sequence[str]) -> int:
         """Deletes letters; how many of them there were."""
-        return int(await self._redis("XDEL", self._keys.dead, *entries)) if entries else 0
+        dropped = 0
+        for entry in entries:
+            name, _, shard = entry.partition("@")
+            dropped += int(await self._shards[int(shard or 1) - 1]("XDEL", self._keys.dead, name))
+        return dropped

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 from inward import logs, metrics
@@ -18,12 +19,16 @@ class Outage:
 
     Args:
         before: what to say while it was not asked yet; None where it counts as there until it isn't.
+        up: is told 1 while it is there, and 0 while it is not.
         who: fields of the events, such as the worker's name.
     """
 
-    def __init__(self, before: str | None = None, **who: str) -> None:
+    def __init__(self, before: str | None = None, up: Callable[[int], None] = metrics.REDIS_UP.set, **who: str) -> None:
         self.reason = before
         """Why Redis is not to be had, as far as we know; None while it is."""
+        self.since = time.monotonic() if before is not None else None
+        """Monotonic seconds at which that began."""
+        self._up = up
         self._who: dict[str, Any] = {**who}
         self._told: str | None = None
         self._answered = 0.0  # when it last did
@@ -41,13 +46,14 @@ class Outage:
         if self._told is None or (isinstance(error, Refused) and error.message != self._told):
             self._told = error.message
             logs.event(LOG, "redis_away", severity=logging.ERROR, **self._who, reason=error.message)
+        self.since = self.now() if self.reason is None else self.since
         self.reason = error.message
-        metrics.REDIS_UP.set(0)
+        self._up(0)
 
     def ended(self) -> None:
         """It answers."""
         if self._told is not None:
             logs.event(LOG, "redis_there", **self._who)
-        self.reason = self._told = None
+        self.reason = self._told = self.since = None
         self._answered = self.now()
-        metrics.REDIS_UP.set(1)
+        self._up(1)

@@ -34,6 +34,40 @@ UNBOUNDED = 2**62
 MOVED = "the workers were replaced by those of another backbone; send it again"
 
 
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """What Redis answers to a sign of life: how it is with the queue, over all replicas."""
+
+    jobs: int
+    tokens: int
+    workers: int
+    letters: int
+    streams: tuple[tuple[int, int], tuple[int, int]]
+    """Of interactive and bulk jobs: those that nobody has claimed, and those that somebody has."""
+
+    def __add__(self, other: Beat) -> Beat:
+        """Of two shards. A worker takes from both: there are as many as the shard knows that knows fewest."""
+        (a, b), (c, d) = self.streams, other.streams
+        return Beat(
+            self.jobs + other.jobs,
+            self.tokens + other.tokens,
+            min(self.workers, other.workers),
+            self.letters + other.letters,
+            ((a[0] + c[0], a[1] + c[1]), (b[0] + d[0], b[1] + d[1])),
+        )
+
+
+def show(beat: Beat) -> None:
+    """In the metrics."""
+    metrics.QUEUE_JOBS.set(beat.jobs)
+    metrics.QUEUE_TOKENS.set(beat.tokens)
+    metrics.WORKERS.set(beat.workers)
+    metrics.DEAD_LETTERS_KEPT.set(beat.letters)
+    for name, (lag, pending) in zip(("interactive", "bulk"), beat.streams, strict=True):
+        metrics.STREAM_LAG.labels(stream=name).set(lag)
+        metrics.STREAM_PENDING.labels(stream=name).set(pending)
+
+
 @dataclass(slots=True)
 class _Waiting:
     job: Job
@@ -52,6 +86,8 @@ class RedisProducer:
         beat: seconds between two signs of life.
         ttl: seconds without one after which workers drop this replica's jobs.
         clock: monotonic seconds, for the pace.
+        outage: what is known of this Redis.
+        seen: is given what Redis answers to each sign of life.
     """
 
     def __init__(
@@ -63,13 +99,16 @@ class RedisProducer:
         beat: float = 1.0,
         ttl: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
+        outage: Outage | None = None,
+        seen: Callable[[Beat], None] = show,
     ) -> None:
         self.replica = uuid.uuid4().hex
         self.max_tokens = max_tokens
         self.pace = Throughput()
         self.workers = 0
         self._redis, self._keys = connection, keys
-        self._outage = Outage("Redis was not asked yet", replica=self.replica)
+        self._outage = outage or Outage("Redis was not asked yet", replica=self.replica)
+        self._seen = seen
         self._beat, self._ttl, self._clock = beat, ttl, clock
         self._waiting: dict[str, _Waiting] = {}
         self._leaving: set[str] = set()  # abandoned, and Redis does not know it yet
@@ -82,6 +121,16 @@ class RedisProducer:
     def away(self) -> str | None:
         """Why Redis is not to be had, as far as we know; None while it is."""
         return self._outage.reason
+
+    @property
+    def away_for(self) -> float:
+        """Seconds for which it has not been."""
+        return 0.0 if self._outage.since is None else self._outage.now() - self._outage.since
+
+    @property
+    def lost(self) -> str | None:
+        """Which part of the queue is away while the rest goes on: one Redis has no parts."""
+        return None
 
     @property
     def served(self) -> str:
@@ -209,7 +258,7 @@ class RedisProducer:
         args: list[Arg] = [math.ceil(self._ttl * 1000), GROUP, FORGOTTEN_S]
         beat = await self._redis.script(scripts.BEAT, [*keys, *self._keys.lasting], args)
         lived, served, jobs, tokens, done, workers, letters, *streams = beat
-        self._observe(jobs, tokens, done)
+        self._observe(tokens, done)
         self.workers = workers
         if workers and served and served.decode() != self._keys.backbone:
             self._move(served.decode())
@@ -218,11 +267,9 @@ class RedisProducer:
             self._suspect = False
         await self._tell_who_left()
         self._outage.ended()
-        metrics.WORKERS.set(workers)
-        metrics.DEAD_LETTERS_KEPT.set(letters)
-        for name, (there, claimed) in zip(("interactive", "bulk"), (streams[:2], streams[2:]), strict=True):
-            metrics.STREAM_LAG.labels(stream=name).set(there - claimed)
-            metrics.STREAM_PENDING.labels(stream=name).set(claimed)
+        there, claimed, there_bulk, claimed_bulk = streams
+        pairs = ((there - claimed, claimed), (there_bulk - claimed_bulk, claimed_bulk))
+        self._seen(Beat(jobs, tokens, workers, letters, pairs))
 
     def _move(self, served: str) -> None:
         """The queue is served with another backbone: what waits for the former one is refused, so that nobody gets an
@@ -234,6 +281,17 @@ class RedisProducer:
         for job_id, entry in waiting.items():
             if not entry.answer.done():
                 entry.answer.set_result(Failed(job_id, Unavailable.code, MOVED))
+
+    def give_up(self, code: str, message: str) -> None:
+        """Answers interactive jobs that wait with an error; Redis learns that nobody waits once it is back. Bulk jobs
+        have the time to wait for that.
+        """
+        left = {job_id: w for job_id, w in self._waiting.items() if w.admitted and w.job.priority == "interactive"}
+        self._leaving |= left.keys()
+        for job_id, entry in left.items():
+            del self._waiting[job_id]
+            if not entry.answer.done():
+                entry.answer.set_result(Failed(job_id, code, message))
 
     async def _reconcile(self) -> None:
         """Sends again what we wait for and Redis neither has nor has answered.
@@ -294,12 +352,10 @@ class RedisProducer:
             return
         self._outage.began(error, asked)
 
-    def _observe(self, jobs: int, tokens: int, done: int) -> None:
+    def _observe(self, tokens: int, done: int) -> None:
         now = self._clock()
         if self._done is not None and self._held:
             self.pace.settled(max(0, done - self._done), now)
         else:
             self.pace.start(now)
         self._done, self._held = done, tokens
-        metrics.QUEUE_JOBS.set(jobs)
-        metrics.QUEUE_TOKENS.set(tokens)

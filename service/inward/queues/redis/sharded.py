@@ -1,0 +1,355 @@
+"""Several Redis servers as one queue. A job goes to the shard of its prompt and is settled where it was taken, and the
+other shards go on when one is away.
+
+The first shard is the home of all that is no job: who works here, heads and policies that are switched, requests to
+workers, idempotency, quotas, bulk jobs, score streams. Which shard a prompt has follows from the number of shards
+alone, so a new one goes to the end of the list. Replicas that disagree on the list for a while share less work and lose
+nothing, as long as workers take from every shard that any replica knows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import struct
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from inward import metrics
+from inward.errors import Overloaded, ShardAway, Unavailable
+from inward.queues.base import Closed, Hear
+from inward.queues.redis.consumer import RedisConsumer
+from inward.queues.redis.outage import Outage
+from inward.queues.redis.producer import Beat, RedisProducer, show
+from inward.stores.connection import Connection
+from inward.stores.keys import Keys
+from inward.types import Failed, Ids, Job, Outcome, Piece
+
+PATIENCE_S = 0.5
+"""For which a worker waits for a shard that does not answer, before it goes on with the others."""
+
+
+def shard_of(prompt_ids: Ids, shards: int) -> int:
+    """The shard of a prompt: the one that draws the highest lot (rendezvous hashing, Thaler and Ravishankar 1996).
+    Where a shard is added at the end, just those move that it draws: one in ``shards + 1``.
+    """
+    if shards == 1:
+        return 0
+    prompt = hashlib.blake2b(struct.pack(f"<{len(prompt_ids)}q", *prompt_ids), digest_size=16)
+
+    def lot(shard: int) -> bytes:
+        drawn = prompt.copy()
+        drawn.update(shard.to_bytes(2, "little"))
+        return drawn.digest()
+
+    return max(range(shards), key=lot)
+
+
+class _Shards:
+    """What both sides know of their shards: which are there, for the gauge and in words."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+        self._up = [1] * n
+
+    def outage(self, shard: int, before: str | None = None) -> Outage:
+        def up(value: int) -> None:
+            self._up[shard] = value
+            metrics.REDIS_UP.set(min(self._up))
+
+        return Outage(before, up, shard=self.name(shard))
+
+    def name(self, shard: int) -> str:
+        return f"{shard + 1} of {self.n}"
+
+    def away(self, reasons: Sequence[str | None]) -> str | None:
+        """Why the queue is away as a whole."""
+        return None if any(reason is None for reason in reasons) else reasons[0]
+
+    def lost(self, reasons: Sequence[str | None]) -> str | None:
+        """Those that are away while others are there."""
+        away = [f"shard {self.name(i)} is away: {reason}" for i, reason in enumerate(reasons) if reason is not None]
+        return "; ".join(away) if 0 < len(away) < self.n else None
+
+
+class ShardedProducer:
+    """One API replica in front of several Redis servers.
+
+    Args:
+        connections: the shards, the home first; owned by the caller, who closes them after ``leave``.
+        max_tokens: over all shards, each of which takes an equal part of it.
+        ttl: as a ``RedisProducer``'s; after as long without a shard those who wait for it are answered with a 503,
+            since workers drop their jobs by then, too.
+        more: as a ``RedisProducer``'s.
+    """
+
+    def __init__(
+        self,
+        connections: Sequence[Connection],
+        keys: Keys,
+        *,
+        max_tokens: int,
+        beat: float = 1.0,
+        ttl: float = 10.0,
+        **more: Any,
+    ) -> None:
+        self._names = _Shards(len(connections))
+        self._beats: dict[int, Beat] = {}
+        self._ttl = ttl
+        self._beat = beat
+        self.shards = [
+            RedisProducer(
+                connection, keys, max_tokens=-(-max_tokens // len(connections)), beat=beat, ttl=ttl,
+                outage=self._names.outage(i, "Redis was not asked yet"), seen=self._seen(i), **more,
+            )
+            for i, connection in enumerate(connections)
+        ]  # fmt: skip
+
+    @property
+    def away(self) -> str | None:
+        """Why no shard is to be had; None while any is."""
+        return self._names.away([shard.away for shard in self.shards])
+
+    @property
+    def lost(self) -> str | None:
+        """Which shards are away while others are there."""
+        return self._names.lost([shard.away for shard in self.shards])
+
+    @property
+    def served(self) -> str:
+        """As the home shard is."""
+        return self.shards[0].served
+
+    @property
+    def workers(self) -> int:
+        """Of the shard that has most."""
+        return max(shard.workers for shard in self.shards)
+
+    @property
+    def open_jobs(self) -> int:
+        return sum(shard.open_jobs for shard in self.shards)
+
+    async def live(self) -> None:
+        """One sign of life to each."""
+        await asyncio.gather(*(shard.live() for shard in self.shards))
+
+    async def keep_living(self) -> None:
+        """As a ``RedisProducer``'s, for all."""
+        async with asyncio.TaskGroup() as group:
+            for shard in self.shards:
+                group.create_task(shard.keep_living())
+            group.create_task(self._keep_giving_up())
+
+    async def keep_receiving(self) -> None:
+        """As a ``RedisProducer``'s, from all."""
+        async with asyncio.TaskGroup() as group:
+            for shard in self.shards:
+                group.create_task(shard.keep_receiving())
+
+    async def submit(self, jobs: Sequence[Job], hear: Hear | None = None) -> list[Awaitable[Outcome]]:
+        """As the protocol says, of the shards that are there. Jobs of one that is not fail with ``ShardAway``, while
+        the others of the request are done; bulk jobs, which can wait, and those that have no other beside them are
+        refused as a whole.
+        """
+        parts: dict[int, list[Job]] = {}
+        for job in jobs:
+            parts.setdefault(shard_of(job.group.prompt_ids, len(self.shards)), []).append(job)
+        try:
+            submitting = (self.shards[i].submit(part, hear) for i, part in parts.items())
+            results = await asyncio.gather(*submitting, return_exceptions=True)
+            if refused := self._refused(jobs, dict(zip(parts, results, strict=True))):
+                raise refused
+        except BaseException:
+            await self.abandon([job.id for job in jobs])
+            raise
+        waits: dict[str, Awaitable[Outcome]] = {}
+        for (i, part), result in zip(parts.items(), results, strict=True):
+            answers = result if not isinstance(result, BaseException) else [self._failed(i, job) for job in part]
+            waits |= zip((job.id for job in part), answers, strict=True)
+        return [waits[job.id] for job in jobs]
+
+    async def abandon(self, job_ids: Sequence[str]) -> None:
+        await asyncio.gather(*(shard.abandon(job_ids) for shard in self.shards))
+
+    async def close(self) -> None:
+        for shard in self.shards:
+            await shard.close()
+
+    async def leave(self) -> None:
+        """As a ``RedisProducer``'s."""
+        await asyncio.gather(*(shard.leave() for shard in self.shards))
+
+    def _refused(self, jobs: Sequence[Job], results: dict[int, Any]) -> BaseException | None:
+        """What the request is refused with as a whole."""
+        errors: dict[int, Unavailable] = {}
+        for i, result in results.items():
+            if isinstance(result, Unavailable) and not isinstance(result, Overloaded):
+                errors[i] = result
+            elif isinstance(result, BaseException):
+                return result
+        if not errors or (len(errors) < len(results) and jobs[0].priority == "interactive"):
+            return None
+        i, error = next(iter(errors.items()))
+        return ShardAway(self._message(i, error.message), retry_after=error.retry_after)
+
+    def _failed(self, i: int, job: Job) -> Awaitable[Outcome]:
+        answer: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        reason = self.shards[i].away or "no worker takes jobs from it"
+        answer.set_result(Failed(job.id, ShardAway.code, self._message(i, reason)))
+        return answer
+
+    def _message(self, i: int, reason: str) -> str:
+        return f"shard {self._names.name(i)} of the queue is away, and this prompt's jobs go through it: {reason}"
+
+    async def _keep_giving_up(self) -> None:
+        while True:
+            await asyncio.sleep(self._beat)
+            for i, shard in enumerate(self.shards):
+                if shard.away_for > self._ttl:
+                    shard.give_up(ShardAway.code, self._message(i, shard.away or ""))
+
+    def _seen(self, i: int) -> Callable[[Beat], None]:
+        def seen(beat: Beat) -> None:
+            self._beats[i] = beat
+            first, *others = self._beats.values()
+            for other in others:
+                first += other
+            show(first)
+
+        return seen
+
+
+class ShardedConsumer:
+    """One worker that takes from several Redis servers, from each as much as from any other. What a shard that is away
+    can't be told now is told when it is back, while the work goes on.
+
+    Args:
+        connections: the shards, the home first; owned by the caller, who closes them after ``leave``.
+        about: as a ``RedisConsumer``'s; the home is told.
+        more: as a ``RedisConsumer``'s.
+    """
+
+    def __init__(
+        self, connections: Sequence[Connection], keys: Keys, *, about: Callable[[], bytes] = lambda: b"", **more: Any
+    ) -> None:
+        self._names = _Shards(len(connections))
+        self.shards = [
+            RedisConsumer(
+                connection, keys, about=(lambda: b"") if i else about, outage=self._names.outage(i), **more
+            )
+            for i, connection in enumerate(connections)
+        ]  # fmt: skip
+        self.home = self.shards[0]
+        self.worker = self.home.worker
+        self.welcome = self.home.welcome
+        """The home shard says which backbone the queue is served with; nothing is taken from any before it has."""
+        self._taking: dict[RedisConsumer, asyncio.Task[list[Job]]] = {}
+        self._late: set[asyncio.Task[None]] = set()  # what shards that are away are still to be told
+        self._closed = False
+
+    @property
+    def away(self) -> str | None:
+        """Why no shard is to be had; None while any is."""
+        return self._names.away([shard.away for shard in self.shards])
+
+    @property
+    def lost(self) -> str | None:
+        """Which shards are away while others are there."""
+        return self._names.lost([shard.away for shard in self.shards])
+
+    @property
+    def problem(self) -> str | None:
+        """Why no jobs are taken, or not from every shard that is there."""
+        refused = next((shard.refused for shard in self.shards if shard.refused), None)
+        return self.away or refused or (None if self.welcome.is_set() else "waiting for the first shard")
+
+    async def keep(self) -> None:
+        """As a ``RedisConsumer``'s, for all."""
+        async with asyncio.TaskGroup() as group:
+            for shard in self.shards:
+                group.create_task(self._keep(shard))
+
+    async def publish(self) -> None:
+        """As a ``RedisConsumer``'s, at home."""
+        await self.home.publish()
+
+    async def take(self, tokens: int) -> list[Job]:
+        """Each shard is asked for its part of ``tokens``, and asked again once what it gave was taken."""
+        share = max(1, tokens // len(self.shards))
+        while True:
+            await self.welcome.wait()
+            for shard in self.shards:
+                if shard not in self._taking:
+                    self._taking[shard] = asyncio.create_task(shard.take(share))
+            wait = PATIENCE_S if self._closed else None
+            await asyncio.wait(self._taking.values(), timeout=wait, return_when=asyncio.FIRST_COMPLETED)
+            jobs: list[Job] = []
+            for shard, task in list(self._taking.items()):
+                if task.done() and not isinstance(task.exception(), Closed):
+                    del self._taking[shard]
+                    jobs += task.result()
+            if jobs:
+                return jobs
+            if self._closed and all(task.done() or shard.away for shard, task in self._taking.items()):
+                raise Closed
+
+    async def wanted(self, jobs: Sequence[Job]) -> list[Job]:
+        """Of a shard that is away all are, as far as anybody knows."""
+        there = [shard for shard in self.shards if shard.away is None]
+        asked = [asyncio.create_task(shard.wanted(jobs)) for shard in there]
+        done, silent = await asyncio.wait(asked, timeout=PATIENCE_S) if asked else (set(), set())
+        for task in silent:
+            task.cancel()
+        known = {job.id for task in done for job in task.result()}
+        for shard, task in zip(there, asked, strict=True):
+            known |= shard.claimed if task in silent else set()
+        for shard in self.shards:
+            known |= shard.claimed if shard not in there else set()
+        return [job for job in jobs if job.id in known]
+
+    async def tell(self, piece: Piece) -> bool:
+        return any([await shard.tell(piece) for shard in self.shards if shard.away is None])
+
+    async def settle(self, outcomes: Sequence[Outcome]) -> None:
+        """Where the job was taken."""
+        await self._tell_each(lambda shard: shard.settle(outcomes))
+
+    async def release(self, jobs: Sequence[Job], reason: str) -> None:
+        await self._tell_each(lambda shard: shard.release(jobs, reason))
+
+    async def close(self) -> None:
+        self._closed = True
+        for shard in self.shards:
+            await shard.close()
+
+    async def leave(self) -> None:
+        """As a ``RedisConsumer``'s."""
+        tasks = [*self._taking.values(), *self._late]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(shard.leave() for shard in self.shards))
+
+    async def _keep(self, shard: RedisConsumer) -> None:
+        if shard is not self.home:
+            await self.welcome.wait()
+        await shard.keep()
+
+    async def _tell_each(self, tell: Callable[[RedisConsumer], Awaitable[None]]) -> None:
+        """Does not wait long for one that does not answer: it is told when it does."""
+
+        async def told(shard: RedisConsumer) -> None:
+            await tell(shard)
+
+        there: list[asyncio.Task[None]] = []
+        late: list[asyncio.Task[None]] = []
+        for shard in self.shards:
+            (there if shard.away is None else late).append(asyncio.create_task(told(shard)))
+        if there:
+            done, silent = await asyncio.wait(there, timeout=PATIENCE_S)
+            late += silent
+            for task in done:
+                task.result()
+        for task in late:
+            self._late.add(task)
+            task.add_done_callback(self._late.discard)

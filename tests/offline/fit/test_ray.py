@@ -1,0 +1,156 @@
+"""Pairs that are read on a cluster: the same sums on any number of machines, and an actor that dies costs its block."""
+
+import asyncio
+import os
+import sys
+from collections import Counter
+from contextlib import asynccontextmanager
+
+import numpy as np
+import pytest
+from safetensors.numpy import load
+
+from inward.backbones.fake import FakeBackbone
+from inward.offline.cluster import DONE, NUMBER
+from inward.offline.data.pairs import Pair, prompt_groups
+from inward.offline.fit.ray import BLOCK_PAIRS, Pass, Reader, SpreadPairs, blocks_of
+from inward.offline.states.moments import PairSums
+from inward.offline.states.read import extract_pairs, sum_pairs
+from support.letters import prompts
+
+PAIRS = [Pair(f"question {i // 3}", f"good {i}" + "!" * (i % 7), f"bad {i % 5}") for i in range(60)]
+LAYERS = (0, 2, 4)
+WHERE = {"layers": LAYERS, "final_norm": True, "progress": False}
+
+
+@asynccontextmanager
+async def opened():
+    yield FakeBackbone(tokens=400), prompts()
+
+
+def test_blocks_have_whole_prompts_and_every_pair_once():
+    groups_N = prompt_groups(pair.prompt for pair in PAIRS[::2] + PAIRS[1::2])
+    blocks = blocks_of(groups_N, 7, np.arange(0, 60, 4))
+    assert sorted(np.concatenate([block.rows_N for block in blocks])) == list(range(60))
+    assert sorted(np.concatenate([block.rows_N[block.kept_K] for block in blocks])) == list(range(0, 60, 4))
+    prompts_of = [set(groups_N[block.rows_N]) for block in blocks]
+    assert sum(map(len, prompts_of)) == len(set(groups_N)) and len(blocks) > 5
+    assert len(blocks_of(groups_N, BLOCK_PAIRS)) == 1
+
+
+def test_sums_of_blocks_are_those_of_one_pass():
+    blocks = blocks_of(prompt_groups(pair.prompt for pair in PAIRS), 9)
+    reader = Reader(opened, Pass("sums", LAYERS, "last"), PAIRS, blocks)
+    total = [PairSums.empty(16) for _ in LAYERS]
+    for number in range(len(blocks)):
+        tensors = load(reader({NUMBER: np.array([number])})[DONE][0])
+        for axis, sums in enumerate(total):
+            sums.merge(PairSums.from_tensors(tensors, f"{axis}."))
+    reader._loop.close()
+    whole = asyncio.run(
+        sum_pairs(FakeBackbone(tokens=400), prompts(), PAIRS, layers=LAYERS, final_norm=True, progress=False)
+    )
+    for sums, wanted in zip(total, whole.sums_L, strict=True):
+        assert (sums.pairs, sums.moments.count) == (wanted.pairs, wanted.moments.count)
+        np.testing.assert_allclose(sums.difference_D, wanted.difference_D, rtol=1e-9)
+        np.testing.assert_allclose(sums.moments.mean_D, wanted.moments.mean_D, rtol=1e-9)
+        # a block's products are float32: another block size is another rounding
+        np.testing.assert_allclose(sums.moments.scatter_DD, wanted.moments.scatter_DD, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """For the processes that Ray starts."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # its processes are nice otherwise, and starve on a busy machine
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_gcs_server_request_timeout_seconds", "300")  # these two are read when Ray is imported
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "300")
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'inward[ray]'")
+
+
+def fake_model(log=None, dies=None):
+    """Opens a fake model; it writes down what it reads, and the first process that reads ``dies`` ends. By value: Ray's
+    processes do not have this file as a module."""
+
+    def note(text):
+        import os
+        from pathlib import Path
+
+        died = Path(f"{log}.died")
+        if dies is not None and text.startswith(dies) and not died.exists():
+            died.touch()
+            os._exit(1)
+        if log is not None:
+            with Path(log).open("a") as file:
+                file.write(f"{os.getpid()} {text}\n")
+
+    @asynccontextmanager
+    async def opened():
+        from inward.backbones.fake import FakeBackbone
+        from support.letters import prompts
+
+        class Noting(FakeBackbone):
+            async def read(self, groups, readouts, **more):
+                for group in groups:
+                    note("".join(chr(i - 1) for i in group.prompt_ids))
+                return await super().read(groups, readouts, **more)
+
+        yield Noting(tokens=400), prompts()
+
+    return opened
+
+
+def made(tmp_path, actors, model, block=9):
+    if "RAY_ADDRESS" not in os.environ:
+        import ray
+
+        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")  # whatever is here
+    with SpreadPairs(model, PAIRS, tmp_path, actors=actors, gpus=0, block=block) as spread:
+        return spread.sums(LAYERS, "last"), spread.states(LAYERS, "last")
+
+
+def same(a, b):
+    for one, other in zip(a.sums_L, b.sums_L, strict=True):
+        np.testing.assert_allclose(one.difference_D, other.difference_D, rtol=1e-9)
+        np.testing.assert_allclose(one.moments.mean_D, other.moments.mean_D, rtol=1e-9)
+        np.testing.assert_allclose(one.moments.scatter_DD, other.moments.scatter_DD, rtol=1e-9)
+    np.testing.assert_array_equal(a.kept.chosen_NLD, b.kept.chosen_NLD)
+
+
+def test_two_actors_one_of_which_is_killed_give_the_sums_of_one(tmp_path, environment):
+    one, states_of_one = made(tmp_path / "one", 1, fake_model())
+    log = tmp_path / "log"
+    two, states_of_two = made(tmp_path / "two", 2, fake_model(str(log), dies="question 11:"))
+    assert (tmp_path / "log.died").exists()
+    same(one, two)
+    np.testing.assert_array_equal(states_of_one.chosen_NLD, states_of_two.chosen_NLD)
+    whole = asyncio.run(
+        extract_pairs(FakeBackbone(tokens=400), prompts(), PAIRS, layers=LAYERS, final_norm=True, progress=False)
+    )
+    np.testing.assert_allclose(states_of_two.chosen_NLD, whole.chosen_NLD, rtol=1e-6)
+    np.testing.assert_array_equal(states_of_two.length_difference_N, whole.length_difference_N)
+    read = Counter(line.split(" ", 1)[1] for line in log.read_text().splitlines())
+    again = {text for text, n in read.items() if n > 2}  # twice are the two passes
+    assert len(again) <= 2, "more than the prompts beside it in its block were read again"
+    before = log.stat().st_size
+    same(made(tmp_path / "two", 1, fake_model(str(log)))[0], one)
+    assert log.stat().st_size == before, "blocks that are kept are not read again"
+
+
+def test_on_two_nodes(tmp_path, environment, monkeypatch):
+    import ray
+    from ray.cluster_utils import Cluster
+
+    one, _ = made(tmp_path / "one", 1, fake_model())
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        nodes.add_node(num_cpus=1)
+        nodes.wait_for_nodes()
+        monkeypatch.setenv("RAY_ADDRESS", nodes.address)
+        two, _ = made(tmp_path / "two", 2, fake_model())
+        same(one, two)
+    finally:
+        ray.shutdown()
+        nodes.shutdown()
