@@ -175,6 +175,12 @@ def ends(backbone, spec):
     return samples, told
 
 
+def assert_same(samples, others):
+    """Drawn twice: scores may be rounded otherwise."""
+    assert [replace(one, stop_score=None) for one in samples] == [replace(one, stop_score=None) for one in others]
+    assert [one.stop_score for one in samples] == pytest.approx([one.stop_score for one in others], rel=1e-3, abs=1e-3)
+
+
 def assert_ends_told(backbone, seeds):
     """That every end is told, the rejected ones before others end, and that what is final is what is given."""
     early = 0
@@ -182,7 +188,7 @@ def assert_ends_told(backbone, seeds):
         spec = SamplingSpec(6, max_tokens=24, seed=seed, early_rejection=EarlyRejection(0.5, (6, 12)))
         for one in (replace(spec, early_rejection=None), spec):
             samples, told = ends(backbone, one)
-            assert samples == draw(backbone, one)[0][0]
+            assert_same(samples, draw(backbone, one)[0][0])
             assert {i: sample for i, sample, _ in told} == dict(enumerate(samples))
             assert all(sample == samples[i] for i, sample, final in told if final or not sample.finished)
         reasons = [sample.finish_reason for _, sample, _ in told]

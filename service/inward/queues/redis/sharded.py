@@ -23,7 +23,7 @@ from inward.queues.redis.outage import Outage
 from inward.queues.redis.producer import Beat, RedisProducer, show
 from inward.stores.connection import Connection
 from inward.stores.keys import Keys
-from inward.types import Failed, Ids, Job, Outcome, Piece
+from inward.types import Failed, Ids, Job, News, Outcome
 
 PATIENCE_S = 0.5
 """For which a worker waits for a shard that does not answer, before it goes on with the others."""
@@ -307,8 +307,8 @@ class ShardedConsumer:
             known |= shard.claimed if shard not in there else set()
         return [job for job in jobs if job.id in known]
 
-    async def tell(self, piece: Piece) -> bool:
-        return any([await shard.tell(piece) for shard in self.shards if shard.away is None])
+    async def tell(self, news: News) -> bool:
+        return any([await shard.tell(news) for shard in self.shards if shard.away is None])
 
     async def settle(self, outcomes: Sequence[Outcome]) -> None:
         """Where the job was taken."""
