@@ -235,9 +235,12 @@ async def test_ends_are_told_when_they_are_final_and_not_after_the_outcome():
         await asyncio.sleep(0.01)
         assert told == [(1, SECOND)]
         final.add(0)
-        telling.on_ended(2, FIRST)
+        telling.look()  # a decision point has passed
         await asyncio.sleep(0.01)
         assert told == [(1, SECOND), (0, FIRST)]
+        telling.on_ended(2, FIRST)
+        await asyncio.sleep(0.01)
+        assert len(told) == 2
         final.add(2)
         telling.on_ended(3, SECOND)
     assert len(told) <= 3

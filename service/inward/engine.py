@@ -154,6 +154,8 @@ class Engine:
             return await self._rated(job, index, sample, head, looks, version)
 
         async with TellingEnds(job.id, looks.final if looks is not None else lambda index: True, rate, tell) as telling:
+            if looks is not None:
+                looks.on_decided = telling.look
             yield telling.on_ended
 
     async def _rated(

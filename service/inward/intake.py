@@ -243,16 +243,16 @@ class ComingSamples(_Told):
                 before = self._given.setdefault(news.index, news)
                 if before is news:
                     return news
-                _alike(before.sample, news.sample)
+                _check_same(before.sample, news.sample)
             elif not isinstance(news, Piece):
                 scored = _success(news.result())
                 for index, ended in self._given.items():
-                    _alike(ended.sample, scored.samples[index])
+                    _check_same(ended.sample, scored.samples[index])
                 self.scored = scored
         raise StopAsyncIteration
 
 
-def _alike(one: Sample, other: Sample) -> None:
+def _check_same(one: Sample, other: Sample) -> None:
     """Raises Unavailable where these can't be the same response; a guard may end it a token earlier or later."""
     n = min(len(one.ids), len(other.ids))
     if one.ids[:n] != other.ids[:n]:

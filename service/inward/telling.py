@@ -99,6 +99,10 @@ class TellingEnds:
     def on_ended(self, index: int, sample: Sample) -> None:
         """See ``backbones.base.OnEnded``."""
         self._ended[index] = sample
+        self.look()
+
+    def look(self) -> None:
+        """Tells of those that are final now; called from where they are drawn."""
         for i in [i for i, one in self._ended.items() if not one.finished or self._final(i)]:
             self._loop.call_soon_threadsafe(self._queue.put_nowait, (i, self._ended.pop(i)))
 

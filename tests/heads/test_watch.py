@@ -213,3 +213,18 @@ def test_a_probability_becomes_a_score_by_the_heads_own_calibration():
     spec = SamplingSpec(1, stop_when=StopRule("plain", probability=0.5, pool="last"))
     stops = shown(watch(spec, "plain", Heads(calibrated)), [[0.0, -0.4, -0.6]], [])
     assert stops[0].given == 2
+
+
+def test_who_ended_early_is_final_once_the_points_that_it_reached_have_passed_and_never_when_rejected():
+    """Of three responses two end at once; the third gets to the point later, and then one of the two is rejected."""
+    point = 4
+    spec = SamplingSpec(3, max_tokens=16, early_rejection=EarlyRejection(0.5, (point,)))
+    looks = watch(spec, "plain", Heads(head()))
+    decided = []
+    looks.on_decided = lambda: decided.append([looks.final(i) for i in range(3)])
+    high, low, middle = (np.full((point, 1), score, dtype=np.float32) for score in (3.0, 1.0, 2.0))
+    assert looks.look({0: [high], 1: [low]}, [0, 1]) == {}
+    assert [looks.final(i) for i in range(2)] == [False, False]
+    assert decided == []
+    assert set(looks.look({2: [middle]}, [])) == {1}
+    assert decided == [[True, False, False]]

@@ -118,11 +118,14 @@ async def _compared(
     """Answers that are one job, since they are compared while they are drawn."""
     (generation,) = wanted.generations
     progress = Progress(drawn=0, of=request.drawn, best=None)
-    yield ""  # begun
-    async with aclosing(ended(generation, samples)) as answers:
-        async for _, answer in answers:
-            progress = _further(progress, answer)
-            yield _progress(request, progress, about, piece)
+    try:
+        yield ""  # begun
+        async with aclosing(ended(generation, samples)) as answers:
+            async for _, answer in answers:
+                progress = _further(progress, answer)
+                yield _progress(request, progress, about, piece)
+    finally:
+        await samples.aclose()
     assert samples.scored is not None
     for told in _winners(request, wanted, generation.found(samples.scored), about, piece):
         yield told

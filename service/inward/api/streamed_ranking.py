@@ -105,10 +105,13 @@ async def _group_events(
     samples: ComingSamples,
     finish: Callable[[RerankAnswer], Awaitable[None]],
 ) -> AsyncGenerator[str, None]:
-    yield ""  # begun
-    async with aclosing(ended(wanted, samples)) as answers:
-        async for i, one in answers:
-            yield event("sample", one_ranked(i, one, request, wanted.truncated))
+    try:
+        yield ""  # begun
+        async with aclosing(ended(wanted, samples)) as answers:
+            async for i, one in answers:
+                yield event("sample", one_ranked(i, one, request, wanted.truncated))
+    finally:
+        await samples.aclose()
     assert samples.scored is not None
     answer, _ = ranking(services, request, wanted.found(samples.scored))
     await finish(answer)
@@ -118,15 +121,12 @@ async def _group_events(
 async def ended(wanted: Generation, samples: ComingSamples) -> AsyncGenerator[tuple[int, Candidate], None]:
     """Each answer of one job when it ends, with its number; in the end those of which nobody told."""
     given = set()
-    try:
-        async for news in samples:
-            given.add(news.index)
-            found = drawn(news.sample)
-            if news.sample.finished:
-                found = replace(found, score=news.score, probability=news.probability)
-            yield news.index, wanted.counted(found)
-    finally:
-        await samples.aclose()
+    async for news in samples:
+        given.add(news.index)
+        found = drawn(news.sample)
+        if news.sample.finished:
+            found = replace(found, score=news.score, probability=news.probability)
+        yield news.index, wanted.counted(found)
     assert samples.scored is not None
     for i in range(len(samples.scored.samples)):
         if i not in given:

@@ -70,6 +70,11 @@ class Rejecting:
         own = self._responses.get(i)
         return own is not None and (not own.ended or len(own.scores) > self._next)
 
+    @property
+    def decided(self) -> int:
+        """How many of the points have passed."""
+        return self._next
+
     def decide(self) -> dict[int, tuple[int, float]]:
         """Those that are rejected now, with the point's tokens and their score there."""
         rejected: dict[int, tuple[int, float]] = {}

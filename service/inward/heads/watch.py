@@ -6,7 +6,7 @@ The one place that decides either, whatever draws: it is shown numbers of tokens
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -121,8 +121,11 @@ class HeadWatch:
         heads = [rule.head for rule in (guard, self._rejection) if rule]
         self._heads = heads if len({id(head) for head in heads}) == len(heads) else heads[:1]
         self._given: dict[int, int] = {}
+        self._rejected: set[int] = set()
         self.readouts: tuple[Readout, ...] = tuple(head.readout for head in self._heads)
         self.guards = guard is not None
+        self.on_decided: Callable[[], None] | None = None
+        """Called when a decision point has passed: ``final`` may say otherwise now."""
 
     def due(self, seen: int, now: int) -> bool:
         """At a decision point, and for a guard every ``GUARD_INTERVAL`` tokens."""
@@ -141,13 +144,17 @@ class HeadWatch:
                 stops[i] = stop
         if self._rejecting is not None:
             self._rejecting.ended([*stops, *ended])
+            before = self._rejecting.decided
             for i, (given, score) in self._rejecting.decide().items():
                 stops[i] = Stop("rejected", given, score)
+                self._rejected.add(i)
+            if self.on_decided is not None and self._rejecting.decided > before:
+                self.on_decided()
         return stops
 
     def final(self, index: int) -> bool:
-        """Whether no later look ends this response, which has ended."""
-        return self._rejecting is None or not self._rejecting.undecided(index)
+        """Whether this response, which has ended by itself, stays as it is: no look has rejected it, and none will."""
+        return self._rejecting is None or not (index in self._rejected or self._rejecting.undecided(index))
 
     def give(self, index: int) -> int | None:
         """Tokens of a response that may be given while it is drawn, None: all. What was given stays given: ``check``,

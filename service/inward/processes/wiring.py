@@ -189,14 +189,14 @@ def heads_folder(settings: Settings) -> Path | None:
     return folder
 
 
-def bundled_for(print_: str) -> str | None:
+def bundled_for(identity: str) -> str | None:
     """The bundled model that has this fingerprint."""
     return next(
         (
             name
             for name in (TOY.name, SMOLLM2)
             if any(
-                store.load_manifest(found.path).backbone.fingerprint == print_
+                store.load_manifest(found.path).backbone.fingerprint == identity
                 for found in store.find(MODELS / name / "heads")
             )
         ),
@@ -421,14 +421,14 @@ def describe(settings: Settings) -> dict[str, Any]:
     from inward.backbones.fingerprint import fingerprint
 
     model = find_model(settings)
-    print_ = fingerprint(model.folder)
+    identity = fingerprint(model.folder)
     folder = heads_folder(settings)
     values = settings.resolved()
     backbone = {
         key: values.pop(key)
         for key in ("dtype", "device", "token_budget", "vllm_options", "trust_remote_code", "template")
     }
-    backbone |= {"kind": values.pop("backbone"), "name": model.name, "path": str(model.folder), "fingerprint": print_}
+    backbone |= {"kind": values.pop("backbone"), "name": model.name, "path": str(model.folder), "fingerprint": identity}
     values.pop("heads")
     limits = {
         name: values.pop(name) for name in [*values] if name.startswith("max_") or name in ("queue_tokens", "timeout")

@@ -118,9 +118,11 @@ def report(results: Mapping[str, Any]) -> RenderableType:
 
 
 def _median(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The run in the middle, with the tokens/s of all."""
-    middle = sorted(runs, key=lambda run: float(run["seconds"]))[len(runs) // 2]
-    return middle | {"rounds": [run["tokens_per_second"] for run in runs]}
+    """Median times, the largest memory, and the tokens/s of all."""
+    seconds, rates = ([float(run[name]) for run in runs] for name in ("seconds", "tokens_per_second"))
+    peak = max(run["peak_bytes"] for run in runs)
+    middle = {"seconds": median(seconds), "tokens_per_second": median(rates), "peak_bytes": peak}
+    return runs[0] | middle | {"rounds": rates}
 
 
 def _inner(config: Mapping[str, Any]) -> int:
