@@ -11,6 +11,7 @@ import time
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import wraps
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +30,8 @@ from support.waiting import PATIENCE
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm does it", exc_type=ImportError)
 
 from inward.backbones.vllm import hosted
+from inward.backbones.vllm.internals import EngineArgs, UsageContext
+from inward.backbones.vllm.protocol import READING, WORKER
 
 ROOT = Path(__file__).parents[2]
 START = 4 * PATIENCE
@@ -259,8 +262,48 @@ def test_an_engine_that_cannot_be_read_is_refused(change: dict[str, Any], named:
     assert named in refused.value.message
 
 
-@pytest.mark.parametrize("options", [{"worker_cls": "their.Worker"}, {"hf_overrides": {"rope_theta": 1e6}}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"worker_cls": "their.Worker"},
+        {"worker_extension_cls": "their.Extension"},
+        {"hf_overrides": {"rope_theta": 1e6}},
+    ],
+)
 def test_an_argument_that_is_ours_is_refused(options: dict[str, Any]) -> None:
-    arguments = SimpleNamespace(**{"worker_cls": "auto", "hf_overrides": {}, **options})
+    arguments = EngineArgs(**{"model": str(TOY / "backbone"), **options})
     with pytest.raises(SetupError, match=next(iter(options)).replace("_", "-")):
         hosted._adapt(arguments)
+
+
+def test_arguments_as_they_come_are_adapted() -> None:
+    arguments = EngineArgs(model=str(TOY / "backbone"), additional_config={"theirs": 1})
+    hosted._adapt(arguments)
+    assert arguments.worker_cls == WORKER
+    assert arguments.additional_config == {"theirs": 1, **READING}
+
+
+def test_another_plugins_wrapper_is_not_taken_for_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    def configure(*_: Any) -> SimpleNamespace:
+        return configuration(model_config={"runner_type": "generate", "model": "a model", "revision": None})
+
+    @wraps(configure)
+    def theirs(*args: Any) -> Any:
+        return configure(*args)
+
+    monkeypatch.setattr(EngineArgs, hosted.CONFIGURE, theirs)
+    checked: list[Any] = []
+    hosted.prepare(lambda model, revision: checked.append((model, revision)))
+    ours = EngineArgs.create_engine_config
+    EngineArgs(model=str(TOY / "backbone")).create_engine_config(UsageContext.OPENAI_API_SERVER)
+    assert checked == [("a model", None)]
+    hosted.prepare(lambda model, revision: checked.append("twice"))
+    assert EngineArgs.create_engine_config is ours
+
+    @wraps(ours)
+    def around(*args: Any) -> Any:
+        return ours(*args)
+
+    monkeypatch.setattr(EngineArgs, hosted.CONFIGURE, around)
+    hosted.prepare(lambda model, revision: checked.append("twice"))
+    assert EngineArgs.create_engine_config is around

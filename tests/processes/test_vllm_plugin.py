@@ -44,35 +44,35 @@ def test_the_bundled_heads_are_found_by_the_models_fingerprint(tmp_path: Path) -
 def test_heads_that_do_not_fit_are_refused(heads: Path, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INWARD_HEADS", str(heads))
     with pytest.raises(SetupError) as refused:
-        vllm_plugin.check(str(TOY / "backbone"), None)
+        vllm_plugin.chosen(str(TOY / "backbone"), None)
     assert reason in refused.value.message
 
 
 def test_a_model_that_no_bundled_head_fits_needs_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = serving.write_model(tmp_path)
     with pytest.raises(SetupError, match="INWARD_HEADS"):
-        vllm_plugin.check(str(model), None)
+        vllm_plugin.chosen(str(model), None)
     monkeypatch.setenv("INWARD_HEADS", str(tmp_path / "heads"))
-    vllm_plugin.check(str(model), None)
+    vllm_plugin.chosen(str(model), None)
 
 
 def test_a_setting_that_is_wrong_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INWARD_MAX_ITEMS", "many")
     with pytest.raises(SetupError, match="INWARD_MAX_ITEMS"):
-        vllm_plugin.check(str(TOY / "backbone"), None)
+        vllm_plugin.chosen(str(TOY / "backbone"), None)
 
 
 def test_a_folder_without_heads_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INWARD_HEADS", str(tmp_path))
     with pytest.raises(SetupError, match="there is no head in"):
-        vllm_plugin.check(str(TOY / "backbone"), None)
+        vllm_plugin.chosen(str(TOY / "backbone"), None)
 
 
 def test_weights_that_heads_cannot_know_are_refused(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").touch()
     for model in (tmp_path, tmp_path / "model.gguf"):
         with pytest.raises(SetupError, match="safetensors"):
-            vllm_plugin.check(str(model), None)
+            vllm_plugin.chosen(str(model), None)
 
 
 @pytest.mark.parametrize(

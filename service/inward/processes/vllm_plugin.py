@@ -32,23 +32,14 @@ def register() -> None:
     if NAME in os.environ.get("VLLM_PLUGINS", "").split(",") and "vllm.engine.arg_utils" in sys.modules:
         from inward.backbones.vllm import hosted
 
-        hosted.prepare(check)
-
-
-def check(model: str, revision: str | None) -> None:
-    """What can be known before the model is loaded, which takes longer.
-
-    Raises:
-        SetupError: there are no heads, or one was fitted on another model.
-    """
-    chosen(model, revision)
+        hosted.prepare(chosen)
 
 
 def chosen(model: str, revision: str | None) -> tuple[Settings, ModelFiles]:
-    """The settings, by which the heads are found, and the files of the model that vLLM serves.
+    """The settings, by which the heads are found, and the files of the model that vLLM serves; nothing is loaded.
 
     Raises:
-        SetupError: as ``check``, or a setting is wrong.
+        SetupError: there are no heads, one was fitted on another model, or a setting is wrong.
     """
     from inward.backbones.fingerprint import fingerprint
     from inward.backbones.loading import name_of

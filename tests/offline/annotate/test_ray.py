@@ -3,9 +3,7 @@
 import json
 from contextlib import asynccontextmanager
 
-import numpy as np
-
-from inward.offline.annotate.ray import DONE, NUMBER, Actor
+from inward.offline.annotate.ray import Actor
 from inward.offline.annotate.scorer import COLUMNS, Annotated
 from inward.offline.annotate.work import Done, chunks
 from inward_client.rows import find, recognise
@@ -33,8 +31,7 @@ def test_an_actor_does_the_chunks_that_it_is_given_whatever_their_order(tmp_path
     actor = Actor(opened, sources, recognise(rows), by_number)
     done = {}
     for number in (2, 0, 1):
-        batch = actor({NUMBER: np.array([number])})
-        done[batch[NUMBER][0]] = Done.decode(batch[DONE][0])
+        done[number] = Done.decode(actor.do(number))
     actor._loop.run(actor._stack.aclose())
     actor._loop.close()
     margins = [row.columns["margin"] for number in sorted(done) for row in done[number].rows]

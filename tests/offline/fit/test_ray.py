@@ -4,19 +4,23 @@ import asyncio
 import os
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from copy import copy
 
 import numpy as np
 import pytest
 from safetensors.numpy import load
 
 from inward.backbones.fake import FakeBackbone
-from inward.offline.cluster import DONE, NUMBER
+from inward.errors import DataError, InvalidField, SetupError
+from inward.offline.cluster import Cluster
 from inward.offline.data.pairs import Pair, prompt_groups
 from inward.offline.fit.ray import BLOCK_PAIRS, Pass, Reader, SpreadPairs, blocks_of
 from inward.offline.states.moments import PairSums
 from inward.offline.states.read import extract_pairs, sum_pairs
 from support.letters import prompts
+from support.waiting import PATIENCE, wait_until
 
 PAIRS = [Pair(f"question {i // 3}", f"good {i}" + "!" * (i % 7), f"bad {i % 5}") for i in range(60)]
 LAYERS = (0, 2, 4)
@@ -43,7 +47,7 @@ def test_sums_of_blocks_are_those_of_one_pass():
     reader = Reader(opened, Pass("sums", LAYERS, "last"), PAIRS, blocks)
     total = [PairSums.empty(16) for _ in LAYERS]
     for number in range(len(blocks)):
-        tensors = load(reader({NUMBER: np.array([number])})[DONE][0])
+        tensors = load(reader.do(number))
         for axis, sums in enumerate(total):
             sums.merge(PairSums.from_tensors(tensors, f"{axis}."))
     reader._loop.close()
@@ -56,6 +60,115 @@ def test_sums_of_blocks_are_those_of_one_pass():
         np.testing.assert_allclose(sums.moments.mean_D, wanted.moments.mean_D, rtol=1e-9)
         # a block's products are float32: another block size is another rounding
         np.testing.assert_allclose(sums.moments.scatter_DD, wanted.moments.scatter_DD, rtol=1e-4, atol=1e-4)
+
+
+def test_a_bad_row_is_told_by_its_number_among_all_pairs():
+    pairs = [*PAIRS[::2], Pair("question 1", "good", ""), *PAIRS[1::2]]
+    blocks = blocks_of(prompt_groups(pair.prompt for pair in pairs), 9)
+    (number,) = (n for n, block in enumerate(blocks) if 30 in block.rows_N)
+    reader = Reader(opened_strict, Pass("sums", LAYERS, "last"), pairs, blocks)
+    with pytest.raises(DataError, match=r"^row 31: ") as raised:
+        reader.do(number)
+    reader._loop.close()
+    with pytest.raises(DataError) as locally:
+        asyncio.run(sum_pairs(FakeBackbone(tokens=400), strict(prompts()), pairs, **WHERE))
+    assert raised.value.message == locally.value.message == copy(locally.value).message  # as pickle does
+
+
+def strict(prompts):
+    """Prompts that refuse an empty response, as a chat template may."""
+    group = prompts.group
+
+    def grouped(prompt, texts, **more):
+        if "" in texts:
+            raise InvalidField("is empty", param="rejected")
+        return group(prompt, texts, **more)
+
+    prompts.group = grouped
+    return prompts
+
+
+@asynccontextmanager
+async def opened_strict():
+    yield FakeBackbone(tokens=400), strict(prompts())
+
+
+class Here(Cluster):
+    """No Ray: whatever is asked is answered in this process, in order, and noted."""
+
+    def __init__(self, **_):
+        self.open, self.done, self.stop_after = False, [], None
+
+    def __enter__(self):
+        self.open = True
+        return self
+
+    def __exit__(self, *_):
+        self.open = False
+
+    def ask(self, question, *arguments):
+        return question(*arguments)
+
+    def each(self, worker, arguments, numbers, *, ordered=False):
+        reader = worker(*arguments)
+        try:
+            for number in numbers:
+                if len(self.done) == self.stop_after:
+                    raise KeyboardInterrupt
+                self.done.append(number)
+                yield number, reader.do(number)
+        finally:
+            reader._loop.close()
+
+
+@pytest.fixture
+def here(monkeypatch):
+    monkeypatch.setattr("inward.offline.fit.ray.Cluster", Here)
+
+
+def test_sums_that_were_stopped_go_on_and_are_one_file(tmp_path, here):
+    whole = asyncio.run(sum_pairs(FakeBackbone(tokens=400), prompts(), PAIRS, **WHERE))
+    spread = SpreadPairs(opened, PAIRS, tmp_path, actors=1, gpus=0, block=9)
+    with spread:
+        spread._cluster.stop_after = 3
+        with pytest.raises(KeyboardInterrupt):
+            spread.sums(LAYERS, "last")
+        assert len(list(tmp_path.rglob("*.*"))) == 1
+        spread._cluster.stop_after = None
+        sums = spread.sums(LAYERS, "last")
+        assert spread._cluster.done == list(range(7))
+    assert len(list(tmp_path.rglob("*.*"))) == 1
+    for one, wanted in zip(sums.sums_L, whole.sums_L, strict=True):
+        assert one.pairs == wanted.pairs
+        np.testing.assert_allclose(one.difference_D, wanted.difference_D, rtol=1e-9)
+    np.testing.assert_allclose(sums.kept.chosen_NLD, whole.kept.chosen_NLD, rtol=1e-6)
+    np.testing.assert_allclose(sums.kept.rejected_NLD, whole.kept.rejected_NLD, rtol=1e-6)
+    np.testing.assert_array_equal(sums.kept.length_difference_N, whole.kept.length_difference_N)
+    np.testing.assert_array_equal(sums.kept.groups_N, whole.kept.groups_N)
+
+
+def test_the_states_of_some_pairs_are_kept_in_the_order_of_the_pairs(tmp_path, here, monkeypatch):
+    monkeypatch.setattr("inward.offline.fit.ray.kept_pairs", lambda *_: np.array([50, 3, 4, 21]))
+    shuffled = PAIRS[::2] + PAIRS[1::2]
+    with SpreadPairs(opened, shuffled, tmp_path, actors=1, gpus=0, block=9) as spread:
+        kept = spread.sums(LAYERS, "last").kept
+        every = spread.states(LAYERS, "last")
+    np.testing.assert_allclose(kept.chosen_NLD, every.chosen_NLD[[3, 4, 21, 50]], rtol=1e-6)
+    np.testing.assert_array_equal(kept.length_difference_N, every.length_difference_N[[3, 4, 21, 50]])
+
+
+@pytest.mark.parametrize("wrong", ["row", "model"])
+def test_what_is_wrong_is_told_before_anything_is_read_and_the_cluster_is_left(tmp_path, here, wrong):
+    @asynccontextmanager
+    async def missing():
+        raise SetupError("there is no such model")
+        yield
+
+    pairs = [*PAIRS[:40], Pair("question 1", "good", ""), *PAIRS[40:]]
+    spread = SpreadPairs(opened_strict if wrong == "row" else missing, pairs, tmp_path, actors=1, gpus=0, block=9)
+    with pytest.raises(SetupError, match="^row 41: rejected: is empty" if wrong == "row" else "no such model"):
+        spread.__enter__()
+    assert not spread._cluster.open and not spread._cluster.done
 
 
 @pytest.fixture
@@ -137,6 +250,48 @@ def test_two_actors_one_of_which_is_killed_give_the_sums_of_one(tmp_path, enviro
     before = log.stat().st_size
     same(made(tmp_path / "two", 1, fake_model(str(log)))[0], one)
     assert log.stat().st_size == before, "blocks that are kept are not read again"
+
+
+def worker(folder):
+    """Whose first part waits until nothing more is begun, and whose fourth is wrong if ``folder`` has a file."""
+
+    class Waiting:
+        def do(self, number):
+            import time
+            from pathlib import Path
+
+            from inward.errors import DataError
+
+            begun = Path(folder)
+            (begun / str(number)).touch()
+            while number == 0 and not (begun / "go on").exists():
+                time.sleep(0.05)
+            if number == 3 and (begun / "wrong").exists():
+                raise DataError("row 7: is wrong", param="chosen")
+            return b"%d" % number
+
+    return Waiting
+
+
+def test_results_come_in_order_a_few_of_them_wait_and_an_error_is_itself(tmp_path, environment):
+    import ray
+
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")
+    with Cluster(actors=2, gpus=0) as cluster:
+        begun = tmp_path
+        results = cluster.each(worker(str(begun)), (), list(range(30)), ordered=True)
+        with ThreadPoolExecutor(1) as pool:
+            everything = pool.submit(list, results)
+            wait_until(lambda: len(list(begun.iterdir())) >= 5)  # two in hand with the first, four more wait for it
+            settled = len(list(begun.iterdir()))
+            (begun / "go on").touch()
+            assert everything.result(PATIENCE) == [(n, b"%d" % n) for n in range(30)]
+        assert settled == 5
+        (begun / "wrong").touch()
+        for ordered in (True, False):
+            with pytest.raises(DataError, match=r"^row 7: is wrong$") as raised:
+                list(cluster.each(worker(str(begun)), (), [4, 5, 3, 6], ordered=ordered))
+            assert raised.value.param == "chosen"
 
 
 def test_on_two_nodes(tmp_path, environment, monkeypatch):

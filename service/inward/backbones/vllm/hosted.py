@@ -25,9 +25,13 @@ PARALLEL = {
     "decode_context_parallel_size": "context_parallel",
 }
 """Of vLLM's ``ParallelConfig`` what must be 1, and the key of the reason."""
+NOT_BESIDE = ("worker_cls", "worker_extension_cls", "hf_overrides")
+"""Of ``OURS`` what would change what is read; the rest a server's own options say, or ``refuse`` looks at."""
+PREPARED = "prepared_by_inward"
+"""Set on our ``create_engine_config``, and kept by whoever wraps it with ``functools.wraps``."""
 
 
-def prepare(check: Callable[[str, str | None], None]) -> None:
+def prepare(check: Callable[[str, str | None], object]) -> None:
     """From now on engines of this process that answer OpenAI's routes are made so that they can be read; repeated
     calls change nothing.
 
@@ -35,7 +39,7 @@ def prepare(check: Callable[[str, str | None], None]) -> None:
         check: is given the model and its revision before anything is loaded, and raises what is wrong with the heads.
     """
     configure = getattr(EngineArgs, CONFIGURE)
-    if hasattr(configure, "__wrapped__"):
+    if hasattr(configure, PREPARED):
         return
 
     @wraps(configure)
@@ -48,6 +52,7 @@ def prepare(check: Callable[[str, str | None], None]) -> None:
         check(config.model_config.model, config.model_config.revision)
         return config
 
+    setattr(configured, PREPARED, True)
     setattr(EngineArgs, CONFIGURE, configured)
 
 
@@ -55,17 +60,16 @@ def _adapt(arguments: Any) -> None:
     """Asks for the worker that reads.
 
     Raises:
-        SetupError: there is another, or this vLLM takes no routes.
+        SetupError: an argument would change what is read, or this vLLM takes no routes.
     """
     if find_spec("vllm.plugins.endpoint_plugins") is None:
         raise SetupError(
             "this vLLM has no vllm.endpoint_plugins, by which Inward adds its routes: take a newer one, or serve the "
             "model with `inward serve --backbone vllm`"
         )
-    if arguments.worker_cls != "auto":
-        raise SetupError(f"--worker-cls can't be set beside Inward's plugin: {OURS['worker_cls']}")
-    if arguments.hf_overrides:
-        raise SetupError(f"--hf-overrides can't be set beside Inward's plugin: {OURS['hf_overrides']}")
+    for name in NOT_BESIDE:
+        if getattr(arguments, name) not in ("auto", "", None, {}):
+            raise SetupError(f"--{name.replace('_', '-')} can't be set beside Inward's plugin: {OURS[name]}")
     arguments.worker_cls = WORKER
     arguments.additional_config = {**(arguments.additional_config or {}), **READING}
     if arguments.disable_hybrid_kv_cache_manager is None:  # tokens that a sliding window has left stay, and their rows

@@ -1,4 +1,4 @@
-"""``inward annotate --engine ray``: the same chunks and the same code, on Ray Data, for many GPUs and machines.
+"""``inward annotate --engine ray``: the same chunks and the same code, for many GPUs and machines.
 
 Actors read the input themselves, so it must lie where all machines see it; results come back to where the command runs.
 """
@@ -11,15 +11,13 @@ from contextlib import AsyncExitStack
 from dataclasses import asdict
 from typing import Any
 
-from inward.errors import SetupError
-from inward.offline import cluster
 from inward.offline.annotate.scorer import Annotator, OpenScorer, Scorer
 from inward.offline.annotate.work import Chunk, Cursor, Done, do
-from inward.offline.cluster import DONE, NUMBER, Batch
+from inward.offline.cluster import Cluster
 from inward_client.rows import PairReader, Source
 
 
-class Cluster(cluster.Cluster):
+class AnnotateCluster(Cluster):
     """See ``offline.cluster``.
 
     Args:
@@ -44,17 +42,12 @@ class Cluster(cluster.Cluster):
         """
         opened = self._opened
 
-        async def ask() -> tuple[dict[str, Any], int | None] | str:
-            try:
-                async with opened() as scorer:
-                    return asdict(await scorer.annotator()), scorer.tokens
-            except SetupError as error:
-                return error.message
+        async def ask() -> tuple[dict[str, Any], int | None]:
+            async with opened() as scorer:
+                return asdict(await scorer.annotator()), scorer.tokens
 
-        answer = self.ask(lambda: asyncio.run(ask()))
-        if isinstance(answer, str):
-            raise SetupError(answer)
-        return Annotator(**answer[0]), answer[1]
+        fields, tokens = self.ask(lambda: asyncio.run(ask()))
+        return Annotator(**fields), tokens
 
     def work(self, todo: Sequence[Chunk], keep: Callable[[Chunk, Done], None]) -> None:
         """Does the chunks and keeps each as it comes, in no particular order."""
@@ -75,10 +68,7 @@ class Actor:
         self._stack = AsyncExitStack()
         self._scorer: Scorer = self._loop.run(self._stack.enter_async_context(opened()))
 
-    def __call__(self, batch: Batch) -> dict[str, list[Any]]:
-        """The results of the batch's chunks."""
-        numbers = [int(number) for number in batch[NUMBER]]
-        return {NUMBER: numbers, DONE: [self._do(self._by_number[number]) for number in numbers]}
-
-    def _do(self, chunk: Chunk) -> bytes:
+    def do(self, number: int) -> bytes:
+        """The results of a chunk."""
+        chunk = self._by_number[number]
         return self._loop.run(do(self._scorer, self._reader, self._cursor.read(chunk))).encode()

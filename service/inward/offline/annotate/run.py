@@ -83,11 +83,12 @@ class Annotation:
 
     def in_ray(self) -> None:
         """Through the actors of a cluster."""
-        from inward.offline.annotate.ray import Cluster
+        from inward.offline.annotate.ray import AnnotateCluster
 
         options = self._options
-        cluster = Cluster(self._opened, self._plan.sources, self._plan.reader, actors=options.actors, gpus=options.gpus)
-        with cluster:
+        with AnnotateCluster(
+            self._opened, self._plan.sources, self._plan.reader, actors=options.actors, gpus=options.gpus
+        ) as cluster:
             annotator, tokens = cluster.annotator()
             with self._progress(annotator, tokens) as progress:
                 with self._bar(progress) as bar:

@@ -1,8 +1,8 @@
 """``inward fit legend --engine ray``: pairs are read in blocks on a cluster, and their sums are put together here.
 
-A block has whole prompts, and is read as a pass of its own: so its sums are the same wherever and whenever it is read,
-and those of all pairs, added up in the order of the blocks, do not depend on the number of machines. Blocks that are
-done are kept until the head is saved.
+A block has whole prompts, and is read as a pass of its own: so its sums are the same wherever and whenever it is read.
+They are added up in the order of the blocks, and so do not depend on the number of machines. What was added so far is
+kept until the head is saved, one file whatever the number of pairs; of whole states, each block is.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,17 +22,18 @@ from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
 from inward.backbones.base import Backbone
-from inward.errors import SetupError
+from inward.errors import DataError
 from inward.files import write
 from inward.heads.base import BackboneRef
-from inward.offline.cluster import DONE, NUMBER, Batch, Cluster
+from inward.offline.cluster import Cluster
 from inward.offline.data.pairs import Pair, data_hash, prompt_groups
-from inward.offline.states.moments import PairSums, number_format
-from inward.offline.states.read import extract_pairs, kept_pairs, sum_pairs
-from inward.offline.states.running_sums import SummedPairs
+from inward.offline.states.model_pass import RowError
+from inward.offline.states.moments import Doubles, PairSums
+from inward.offline.states.read import extract_pairs, kept_pairs, length_difference, sum_pairs
+from inward.offline.states.running_sums import RunningSums, SummedPairs
 from inward.offline.states.saved import Indices, PairStates
 from inward.prompts import Prompts
-from inward.types import Position
+from inward.types import Floats, Position
 
 OpenModel = Callable[[], AbstractAsyncContextManager[tuple[Backbone, Prompts]]]
 """Opens the model, here or in another process: it can be pickled."""
@@ -73,9 +74,9 @@ class Pass:
         """Of a block, as tensors."""
         where: dict[str, Any] = {"layers": self.layers, "position": self.position, "final_norm": True}
         if self.make == "states":
-            return _tensors(await extract_pairs(backbone, prompts, pairs, **where, progress=False))
+            return _states(await extract_pairs(backbone, prompts, pairs, **where, progress=False))
         summed = await sum_pairs(backbone, prompts, pairs, **where, kept=kept_K, progress=False)
-        tensors = _tensors(summed.kept)
+        tensors = _states(summed.kept)
         for axis, sums in enumerate(summed.sums_L):
             tensors |= sums.tensors(f"{axis}.")
         return tensors
@@ -85,12 +86,13 @@ class SpreadPairs:
     """Pairs that are read on a cluster.
 
     Args:
-        cache: folder for blocks that are done; give the same one to go on after an interruption.
+        cache: folder for what is done; give the same one to go on after an interruption.
         actors: how many copies of the model.
         gpus: for each of them.
 
     Raises:
         SetupError: Ray is not installed, or the model can't be loaded there.
+        DataError: a row that can't be tokenised; nothing was read yet.
     """
 
     def __init__(
@@ -102,22 +104,10 @@ class SpreadPairs:
         self._cluster = Cluster(actors=actors, gpus=gpus)
 
     def __enter__(self) -> Self:
-        self._cluster.__enter__()
-        opened = self._opened
-
-        async def ask() -> About | str:
-            try:
-                async with opened() as (backbone, prompts):
-                    info = backbone.info
-                    ref = BackboneRef(name=info.name, revision=info.revision, fingerprint=info.fingerprint)
-                    return About(ref.model_dump(), info.identity, prompts.template, info.layers, info.width)
-            except SetupError as error:
-                return error.message
-
-        answer = self._cluster.ask(lambda: asyncio.run(ask()))
-        if isinstance(answer, str):
-            raise SetupError(answer)
-        self._about = answer
+        with ExitStack() as stack:
+            stack.enter_context(self._cluster)
+            self._about, self._length_difference_N = self._cluster.ask(_about, self._opened, self._pairs)
+            stack.pop_all()
         return self
 
     def __exit__(
@@ -131,48 +121,52 @@ class SpreadPairs:
         return self._about.depth
 
     def sums(self, layers: Sequence[int], position: Position) -> SummedPairs:
-        """As ``states.read.sum_pairs``."""
-        about = self._about
-        kept_N = kept_pairs(self._groups_N, len(layers), about.width)
+        """As ``states.read.sum_pairs``; neither memory nor the disk grows with the pairs."""
+        what, about = Pass("sums", tuple(layers), position), self._about
+        kept_N = np.sort(kept_pairs(self._groups_N, len(layers), about.width))
         blocks = blocks_of(self._groups_N, self._block, kept_N)
-        done = self._done(Pass("sums", tuple(layers), position), blocks)
-        total = [PairSums.empty(about.width, number_format(len(layers), about.width)) for _ in layers]
-        for tensors in done:
-            for axis, sums in enumerate(total):
-                sums.merge(PairSums.from_tensors(tensors, f"{axis}."))
-        rows_N = np.concatenate([block.rows_N[block.kept_K] for block in blocks])
-        kept = self._together(done, rows_N, layers, position)
-        return SummedPairs(kept, len(self._pairs), len(np.unique(self._groups_N)), tuple(total))
+        kept_2KLD = np.empty((2, len(kept_N), len(layers), about.width), dtype=np.float32)
+        checkpoint = self._cache / f"{self._key(what)}.safetensors"
+        sums = RunningSums(len(layers), about.width, [(), ()], kept_2KLD, checkpoint)
+        missing = [number for number in range(len(blocks)) if number not in sums.done]
+        with sums.kept_on_failure():
+            for number, data in self._each(what, blocks, missing, ordered=True):
+                tensors, block = load(data), blocks[number]
+                kept_2KLD[:, np.searchsorted(kept_N, block.rows_N[block.kept_K])] = tensors["states"]
+                sums.merge([PairSums.from_tensors(tensors, f"{axis}.") for axis in range(len(layers))])
+                sums.commit([number])
+        sums.save()
+        kept = self._pair_states(kept_2KLD, kept_N, layers, position)
+        return SummedPairs(kept, len(self._pairs), len(np.unique(self._groups_N)), tuple(sums.finish()))
 
     def states(self, layers: Sequence[int], position: Position) -> PairStates:
-        """As ``states.read.extract_pairs``."""
+        """As ``states.read.extract_pairs``; blocks that an earlier run has kept are not read again."""
+        what = Pass("states", tuple(layers), position)
         blocks = blocks_of(self._groups_N, self._block)
-        done = self._done(Pass("states", tuple(layers), position), blocks)
-        return self._together(done, np.concatenate([block.rows_N for block in blocks]), layers, position)
-
-    def _together(
-        self, done: Sequence[Tensors], rows_N: Indices, layers: Sequence[int], position: Position
-    ) -> PairStates:
-        """The states that the blocks kept, in the order of the pairs."""
-        order = np.argsort(rows_N, kind="stable")
-        chosen, rejected, lengths = (
-            np.concatenate([tensors[name] for tensors in done])[order] for name in ("chosen", "rejected", "lengths")
-        )
-        about = self._about
-        return PairStates(
-            chosen, rejected, tuple(layers), self._groups_N[rows_N[order]], lengths, position,
-            about.depth in layers, BackboneRef(**about.backbone), about.template, data_hash(self._pairs),
-        )  # fmt: skip
-
-    def _done(self, what: Pass, blocks: Sequence[Block]) -> list[Tensors]:
-        """Each block's tensors; those that an earlier run has kept are not made again."""
         folder = self._cache / self._key(what)
         files = [folder / f"{number}.safetensors" for number in range(len(blocks))]
         folder.mkdir(parents=True, exist_ok=True)
         missing = [number for number, file in enumerate(files) if not file.is_file()]
-        for number, data in self._cluster.each(Reader, (self._opened, what, self._pairs, blocks), missing):
+        for number, data in self._each(what, blocks, missing):
             write(files[number], data)
-        return [load(file.read_bytes()) for file in files]
+        states_2NLD = np.empty((2, len(self._pairs), len(layers), self._about.width), dtype=np.float32)
+        for block, file in zip(blocks, files, strict=True):
+            states_2NLD[:, block.rows_N] = load(file.read_bytes())["states"]
+        return self._pair_states(states_2NLD, np.arange(len(self._pairs)), layers, position)
+
+    def _pair_states(
+        self, states_2KLD: Floats, rows_K: Indices, layers: Sequence[int], position: Position
+    ) -> PairStates:
+        about = self._about
+        return PairStates(
+            states_2KLD[0], states_2KLD[1], tuple(layers), self._groups_N[rows_K], self._length_difference_N[rows_K],
+            position, about.depth in layers, BackboneRef(**about.backbone), about.template, data_hash(self._pairs),
+        )  # fmt: skip
+
+    def _each(
+        self, what: Pass, blocks: Sequence[Block], numbers: Sequence[int], *, ordered: bool = False
+    ) -> Iterator[tuple[int, bytes]]:
+        return self._cluster.each(Reader, (self._opened, what, self._pairs, blocks), numbers, ordered=ordered)
 
     def _key(self, what: Pass) -> str:
         everything = [asdict(what), asdict(self._about), data_hash(self._pairs), self._block]
@@ -188,15 +182,34 @@ class Reader:
         self._stack = AsyncExitStack()  # open for as long as the actor lives
         self._backbone, self._prompts = self._loop.run(self._stack.enter_async_context(opened()))
 
-    def __call__(self, batch: Batch) -> dict[str, list[Any]]:
-        """The tensors of the batch's blocks."""
-        numbers = [int(number) for number in batch[NUMBER]]
-        return {NUMBER: numbers, DONE: [self._read(self._blocks[number]) for number in numbers]}
+    def do(self, number: int) -> bytes:
+        """The tensors of a block.
 
-    def _read(self, block: Block) -> bytes:
+        Raises:
+            DataError: a row that can't be tokenised, by its number among all pairs.
+        """
+        block = self._blocks[number]
         pairs = [self._pairs[row] for row in block.rows_N]
-        data: bytes = save(self._loop.run(self._what.of(self._backbone, self._prompts, pairs, block.kept_K)))
+        try:
+            tensors = self._loop.run(self._what.of(self._backbone, self._prompts, pairs, block.kept_K))
+        except RowError as error:
+            row = int(block.rows_N[error.row - 1]) + 1
+            raise DataError(f"row {row}: {error.problem}", param=error.param) from error
+        data: bytes = save(tensors)
         return data
+
+
+def _about(opened: OpenModel, pairs: Sequence[Pair]) -> tuple[About, Doubles]:
+    """Asked before anything is read: the model, and how much longer each pair's chosen response is."""
+
+    async def ask() -> tuple[About, Doubles]:
+        async with opened() as (backbone, prompts):
+            info = backbone.info
+            ref = BackboneRef(name=info.name, revision=info.revision, fingerprint=info.fingerprint)
+            about = About(ref.model_dump(), info.identity, prompts.template, info.layers, info.width)
+            return about, length_difference(backbone, prompts, pairs)
+
+    return asyncio.run(ask())
 
 
 def blocks_of(groups_N: Indices, size: int, kept_N: Indices | None = None) -> list[Block]:
@@ -212,8 +225,5 @@ def blocks_of(groups_N: Indices, size: int, kept_N: Indices | None = None) -> li
     return [Block(part, np.flatnonzero(kept[part])) for part in np.split(rows_N, cuts)]
 
 
-def _tensors(states: PairStates) -> Tensors:
-    assert states.length_difference_N is not None
-    return {
-        "chosen": states.chosen_NLD, "rejected": states.rejected_NLD, "lengths": states.length_difference_N,
-    }  # fmt: skip
+def _states(states: PairStates) -> Tensors:
+    return {"states": np.stack([states.chosen_NLD, states.rejected_NLD])}

@@ -11,7 +11,9 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
@@ -30,11 +32,25 @@ Place = tuple[int, int]
 """Which group, and which of its responses."""
 
 
+class RowError(DataError):
+    """A row that can't be tokenised; rows count from 1."""
+
+    def __init__(self, row: int, problem: str, *, param: str | None) -> None:
+        super().__init__(f"row {row}: {problem}", param=param)
+        self.row, self.problem = row, problem
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(RowError, self.row, self.problem, param=self.param), ()
+
+
 def merge(
     prompts: Prompts, rows: Sequence[tuple[Prompt, Sequence[str]]], budget: int
 ) -> tuple[list[Group], list[list[Place]]]:
     """Tokenises, and merges rows with the same prompt into groups of at most ``budget`` tokens. Also: where each
     row's responses are.
+
+    Raises:
+        RowError: a row can't be tokenised.
     """
     responses: list[dict[Ids, int]] = []
     prompt_ids: list[Ids] = []
@@ -62,7 +78,7 @@ def merge(
         try:
             grouped = prompts.group(prompt, texts, truncate=True)
         except (InvalidField, TooLarge) as error:
-            raise DataError(f"row {number}: {error.param or 'text'}: {error.message}", param=error.param) from error
+            raise RowError(number, f"{error.param or 'text'}: {error.message}", param=error.param) from error
         cut += grouped.truncated
         places.append([place(grouped.group.prompt_ids, ids) for ids in grouped.group.responses_ids])
     if cut:

@@ -253,6 +253,15 @@ def groups_of(backbone: Backbone, prompts: Prompts, pairs: Sequence[Pair]) -> tu
     return merge(prompts, _texts(pairs), backbone.capacity.tokens)
 
 
+def length_difference(backbone: Backbone, prompts: Prompts, pairs: Sequence[Pair]) -> Doubles:
+    """``[N]``: tokens of the chosen response minus tokens of the rejected one; nothing is read.
+
+    Raises:
+        DataError: a row that can't be tokenised.
+    """
+    return _length_difference(*groups_of(backbone, prompts, pairs))
+
+
 def _texts(pairs: Sequence[Pair]) -> list[tuple[Prompt, Sequence[str]]]:
     return [(pair.prompt, (pair.chosen, pair.rejected)) for pair in pairs]
 

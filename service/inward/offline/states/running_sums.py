@@ -66,6 +66,11 @@ class RunningSums:
         if sum(len(states) for states, _, _ in self._block) >= BLOCK_ROWS:
             self._flush()
 
+    def merge(self, sums_L: Sequence[PairSums]) -> None:
+        """Adds what was summed elsewhere."""
+        for sums, other in zip(self._sums, sums_L, strict=True):
+            sums.merge(other)
+
     def commit(self, groups: Sequence[int]) -> None:
         """Takes note that these groups were added; writes a checkpoint now and then."""
         self._pending += groups
@@ -78,9 +83,13 @@ class RunningSums:
         try:
             yield
         except BaseException:
-            if self._path and self._pending:
-                self._save(self._path)
+            self.save()
             raise
+
+    def save(self) -> None:
+        """Writes a checkpoint, if there is anything new."""
+        if self._path and self._pending:
+            self._save(self._path)
 
     def finish(self) -> list[PairSums]:
         """The sums of each layer."""
