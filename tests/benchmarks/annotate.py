@@ -5,7 +5,7 @@ one run.
         [--ways published,bf16,killed,url,ray]
 
 ``published`` scores a random sample of the pairs; the others annotate all of them: ``here`` in one process, ``killed``
-with kill -9 in the middle and the same command again, ``url`` at a running service, ``ray`` on Ray Data (needs Ray).
+with kill -9 in the middle and the same command again, ``url`` at a running service, ``ray`` on Ray (needs it).
 Prints one JSON object a line. Pairs are of the rows' ``prompt``, ``chosen``, ``rejected``.
 """
 
