@@ -1,9 +1,11 @@
 import asyncio
 from types import SimpleNamespace
 
+import httpx
 import pytest
 
-from inward.errors import Unavailable
+from inward.api.app import create_app
+from inward.errors import ShardAway, Unavailable
 from inward.stores.connection import Connection
 from inward.stores.idempotency import LARGEST, MemoryIdempotencyStore, RedisIdempotencyStore
 from support.fake_services import FakeServices, error
@@ -96,6 +98,33 @@ async def test_an_error_is_not_kept():
     assert (await api.post("/margin", PAIRS, headers=KEY)).status_code == 503
     api.intake.error = None
     assert (await api.post("/margin", PAIRS, headers=KEY)).status_code == 200
+
+
+class AwayStore:
+    """Its Redis can't be reached."""
+
+    async def begin(self, key, request):
+        raise Unavailable("Redis can't be reached")
+
+
+async def test_scores_are_given_without_the_store_and_all_else_waits_for_it():
+    api = FakeServices()
+    object.__setattr__(api.services, "idempotency", AwayStore())
+    api.app = create_app(api.services)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(api.app), base_url="http://test") as client:
+        assert (await client.post("/margin", json=PAIRS, headers=KEY)).status_code == 200
+        body = {"prompt": "a", "candidates": ["b", "cc"]}
+        assert (await client.post("/rerank", json=body, headers=KEY)).status_code == 503
+
+
+async def test_an_answer_of_which_a_shard_was_away_is_not_kept():
+    api = FakeServices()
+    two = {"pairs": PAIRS["pairs"] * 2}
+    api.intake.outcome = lambda i, scored: ShardAway("away") if i else scored
+    assert (await api.post("/margin", two, headers=KEY)).json()["margins"][1]["error"]["code"] == "shard_away"
+    api.intake.outcome = lambda i, scored: scored
+    again = await api.post("/margin", two, headers=KEY)
+    assert "idempotency-replayed" not in again.headers and again.json()["margins"][1]["error"] is None
 
 
 async def test_keys_of_different_callers_do_not_meet():

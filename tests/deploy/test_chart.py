@@ -345,6 +345,7 @@ def test_dashboards_and_rules_are_those_of_the_repository():
         ({}, "auth.apiKeys"),
         (KEYS | {"redis": {"bundled": False}}, "redis.url"),
         (KEYS | {"redis": {"urls": ["redis://a"]}}, "redis.bundled=false"),
+        (KEYS | {"redis": {"bundled": False, "url": "redis://a", "urls": ["redis://b"]}}, "named twice"),
         (KEYS | {"worker": {"gpu": 1}}, "gpu"),
         (KEYS | {"api": {"replicas": 0}}, "replicas"),
         ({"auth": {"apiKeys": ["short"]}}, "apiKeys"),

@@ -35,13 +35,24 @@ def test_urls_are_told_apart_at_the_commas_before_a_scheme(text, urls):
     [
         ({"redis_url": "redis://a", "redis_urls": "redis://a,redis://b"}, "named twice"),
         ({"redis_urls": "redis://a,redis://a"}, "one Redis is named twice"),
-        ({"redis_urls": "http://a"}, "begins otherwise"),
+        ({"redis_urls": "http://a"}, r"begins otherwise.*\(shard 1 of --redis-urls\)"),
+        ({"redis_urls": "redis://a,redis://b:x"}, r"\(shard 2 of --redis-urls\)"),
+        ({"redis_url": "redis://b:x"}, r"\(--redis-url\)"),
         ({}, "--redis-url"),
     ],
 )
 def test_what_can_not_be_meant_is_refused(settings, said):
     with pytest.raises(SetupError, match=said):
         connect(Settings(**settings))
+
+
+async def test_a_wrong_password_is_told_of_the_shard_that_refuses_it(own_redis):
+    servers = [own_redis(requirepass="right") for _ in range(3)]
+    urls = [server.url for server in servers]
+    it = connect(Settings(redis_urls=",".join([*urls[:2], urls[2].replace("right", "wrong")])))
+    with pytest.raises(SetupError, match="password in shard 3 of --redis-urls"):
+        await it.check()
+    await it.close()
 
 
 async def test_one_url_is_the_queue_as_it_is_without_shards():

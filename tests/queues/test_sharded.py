@@ -8,9 +8,9 @@ from contextlib import asynccontextmanager
 import pytest
 
 from inward import metrics
-from inward.errors import Overloaded, ShardAway, Unavailable
+from inward.errors import EngineDead, Overloaded, ShardAway, Unavailable
 from inward.queues.base import Closed
-from inward.queues.redis.sharded import ShardedConsumer, ShardedProducer, shard_of
+from inward.queues.redis.sharded import PATIENCE_S, ShardedConsumer, ShardedProducer, shard_of
 from inward.queues.single_flight import SingleFlight
 from inward.stores.connection import Connection
 from inward.types import Failed, Group, HeadRef, Job, Piece, Scored, Scores, Usage
@@ -219,8 +219,31 @@ async def test_with_all_shards_away_the_queue_is(own_redis):
             server.kill()
         await until(lambda: q.producer.away and q.consumer.away)
         assert q.producer.lost is q.consumer.lost is None
-        with pytest.raises(ShardAway):
+        with pytest.raises(Unavailable, match=r"^Redis can't be reached") as refused:
             await q.producer.submit([job("a", PROMPTS[0])])
+        assert not isinstance(refused.value, ShardAway)
+
+
+async def test_who_waits_while_all_shards_go_is_told_of_no_single_one(own_redis):
+    servers = [own_redis(), own_redis()]
+    async with sharded(servers, ttl=0.5, work=False) as q:
+        waits = await q.producer.submit([job("a", on(0, 2)[0]), job("b", on(1, 2)[0])])
+        for server in servers:
+            server.kill()
+        outcomes = await asyncio.wait_for(asyncio.gather(*waits), PATIENCE)
+        assert [outcome.code for outcome in outcomes][-1] == Unavailable.code
+
+
+async def test_without_any_worker_it_is_the_worker_that_is_missed_and_no_shard(own_redis):
+    connections = [Connection(own_redis().url) for _ in range(2)]
+    producer = ShardedProducer(connections, KEYS, max_tokens=100)
+    await producer.live()
+    for jobs in ([job("a", on(0, 2)[0])], [job("b", on(0, 2)[0]), job("c", on(1, 2)[0])]):
+        with pytest.raises(EngineDead, match="no worker"):
+            await producer.submit(jobs)
+    await producer.leave()
+    for connection in connections:
+        await connection.close()
 
 
 async def test_what_was_computed_for_a_shard_that_went_is_told_when_it_is_back(own_redis):
@@ -247,6 +270,22 @@ async def test_a_request_is_admitted_by_all_its_shards_or_by_none(own_redis):
         with pytest.raises(Overloaded):
             await q.producer.submit([job("x", a), job("y", b)])
         assert q.producer.open_jobs == 1
+
+
+async def test_what_fits_the_whole_but_not_its_shard_s_part_has_what_the_others_leave(own_redis):
+    async with sharded([own_redis(), own_redis()], max_tokens=40, work=False) as q:
+        [a, *_], [b, *_] = on(0, 2, 2), on(1, 2, 2)
+        await q.producer.submit([job("small", b)])  # 5 tokens: the shard is not empty
+        await q.producer.submit([job("large", b, response=(1,) * 26)])  # of a part of 20
+        with pytest.raises(Overloaded, match="34 of 20"):
+            await q.producer.submit([job("more", b)])
+        await q.producer.abandon(["large"])
+        await q.producer.submit([job("other", a, response=(1,) * 14)])
+        await until(lambda: q.producer._beats[0].tokens == 17)
+        with pytest.raises(Overloaded, match="5 of 23"):
+            await q.producer.submit([job("again", b, response=(1,) * 26)])
+        await q.producer.abandon(["small"])
+        await q.producer.submit([job("alone", b, response=(1,) * 26)])  # a shard that is empty takes anything
 
 
 async def test_pieces_of_a_told_job_come_by_its_shard(own_redis):
@@ -284,3 +323,44 @@ async def test_a_closed_worker_gives_what_it_has_and_ends(own_redis):
         await q.consumer.close()
         with pytest.raises(Closed):
             await asyncio.wait_for(q.consumer.take(100), PATIENCE)
+
+
+async def test_a_closed_worker_waits_for_the_last_shard_without_spinning(own_redis, monkeypatch):
+    async with sharded([own_redis(), own_redis()], work=False) as q:
+
+        async def slow(tokens):
+            await asyncio.sleep(0.3)
+            raise Closed
+
+        waits = []
+
+        def wait(*args, **kwargs):
+            waits.append(args)
+            return wait_for_some(*args, **kwargs)
+
+        wait_for_some = asyncio.wait
+        monkeypatch.setattr(q.consumer.shards[1], "take", slow)
+        monkeypatch.setattr(asyncio, "wait", wait)
+        await q.consumer.close()
+        with pytest.raises(Closed):
+            await asyncio.wait_for(q.consumer.take(100), PATIENCE)
+        assert len(waits) < 10
+        with pytest.raises(Closed):
+            await q.consumer.take(100)
+
+
+async def test_who_leaves_waits_for_a_shard_that_is_slow(own_redis, monkeypatch):
+    async with sharded([own_redis(), own_redis()], work=False) as q:
+        [wait] = await q.producer.submit([job("a", on(1, 2)[0])])
+        shard = q.consumer.shards[1]
+        settle = shard.settle
+
+        async def slow(outcomes):
+            await asyncio.sleep(2 * PATIENCE_S)
+            await settle(outcomes)
+
+        monkeypatch.setattr(shard, "settle", slow)
+        await q.consumer.settle([done(one) for one in await q.consumer.take(1000)])
+        assert not wait.done()
+        await q.consumer.leave()
+        assert (await asyncio.wait_for(wait, PATIENCE)).job_id == "a"

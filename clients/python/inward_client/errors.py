@@ -143,7 +143,8 @@ class DeadlineExceeded(ServerError, status=504):
 CODES = {
     "unauthorized": 401, "forbidden": 403, "not_found": 404, "too_slow": 408, "conflict": 409, "too_large": 413,
     "unknown_encoding": 415, "invalid_field": 422,
-    "over_quota": 429, "unavailable": 503, "overloaded": 503, "engine_dead": 503, "deadline_exceeded": 504,
+    "over_quota": 429, "unavailable": 503, "overloaded": 503, "shard_away": 503, "engine_dead": 503,
+    "deadline_exceeded": 504,
 }  # fmt: skip
 """Statuses of errors that come where a status can't: in the middle of a stream."""
 

@@ -1,13 +1,14 @@
 """``Idempotency-Key``: who asks again with the same key and the same body gets the same answer, worked out once.
 
-Only answers with status 200 or 201 are kept, with their headers, and no streams of events; after an error the caller
-may ask again. The key belongs to the credential that it came with.
+Only answers with status 200 or 201 are kept, with their headers, and no streams of events, nor answers of which a part
+could not be had just now; after an error the caller may ask again. The key belongs to the credential that it came with.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import re
 from collections.abc import Set
 
@@ -16,6 +17,7 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from inward import logs
 from inward.api.answers import JSON, refusal
 from inward.errors import Conflict, InvalidField, InwardError, Unavailable
 from inward.stores.idempotency import IdempotencyStore
@@ -24,6 +26,12 @@ KEY = re.compile(r"[\x21-\x7e]{1,255}")
 HEADER = "Idempotency-Key"
 GOOD = (200, 201)
 REPLAYED = (b"idempotency-replayed", b"true")
+HARMLESS = frozenset({"/margin", "/score", "/reward"})
+"""Paths of which a repeat changes nothing: they are answered without the store while that is away."""
+PASSING = f'"{Unavailable.type}"'.encode()
+"""In an answer with an element that may be scored the next time. Within a text its quotes would be escaped."""
+
+LOG = logs.logger("api")
 
 
 class KeptAnswer(msgspec.Struct, frozen=True, array_like=True):
@@ -71,7 +79,11 @@ class Idempotency:
         try:
             known = await self._store.begin(key, asked)
         except Unavailable as error:
-            raise _Refused(error) from None
+            if scope["path"] not in HARMLESS:
+                raise _Refused(error) from None
+            logs.event(LOG, "answer_not_kept", severity=logging.DEBUG, reason=error.message)
+            await self.app(scope, body.receive, send)
+            return
         if known is None:
             await self._work_out(key, asked, scope, body, send)
         elif known.request != asked:
@@ -95,7 +107,9 @@ class Idempotency:
                     kept = KeptAnswer(b"", message["status"], headers, b"")
             elif kept is not None:
                 chunks.append(message.get("body", b""))
-                if not message.get("more_body", False):  # before it is sent: who loses it on the way finds it
+                if not message.get("more_body", False) and PASSING not in b"".join(
+                    chunks
+                ):  # before it is sent: who loses it on the way finds it
                     answer = KeptAnswer(body.digest, kept.status, kept.headers, b"".join(chunks))
                     await self._store.finish(key, asked, msgspec.msgpack.encode(answer))
                     whole = True

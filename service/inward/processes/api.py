@@ -19,7 +19,7 @@ from inward.intake import Intake
 from inward.processes.supervisor import Supervisor
 from inward.processes.wiring import (
     ModelFiles,
-    Shards,
+    RedisServers,
     about,
     connect,
     find_tokenizer,
@@ -47,7 +47,7 @@ UNKNOWN_TOKENS = 2**31
 class ApiProcess:
     """Everything one process of ``inward api`` holds."""
 
-    def __init__(self, settings: Settings, model: ModelFiles, shards: Shards) -> None:
+    def __init__(self, settings: Settings, model: ModelFiles, shards: RedisServers) -> None:
         self.settings = settings
         self.draining = self.stuck = False
         self._shards, connection = shards, shards.home

@@ -10,7 +10,7 @@ from typing import Any
 
 from inward.errors import InwardError
 from inward.processes.supervisor import Supervisor
-from inward.processes.wiring import AnyProducer, Shards, connect, find_model, model_name
+from inward.processes.wiring import AnyProducer, RedisServers, connect, find_model, model_name
 from inward.queues.redis.dead_letters import DeadLetter, DeadLetters
 from inward.settings import Settings
 from inward.stores.keys import Keys
@@ -25,7 +25,7 @@ class DeadLetterQueue:
     """The dead letters of a queue, and the way back into it."""
 
     settings: Settings
-    shards: Shards
+    shards: RedisServers
     keys: Keys
     letters: DeadLetters
 

@@ -356,7 +356,7 @@ async def let_go(backbone: Backbone) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Shards:
+class RedisServers:
     """The Redis servers of a queue; mostly one. The first is the home of all that is no job."""
 
     connections: tuple[Connection, ...]
@@ -394,7 +394,7 @@ class Shards:
             await connection.close()
 
 
-def connect(settings: Settings) -> Shards:
+def connect(settings: Settings) -> RedisServers:
     """The Redis of the settings, or the several.
 
     Raises:
@@ -407,7 +407,8 @@ def connect(settings: Settings) -> Shards:
         raise SetupError("API replicas and workers meet in a Redis: name it with --redis-url or INWARD_REDIS_URL")
     if len(set(urls)) < len(urls):
         raise SetupError("one Redis is named twice in --redis-urls: each shard is a server of its own")
-    return Shards(tuple(map(Connection, urls)))
+    names = [f"shard {i + 1} of --redis-urls" for i in range(len(urls))] if settings.redis_urls else ["--redis-url"]
+    return RedisServers(tuple(Connection(url, name=name) for url, name in zip(urls, names, strict=True)))
 
 
 def served_as(loaded: Loaded) -> str:

@@ -17,7 +17,7 @@ from inward.processes.supervisor import Supervisor
 from inward.processes.wiring import (
     Loaded,
     ModelFiles,
-    Shards,
+    RedisServers,
     about,
     connect,
     drain,
@@ -36,7 +36,7 @@ LOG = logs.logger("processes")
 class WorkerProcess:
     """Everything one process of ``inward worker`` holds."""
 
-    def __init__(self, settings: Settings, model: ModelFiles, loaded: Loaded, shards: Shards) -> None:
+    def __init__(self, settings: Settings, model: ModelFiles, loaded: Loaded, shards: RedisServers) -> None:
         self.settings, self.backbone, self.prompts, self.registry = (
             settings,
             loaded.backbone,

@@ -79,16 +79,17 @@ class Connection:
             ``redis+sentinel://[user:password@]host:port,host:port/service[/db]``, ``redis+cluster://host:port``; with
             TLS also ``?ssl_ca_certs=…``, ``ssl_certfile``, ``ssl_keyfile`` and the like, as redis-py names them.
         timeout: seconds after which a command that is not answered counts as lost.
+        name: where the URL was given, as errors about it say.
 
     Raises:
         SetupError: not such a URL.
     """
 
-    def __init__(self, url: str, *, timeout: float = 5.0) -> None:
-        self.timeout = timeout
+    def __init__(self, url: str, *, timeout: float = 5.0, name: str = "--redis-url") -> None:
+        self.timeout, self._name = timeout, name
         self.answered = -math.inf
         """Monotonic seconds at which a command was answered last."""
-        self._client, self._sentinels = _clients(url, timeout)
+        self._client, self._sentinels = _clients(url, timeout, name)
         self._shas: dict[str, str] = {}
         self._room = asyncio.Semaphore(COMMANDS)
 
@@ -140,20 +141,21 @@ class Connection:
             if cause is not None and isinstance(cause.__cause__ or cause.__context__, SSLCertVerificationError):
                 raise SetupError(
                     "Redis is not to be trusted: its certificate is vouched for by nobody whom we know; name its "
-                    "authority with ?ssl_ca_certs=… in --redis-url"
+                    f"authority with ?ssl_ca_certs=… in {self._name}"
                 ) from error
             if isinstance(error, Refused):
                 raise SetupError(
-                    f"Redis refuses us: {cause}; look at the user and the password in --redis-url"
+                    f"Redis refuses us: {cause}; look at the user and the password in {self._name}"
                 ) from error
             return
         version = str(info.get("redis_version", "0"))
         if tuple(int(part) for part in version.split(".")[:2]) < (6, 2):
-            raise SetupError(f"Redis {version} is too old: 6.2 or newer, or Valkey, is needed")
+            raise SetupError(f"Redis {version} is too old: 6.2 or newer, or Valkey, is needed ({self._name})")
         if info.get("maxmemory_policy", "noeviction") != "noeviction":
             logs.event(
-                LOG, "redis_may_evict", severity=logging.WARNING, policy=info["maxmemory_policy"], wanted="noeviction"
-            )
+                LOG, "redis_may_evict", severity=logging.WARNING, policy=info["maxmemory_policy"], wanted="noeviction",
+                redis=self._name,
+            )  # fmt: skip
 
     async def close(self) -> None:
         """Closes the sockets."""
@@ -190,11 +192,11 @@ def _passes(error: RedisError | OSError) -> bool:
     return any(word in str(error) for word in PASSING)
 
 
-def _clients(url: str, timeout: float) -> tuple[Client, Sequence[Client]]:
+def _clients(url: str, timeout: float, name: str) -> tuple[Client, Sequence[Client]]:
     """The client of the Redis, and those of the sentinels that it asks where that is."""
     if url.partition("://")[0] not in SCHEMES:  # never a part of it in a message: it may be a password
         raise SetupError(
-            f"the Redis URL begins otherwise than {', '.join(f'{scheme}://' for scheme in SCHEMES)} (--redis-url)"
+            f"the Redis URL begins otherwise than {', '.join(f'{scheme}://' for scheme in SCHEMES)} ({name})"
         )
     options: dict[str, Any] = {
         # ours is in Connection: redis-py's own swallows cancellations on Python 3.11 (asyncio.wait_for)
@@ -217,7 +219,7 @@ def _clients(url: str, timeout: float) -> tuple[Client, Sequence[Client]]:
         raise SetupError(
             "the Redis URL can't be used: it needs a form such as redis://user:password@host:6379/0, or "
             "redis+sentinel://host1:26379,host2:26379/mymaster/0; in a password, write / # ? @ : % as %2F %23 %3F %40 "
-            "%3A %25 (--redis-url)"
+            f"%3A %25 ({name})"
         ) from None
 
 

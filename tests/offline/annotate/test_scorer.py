@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from inward.errors import NotFound, SetupError, Unavailable
+from inward.offline.annotate import scorer as scoring
 from inward.offline.annotate.scorer import COLUMNS, PATIENCE, RowScorer, ServiceScorer, TokenScores
 from inward_client import aio
 from inward_client.rows import Pair
@@ -119,6 +120,28 @@ async def test_a_service_that_stays_away_ends_the_job_and_says_that_nothing_is_l
         await ask(lambda request: refused(503, "starting"))
     assert PATIENCE.patience - 1.25 * PATIENCE.cap <= sum(ask.waits) <= PATIENCE.patience
     assert max(ask.waits) <= 1.25 * PATIENCE.cap
+
+
+@pytest.mark.parametrize("rounds", [2, 1000])
+async def test_pairs_whose_shard_is_away_are_asked_again_as_patiently(ask, monkeypatch, rounds):
+    monkeypatch.setattr(scoring, "asyncio", aio.asyncio)
+    asked = []
+
+    def handler(request):
+        answer = answered(request).json()
+        asked.append(1)
+        if len(asked) <= rounds:
+            error = {"message": "shard 2 of 3", "type": "unavailable_error", "param": "pairs.1", "code": "shard_away"}
+            answer["margins"][1] = {"error": error, "truncated": False}
+        return httpx.Response(200, json=answer)
+
+    if rounds == 2:
+        results, _ = await ask(handler)
+        assert [one.columns["margin"] for one in results] == list(range(9)) and ask.waits == [0.5, 1.0]
+        return
+    with pytest.raises(Unavailable, match=r"shard 2 of 3.*what is done is kept"):
+        await ask(handler)
+    assert PATIENCE.patience - PATIENCE.cap <= sum(ask.waits) <= PATIENCE.patience
 
 
 @pytest.mark.parametrize("status", [401, 404])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import httpx
 
@@ -20,6 +21,7 @@ from inward_client import (
     DeadlineExceeded,
     InvalidField,
     InwardError,
+    Margin,
     NotFound,
     Retries,
     Score,
@@ -42,6 +44,10 @@ TIMEOUT_S = 600.0
 
 PAIRS_WITH_TOKENS = 32
 """Of one request for the scores of all tokens, whose answer is large."""
+
+AWAY = errors.ShardAway.code
+A = TypeVar("A")
+KEPT = "what is done is kept, so run the same again later"
 
 Columns = dict[str, float | bool | None]
 By = dict[str, Any]
@@ -229,8 +235,9 @@ class ServiceScorer:
         if not pairs:
             return [], None
         try:
-            answer = await self._client.margin(
-                [pair.body() for pair in pairs], head=self._head, truncate=self._truncate
+            answer = await self._whole(
+                lambda: self._client.margin([pair.body() for pair in pairs], head=self._head, truncate=self._truncate),
+                lambda answer: answer.margins,
             )
         except (InvalidField, TooLarge, BadRequest, DeadlineExceeded) as error:
             if len(pairs) == 1:
@@ -256,7 +263,10 @@ class ServiceScorer:
     async def _token_scores(self, pairs: Sequence[Pair], head: str) -> list[TokenScores | None]:
         items = [{"prompt": pair.prompt, "response": one} for pair in pairs for one in (pair.chosen, pair.rejected)]
         try:
-            answer = await self._client.score(items, head=head, detail=["tokens"], truncate=self._truncate)
+            answer = await self._whole(
+                lambda: self._client.score(items, head=head, detail=["tokens"], truncate=self._truncate),
+                lambda answer: answer.scores,
+            )
         except (InvalidField, TooLarge, BadRequest, DeadlineExceeded):
             if len(pairs) == 1:
                 return [None]
@@ -267,6 +277,23 @@ class ServiceScorer:
         answers = iter([_at_tokens(score) for score in answer.scores])
         both = zip(answers, answers, strict=True)
         return [TokenScores(chosen, rejected) if chosen and rejected else None for chosen, rejected in both]
+
+    async def _whole(self, ask: Callable[[], Awaitable[A]], elements: Callable[[A], Sequence[Margin | Score]]) -> A:
+        """Asks again while some elements wait for a part of the queue that is away, as long as for a whole one.
+
+        Raises:
+            Unavailable: it stayed away.
+        """
+        waited, pause = 0.0, PATIENCE.first
+        while True:
+            answer = await ask()
+            lost = next((one.error for one in elements(answer) if one.error and one.error.code == AWAY), None)
+            if lost is None:
+                return answer
+            if waited + pause > PATIENCE.patience:
+                raise Unavailable(f"the service did not answer ({lost.message}); {KEPT}")
+            await asyncio.sleep(pause)
+            waited, pause = waited + pause, min(2 * pause, PATIENCE.cap)
 
     async def states(self, pairs: Sequence[Pair]) -> Floats:
         """See ``Scorer``: a service keeps its states."""
@@ -312,4 +339,4 @@ def _refused(error: InwardError) -> SetupError | Unavailable:
         return SetupError(f"the service refuses the request: {error}")
     if isinstance(error, StatusError) and error.status < 429:
         return SetupError(f"the service can't annotate pairs: {error}")
-    return Unavailable(f"the service did not answer ({error}); what is done is kept, so run the same again later")
+    return Unavailable(f"the service did not answer ({error}); {KEPT}")

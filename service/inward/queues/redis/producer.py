@@ -158,7 +158,11 @@ class RedisProducer:
                 self._failed(error, asked)
                 await asyncio.sleep(self._beat / 2)
 
-    async def submit(self, jobs: Sequence[Job], hear: Hear | None = None) -> list[Awaitable[Outcome]]:
+    async def submit(
+        self, jobs: Sequence[Job], hear: Hear | None = None, max_tokens: int | None = None
+    ) -> list[Awaitable[Outcome]]:
+        """As the protocol says; ``max_tokens`` for these jobs only, instead of the queue's."""
+        room = self.max_tokens if max_tokens is None else max_tokens
         if self._closed:
             raise Overloaded("the server is shutting down", retry_after=1.0)
         if self.away is not None:
@@ -171,7 +175,7 @@ class RedisProducer:
         self._waiting.update((entry.job.id, entry) for entry in entries)  # before the answer can come
         asked = self._outage.now()
         try:
-            admitted, held = await self._send(jobs, self.max_tokens)
+            admitted, held = await self._send(jobs, room)
         except BaseException as error:  # it may have been admitted all the same
             self._forget(jobs)
             self._leaving |= {job.id for job in jobs}
@@ -183,8 +187,8 @@ class RedisProducer:
             cost = sum(job.group.tokens for job in jobs)
             metrics.REJECTIONS_TOTAL.labels(reason="queue_full").inc()
             raise Overloaded(
-                f"the queue holds {held} of {self.max_tokens} tokens and this request needs {cost} more",
-                retry_after=self.pace.seconds(min(held + cost - self.max_tokens, held)),
+                f"the queue holds {held} of {room} tokens and this request needs {cost} more",
+                retry_after=self.pace.seconds(min(held + cost - room, held)),
             )
         for entry in entries:
             entry.admitted = True

@@ -27,6 +27,8 @@ from inward.types import Failed, Ids, Job, News, Outcome
 
 PATIENCE_S = 0.5
 """For which a worker waits for a shard that does not answer, before it goes on with the others."""
+LEAVE_S = 3.0
+"""For which a worker that leaves waits for a shard that is there and slow, so that what it computed is not lost."""
 
 
 def shard_of(prompt_ids: Ids, shards: int) -> int:
@@ -45,7 +47,7 @@ def shard_of(prompt_ids: Ids, shards: int) -> int:
     return max(range(shards), key=lot)
 
 
-class _Shards:
+class _Standing:
     """What both sides know of their shards: which are there, for the gauge and in words."""
 
     def __init__(self, n: int) -> None:
@@ -77,7 +79,8 @@ class ShardedProducer:
 
     Args:
         connections: the shards, the home first; owned by the caller, who closes them after ``leave``.
-        max_tokens: over all shards, each of which takes an equal part of it.
+        max_tokens: over all shards, each of which takes an equal part of it; a request that needs more than that part
+            on one shard may have what the others leave of the whole.
         ttl: as a ``RedisProducer``'s; after as long without a shard those who wait for it are answered with a 503,
             since workers drop their jobs by then, too.
         more: as a ``RedisProducer``'s.
@@ -93,14 +96,15 @@ class ShardedProducer:
         ttl: float = 10.0,
         **more: Any,
     ) -> None:
-        self._names = _Shards(len(connections))
+        self._standing = _Standing(len(connections))
         self._beats: dict[int, Beat] = {}
+        self._max_tokens = max_tokens
         self._ttl = ttl
         self._beat = beat
         self.shards = [
             RedisProducer(
                 connection, keys, max_tokens=-(-max_tokens // len(connections)), beat=beat, ttl=ttl,
-                outage=self._names.outage(i, "Redis was not asked yet"), seen=self._seen(i), **more,
+                outage=self._standing.outage(i, "Redis was not asked yet"), seen=self._seen(i), **more,
             )
             for i, connection in enumerate(connections)
         ]  # fmt: skip
@@ -108,12 +112,12 @@ class ShardedProducer:
     @property
     def away(self) -> str | None:
         """Why no shard is to be had; None while any is."""
-        return self._names.away([shard.away for shard in self.shards])
+        return self._standing.away([shard.away for shard in self.shards])
 
     @property
     def lost(self) -> str | None:
         """Which shards are away while others are there."""
-        return self._names.lost([shard.away for shard in self.shards])
+        return self._standing.lost([shard.away for shard in self.shards])
 
     @property
     def served(self) -> str:
@@ -155,7 +159,7 @@ class ShardedProducer:
         for job in jobs:
             parts.setdefault(shard_of(job.group.prompt_ids, len(self.shards)), []).append(job)
         try:
-            submitting = (self.shards[i].submit(part, hear) for i, part in parts.items())
+            submitting = (self.shards[i].submit(part, hear, self._room(i, part)) for i, part in parts.items())
             results = await asyncio.gather(*submitting, return_exceptions=True)
             if refused := self._refused(jobs, dict(zip(parts, results, strict=True))):
                 raise refused
@@ -179,8 +183,17 @@ class ShardedProducer:
         """As a ``RedisProducer``'s."""
         await asyncio.gather(*(shard.leave() for shard in self.shards))
 
+    def _room(self, i: int, jobs: Sequence[Job]) -> int:
+        """Up to how many tokens its shard may hold with these: its part, or for those that would never fit in that,
+        what the others leave of the whole.
+        """
+        share = self.shards[i].max_tokens
+        if sum(job.group.tokens for job in jobs) <= share:
+            return share
+        return max(share, self._max_tokens - sum(beat.tokens for other, beat in self._beats.items() if other != i))
+
     def _refused(self, jobs: Sequence[Job], results: dict[int, Any]) -> BaseException | None:
-        """What the request is refused with as a whole."""
+        """What the request is refused with as a whole: with ``ShardAway`` only where some other shard is well."""
         errors: dict[int, Unavailable] = {}
         for i, result in results.items():
             if isinstance(result, Unavailable) and not isinstance(result, Overloaded):
@@ -190,6 +203,8 @@ class ShardedProducer:
         if not errors or (len(errors) < len(results) and jobs[0].priority == "interactive"):
             return None
         i, error = next(iter(errors.items()))
+        if all(other in errors or shard.away or not shard.workers for other, shard in enumerate(self.shards)):
+            return error
         return ShardAway(self._message(i, error.message), retry_after=error.retry_after)
 
     def _failed(self, i: int, job: Job) -> Awaitable[Outcome]:
@@ -199,14 +214,15 @@ class ShardedProducer:
         return answer
 
     def _message(self, i: int, reason: str) -> str:
-        return f"shard {self._names.name(i)} of the queue is away, and this prompt's jobs go through it: {reason}"
+        return f"shard {self._standing.name(i)} of the queue is away, and this prompt's jobs go through it: {reason}"
 
     async def _keep_giving_up(self) -> None:
         while True:
             await asyncio.sleep(self._beat)
             for i, shard in enumerate(self.shards):
-                if shard.away_for > self._ttl:
-                    shard.give_up(ShardAway.code, self._message(i, shard.away or ""))
+                if shard.away_for > self._ttl and (reason := shard.away):
+                    code = ShardAway.code if self.away is None else Unavailable.code
+                    shard.give_up(code, reason if self.away else self._message(i, reason))
 
     def _seen(self, i: int) -> Callable[[Beat], None]:
         def seen(beat: Beat) -> None:
@@ -232,10 +248,10 @@ class ShardedConsumer:
     def __init__(
         self, connections: Sequence[Connection], keys: Keys, *, about: Callable[[], bytes] = lambda: b"", **more: Any
     ) -> None:
-        self._names = _Shards(len(connections))
+        self._standing = _Standing(len(connections))
         self.shards = [
             RedisConsumer(
-                connection, keys, about=(lambda: b"") if i else about, outage=self._names.outage(i), **more
+                connection, keys, about=(lambda: b"") if i else about, outage=self._standing.outage(i), **more
             )
             for i, connection in enumerate(connections)
         ]  # fmt: skip
@@ -244,18 +260,19 @@ class ShardedConsumer:
         self.welcome = self.home.welcome
         """The home shard says which backbone the queue is served with; nothing is taken from any before it has."""
         self._taking: dict[RedisConsumer, asyncio.Task[list[Job]]] = {}
-        self._late: set[asyncio.Task[None]] = set()  # what shards that are away are still to be told
+        self._ended: set[RedisConsumer] = set()  # closed, and nothing is left of what they held
+        self._late: dict[asyncio.Task[None], RedisConsumer] = {}  # what is still to be told, and to whom
         self._closed = False
 
     @property
     def away(self) -> str | None:
         """Why no shard is to be had; None while any is."""
-        return self._names.away([shard.away for shard in self.shards])
+        return self._standing.away([shard.away for shard in self.shards])
 
     @property
     def lost(self) -> str | None:
         """Which shards are away while others are there."""
-        return self._names.lost([shard.away for shard in self.shards])
+        return self._standing.lost([shard.away for shard in self.shards])
 
     @property
     def problem(self) -> str | None:
@@ -279,18 +296,15 @@ class ShardedConsumer:
         while True:
             await self.welcome.wait()
             for shard in self.shards:
-                if shard not in self._taking:
+                if shard not in self._taking and shard not in self._ended:
                     self._taking[shard] = asyncio.create_task(shard.take(share))
+            if not self._taking:
+                raise Closed
             wait = PATIENCE_S if self._closed else None
             await asyncio.wait(self._taking.values(), timeout=wait, return_when=asyncio.FIRST_COMPLETED)
-            jobs: list[Job] = []
-            for shard, task in list(self._taking.items()):
-                if task.done() and not isinstance(task.exception(), Closed):
-                    del self._taking[shard]
-                    jobs += task.result()
-            if jobs:
+            if jobs := self._taken():
                 return jobs
-            if self._closed and all(task.done() or shard.away for shard, task in self._taking.items()):
+            if self._closed and all(shard.away for shard in self._taking):
                 raise Closed
 
     async def wanted(self, jobs: Sequence[Job]) -> list[Job]:
@@ -323,12 +337,26 @@ class ShardedConsumer:
             await shard.close()
 
     async def leave(self) -> None:
-        """As a ``RedisConsumer``'s."""
+        """As a ``RedisConsumer``'s. A shard that is slow is waited for a moment, one that is away is not."""
+        if slow := [task for task, shard in self._late.items() if shard.away is None]:
+            await asyncio.wait(slow, timeout=LEAVE_S)
         tasks = [*self._taking.values(), *self._late]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.gather(*(shard.leave() for shard in self.shards))
+
+    def _taken(self) -> list[Job]:
+        """What shards gave since the last look."""
+        jobs: list[Job] = []
+        for shard, task in list(self._taking.items()):
+            if task.done():
+                del self._taking[shard]
+                if isinstance(task.exception(), Closed):
+                    self._ended.add(shard)
+                else:
+                    jobs += task.result()
+        return jobs
 
     async def _keep(self, shard: RedisConsumer) -> None:
         if shard is not self.home:
@@ -341,15 +369,13 @@ class ShardedConsumer:
         async def told(shard: RedisConsumer) -> None:
             await tell(shard)
 
-        there: list[asyncio.Task[None]] = []
-        late: list[asyncio.Task[None]] = []
-        for shard in self.shards:
-            (there if shard.away is None else late).append(asyncio.create_task(told(shard)))
-        if there:
+        tasks = {asyncio.create_task(told(shard)): shard for shard in self.shards}
+        late = {task: shard for task, shard in tasks.items() if shard.away is not None}
+        if there := tasks.keys() - late.keys():
             done, silent = await asyncio.wait(there, timeout=PATIENCE_S)
-            late += silent
+            late |= {task: tasks[task] for task in silent}
             for task in done:
                 task.result()
+        self._late |= late
         for task in late:
-            self._late.add(task)
-            task.add_done_callback(self._late.discard)
+            task.add_done_callback(self._late.pop)
