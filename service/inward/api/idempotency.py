@@ -107,10 +107,10 @@ class Idempotency:
                     kept = KeptAnswer(b"", message["status"], headers, b"")
             elif kept is not None:
                 chunks.append(message.get("body", b""))
-                if not message.get("more_body", False) and PASSING not in b"".join(
-                    chunks
-                ):  # before it is sent: who loses it on the way finds it
-                    answer = KeptAnswer(body.digest, kept.status, kept.headers, b"".join(chunks))
+                content = b"" if message.get("more_body", False) else b"".join(chunks)
+                if content and PASSING not in content:
+                    # before it is sent: who loses it on the way finds it
+                    answer = KeptAnswer(body.digest, kept.status, kept.headers, content)
                     await self._store.finish(key, asked, msgspec.msgpack.encode(answer))
                     whole = True
             await send(message)

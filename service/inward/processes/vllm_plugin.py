@@ -50,12 +50,12 @@ def chosen(model: str, revision: str | None) -> tuple[Settings, ModelFiles]:
 
     settings = _settings(model, revision)
     files = ModelFiles(_folder(model, revision), name_of(model), revision or "")
-    print_ = fingerprint(files.folder)
+    identity = fingerprint(files.folder)
     if settings.heads is None:
-        bundled = bundled_for(print_)
+        bundled = bundled_for(identity)
         if bundled is None:
             raise SetupError(
-                f"none of the heads that come with Inward was fitted on {model} ({print_}): name a folder of heads "
+                f"none of the heads that come with Inward was fitted on {model} ({identity}): name a folder of heads "
                 "with INWARD_HEADS, or take inward out of VLLM_PLUGINS"
             )
         settings = settings.model_copy(update={"model": bundled})
@@ -64,7 +64,7 @@ def chosen(model: str, revision: str | None) -> tuple[Settings, ModelFiles]:
     if not heads:
         raise SetupError(f"there is no head in {settings.heads}: fit one with `inward fit … --out`")
     for head in heads:
-        store.load(head["path"], fingerprint=print_, backbone=model)
+        store.load(head["path"], fingerprint=identity, backbone=model)
     return settings, files
 
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import struct
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, Generic, TypeVar
 
 from inward import metrics
 from inward.errors import Overloaded, ShardAway, Unavailable
@@ -25,6 +25,7 @@ from inward.stores.connection import Connection
 from inward.stores.keys import Keys
 from inward.types import Failed, Ids, Job, News, Outcome
 
+Side = TypeVar("Side", RedisProducer, RedisConsumer)
 PATIENCE_S = 0.5
 """For which a worker waits for a shard that does not answer, before it goes on with the others."""
 LEAVE_S = 3.0
@@ -47,34 +48,39 @@ def shard_of(prompt_ids: Ids, shards: int) -> int:
     return max(range(shards), key=lot)
 
 
-class _Standing:
+class _Sharded(Generic[Side]):
     """What both sides know of their shards: which are there, for the gauge and in words."""
 
+    shards: Sequence[Side]
+
     def __init__(self, n: int) -> None:
-        self.n = n
         self._up = [1] * n
 
-    def outage(self, shard: int, before: str | None = None) -> Outage:
+    @property
+    def away(self) -> str | None:
+        """Why no shard is to be had; None while any is."""
+        reasons = [shard.away for shard in self.shards]
+        return None if None in reasons else reasons[0]
+
+    @property
+    def lost(self) -> str | None:
+        """Which shards are away while others are there."""
+        reasons = [shard.away for shard in self.shards]
+        away = [f"shard {self._name(i)} is away: {reason}" for i, reason in enumerate(reasons) if reason is not None]
+        return "; ".join(away) if 0 < len(away) < len(reasons) else None
+
+    def _outage(self, shard: int, before: str | None = None) -> Outage:
         def up(value: int) -> None:
             self._up[shard] = value
             metrics.REDIS_UP.set(min(self._up))
 
-        return Outage(before, up, shard=self.name(shard))
+        return Outage(before, up, shard=self._name(shard))
 
-    def name(self, shard: int) -> str:
-        return f"{shard + 1} of {self.n}"
-
-    def away(self, reasons: Sequence[str | None]) -> str | None:
-        """Why the queue is away as a whole."""
-        return None if any(reason is None for reason in reasons) else reasons[0]
-
-    def lost(self, reasons: Sequence[str | None]) -> str | None:
-        """Those that are away while others are there."""
-        away = [f"shard {self.name(i)} is away: {reason}" for i, reason in enumerate(reasons) if reason is not None]
-        return "; ".join(away) if 0 < len(away) < self.n else None
+    def _name(self, shard: int) -> str:
+        return f"{shard + 1} of {len(self._up)}"
 
 
-class ShardedProducer:
+class ShardedProducer(_Sharded[RedisProducer]):
     """One API replica in front of several Redis servers.
 
     Args:
@@ -96,7 +102,7 @@ class ShardedProducer:
         ttl: float = 10.0,
         **more: Any,
     ) -> None:
-        self._standing = _Standing(len(connections))
+        super().__init__(len(connections))
         self._beats: dict[int, Beat] = {}
         self._max_tokens = max_tokens
         self._ttl = ttl
@@ -104,20 +110,10 @@ class ShardedProducer:
         self.shards = [
             RedisProducer(
                 connection, keys, max_tokens=-(-max_tokens // len(connections)), beat=beat, ttl=ttl,
-                outage=self._standing.outage(i, "Redis was not asked yet"), seen=self._seen(i), **more,
+                outage=self._outage(i, "Redis was not asked yet"), seen=self._seen(i), **more,
             )
             for i, connection in enumerate(connections)
         ]  # fmt: skip
-
-    @property
-    def away(self) -> str | None:
-        """Why no shard is to be had; None while any is."""
-        return self._standing.away([shard.away for shard in self.shards])
-
-    @property
-    def lost(self) -> str | None:
-        """Which shards are away while others are there."""
-        return self._standing.lost([shard.away for shard in self.shards])
 
     @property
     def served(self) -> str:
@@ -214,7 +210,7 @@ class ShardedProducer:
         return answer
 
     def _message(self, i: int, reason: str) -> str:
-        return f"shard {self._standing.name(i)} of the queue is away, and this prompt's jobs go through it: {reason}"
+        return f"shard {self._name(i)} of the queue is away, and this prompt's jobs go through it: {reason}"
 
     async def _keep_giving_up(self) -> None:
         while True:
@@ -235,7 +231,7 @@ class ShardedProducer:
         return seen
 
 
-class ShardedConsumer:
+class ShardedConsumer(_Sharded[RedisConsumer]):
     """One worker that takes from several Redis servers, from each as much as from any other. What a shard that is away
     can't be told now is told when it is back, while the work goes on.
 
@@ -248,10 +244,10 @@ class ShardedConsumer:
     def __init__(
         self, connections: Sequence[Connection], keys: Keys, *, about: Callable[[], bytes] = lambda: b"", **more: Any
     ) -> None:
-        self._standing = _Standing(len(connections))
+        super().__init__(len(connections))
         self.shards = [
             RedisConsumer(
-                connection, keys, about=(lambda: b"") if i else about, outage=self._standing.outage(i), **more
+                connection, keys, about=(lambda: b"") if i else about, outage=self._outage(i), **more
             )
             for i, connection in enumerate(connections)
         ]  # fmt: skip
@@ -263,16 +259,6 @@ class ShardedConsumer:
         self._ended: set[RedisConsumer] = set()  # closed, and nothing is left of what they held
         self._late: dict[asyncio.Task[None], RedisConsumer] = {}  # what is still to be told, and to whom
         self._closed = False
-
-    @property
-    def away(self) -> str | None:
-        """Why no shard is to be had; None while any is."""
-        return self._standing.away([shard.away for shard in self.shards])
-
-    @property
-    def lost(self) -> str | None:
-        """Which shards are away while others are there."""
-        return self._standing.lost([shard.away for shard in self.shards])
 
     @property
     def problem(self) -> str | None:
@@ -363,13 +349,9 @@ class ShardedConsumer:
             await self.welcome.wait()
         await shard.keep()
 
-    async def _tell_each(self, tell: Callable[[RedisConsumer], Awaitable[None]]) -> None:
+    async def _tell_each(self, tell: Callable[[RedisConsumer], Coroutine[Any, Any, None]]) -> None:
         """Does not wait long for one that does not answer: it is told when it does."""
-
-        async def told(shard: RedisConsumer) -> None:
-            await tell(shard)
-
-        tasks = {asyncio.create_task(told(shard)): shard for shard in self.shards}
+        tasks = {asyncio.create_task(tell(shard)): shard for shard in self.shards}
         late = {task: shard for task, shard in tasks.items() if shard.away is not None}
         if there := tasks.keys() - late.keys():
             done, silent = await asyncio.wait(there, timeout=PATIENCE_S)
