@@ -79,7 +79,7 @@ def run(options: RewardOptions) -> int:
         try:
             return _run(options, options.pairs, config, stopping, stack)
         except Stopped as stop:
-            return say_stopped("rm", options, stop, config.max_steps)
+            return say_stopped("rm", options, stop, max(config.max_steps, 0))  # -1 where epochs decide
 
 
 @torch.no_grad()
