@@ -114,11 +114,15 @@ class PromptFields(Wire):
 
     @model_validator(mode="after")
     def _one_form(self) -> PromptFields:
-        if self.prompt is None and self.messages is None:
+        if self.prompt is None and self.messages is None and not self._says_what_was_asked():
             raise at("prompt", "is missing; give `prompt`, or `messages`")
         if self.prompt is not None and self.messages is not None:
             raise at("messages", "can't stand beside `prompt`; give one of the two")
         return self
+
+    def _says_what_was_asked(self) -> bool:
+        """Whether some other field does."""
+        return False
 
     def asked(self) -> tuple[str | list[dict[str, str]], str]:
         """The prompt, and the name of the field that holds it."""
@@ -172,14 +176,8 @@ class PairItem(PromptFields):
     rejected: TextOrChat
     """The other answer, in either form, after the same context."""
 
-    @model_validator(mode="after")
-    def _one_form(self) -> PairItem:
-        if self.prompt is None and self.messages is None:
-            if not any(isinstance(answer, list) and len(answer) > 1 for answer in (self.chosen, self.rejected)):
-                raise at("prompt", "is missing; give `prompt`, or `messages`")
-        elif self.prompt is not None and self.messages is not None:
-            raise at("messages", "can't stand beside `prompt`; give one of the two")
-        return self
+    def _says_what_was_asked(self) -> bool:
+        return any(isinstance(answer, list) and len(answer) > 1 for answer in (self.chosen, self.rejected))
 
     def parts(self) -> Parts:
         """The prompt with all turns before the answers, and chosen and rejected in this order."""
