@@ -7,6 +7,7 @@ import logging
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -99,19 +100,14 @@ def _is_done(table: dict[str, Any], seeds: list[int]) -> bool:
 
 
 def _setting(experiment: Experiment) -> dict[str, object]:
-    options, sizes = experiment.options, experiment.sizes
-    device = experiment.device
+    options, device = experiment.options, experiment.device.type
     return {
         "model": Path(options.model).name,
-        "device": f"{device.type}, {_device_name(device.type)}",
+        "device": f"{device}, {torch.cuda.get_device_name() if device == 'cuda' else 'no GPU'}",
         "seeds": options.seeds,
         "quick": options.quick,
         "scale": options.scale,
         "learning rate": options.learning_rate,
         "data": experiment.data.told(),
-        "sizes": {name: getattr(sizes, name) for name in sizes.__dataclass_fields__},
+        "sizes": asdict(experiment.sizes),
     }
-
-
-def _device_name(kind: str) -> str:
-    return torch.cuda.get_device_name() if kind == "cuda" else "no GPU"
