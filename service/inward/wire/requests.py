@@ -38,6 +38,11 @@ MOST = 2**31 - 1
 """Of whole numbers: what every part of the service can hold."""
 
 
+def _examples(*bodies: dict[str, Any]) -> ConfigDict:
+    """Of a request, for the OpenAPI document."""
+    return ConfigDict(json_schema_extra={"examples": list(bodies)})
+
+
 class Message(Wire):
     """One turn of a conversation."""
 
@@ -217,16 +222,8 @@ class MarginRequest(ScoringOptions):
 
     pairs: Annotated[list[PairItem], Field(min_length=1)]
     """Answered in this order."""
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "pairs": [
-                        {"prompt": "How do I sharpen a knife?", "chosen": "Use a whetstone.", "rejected": "No idea."}
-                    ]
-                }
-            ]
-        }
+    model_config = _examples(
+        {"pairs": [{"prompt": "How do I sharpen a knife?", "chosen": "Use a whetstone.", "rejected": "No idea."}]}
     )
 
 
@@ -237,11 +234,7 @@ class ScoreRequest(ScoringOptions):
     """Answered in this order."""
     detail: list[Detail] = Field(default_factory=list)
     """`layers`: each layer's part of the score. `tokens`: the score at every token of the response."""
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [{"items": [{"prompt": "How do I sharpen a knife?", "response": "Use a whetstone."}]}]
-        }
-    )
+    model_config = _examples({"items": [{"prompt": "How do I sharpen a knife?", "response": "Use a whetstone."}]})
 
 
 class RewardRequest(ScoringOptions):
@@ -253,11 +246,7 @@ class RewardRequest(ScoringOptions):
     """Preference pairs instead of `items`."""
     detail: list[Detail] = Field(default_factory=list)
     """`layers`: each layer's probe output and gate weight. `tokens`: the score at every token of the response."""
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [{"items": [{"prompt": "How do I sharpen a knife?", "response": "Use a whetstone."}]}]
-        }
-    )
+    model_config = _examples({"items": [{"prompt": "How do I sharpen a knife?", "response": "Use a whetstone."}]})
 
     @model_validator(mode="after")
     def _one_list(self) -> RewardRequest:
@@ -369,14 +358,10 @@ class RerankRequest(ScoringOptions, PromptFields):
     append_to: Annotated[str, Field(pattern="^[A-Za-z0-9._-]{1,64}$")] | None = None
     """Name of a stream in Redis to which the answer's `pair` is appended as well, for trainers that consume pairs as
     they come."""
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {"prompt": "How do I sharpen a knife?", "candidates": ["No idea.", "Use a whetstone."]},
-                {"prompt": "How do I sharpen a knife?", "n": 8, "sampling": {"temperature": 0.8, "max_tokens": 128}},
-                {"prompt": "How do I sharpen a knife?", "n": 16, "early_rejection": {"keep": 0.5, "at": [16, 32]}},
-            ]
-        }
+    model_config = _examples(
+        {"prompt": "How do I sharpen a knife?", "candidates": ["No idea.", "Use a whetstone."]},
+        {"prompt": "How do I sharpen a knife?", "n": 8, "sampling": {"temperature": 0.8, "max_tokens": 128}},
+        {"prompt": "How do I sharpen a knife?", "n": 16, "early_rejection": {"keep": 0.5, "at": [16, 32]}},
     )
 
     @model_validator(mode="before")
@@ -415,7 +400,7 @@ class PolicyRequest(Wire):
 
     version: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
     """Name of a folder in the adapters folder, or `base` for none."""
-    model_config = ConfigDict(json_schema_extra={"examples": [{"version": "step-200"}]})
+    model_config = _examples({"version": "step-200"})
 
 
 class ActivateRequest(Wire):
