@@ -93,6 +93,8 @@ async def begin(services: Services, wanted: Generation, heads: tuple[str, ...], 
 
 @dataclass(frozen=True, slots=True)
 class _OneJob:
+    """All answers as one job, since they are compared while they are drawn."""
+
     wanted: Generation
     samples: ComingSamples
 
@@ -120,6 +122,8 @@ class _OneJob:
 
 @dataclass(frozen=True, slots=True)
 class _JobEach:
+    """A job for each answer."""
+
     services: Services
     wanted: Generation
     outcomes: Coming
