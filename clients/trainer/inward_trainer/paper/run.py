@@ -46,9 +46,16 @@ def run(options: PaperOptions) -> int:
     Raises:
         OptionsError: no such table, model, device or data.
     """
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that workers end, too
+    try:
+        return _run(options)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(options: PaperOptions) -> int:
     names = chosen(options.tables)
     failed = False
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that workers end, too
     if options.workers > 1 and (shared := [name for name in names if name != ALONE]):
         failed = work(options, shared) > 0
         names = [name for name in names if name == ALONE]
