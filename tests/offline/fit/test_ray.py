@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -14,7 +13,7 @@ from safetensors.numpy import load
 
 from inward.backbones.fake import FakeBackbone
 from inward.errors import DataError, InvalidField, SetupError
-from inward.offline.cluster import Cluster
+from inward.offline.cluster import TRIES, Cluster, Died
 from inward.offline.data.pairs import Pair, prompt_groups
 from inward.offline.fit.ray import BLOCK_PAIRS, Pass, Reader, SpreadPairs, blocks_of
 from inward.offline.states.moments import PairSums
@@ -171,18 +170,6 @@ def test_what_is_wrong_is_told_before_anything_is_read_and_the_cluster_is_left(t
     assert not spread._cluster.open and not spread._cluster.done
 
 
-@pytest.fixture
-def environment(monkeypatch):
-    """For the processes that Ray starts."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    monkeypatch.setenv("RAY_worker_niceness", "0")  # its processes are nice otherwise, and starve on a busy machine
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setenv("RAY_gcs_server_request_timeout_seconds", "300")  # these two are read when Ray is imported
-    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "300")
-    pytest.importorskip("ray", reason="Ray is not installed: pip install 'inward[ray]'")
-
-
 def fake_model(log=None, dies=None):
     """Opens a fake model; it writes down what it reads, and the first process that reads ``dies`` ends. By value: Ray's
     processes do not have this file as a module."""
@@ -232,7 +219,7 @@ def same(a, b):
     np.testing.assert_array_equal(a.kept.chosen_NLD, b.kept.chosen_NLD)
 
 
-def test_two_actors_one_of_which_is_killed_give_the_sums_of_one(tmp_path, environment):
+def test_two_actors_one_of_which_is_killed_give_the_sums_of_one(tmp_path, ray_processes):
     one, states_of_one = made(tmp_path / "one", 1, fake_model())
     log = tmp_path / "log"
     two, states_of_two = made(tmp_path / "two", 2, fake_model(str(log), dies="question 11:"))
@@ -273,7 +260,7 @@ def worker(folder):
     return Waiting
 
 
-def test_results_come_in_order_a_few_of_them_wait_and_an_error_is_itself(tmp_path, environment):
+def test_results_come_in_order_a_few_of_them_wait_and_an_error_is_itself(tmp_path, ray_processes):
     import ray
 
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")
@@ -294,7 +281,64 @@ def test_results_come_in_order_a_few_of_them_wait_and_an_error_is_itself(tmp_pat
             assert raised.value.param == "chosen"
 
 
-def test_on_two_nodes(tmp_path, environment, monkeypatch):
+def deadly(log, part=None):
+    """Whose process ends at ``part``, or before it is given any."""
+
+    class Deadly:
+        def __init__(self):
+            import os
+
+            if part is None:
+                os._exit(1)
+
+        def do(self, number):
+            import os
+            from pathlib import Path
+
+            with Path(log).open("a") as file:
+                file.write(f"{number}\n")
+            if number == part:
+                os._exit(1)
+            return b"%d" % number
+
+    return Deadly
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_part_that_every_actor_dies_of_is_tried_a_few_times_and_the_others_are_done(tmp_path, some_actors, ordered):
+    log = tmp_path / "log"
+    with Cluster(actors=2, gpus=0) as cluster:
+        found = list(cluster.each(deadly(str(log), 4), (), list(range(9)), ordered=ordered))
+    wanted = [(n, b"%d" % n if n != 4 else Died(TRIES)) for n in range(9)]
+    assert (found if ordered else sorted(found, key=lambda one: one[0])) == wanted
+    tried = Counter(map(int, log.read_text().split()))
+    assert tried == {n: 1 if n != 4 else TRIES for n in range(9)}
+
+
+def test_actors_that_die_whatever_they_are_given_end_the_command(tmp_path, some_actors, monkeypatch):
+    monkeypatch.setattr("inward.offline.cluster.DEATHS", 2)
+    with Cluster(actors=1, gpus=0) as cluster, pytest.raises(SetupError, match="2 processes died one after the other"):
+        list(cluster.each(deadly(""), (), [1, 2, 3]))
+
+
+def test_a_model_that_takes_its_process_down_is_told(some_actors):
+    def ask():
+        os._exit(1)
+
+    with Cluster(actors=1, gpus=0) as cluster, pytest.raises(SetupError, match="the process that loads the model dies"):
+        cluster.ask(ask)
+
+
+def test_rows_that_every_actor_dies_of_are_named(tmp_path, here, monkeypatch):
+    pairs = [*PAIRS[::2], Pair("question 5", "long " * 99, "bad"), *PAIRS[1::2]]
+    monkeypatch.setattr(Here, "each", lambda *_, **__: iter([(1, Died(3))]))
+    with SpreadPairs(opened, pairs, tmp_path, actors=1, gpus=0, block=9) as spread:
+        rows = r"the pairs of rows 6 to 9, 31, 36 to 40 died.* row 31, with 508 characters"
+        with pytest.raises(SetupError, match=rows):
+            spread.sums(LAYERS, "last")
+
+
+def test_on_two_nodes(tmp_path, ray_processes, monkeypatch):
     import ray
     from ray.cluster_utils import Cluster
 

@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
 from inward.backbones.base import Backbone
-from inward.errors import DataError
+from inward.errors import DataError, SetupError
 from inward.files import write
 from inward.heads.base import BackboneRef
-from inward.offline.cluster import Cluster
+from inward.offline.cluster import Cluster, Died
 from inward.offline.data.pairs import Pair, data_hash, prompt_groups
 from inward.offline.states.model_pass import RowError
 from inward.offline.states.moments import Doubles, PairSums
@@ -166,7 +166,22 @@ class SpreadPairs:
     def _each(
         self, what: Pass, blocks: Sequence[Block], numbers: Sequence[int], *, ordered: bool = False
     ) -> Iterator[tuple[int, bytes]]:
-        return self._cluster.each(Reader, (self._opened, what, self._pairs, blocks), numbers, ordered=ordered)
+        arguments = (self._opened, what, self._pairs, blocks)
+        for number, data in self._cluster.each(Reader, arguments, numbers, ordered=ordered):
+            if isinstance(data, Died):
+                raise SetupError(self._deadly(blocks[number], data.tries))
+            yield number, data
+
+    def _deadly(self, block: Block, tries: int) -> str:
+        """What to say of pairs that every process died of."""
+        lengths_N = [len(str(pair.prompt)) + len(pair.chosen) + len(pair.rejected) for pair in self._pairs]
+        longest = max(block.rows_N, key=lambda row: lengths_N[row])
+        return (
+            f"{tries} processes that read the pairs of rows {_ranges(block.rows_N + 1)} died, one after the other, "
+            f"perhaps out of memory. The longest of them is row {longest + 1}, with {lengths_N[longest]:,} characters: "
+            "shorten or take out what is too long, or give each actor more memory. What is read is kept, and the same "
+            "command goes on with it as long as the rows are the same"
+        )
 
     def _key(self, what: Pass) -> str:
         everything = [asdict(what), asdict(self._about), data_hash(self._pairs), self._block]
@@ -223,6 +238,12 @@ def blocks_of(groups_N: Indices, size: int, kept_N: Indices | None = None) -> li
             cuts.append(int(end))
     kept = np.isin(np.arange(len(groups_N)), np.arange(len(groups_N)) if kept_N is None else kept_N)
     return [Block(part, np.flatnonzero(kept[part])) for part in np.split(rows_N, cuts)]
+
+
+def _ranges(rows_N: Indices) -> str:
+    """Rows in order, neighbours as one range."""
+    parts = np.split(np.sort(rows_N), np.flatnonzero(np.diff(np.sort(rows_N)) > 1) + 1)
+    return ", ".join(f"{part[0]} to {part[-1]}" if len(part) > 1 else f"{part[0]}" for part in parts)
 
 
 def _states(states: PairStates) -> Tensors:
