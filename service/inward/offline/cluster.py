@@ -94,18 +94,20 @@ class Cluster:
         *,
         ordered: bool = False,
         tries: int = TRIES,
+        alone: bool = False,
     ) -> Iterator[tuple[Part, bytes | Died]]:
         """What a ``worker(*arguments)`` makes of each part, as it comes or in the order of ``parts``.
 
         Args:
             ordered: a few results wait for one before them, and no more parts are begun until it is there.
-            tries: actors that may die of one part, which is then ``Died``; whatever else they had in hand is done
-                again by others, and no fault of that.
+            tries: actors that may die of one part, with nothing else in hand; then it is ``Died``.
+            alone: an actor is never given a second part before it has done its first.
 
         Raises:
             SetupError: the one that a worker raised, or actors die whatever they are given.
         """
         crew = _Crew(self._ray, self._starter(worker, arguments), parts, tries, self._ends)
+        crew.alone.update(range(len(parts)) if alone else ())
         copies = min(self._actors, len(parts))
         most_ahead = (IN_HAND + 1) * copies if ordered else len(parts)
         given = 0
@@ -156,6 +158,13 @@ class _Hand:
     """Comes when it has loaded what it works with; None from then on."""
     places: dict[int, tuple[Any, Any]] = field(default_factory=dict)
     """Of parts: what comes when it is done, an error of the worker or None, and what was made of it."""
+    alone: bool = False
+    """What it was given last is to be the only one."""
+
+    def takes(self, alone: bool) -> bool:
+        """Whether it has room for one more part, which may have to be the only one."""
+        room = 1 if alone or self.alone else IN_HAND
+        return self.ready is None and len(self.places) < room
 
 
 class _Crew:
@@ -170,6 +179,8 @@ class _Crew:
     ) -> None:
         self.done: dict[int, Any] = {}
         """By place, and not collected yet: ``Died``, or where in Ray's store it lies."""
+        self.alone: set[int] = set()
+        """Places of parts that are given to an actor which has nothing else in hand, and gets nothing beside it."""
         self._ray, self._start, self._parts, self._tries, self._ends = ray, start, parts, tries, ends
         self._hands: list[_Hand] = []
         self._deaths: Counter[int] = Counter()
@@ -186,9 +197,11 @@ class _Crew:
         """Gives parts before ``end`` to actors that have room for them, first what has to be done again."""
         for _ in range(IN_HAND):
             for hand in self._hands:
-                if hand.ready is None and len(hand.places) < IN_HAND and (self._again or self._sent < end):
-                    place = self._again.pop(0) if self._again else self._sent
+                place = self._again[0] if self._again else self._sent
+                if (self._again or place < end) and hand.takes(place in self.alone):
+                    self._again = self._again[1:]
                     self._sent = max(self._sent, place + 1)
+                    hand.alone = place in self.alone
                     hand.places[place] = hand.actor.do.options(num_returns=2).remote(self._parts[place])
 
     def wait(self) -> Exception | None:
@@ -238,7 +251,9 @@ class _Crew:
             self.hire(1)
 
     def _bury(self, hand: _Hand) -> None:
-        """It died of the first part that it had in hand and had not done; those after that wait for another actor."""
+        """Of several parts in hand nobody knows which it died of, since it may have done one and not said so any more:
+        each is given alone from then on.
+        """
         self._hands.remove(hand)
         self._ray.kill(hand.actor)  # where it only can't be reached any more
         left: list[int] = []
@@ -247,9 +262,10 @@ class _Crew:
                 _or_raise(self._ray.get(said))
                 self.done[place] = result
             except self._ends as error:
-                if not left and not getattr(error, "preempted", False):  # then the machine was taken away
-                    self._deaths[place] += 1
                 left.append(place)
+                if hand.alone and not getattr(error, "preempted", False):  # then the machine was taken away
+                    self._deaths[place] += 1
+        self.alone.update(left)
         for place in left:
             if self._deaths[place] < self._tries:
                 self._again.append(place)

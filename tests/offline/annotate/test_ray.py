@@ -81,4 +81,6 @@ def test_a_row_that_every_actor_dies_of_is_the_only_one_that_is_lost_and_says_so
     assert [row.error for row in found if row.error] == [DEADLY] and found[9].error == DEADLY
     assert {part.number: part.rows for part in parts} == {number: len(done.rows) for number, done in kept.items()}
     assert all(done.by == {"by": 1} for done in kept.values())
-    assert Counter(map(int, log.read_text().split())) == {8: TRIES, 4: 1, 2: 1, 1: ALONE_TRIES}
+    died = Counter(map(int, log.read_text().split()))
+    assert died.pop(8) in (TRIES, TRIES + 1)  # once perhaps with another chunk in hand
+    assert died == {4: 1, 2: 1, 1: ALONE_TRIES}

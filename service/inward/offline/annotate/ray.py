@@ -61,7 +61,7 @@ class AnnotateCluster(Cluster):
     def work(self, todo: Sequence[Chunk], keep: Keep) -> None:
         """Does the chunks and keeps each as it comes, in no particular order; last those that actors died of."""
         died: list[Chunk] = []
-        for chunk, done in self._each(todo, TRIES):
+        for chunk, done in self._each(todo):
             if isinstance(done, Died):
                 died.append(chunk)
             else:
@@ -86,15 +86,18 @@ class AnnotateCluster(Cluster):
                 else:
                     halves += part.halves()
             died = []
-            for part, done in self._each(halves, ALONE_TRIES if any(half.rows == 1 for half in halves) else 1):
+            tries = ALONE_TRIES if any(half.rows == 1 for half in halves) else 1
+            for part, done in self._each(halves, tries, alone=True):
                 if isinstance(done, Died):
                     died.append(part)
                 else:
                     put(part, done)
 
-    def _each(self, chunks: Sequence[Chunk], tries: int) -> Iterator[tuple[Chunk, Done | Died]]:
+    def _each(
+        self, chunks: Sequence[Chunk], tries: int = TRIES, *, alone: bool = False
+    ) -> Iterator[tuple[Chunk, Done | Died]]:
         arguments = (self._opened, self._sources, self._reader)
-        for chunk, done in self.each(Actor, arguments, chunks, tries=tries):
+        for chunk, done in self.each(Actor, arguments, chunks, tries=tries, alone=alone):
             yield chunk, done if isinstance(done, Died) else Done.decode(done)
 
 
