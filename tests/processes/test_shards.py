@@ -1,5 +1,7 @@
 """The settings of several Redis servers, and real processes around them."""
 
+import signal
+
 import httpx
 import pytest
 
@@ -90,3 +92,13 @@ def test_a_service_goes_on_with_the_shards_that_are_there(own_redis, tmp_path):
         wait_until(lambda: "shard 2 of 2" in client.get(worker.url + "/readyz").text)
         servers[1].start()
         wait_until(lambda: margins() == (200, [None] * 12))
+        servers[0].signal(signal.SIGSTOP)
+        try:
+            wait_until(lambda: "shard 1 of 2 is away" in client.get(api.url + "/readyz").text)
+            for i, pair in enumerate(pairs):
+                body = {"prompt": pair["prompt"], "candidates": [pair["chosen"], pair["rejected"]]}
+                answer = client.post(api.url + "/rerank", json=body, headers={"Idempotency-Key": str(i)})
+                assert answer.status_code == 200, answer.text
+        finally:
+            servers[0].signal(signal.SIGCONT)
+        wait_until(lambda: "away" not in client.get(api.url + "/readyz").text)
