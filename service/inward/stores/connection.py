@@ -47,7 +47,7 @@ RETRY_AFTER_S = 2.0
 COMMANDS = 64
 """At once, each on a connection of its own; more wait. redis-py refuses the 101st instead."""
 LATE_S = 0.2
-"""By which a timer may come late; where it is more it was this process that stood still, which says nothing of Redis."""
+"""By which a timer may come late; where it is more this process itself stood still, which says nothing of Redis."""
 LISTEN_S = 0.5
 """Between two questions to a Redis that has fallen silent."""
 
