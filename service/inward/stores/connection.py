@@ -168,6 +168,7 @@ class Connection:
                 with suppress(TimeoutError, RedisTimeoutError):
                     async with asyncio.timeout(self.timeout):
                         await self._client.execute_command("PING")
+                    self.answered = time.monotonic()
                     return
                 await asyncio.sleep(LISTEN_S)
         except (RedisError, OSError):
