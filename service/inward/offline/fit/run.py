@@ -136,15 +136,14 @@ def _in_ray(args: Namespace, cache: Path, opened: OpenModel | None) -> Fitted:
     with SpreadPairs(opened, pairs, cache, actors=args.actors, gpus=args.gpus) as spread:
         every = layer in ("sum", "sweep")
         layers = numbers(args.layers if args.layers != "all" or every else layer, spread.depth)
+        evidence = spread.sums(layers, args.position, scatter=whitened)
         if whitened:
-            evidence = spread.sums(layers, args.position)
             choice = _choice(layer, evidence.kept.layers)
             return fit_whitened(
                 evidence, name=args.name, layer=choice, covariance_of="the pairs themselves", seed=args.seed,
                 progress=True, warnings=warnings,
             )  # fmt: skip
-        states = spread.states(layers, args.position)
-    return fit_legend(states, name=args.name, layer=_single(layer), seed=args.seed, warnings=warnings)
+    return fit_legend(evidence, name=args.name, layer=_single(layer), seed=args.seed, warnings=warnings)
 
 
 def _legend(args: Namespace, with_model: WithModel[Any], cache: Path) -> Fitted:

@@ -165,6 +165,7 @@ async def sum_pairs(
     final_norm: bool = False,
     most: int = KEPT_PAIRS,
     kept: Indices | None = None,
+    scatter: bool = True,
     checkpoint: Path | None = None,
     progress: bool = True,
 ) -> SummedPairs:
@@ -173,6 +174,7 @@ async def sum_pairs(
     Args:
         most: pairs whose states are kept (whole prompts); fewer where ``KEPT_BYTES`` is less.
         kept: these pairs' instead, by their numbers.
+        scatter: as ``RunningSums``'.
         checkpoint: folder for the sums so far; give the same one to go on after an interruption.
     """
     groups, places = merge(prompts, _texts(pairs), backbone.capacity.tokens)
@@ -188,6 +190,7 @@ async def sum_pairs(
         [_times(both[0], groups), _times(both[1], groups)],
         rows.states,
         checkpoint and checkpoint / f"{pass_key(backbone, groups, [readout])}.safetensors",
+        scatter=scatter,
     )
 
     def deliver(group: int, arrays: list[Floats]) -> None:
