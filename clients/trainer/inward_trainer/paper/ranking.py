@@ -8,14 +8,13 @@ from typing import cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from inward.offline.data.pairs import grouped_folds, grouped_split
 from inward.offline.fit.rankers import Lists, Scorer, ScorerKind, Settings, held_out, train
 from inward.offline.fit.reproducible import reproducible
-from inward.offline.states.saved import Indices, ListStates
+from inward.offline.states.saved import ListStates
+from inward.types import Doubles, Indices
 
-Doubles = NDArray[np.float64]
 FOLDS = 5
 PATIENCE = 10
 """Epochs without a lower loss on a fifth of the training lists, after which a ranker stops."""
@@ -42,10 +41,8 @@ def cross_fitted(states: ListStates, kind: ScorerKind, layer: int, *, epochs: in
     with reproducible(seed):
         for fold, (train_G, test_G) in enumerate(parts):
             fit, check = (train_G[part] for part in grouped_split(states.groups_G[train_G], [0.8, 0.2], seed))
-            scorer = lists.scorer(kind, fit, settings)
-            folds.append(
-                Fold(_trained(scorer, lists, fit, check, settings, np.random.default_rng([seed, fold])), test_G)
-            )
+            scorer, rng = lists.scorer(kind, fit, settings), np.random.default_rng([seed, fold])
+            folds.append(Fold(_trained(scorer, lists, fit, check, settings, rng), test_G))
     return folds
 
 
