@@ -30,6 +30,8 @@ from inward.types import EarlyRejection, Group
 
 SCHEDULES = ((8,), (16,), (32,), (8, 16), (16, 32), (8, 16, 32), (16, 32, 64))
 LENGTHS = (8, 16, 32, 64)
+PLAIN = "best of 8"
+"""What the others are compared with, prompt by prompt."""
 
 
 def survivors(running: Sequence[Doubles], at: Sequence[int], keep: float) -> tuple[list[int], int]:
@@ -75,7 +77,8 @@ def frontier(runs: Sequence[Answers], pick: str, judge: str, deciding: Sequence[
                         lambda run, at=at, start=start, head=head: survivors(running(run, head)[:start], at, 0.5),
                     )
                 )
-    points = []
+    points: list[dict[str, Any]] = []
+    plain: dict[str, Doubles] = {}
     for name, way in ways:
         drawn, rewards, judged = [], [], []
         for run in runs:
@@ -84,8 +87,11 @@ def frontier(runs: Sequence[Answers], pick: str, judge: str, deciding: Sequence[
             drawn.append(tokens)
             rewards.append((run.final[pick][best] - level[pick]) / spread[pick])
             judged.append((run.final[judge][best] - level[judge]) / spread[judge])
-        point = {"way": name, "tokens": interval(np.array(drawn, float))}
-        points.append(point | {"reward": interval(np.array(rewards)), "judged": interval(np.array(judged))})
+        own = {"reward": np.array(rewards), "judged": np.array(judged)}
+        plain = own if name == PLAIN else plain
+        more = {f"{value} more": interval(own[value] - plain[value]) for value in own if plain}
+        tokens = {"tokens": interval(np.array(drawn, float))}
+        points.append({"way": name} | tokens | {value: interval(own[value]) for value in own} | more)
     return points
 
 
@@ -161,9 +167,14 @@ async def run(args: argparse.Namespace) -> None:
     points = frontier(runs, args.pick, args.judge, deciding, args.n)
     predicts = {head.ref.name: correlations(runs, args.pick, head) for head in deciding}
     results = {"prompts": len(runs), "n": args.n, "frontier": points, "correlations": predicts, "timed": clock}
-    rows = [[p["way"], f"{p['tokens'][0]:.0f}", shown(p["reward"]), shown(p["judged"])] for p in points]
+    values = ("reward", "reward more", "judged", "judged more")
+    rows = [
+        [p["way"], f"{p['tokens'][0]:.0f}", *(shown(p[value]) if value in p else "" for value in values)]
+        for p in points
+    ]
     text = f"{len(runs)} prompts, {args.n} answers each, up to {args.tokens} tokens\n\n"
-    text += table(["way", "tokens a prompt", f"reward ({args.pick})", f"judged ({args.judge})"], rows) + "\n"
+    header = ["way", "tokens a prompt", f"reward ({args.pick})", f"more than {PLAIN}", f"judged ({args.judge})"]
+    text += table([*header, f"more than {PLAIN}"], rows) + "\n"
     lengths = [str(length) for length in LENGTHS]
     row = [[name, *(f"{own[k]:.2f}" if k in own else "" for k in lengths)] for name, own in predicts.items()]
     text += table(["correlation with the finished reward after … tokens", *lengths], row)
