@@ -23,6 +23,8 @@ Prompt = str | Sequence[Message]
 """What stands before the answer: a string (one user turn) or chat messages, oldest first, that do not end with the
 assistant."""
 Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
+Indices = NDArray[np.int64]
 Position = Literal["prompt", "last", "eos", "mean"]
 """Where a state is read. ``prompt``: last token of the prompt with its template. ``last``: last token of prompt +
 response. ``eos``: an end-of-sequence token appended after it. ``mean``: mean over the response's tokens (of an empty

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from inward.errors import HeadError
@@ -23,9 +22,8 @@ from inward.heads.base import Head, Manifest
 from inward.heads.calibration import Deciles, PairCalibration, Platt
 from inward.heads.hybrid import Confidence, HybridHead, confidence
 from inward.heads.legend import LegendHead
-from inward.types import Detail, Floats, HeadRef, Kind, LayerScores, PairScores, Reading, Readout, Scores
+from inward.types import Detail, Doubles, Floats, HeadRef, Kind, LayerScores, PairScores, Reading, Readout, Scores
 
-Doubles = NDArray[np.float64]
 PARTS: Mapping[Kind, Callable[[Manifest, Mapping[str, Floats]], Head]] = {
     "legend": LegendHead.from_tensors,
     "hybrid": HybridHead.from_tensors,

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from inward.errors import HeadError, InternalError
@@ -23,10 +23,9 @@ from inward.heads.base import Manifest
 from inward.heads.calibration import Deciles, PairCalibration, Platt, sigmoid
 from inward.heads.pooling import Pooler, shapes
 from inward.heads.tensors import expect, pooler_of
-from inward.types import Detail, Floats, Gamma, HeadRef, LayerScores, PairScores, Reading, Readout, Scores, Tap
+from inward.types import Detail, Doubles, Floats, Gamma, HeadRef, LayerScores, PairScores, Reading, Readout, Scores, Tap
 
 Gate = Literal["sigmoid", "softmax"]
-Doubles = NDArray[np.float64]
 
 
 class Confidence(BaseModel):

@@ -15,9 +15,9 @@ import numpy as np
 from inward.errors import HeadError, InternalError
 from inward.heads.base import Manifest
 from inward.heads.calibration import Deciles, PairCalibration, Platt
-from inward.heads.pooling import Doubles, Pooler, shapes
+from inward.heads.pooling import Pooler, shapes
 from inward.heads.tensors import expect, pooler_of
-from inward.types import Detail, Floats, HeadRef, LayerScores, Reading, Readout, Scores, Tap
+from inward.types import Detail, Doubles, Floats, HeadRef, LayerScores, Reading, Readout, Scores, Tap
 
 
 class LegendHead:

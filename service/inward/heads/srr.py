@@ -17,16 +17,14 @@ from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from inward.errors import HeadError, InvalidField
 from inward.heads.base import Manifest
 from inward.heads.calibration import Deciles, PairCalibration
 from inward.heads.tensors import expect
-from inward.types import Detail, Floats, HeadRef, LayerScores, Reading, Readout, Scores, Tap
+from inward.types import Detail, Doubles, Floats, HeadRef, LayerScores, Reading, Readout, Scores, Tap
 
-Doubles = NDArray[np.float64]
 _EPS = 1e-5
 """torch's for LayerNorm."""
 

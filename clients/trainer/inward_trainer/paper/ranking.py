@@ -8,14 +8,13 @@ from typing import cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from inward.offline.data.pairs import grouped_folds, grouped_split
 from inward.offline.fit.rankers import Lists, Scorer, ScorerKind, Settings, held_out, train
 from inward.offline.fit.reproducible import reproducible
-from inward.offline.states.saved import Indices, ListStates
+from inward.offline.states.saved import ListStates
+from inward.types import Doubles, Indices
 
-Doubles = NDArray[np.float64]
 FOLDS = 5
 PATIENCE = 10
 """Epochs without a lower loss on a fifth of the training lists, after which a ranker stops."""

@@ -17,8 +17,7 @@ from inward.offline.annotate.duplicates import hashed, text_of
 from inward.offline.annotate.noise import Noise, noise
 from inward.offline.annotate.quality import percent
 from inward.offline.annotate.summary import Picked
-from inward.offline.evaluate.statistics import Doubles
-from inward.types import Floats
+from inward.types import Doubles, Floats
 from inward_client.rows import as_turns
 
 MOST_PAIRS = 2000

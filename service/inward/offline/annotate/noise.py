@@ -22,11 +22,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from inward.offline.data.pairs import grouped_folds, whole_prompts
-from inward.offline.evaluate.statistics import Doubles, Estimate, Indices, bootstrap, mean
-from inward.types import Floats
+from inward.offline.evaluate.statistics import Estimate, bootstrap, mean
+from inward.types import Doubles, Floats, Indices
 
 FOLDS = 5
 FEWEST_PROMPTS = 20
@@ -61,7 +60,7 @@ class Noise:
         return np.asarray(share * wrong_N / np.maximum((1 - share) * right_N + share * wrong_N, 1e-300))
 
 
-def noise(margin_N: Doubles, groups_N: NDArray[np.int64], *, seed: int = 0, resamples: int = RESAMPLES) -> Noise | None:
+def noise(margin_N: Doubles, groups_N: Indices, *, seed: int = 0, resamples: int = RESAMPLES) -> Noise | None:
     """Both estimates with their 95 % intervals over prompts.
 
     Args:
@@ -92,7 +91,7 @@ def noise(margin_N: Doubles, groups_N: NDArray[np.int64], *, seed: int = 0, resa
     return Noise(wrong, flagged, float(SLOPES[best // len(SHARES)]) / spread)
 
 
-def agreement(margin_N: Doubles, groups_N: NDArray[np.int64], *, seed: int = 0) -> Estimate | None:
+def agreement(margin_N: Doubles, groups_N: Indices, *, seed: int = 0) -> Estimate | None:
     """Share of labels that the margins agree with; None of a single prompt."""
     if len(np.unique(groups_N)) < 2:
         return None
@@ -100,7 +99,7 @@ def agreement(margin_N: Doubles, groups_N: NDArray[np.int64], *, seed: int = 0) 
     return bootstrap(mean(margin_N[some] > 0), groups_N[some], resamples=RESAMPLES, seed=seed)
 
 
-def out_of_fold(margin_N: Doubles, groups_N: NDArray[np.int64]) -> Doubles:
+def out_of_fold(margin_N: Doubles, groups_N: Indices) -> Doubles:
     """Probability of each label as it is given, ``[N]``, by a logistic curve through zero that was fitted on the labels
     of other prompts.
     """

@@ -18,6 +18,7 @@ from inward.offline.annotate.duplicates import hashed
 from inward.offline.annotate.options import PageOf
 from inward.offline.annotate.quality import Quality
 from inward.offline.annotate.scorer import Annotated, Columns
+from inward.types import Doubles, Indices
 from inward_client.rows import DataError, Pair, PairReader, Row, Source, as_turns
 
 BARS = 15
@@ -189,7 +190,7 @@ def histogram(values_N: NDArray[np.float32]) -> Iterator[str]:
         yield f"{left:9.3g} … {right:9.3g} {'(flipped)' if right <= 0 else '         '} {count:9,} {bar}"
 
 
-def binned(values_N: NDArray[np.float32], bars: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def binned(values_N: NDArray[np.float32], bars: int) -> tuple[Indices, Doubles]:
     """Counts ``[bars]`` and edges ``[bars + 1]``; zero is an edge where it is in the range, so that no bar mixes the
     signs.
     """

@@ -33,7 +33,6 @@ from inward_client.rows import Pair, Prompt
 
 __all__ = [
     "CalibrationRow",
-    "Indices",
     "ListStates",
     "Pair",
     "PairStates",

@@ -18,8 +18,7 @@ from sklearn.preprocessing import StandardScaler
 from inward.offline.evaluate.examples import Examples
 from inward.offline.evaluate.layerwise import Folds, Layerwise, cross_validate, logistic, mean_difference
 from inward.offline.evaluate.scoring import Judged
-from inward.offline.evaluate.statistics import Doubles, Indices
-from inward.types import Floats
+from inward.types import Doubles, Floats, Indices
 
 TFIDF_C = 3.0
 

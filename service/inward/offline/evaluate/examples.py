@@ -17,8 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from inward.errors import DataError
-from inward.offline.evaluate.statistics import Doubles, Indices
-from inward.types import Floats, Position
+from inward.types import Doubles, Floats, Indices, Position
 
 Source = Literal["pairs", "lists", "responses"]
 

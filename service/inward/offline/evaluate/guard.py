@@ -19,7 +19,8 @@ from inward.offline.evaluate import statistics
 from inward.offline.evaluate.examples import Examples
 from inward.offline.evaluate.layerwise import Folds
 from inward.offline.evaluate.scoring import Judged
-from inward.offline.evaluate.statistics import Doubles, Estimate, bootstrap
+from inward.offline.evaluate.statistics import Estimate, bootstrap
+from inward.types import Doubles, Indices
 
 RATES = (0.01, 0.05)
 """Shares of the safe responses that may be flagged."""
@@ -131,7 +132,7 @@ def _flags(
     return flagged_M, threshold(scores_M[examples.safe_M], rate)
 
 
-def _share(flagged_M: Flags, of_M: Flags, prompt_M: NDArray[np.int64], resamples: int, seed: int) -> Estimate | None:
+def _share(flagged_M: Flags, of_M: Flags, prompt_M: Indices, resamples: int, seed: int) -> Estimate | None:
     if len(np.unique(prompt_M[of_M])) < 2:
         return None
     return bootstrap(statistics.mean(flagged_M[of_M]), prompt_M[of_M], resamples=resamples, seed=seed)

@@ -12,9 +12,8 @@ import numpy as np
 from inward.backbones.base import Backbone
 from inward.heads.base import Head
 from inward.offline.data.pairs import ResponseList
-from inward.offline.evaluate.statistics import Doubles
 from inward.prompts import Prompts
-from inward.types import Detail
+from inward.types import Detail, Doubles
 
 EXAMPLES = 10
 TOKENS: frozenset[Detail] = frozenset({"tokens"})

@@ -16,8 +16,8 @@ from inward.offline.evaluate.heatmap import TokenScores
 from inward.offline.evaluate.layerwise import Folds, Layerwise
 from inward.offline.evaluate.metrics import Metrics, measure, of_lists, wins
 from inward.offline.evaluate.scoring import Judged
-from inward.offline.evaluate.statistics import Doubles
 from inward.offline.evaluate.strategies import Strategy, metric_of, strategies
+from inward.types import Doubles
 
 REFERENCES = {"first": "first of the list", "random": "random pick (expectation)", "oracle": "oracle"}
 

@@ -19,8 +19,7 @@ from inward.errors import DataError
 from inward.offline.evaluate import statistics
 from inward.offline.evaluate.examples import Examples
 from inward.offline.evaluate.scoring import Judged
-from inward.offline.evaluate.statistics import Doubles, Indices
-from inward.types import Floats
+from inward.types import Doubles, Floats, Indices
 
 Folds = Sequence[tuple[Indices, Indices]]
 """(training rows, held-out rows) of the responses; all responses to a prompt are on one side."""

@@ -10,7 +10,8 @@ from inward.errors import DataError
 from inward.offline.evaluate import statistics
 from inward.offline.evaluate.examples import Examples, part
 from inward.offline.evaluate.scoring import Judged
-from inward.offline.evaluate.statistics import Doubles, Estimate, Indices, Statistic, bootstrap
+from inward.offline.evaluate.statistics import Estimate, Statistic, bootstrap
+from inward.types import Doubles, Indices
 
 NAMES: Mapping[str, str] = {
     "pair_accuracy": "pair accuracy",

@@ -12,8 +12,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from inward.offline.evaluate.judge import Judgement
-from inward.offline.evaluate.statistics import Doubles, bin_of
-from inward.types import Floats
+from inward.offline.evaluate.statistics import bin_of
+from inward.types import Doubles, Floats
 
 SAFE, UNSAFE, OURS, OTHER, FAINT = "#2f6fa7", "#d1742a", "#1d1d1f", "#8a8f98", "#d9dbdf"
 STYLE = {

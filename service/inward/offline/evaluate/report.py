@@ -22,12 +22,11 @@ from inward.offline.data.pairs import Response, ResponseList, data_hash, read_li
 from inward.offline.evaluate.baselines import stable_rank
 from inward.offline.evaluate.examples import Examples, Source, comparisons, of_lists, of_pairs
 from inward.offline.evaluate.responses import LabelledResponse, read_responses
-from inward.offline.evaluate.statistics import Doubles, Indices
 from inward.offline.fit.like import Like, fit_like
 from inward.offline.states.read import extract_lists
 from inward.offline.states.saved import ListStates, PairStates
 from inward.prompts import Prompts
-from inward.types import Group, Position, Readout, Tap
+from inward.types import Doubles, Group, Indices, Position, Readout, Tap
 from inward_client import rows as rows_module
 
 LARGEST = 8 * 2**30

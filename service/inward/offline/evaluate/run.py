@@ -34,13 +34,12 @@ from inward.offline.evaluate.report import (
     shorten,
 )
 from inward.offline.evaluate.scoring import Judged, of_texts, score, score_folds
-from inward.offline.evaluate.statistics import Doubles
 from inward.offline.evaluate.verdict import verdict
 from inward.offline.fit.like import Like, like_of
 from inward.offline.states.saved import PairStates, load_states
 from inward.offline.states.scores import check_readable, score_groups
 from inward.prompts import Prompts
-from inward.types import Position
+from inward.types import Doubles, Position
 
 T = TypeVar("T")
 WithModel = Callable[[Callable[[Backbone, Prompts], Awaitable[T]]], T]

@@ -6,15 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from inward.errors import DataError
 from inward.heads.base import Head
 from inward.heads.calibration import Deciles
 from inward.offline.evaluate.examples import Examples
-from inward.offline.evaluate.statistics import Doubles
 from inward.offline.states.scores import apply, check_readable
-from inward.types import Floats, Reading, Scores, Tap
+from inward.types import Doubles, Floats, Indices, Reading, Scores, Tap
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,9 +64,7 @@ def score(head: Head, examples: Examples) -> Judged:
     )
 
 
-def score_folds(
-    heads: Sequence[Head], folds: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]], examples: Examples
-) -> Judged:
+def score_folds(heads: Sequence[Head], folds: Sequence[tuple[Indices, Indices]], examples: Examples) -> Judged:
     """Each response by the head whose fold holds it out; ``folds`` are (training rows, held-out rows).
 
     Scores of legend heads are in units of their own model's layer: each fold's are put on the scale of its calibration.

@@ -15,9 +15,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from inward.errors import DataError
+from inward.types import Doubles, Indices
 
-Doubles = NDArray[np.float64]
-Indices = NDArray[np.int64]
 Statistic = Callable[[Doubles], Doubles]
 RESAMPLES = 1000
 _CELLS = 1_000_000
@@ -132,7 +131,7 @@ def spearman(x: ArrayLike, y: ArrayLike) -> Statistic:
     return statistic
 
 
-def bin_of(probabilities: Doubles, bins: int) -> NDArray[np.int64]:
+def bin_of(probabilities: Doubles, bins: int) -> Indices:
     """Which of ``bins`` of equal width on [0, 1] each probability is in."""
     return np.clip((probabilities * bins).astype(np.int64), 0, bins - 1)
 

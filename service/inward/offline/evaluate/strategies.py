@@ -12,7 +12,8 @@ from inward.offline.evaluate import statistics
 from inward.offline.evaluate.examples import Examples
 from inward.offline.evaluate.metrics import picked, wins
 from inward.offline.evaluate.scoring import Judged
-from inward.offline.evaluate.statistics import Doubles, Estimate, Indices, Statistic, bootstrap
+from inward.offline.evaluate.statistics import Estimate, Statistic, bootstrap
+from inward.types import Doubles, Indices
 
 
 @dataclass(frozen=True, slots=True)

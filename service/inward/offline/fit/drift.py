@@ -16,12 +16,11 @@ from inward.heads.base import Head
 from inward.offline.data.pairs import grouped_folds, read_pairs
 from inward.offline.fit.like import FOLDS, fit_like, like_of
 from inward.offline.fit.probes import both, pair_accuracy
-from inward.offline.states.moments import Doubles
 from inward.offline.states.read import store_pairs
 from inward.offline.states.scores import score_states
 from inward.offline.states.stored import PairSource, StoredPairs, Subset
 from inward.prompts import Prompts
-from inward.types import Position
+from inward.types import Doubles, Position
 
 
 @dataclass(frozen=True, slots=True)

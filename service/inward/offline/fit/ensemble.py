@@ -22,8 +22,7 @@ from inward.heads.ensemble import PARTS, EnsembleHead
 from inward.offline.data.pairs import grouped_folds
 from inward.offline.fit.prepare import calibration, created, record
 from inward.offline.fit.probes import auc, both, labels, pair_accuracy
-from inward.offline.states.moments import Doubles
-from inward.offline.states.saved import Indices
+from inward.types import Doubles, Indices
 
 DRAWN = (0.0, 0.01, 0.1, 1.0, np.inf)
 """How strongly weights are drawn towards equal ones; infinity: they are equal."""

@@ -41,10 +41,8 @@ from inward.offline.fit.joint import (
 from inward.offline.fit.prepare import calibration, manifest
 from inward.offline.fit.probes import SHRINKAGE, LayerProbes, auc, both, fit_layer, labels, pair_accuracy
 from inward.offline.fit.reproducible import LARGE, reproducible
-from inward.offline.states.moments import Doubles
-from inward.offline.states.saved import Indices
 from inward.offline.states.stored import PairSource, Subset
-from inward.types import Floats
+from inward.types import Doubles, Floats, Indices
 
 SKILL_POWER = 4
 """How sharply the start prefers layers whose probes do well alone: enough to leave out the shallow ones, not to pick a

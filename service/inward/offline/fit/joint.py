@@ -21,10 +21,8 @@ from tqdm import tqdm
 
 from inward.heads.hybrid import Gate
 from inward.offline.fit.probes import LayerProbes, both
-from inward.offline.states.moments import Doubles
-from inward.offline.states.saved import Indices
 from inward.offline.states.stored import PairSource, blocks
-from inward.types import Floats
+from inward.types import Doubles, Floats, Indices
 
 CHECKPOINT_S = 30.0
 """Between two checkpoints, at least."""

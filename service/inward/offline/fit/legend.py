@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.console import Group as Lines
 from rich.console import RenderableType
 from rich.table import Table
@@ -28,9 +27,8 @@ from inward.offline.data.pairs import CalibrationRow, Pair, grouped_folds, group
 from inward.offline.fit.prepare import calibration, manifest
 from inward.offline.states.saved import layer_axis
 from inward.offline.states.stored import PairSource, Subset, blocks
-from inward.types import Floats
+from inward.types import Doubles, Floats
 
-Doubles = NDArray[np.float64]
 HELD_OUT = 0.2
 """Share of the prompts on which nothing is fitted or chosen until the report is written."""
 

@@ -28,12 +28,10 @@ from inward.offline.fit.prepare import calibration
 from inward.offline.fit.probes import auc, both, pair_accuracy
 from inward.offline.fit.reproducible import reproducible
 from inward.offline.states.model_pass import read_every_token
-from inward.offline.states.moments import Doubles
 from inward.offline.states.read import groups_of
-from inward.offline.states.saved import Indices
 from inward.offline.states.stored import PairSource, Subset
 from inward.prompts import Prompts
-from inward.types import Detail, Floats, Readout, Tap
+from inward.types import Detail, Doubles, Floats, Indices, Readout, Tap
 
 FOLDS = 3
 POOL_PAIRS = 2000

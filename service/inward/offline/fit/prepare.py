@@ -8,7 +8,6 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from inward import __version__
 from inward.errors import DataError
@@ -17,7 +16,7 @@ from inward.heads.calibration import Acceptable, Deciles, MarginScale, Platt
 from inward.offline.fit.probes import labels
 from inward.offline.states.saved import ListStates
 from inward.offline.states.stored import PairSource
-from inward.types import Kind
+from inward.types import Doubles, Kind
 
 UNKNOWN = "unknown"
 """Backbone and template of states that came without: such a head can be evaluated, but is never served."""
@@ -69,7 +68,7 @@ def record(data: str, rows: int, seed: int, metrics: Mapping[str, Any]) -> dict[
     return {"data": data, "rows": rows, "seed": seed, "versions": versions, "metrics": dict(metrics)}
 
 
-def calibration(scores_M: NDArray[np.float64]) -> dict[str, Any]:
+def calibration(scores_M: Doubles) -> dict[str, Any]:
     """Probabilities of a response and of a pair's label, tenths of the scores, where acceptable ones lie, and the scale
     of margins.
 

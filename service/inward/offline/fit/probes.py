@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve
 from scipy.stats import rankdata
 
-from inward.offline.states.moments import Doubles, Moments, PairSums
-from inward.offline.states.saved import Indices
+from inward.offline.states.moments import Moments, PairSums
 from inward.offline.states.stored import PairSource, blocks
-from inward.types import Floats
+from inward.types import Doubles, Floats, Indices
 
 SHRINKAGE = (0.3, 1.0, 3.0, 10.0, 30.0)
 """The c that are tried: lambda as a multiple of the mean variance of a standardised dimension."""

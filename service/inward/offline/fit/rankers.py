@@ -13,11 +13,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from inward.offline.states.saved import Indices, ListStates, layer_axis
-from inward.types import Floats
+from inward.offline.states.saved import ListStates, layer_axis
+from inward.types import Doubles, Floats, Indices
 
 ScorerKind = Literal["srr", "linear", "mlp"]
 
@@ -197,7 +196,7 @@ def train(scorer: Scorer, lists: Lists, index: Indices, settings: Settings, rng:
         yield
 
 
-def held_out(scorer: Scorer, lists: Lists, index: Indices) -> tuple[float, NDArray[np.float64], Indices]:
+def held_out(scorer: Scorer, lists: Lists, index: Indices) -> tuple[float, Doubles, Indices]:
     """Loss on whole lists, and the scores of their candidates with the rows they belong to."""
     batch = lists.batch(index)
     with torch.no_grad():

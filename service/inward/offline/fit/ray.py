@@ -28,12 +28,12 @@ from inward.heads.base import BackboneRef
 from inward.offline.cluster import Cluster
 from inward.offline.data.pairs import Pair, data_hash, prompt_groups
 from inward.offline.states.model_pass import RowError
-from inward.offline.states.moments import Doubles, PairSums
+from inward.offline.states.moments import PairSums
 from inward.offline.states.read import extract_pairs, kept_pairs, length_difference, sum_pairs
 from inward.offline.states.running_sums import RunningSums, SummedPairs
-from inward.offline.states.saved import Indices, PairStates
+from inward.offline.states.saved import PairStates
 from inward.prompts import Prompts
-from inward.types import Floats, Position
+from inward.types import Doubles, Floats, Indices, Position
 
 OpenModel = Callable[[], AbstractAsyncContextManager[tuple[Backbone, Prompts]]]
 """Opens the model, here or in another process: it can be pickled."""

@@ -18,9 +18,8 @@ from inward.backbones.base import Backbone
 from inward.errors import DataError, InwardError
 from inward.heads.base import BackboneRef, Head
 from inward.heads.running import token_scores
-from inward.offline.states.moments import Doubles
 from inward.prompts import Prompts, Texts
-from inward.types import Floats, Group, Ids, Prompt, Readout, SamplingSpec, Tap
+from inward.types import Doubles, Floats, Group, Ids, Prompt, Readout, SamplingSpec, Tap
 
 AT_ONCE = 4
 """Prompts that are drawn for at a time."""

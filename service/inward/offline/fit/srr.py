@@ -11,7 +11,6 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.console import Group as Lines
 from rich.console import RenderableType
 from rich.table import Table
@@ -25,10 +24,10 @@ from inward.offline.fit.prepare import manifest
 from inward.offline.fit.rankers import Lists, Ranker, Scorer, ScorerKind, Settings, held_out, train
 from inward.offline.fit.reproducible import reproducible
 from inward.offline.states.saved import layer_axis
+from inward.types import Doubles, Indices
 
 FRACTIONS = (0.25, 0.4, 0.5, 0.6, 0.75, 1.0)
 """Of the depth: the layers that a sweep tries."""
-Doubles = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +177,7 @@ def _candidates(available: tuple[int, ...], layer: int | float | Literal["sweep"
 def _cross_validate(
     kind: ScorerKind,
     lists: Lists,
-    parts: list[tuple[NDArray[np.int64], NDArray[np.int64]]],
+    parts: list[tuple[Indices, Indices]],
     settings: Settings,
     seed: int,
 ) -> CrossValidated:

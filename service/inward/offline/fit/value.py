@@ -29,8 +29,7 @@ from inward.heads.rejection import Rejecting, keep_near
 from inward.heads.value import KEY, OF, Boldness, RejectionCurve, ValueHead
 from inward.offline.fit.prepare import created, record
 from inward.offline.fit.runs import Runs
-from inward.offline.states.moments import Doubles
-from inward.offline.states.saved import Indices
+from inward.types import Doubles, Indices
 
 FOLDS = 5
 RIDGES = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)

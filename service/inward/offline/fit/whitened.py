@@ -25,10 +25,11 @@ from inward.offline.fit.prepare import calibration, manifest
 from inward.offline.fit.probes import auc, both, pair_accuracy
 from inward.offline.fit.reproducible import reproducible
 from inward.offline.fit.whitening import SHRINKAGE, Whitened, in_span, whiten
-from inward.offline.states.moments import Doubles, Moments, PairSums
+from inward.offline.states.moments import Moments, PairSums
 from inward.offline.states.read import KEPT_PAIRS
-from inward.offline.states.saved import Indices, layer_axis
+from inward.offline.states.saved import layer_axis
 from inward.offline.states.stored import PairSource, Subset, blocks
+from inward.types import Doubles, Indices
 
 Choice = int | Literal["sum", "sweep"]
 SKILL_POWER = 2

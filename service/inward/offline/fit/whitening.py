@@ -17,9 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.linalg import eigh
 
-from inward.offline.states.moments import Doubles, Moments, PairSums
-from inward.offline.states.saved import Indices
-from inward.types import Floats
+from inward.offline.states.moments import Moments, PairSums
+from inward.types import Doubles, Floats, Indices
 
 SHRINKAGE = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 """The c of lambda that are tried. A mean from few rows beside a covariance from many needs a larger one."""

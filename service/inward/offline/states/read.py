@@ -12,12 +12,12 @@ from inward.errors import DataError
 from inward.heads.base import BackboneRef
 from inward.offline.data.pairs import Pair, ResponseList, data_hash, prompt_groups, whole_prompts
 from inward.offline.states.model_pass import Place, merge, pass_key, read_groups
-from inward.offline.states.moments import Doubles, Moments
+from inward.offline.states.moments import Moments
 from inward.offline.states.running_sums import RunningSums, SummedPairs
-from inward.offline.states.saved import Indices, ListStates, PairStates
+from inward.offline.states.saved import ListStates, PairStates
 from inward.offline.states.stored import PairWriter, StoredPairs
 from inward.prompts import Prompt, Prompts
-from inward.types import Floats, Group, Position, Readout, Tap
+from inward.types import Doubles, Floats, Group, Indices, Position, Readout, Tap
 
 KEPT_PAIRS = 4000
 """Pairs whose states are kept beside running sums, to choose and judge by: more would narrow no choice."""

@@ -13,9 +13,9 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from inward.offline.states.moments import Doubles, PairSums, number_format
+from inward.offline.states.moments import PairSums, number_format
 from inward.offline.states.saved import PairStates
-from inward.types import Floats
+from inward.types import Doubles, Floats
 
 LOG = logging.getLogger(__name__)
 BLOCK_ROWS = 512

@@ -28,9 +28,8 @@ from scipy.sparse.csgraph import connected_components
 
 from inward.errors import DataError
 from inward.heads.base import BackboneRef
-from inward.types import Floats, Position
+from inward.types import Doubles, Floats, Indices, Position
 
-Indices = NDArray[np.int64]
 NEAR_DUPLICATE = 0.999
 """Cosine of two middle-layer states from which on their rows are taken for one prompt."""
 _ROWS_AT_ONCE = 1024
@@ -45,7 +44,7 @@ class PairStates:
     layers: tuple[int, ...]
     groups_N: Indices
     """Rows of one prompt have one number."""
-    length_difference_N: NDArray[np.float64] | None = None
+    length_difference_N: Doubles | None = None
     """Tokens of the chosen response minus tokens of the rejected one."""
     position: Position = "last"
     final_norm: bool = False

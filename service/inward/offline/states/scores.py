@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from inward.backbones.base import Backbone
 from inward.errors import DataError
@@ -15,9 +14,7 @@ from inward.offline.states.model_pass import read_every_token
 from inward.offline.states.read import groups_of
 from inward.offline.states.stored import PairSource, blocks
 from inward.prompts import Prompts
-from inward.types import Floats, Group, Position, Reading, Scores, Tap
-
-Doubles = NDArray[np.float64]
+from inward.types import Doubles, Floats, Group, Position, Reading, Scores, Tap
 
 
 async def score_groups(

@@ -19,8 +19,8 @@ from pydantic import ValidationError
 
 from inward.errors import DataError
 from inward.heads.base import BackboneRef
-from inward.offline.states.saved import Indices, PairStates, hash_rows, near_duplicates
-from inward.types import Floats, Position
+from inward.offline.states.saved import PairStates, hash_rows, near_duplicates
+from inward.types import Doubles, Floats, Indices, Position
 
 BLOCK_BYTES = 64 * 2**20
 """Most float32 states that one block of ``blocks`` holds."""
@@ -37,7 +37,7 @@ class PairSource(Protocol):
     @property
     def groups_N(self) -> Indices: ...
     @property
-    def length_difference_N(self) -> NDArray[np.float64] | None: ...
+    def length_difference_N(self) -> Doubles | None: ...
     @property
     def position(self) -> Position: ...
     @property
@@ -119,7 +119,7 @@ class StoredPairs:
     rejected: StoredRows
     layers: tuple[int, ...]
     groups_N: Indices
-    length_difference_N: NDArray[np.float64] | None
+    length_difference_N: Doubles | None
     position: Position
     final_norm: bool
     backbone: BackboneRef | None
@@ -197,7 +197,7 @@ class Subset:
         return self.whole.groups_N[self.index_N]
 
     @property
-    def length_difference_N(self) -> NDArray[np.float64] | None:
+    def length_difference_N(self) -> Doubles | None:
         difference_N = self.whole.length_difference_N
         return None if difference_N is None else difference_N[self.index_N]
 
@@ -273,7 +273,7 @@ class PairWriter:
         *,
         layers: Sequence[int],
         groups_N: Indices,
-        length_difference_N: NDArray[np.float64],
+        length_difference_N: Doubles,
         origin: Mapping[str, Any],
     ) -> None:
         """``shape``: ``[N, L, D]`` of each side; ``origin``: position, template, backbone, data hash, as JSON.
