@@ -12,7 +12,7 @@ from inward.offline.data.pairs import grouped_folds, load_pair_states
 from inward.offline.fit.hybrid import cross_validate, fit_hybrid
 from inward.offline.fit.joint import Joint, Training
 from inward.offline.fit.probes import auc, both, fit_layer, labels, pair_accuracy
-from inward.offline.states.saved import PairStates, save_states
+from inward.offline.states.saved import Origin, PairStates, save_states
 from inward.offline.states.stored import StoredPairs
 from inward.types import Reading
 from support.real_data import DATA
@@ -246,7 +246,11 @@ def test_on_real_llama_states_the_hybrid_head_beats_a_mean_difference():
     states = load_pair_states(LLAMA)
     middle = [axis for axis, layer in enumerate(states.layers) if layer in (8, 16, 24, 32)]
     states = PairStates(
-        states.chosen_NLD[:, middle], states.rejected_NLD[:, middle], (8, 16, 24, 32), states.groups_N, final_norm=True
+        states.chosen_NLD[:, middle],
+        states.rejected_NLD[:, middle],
+        (8, 16, 24, 32),
+        states.groups_N,
+        origin=Origin(final_norm=True),
     )
     (train, test), *_ = grouped_folds(states.groups_N, 3, 0)
     head, report = fit_hybrid(states.rows(train), **QUICK)

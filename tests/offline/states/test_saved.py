@@ -9,6 +9,7 @@ from safetensors.torch import save_file as save_torch
 from inward.errors import DataError
 from inward.offline.states.saved import (
     ListStates,
+    Origin,
     PairStates,
     load_list_states,
     load_pair_states,
@@ -26,7 +27,7 @@ def list_states():
     return ListStates(
         RNG.normal(size=(3, 2, 4)).astype(np.float32), RNG.normal(size=(6, 2, 4)).astype(np.float32),
         np.array([0, 0, 1, 1, 1, 2]), np.array([True, False, True, False, False, True]), (1, 3), np.array([7, 8, 7]),
-        position="eos", template="t", data_hash="h",
+        Origin("eos", template="t", data_hash="h"),
     )  # fmt: skip
 
 
@@ -59,18 +60,13 @@ def test_a_file_with_nothing_but_the_states_is_enough(tmp_path, dtype):
     chosen[3] = chosen[0]
     save_torch({"chosen": chosen, "rejected": -chosen, "layers": torch.tensor([2, 4])}, tmp_path / "states")
     states = load_pair_states(tmp_path / "states")
-    assert (states.layers, states.position, states.backbone, states.template, states.length_difference_N) == (
-        (2, 4),
-        "last",
-        None,
-        None,
-        None,
-    )
+    assert (states.layers, states.length_difference_N) == ((2, 4), None)
+    assert states.origin == Origin(data_hash=states.origin.data_hash)
     assert states.chosen_NLD.dtype == np.float32
     assert np.array_equal(states.chosen_NLD, chosen.float().numpy())
     assert states.groups_N[0] == states.groups_N[3]
     assert len(set(states.groups_N.tolist())) == 3
-    assert states.data_hash.startswith("sha256:")
+    assert states.origin.data_hash.startswith("sha256:")
 
 
 def test_near_duplicates_are_linked_through_others_and_do_not_depend_on_the_order():

@@ -79,7 +79,7 @@ def write_random_heads(info: BackboneInfo, template: str, folder: Path, n: int, 
         direction: Floats = rng.normal(size=info.width).astype(np.float32)
         manifest = Manifest(
             name=f"bench-{i}", kind="legend", version=1, created=datetime.now(UTC).isoformat(timespec="seconds"),
-            backbone=BackboneRef(name=info.name, revision=info.revision, fingerprint=info.fingerprint),
+            backbone=BackboneRef.of(info),
             layers=(layer,), position="last", template=template, pool=pool and Pool.parse(pool, layer=layer),
             calibration={"margin_std": 1.0, "bin_edges": [0.3, 0.6, 1.0], "bin_values": [0.0, 1 / 3, 2 / 3, 1.0]},
         )  # fmt: skip

@@ -24,8 +24,8 @@ from inward.offline.evaluate.heatmap import TokenScores, read_examples
 from inward.offline.evaluate.judge import Judgement, judge
 from inward.offline.evaluate.metrics import by_part
 from inward.offline.evaluate.report import (
-    Origin,
     Rows,
+    States,
     extract,
     groups_of_rows,
     of_states,
@@ -54,7 +54,8 @@ class Material:
 
     heads: list[Head]
     examples: Examples
-    origin: Origin
+    states: States
+    """Theirs."""
     seconds: float | None = None
     """Of the forward passes; None where states were given."""
     said: list[Judged | None] = field(default_factory=list)
@@ -84,13 +85,13 @@ def evaluate(
     """
     found = _material(args, folders, with_model, cache)
     head = found.heads[0] if found.heads else None
-    examples, origin, notes = found.examples, found.origin, found.notes
+    examples, states, notes = found.examples, found.states, found.notes
     prompts = min(args.folds, examples.prompts)
     folds = grouped_folds(examples.prompt_M, prompts, args.seed) if prompts > 1 else []
     heads: Sequence[Head] = found.heads
     if args.cross_validate:
-        heads = refit(_like(args, head), head, examples, origin, folds, args.seed)
-    elif head and head.manifest.fit.get("data") == origin.data:
+        heads = refit(_like(args, head), head, examples, states, folds, args.seed)
+    elif head and head.manifest.fit.get("data") == states.origin.data_hash:
         notes.append("the head was fitted on these very rows, which flatters it: use other rows, or --cross-validate")
     started = time.perf_counter()
     said = found.said[0] if found.said else None
@@ -193,17 +194,17 @@ def _of_states(args: Namespace, folders: Sequence[Path]) -> Material:
         first = np.arange(min(args.limit, len(states)))
         states = states.rows(first) if isinstance(states, PairStates) else states.lists(first)
     notes = []
-    if folders and states.backbone is None:
+    origin = states.origin
+    if folders and origin.backbone is None:
         notes.append(
             "the states do not say which backbone they are of, so it was not checked that the head belongs to them"
         )
-    origin = states.backbone
-    named = origin.name if origin else "unknown"
-    fingerprint = origin.fingerprint if origin else None
+    named = origin.backbone.name if origin.backbone else "unknown"
+    fingerprint = origin.backbone.fingerprint if origin.backbone else None
     heads = [
-        store.load(folder, template=states.template, fingerprint=fingerprint, backbone=named) for folder in folders
+        store.load(folder, template=origin.template, fingerprint=fingerprint, backbone=named) for folder in folders
     ]
-    return Material(heads, of_states(states), Origin(states, states.data_hash), notes=notes)
+    return Material(heads, of_states(states), states, notes=notes)
 
 
 async def _of_rows(
@@ -234,7 +235,7 @@ async def _of_rows(
     head = heads[0] if heads else None
     like = _like(args, head)
     layers, position = _layers(args, heads, info.layers), _position(args, head)
-    examples, origin, seconds = await extract(
+    examples, states, seconds = await extract(
         backbone,
         prompts,
         rows,
@@ -244,7 +245,7 @@ async def _of_rows(
         untrained=args.baselines and not args.compare,
         cache=cache,
     )
-    found = Material(heads, examples, origin, seconds)
+    found = Material(heads, examples, states, seconds)
     if not heads or args.cross_validate:
         return found
     if args.html and head:

@@ -25,6 +25,7 @@ from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from inward.errors import DataError
+from inward.files import whole
 from inward.heads.calibration import Platt
 from inward.heads.hybrid import Gate, HybridHead
 from inward.offline.data.pairs import grouped_folds, whole_prompts
@@ -253,10 +254,8 @@ def _warm_start(
         path = kept and kept / f"layer-{states.layers[axes[l]]}-{len(c)}.safetensors"
         found[l] = _kept_or(path) or fit_layer(states, axes[l], fold_N, folds, c, span=span)
         if path and not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_name(f".{path.name}")
-            save_file(found[l].tensors(), unfinished)
-            unfinished.replace(path)
+            with whole(path) as file:
+                save_file(found[l].tensors(), file)
         bar.update()
 
     with tqdm(total=len(axes), desc="fit probes", unit="layer", disable=not progress) as bar:
@@ -292,19 +291,11 @@ def _kept_or(path: Path | None) -> LayerProbes | None:
 
 def _key(states: PairSource, gate: Gate, shrinkage: Sequence[float], joint: Joint, folds: int, seed: int) -> str:
     """What the fit depends on."""
-    facts = [
-        states.data_hash,
-        len(states),
-        states.layers,
-        states.position,
-        gate,
-        list(shrinkage),
-        asdict(joint),
-        folds,
-        seed,
-    ]
-    backbone = states.backbone.fingerprint if states.backbone else None
-    return "hybrid-" + hashlib.sha256(json.dumps([*facts, backbone]).encode()).hexdigest()[:16]
+    origin = states.origin
+    backbone = origin.backbone.fingerprint if origin.backbone else None
+    where = [origin.data_hash, len(states), states.layers, origin.position]
+    facts = [*where, gate, list(shrinkage), asdict(joint), folds, seed, backbone]
+    return "hybrid-" + hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
 def _parameters(

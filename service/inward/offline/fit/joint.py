@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from inward.files import whole
 from inward.heads.hybrid import Gate
 from inward.offline.fit.probes import LayerProbes, both
 from inward.offline.states.stored import PairSource, blocks
@@ -289,10 +290,8 @@ class Training:
             moments = self._optimizer.state[now]
             tensors |= {f"now.{i}": now.detach().cpu(), f"kept.{i}": kept}
             tensors |= {f"adam.{i}.{name}": moments[name].cpu() for name in ("step", "exp_avg", "exp_avg_sq")}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}")
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished)
-        unfinished.replace(path)
+        with whole(path) as file:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
         self._saved = time.monotonic()
 
     def _resume(self) -> None:

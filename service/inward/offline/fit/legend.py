@@ -123,10 +123,8 @@ def fit_legend(
         DataError: too few prompts, no such layer, or states without a difference between chosen and rejected.
     """
     candidates = states.layers if layer == "sweep" else (states.layers[-1] if layer is None else layer,)
-    if validation is not None and validation.position != states.position:
-        raise DataError(
-            f"the validation states are of position {validation.position!r}, the others of {states.position!r}"
-        )
+    if validation is not None:
+        check_position(validation, states)
     if validation is None:
         develop, last = (
             Subset(states, part) for part in grouped_split(states.groups_N, [1 - HELD_OUT, HELD_OUT], seed)
@@ -171,6 +169,13 @@ def fit_legend(
         direction_D.astype(np.float32),
     )
     return head, report
+
+
+def check_position(validation: PairSource, states: PairSource) -> None:
+    """Raises ``DataError`` where they were read at different positions."""
+    other, own = validation.origin.position, states.origin.position
+    if other != own:
+        raise DataError(f"the validation states are of position {other!r}, the others of {own!r}")
 
 
 def constant_refusal(rows: Sequence[CalibrationRow | Pair]) -> list[str]:

@@ -27,7 +27,7 @@ from inward.offline.data.pairs import Pair, grouped_folds, whole_prompts
 from inward.offline.fit.prepare import calibration
 from inward.offline.fit.probes import auc, both, pair_accuracy
 from inward.offline.fit.reproducible import reproducible
-from inward.offline.states.model_pass import read_every_token
+from inward.offline.states.model_pass import by_group, read_every_token
 from inward.offline.states.read import groups_of
 from inward.offline.states.stored import PairSource, Subset
 from inward.prompts import Prompts
@@ -163,10 +163,7 @@ async def _read(
     groups, places = groups_of(backbone, prompts, pairs)
     n = len(pairs)
     tokens = Tokens([np.empty(0)] * (2 * n), np.empty(2 * n), [np.empty((0, 0), dtype=np.float16)] * (2 * n))
-    wanted: dict[int, list[tuple[int, int]]] = {}
-    for row, of_row in enumerate(places):
-        for side, (group, response) in enumerate(of_row):
-            wanted.setdefault(group, []).append((row + side * n, response))
+    wanted = by_group(places)
     readouts = [head.readout for head in heads] + ([Readout((tap,))] if tap else [])
     held = 0
 

@@ -40,19 +40,20 @@ def manifest(
         layers: those that the head reads, out of ``states.layers``.
         rows: that it was fitted on, where ``states`` are only some of them.
     """
+    origin = states.origin
     return Manifest(
         name=name,
         kind=kind,
         version=1,
         created=created(),
-        backbone=states.backbone or BackboneRef(name=UNKNOWN, fingerprint=UNKNOWN),
+        backbone=origin.backbone or BackboneRef(name=UNKNOWN, fingerprint=UNKNOWN),
         layers=tuple(layers),
-        position=states.position,
-        final_norm=states.final_norm
-        and max(states.layers) in layers,  # extraction sets it only where its last layer is the model's
-        template=states.template or UNKNOWN,
+        position=origin.position,
+        # extraction sets it only where its last layer is the model's
+        final_norm=origin.final_norm and max(states.layers) in layers,
+        template=origin.template or UNKNOWN,
         calibration=dict(calibration),
-        fit=record(states.data_hash, len(states) if rows is None else rows, seed, metrics),
+        fit=record(origin.data_hash, len(states) if rows is None else rows, seed, metrics),
         options=dict(options or {}),
     )
 

@@ -31,7 +31,7 @@ from inward.offline.states.model_pass import RowError
 from inward.offline.states.moments import PairSums
 from inward.offline.states.read import extract_pairs, kept_pairs, length_difference, sum_pairs
 from inward.offline.states.running_sums import RunningSums, SummedPairs
-from inward.offline.states.saved import PairStates
+from inward.offline.states.saved import Origin, PairStates
 from inward.prompts import Prompts
 from inward.types import Doubles, Floats, Indices, Position
 
@@ -158,10 +158,10 @@ class SpreadPairs:
         self, states_2KLD: Floats, rows_K: Indices, layers: Sequence[int], position: Position
     ) -> PairStates:
         about = self._about
-        return PairStates(
-            states_2KLD[0], states_2KLD[1], tuple(layers), self._groups_N[rows_K], self._length_difference_N[rows_K],
-            position, about.depth in layers, BackboneRef(**about.backbone), about.template, data_hash(self._pairs),
-        )  # fmt: skip
+        ref, data = BackboneRef(**about.backbone), data_hash(self._pairs)
+        origin = Origin(position, about.depth in layers, ref, about.template, data)
+        groups_K, difference_K = self._groups_N[rows_K], self._length_difference_N[rows_K]
+        return PairStates(*states_2KLD, tuple(layers), groups_K, difference_K, origin)
 
     def _each(
         self, what: Pass, blocks: Sequence[Block], numbers: Sequence[int], *, ordered: bool = False
@@ -205,8 +205,7 @@ def _about(opened: OpenModel, pairs: Sequence[Pair]) -> tuple[About, Doubles]:
     async def ask() -> tuple[About, Doubles]:
         async with opened() as (backbone, prompts):
             info = backbone.info
-            ref = BackboneRef(name=info.name, revision=info.revision, fingerprint=info.fingerprint)
-            about = About(ref.model_dump(), info.identity, prompts.template, info.layers, info.width)
+            about = About(BackboneRef.of(info).model_dump(), info.identity, prompts.template, info.layers, info.width)
             return about, length_difference(backbone, prompts, pairs)
 
     return asyncio.run(ask())

@@ -267,18 +267,19 @@ async def _response_sums(
         prompts,
         read_texts(args.covariance),
         layers=like.layers,
-        position=like.position,
-        final_norm=like.final_norm,
+        position=like.origin.position,
+        final_norm=like.origin.final_norm,
         checkpoint=cache,
     )
 
 
 def _moments(states: StoredPairs, like: PairSource) -> list[Moments]:
     """Of all responses in a file of states, at the layers that are fitted."""
-    if states.position != like.position or states.width != like.width:
+    own, wanted = (states.width, states.origin.position), (like.width, like.origin.position)
+    if own != wanted:
         raise DataError(
-            f"{states.path} holds states of width {states.width} at position {states.position!r}, the pairs have "
-            f"{like.width} at {like.position!r}: the covariance must be of the same model, read at the same position"
+            f"{states.path} holds states of width {own[0]} at position {own[1]!r}, the pairs have {wanted[0]} at "
+            f"{wanted[1]!r}: the covariance must be of the same model, read at the same position"
         )
     if missing := [k for k in like.layers if k not in states.layers]:
         raise DataError(f"{states.path} lacks layers {', '.join(map(str, missing))}: choose others with --layers")
@@ -313,8 +314,8 @@ def _ensemble(args: Namespace, with_model: WithModel[Any]) -> Fitted:
             raise DataError(f"heads {names} were fitted on different backbones: they cannot be one head")
     if args.states:
         states = StoredPairs.open(args.states)
-        scores_PM = score_states(states, heads)
-        return fit_ensemble(heads, scores_PM, Judges(states.groups_N, states.data_hash), name=args.name, seed=args.seed)
+        judges = Judges(states.groups_N, states.origin.data_hash)
+        return fit_ensemble(heads, score_states(states, heads), judges, name=args.name, seed=args.seed)
     pairs = read_pairs(args.rows, parse_json=args.parse_json)[: args.limit]
 
     async def use(backbone: Backbone, prompts: Prompts) -> Fitted:

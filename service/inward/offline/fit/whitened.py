@@ -17,10 +17,9 @@ from rich.console import RenderableType
 from rich.table import Table
 from tqdm import tqdm
 
-from inward.errors import DataError
 from inward.heads.legend import LegendHead
 from inward.offline.data.pairs import grouped_split, whole_prompts
-from inward.offline.fit.legend import HELD_OUT, agreement, length_matched, or_unknown, spearman
+from inward.offline.fit.legend import HELD_OUT, agreement, check_position, length_matched, or_unknown, spearman
 from inward.offline.fit.prepare import calibration, manifest
 from inward.offline.fit.probes import auc, both, pair_accuracy
 from inward.offline.fit.reproducible import reproducible
@@ -203,8 +202,7 @@ def fit_whitened(
     """
     kept = evidence.kept
     judges = kept if validation is None else validation
-    if judges.position != kept.position:
-        raise DataError(f"the validation states are of position {judges.position!r}, the others of {kept.position!r}")
+    check_position(judges, kept)
     if isinstance(layer, int):
         layer_axis(kept.layers, layer)
     axes = [axis for axis, k in enumerate(kept.layers) if layer in (k, "sum", "sweep") and (k > 0 or layer == 0)]

@@ -38,8 +38,7 @@ async def score_pairs(
     """``[H, 2N]``: each head's scores of the chosen and then of the rejected responses; NaN where there is none."""
     groups, places = groups_of(backbone, prompts, pairs)
     said = await score_groups(backbone, groups, heads, progress=progress)
-    rows = [row[side] for side in (0, 1) for row in places]
-    scores = [[said[group][h].scores_N[response] for group, response in rows] for h in range(len(heads))]
+    scores = [[said[group][h].scores_N[response] for group, response in places] for h in range(len(heads))]
     return np.array(scores, dtype=np.float64)
 
 
@@ -50,7 +49,7 @@ def score_states(states: PairSource, heads: Sequence[Head]) -> Doubles:
         DataError: a head reads what the states do not hold: another layer, another position, or every token.
     """
     for head in heads:
-        check_readable(head, states.layers, states.position)
+        check_readable(head, states.layers, states.origin.position)
     n = len(states)
     scores_HM = np.empty((len(heads), 2 * n))
     for index, *sides in blocks(states):
