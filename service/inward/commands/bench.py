@@ -5,21 +5,17 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from inward.commands import COMMANDS
-
 WAYS = "published,padded,ours,http"
 
 
-def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add(parser: argparse.ArgumentParser) -> None:
     from inward.offline.bench.workload import SHAPES
 
-    parser = commands.add_parser(
-        "bench",
-        help=COMMANDS["bench"],
-        description="Scores the same pairs in several ways, one process each, and prints tokens/s, ratios and peak "
-        "memory. Tokens are those of all texts (prompt + response), whatever a way computes for them.",
-        epilog="example: inward bench --shape qwen2-0.5b --pairs pairs.jsonl --n 64",
+    parser.description = (
+        "Scores the same pairs in several ways, one process each, and prints tokens/s, ratios and peak "
+        "memory. Tokens are those of all texts (prompt + response), whatever a way computes for them."
     )
+    parser.epilog = "example: inward bench --shape qwen2-0.5b --pairs pairs.jsonl --n 64"
     parser.add_argument(
         "--model",
         default="smollm2",
@@ -41,7 +37,6 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--pool", metavar="NAME", help="of the heads, as inward fit takes it (default: the last token)")
     parser.add_argument("--rounds", type=int, default=1, help="all ways in turn so often; medians (default: 1)")
     parser.add_argument("--json", action="store_true", help="as JSON")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

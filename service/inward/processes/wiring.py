@@ -7,11 +7,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from inward import __version__, logs
 from inward.api.keys import KeyRing
@@ -43,7 +43,6 @@ LET_GO_S = 30.0
 MODELS = Path(__file__).parents[1] / "models"
 """What comes with Inward: heads for some models, and one small model."""
 TOY = MODELS / "toy"
-T = TypeVar("T")
 AnyProducer = RedisProducer | ShardedProducer
 AnyConsumer = RedisConsumer | ShardedConsumer
 
@@ -149,16 +148,6 @@ async def opened_model(settings: Settings) -> AsyncIterator[tuple[Backbone, Prom
         yield backbone, open_prompts(settings, model, backbone.info.max_tokens)
     finally:
         await backbone.close()
-
-
-async def with_model(settings: Settings, use: Callable[[Backbone, Prompts], Awaitable[T]]) -> T:
-    """What ``use`` makes of the model of the settings, which is open for as long.
-
-    Raises:
-        SetupError: it can't be loaded, and why.
-    """
-    async with opened_model(settings) as (backbone, prompts):
-        return await use(backbone, prompts)
 
 
 def heads_folder(settings: Settings) -> Path | None:

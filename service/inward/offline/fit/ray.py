@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +27,7 @@ from inward.files import write
 from inward.heads.base import BackboneRef
 from inward.offline.cluster import Cluster
 from inward.offline.data.pairs import Pair, data_hash, prompt_groups
+from inward.offline.model import OpenModel, with_model
 from inward.offline.states.model_pass import RowError
 from inward.offline.states.moments import PairSums
 from inward.offline.states.read import extract_pairs, kept_pairs, length_difference, sum_pairs
@@ -35,8 +36,6 @@ from inward.offline.states.saved import Origin, PairStates
 from inward.prompts import Prompts
 from inward.types import Doubles, Floats, Indices, Position
 
-OpenModel = Callable[[], AbstractAsyncContextManager[tuple[Backbone, Prompts]]]
-"""Opens the model, here or in another process: it can be pickled."""
 BLOCK_PAIRS = 256
 """About so many are read at once, and are lost with an actor."""
 Tensors = dict[str, NDArray[Any]]
@@ -202,13 +201,12 @@ class Reader:
 def _about(opened: OpenModel, pairs: Sequence[Pair]) -> tuple[About, Doubles]:
     """Asked before anything is read: the model, and how much longer each pair's chosen response is."""
 
-    async def ask() -> tuple[About, Doubles]:
-        async with opened() as (backbone, prompts):
-            info = backbone.info
-            about = About(BackboneRef.of(info).model_dump(), info.identity, prompts.template, info.layers, info.width)
-            return about, length_difference(backbone, prompts, pairs)
+    async def ask(backbone: Backbone, prompts: Prompts) -> tuple[About, Doubles]:
+        info = backbone.info
+        about = About(BackboneRef.of(info).model_dump(), info.identity, prompts.template, info.layers, info.width)
+        return about, length_difference(backbone, prompts, pairs)
 
-    return asyncio.run(ask())
+    return with_model(opened, ask)
 
 
 def blocks_of(groups_N: Indices, size: int, kept_N: Indices | None = None) -> list[Block]:
