@@ -8,11 +8,11 @@ import pytest
 from rich.console import Console
 
 from inward.errors import DataError
-from inward.offline.data.pairs import grouped_folds, load_pair_states
+from inward.offline.data.pairs import grouped_folds
 from inward.offline.fit.hybrid import cross_validate, fit_hybrid
 from inward.offline.fit.joint import Joint, Training
 from inward.offline.fit.probes import auc, both, fit_layer, labels, pair_accuracy
-from inward.offline.states.saved import Origin, PairStates, save_states
+from inward.offline.states.saved import Origin, PairStates, load_states, save_states
 from inward.offline.states.stored import StoredPairs
 from inward.types import Reading
 from support.real_data import DATA
@@ -243,7 +243,7 @@ def test_report_prints_every_layer_and_a_verdict():
     not LLAMA.exists(), reason="needs the shared data folder with real Llama-2-7B states beside the repository"
 )
 def test_on_real_llama_states_the_hybrid_head_beats_a_mean_difference():
-    states = load_pair_states(LLAMA)
+    states = load_states(LLAMA)
     middle = [axis for axis, layer in enumerate(states.layers) if layer in (8, 16, 24, 32)]
     states = PairStates(
         states.chosen_NLD[:, middle],

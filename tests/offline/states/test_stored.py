@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file as save_torch
 
 from inward.errors import DataError
-from inward.offline.states.saved import Origin, load_pair_states, save_states
+from inward.offline.states.saved import Origin, load_states, save_states
 from inward.offline.states.stored import PairWriter, StoredPairs, Subset, blocks
 from support.small_heads import BACKBONE, pair_states
 
@@ -58,7 +58,7 @@ def test_bfloat16_is_read_as_it_is(tmp_path):
     save_torch({"chosen": values[0], "rejected": values[1], "layers": torch.tensor([1, 4])}, tmp_path / "b.safetensors")
     stored = StoredPairs.open(tmp_path / "b.safetensors")
     np.testing.assert_array_equal(stored.take(np.arange(5))[1], values[1].float().numpy())
-    whole = load_pair_states(tmp_path / "b.safetensors")
+    whole = load_states(tmp_path / "b.safetensors")
     assert stored.origin.data_hash == whole.origin.data_hash
     np.testing.assert_array_equal(stored.groups_N, whole.groups_N)
 
@@ -68,7 +68,7 @@ def test_a_written_file_is_a_file_of_states(tmp_path):
     one = writer(tmp_path / "deep" / "w.safetensors")
     fill(one, values)
     stored = one.close()
-    whole = load_pair_states(tmp_path / "deep" / "w.safetensors")
+    whole = load_states(tmp_path / "deep" / "w.safetensors")
     np.testing.assert_array_equal(whole.chosen_NLD, values[0])
     np.testing.assert_array_equal(stored.take(np.arange(5))[1], values[1])
     assert (whole.layers, whole.origin) == ((1, 4), ORIGIN)

@@ -19,41 +19,10 @@ from numpy.typing import ArrayLike
 
 from inward.errors import DataError
 from inward.offline.data import data_errors, told
-from inward.offline.states.saved import (
-    Indices,
-    ListStates,
-    PairStates,
-    load_list_states,
-    load_pair_states,
-    load_states,
-    save_states,
-)
+from inward.types import Indices
 from inward_client import rows
-from inward_client.rows import Pair, Prompt
-
-__all__ = [
-    "CalibrationRow",
-    "ListStates",
-    "Pair",
-    "PairStates",
-    "Response",
-    "ResponseList",
-    "data_hash",
-    "grouped_folds",
-    "grouped_split",
-    "has_refusals",
-    "load_list_states",
-    "load_pair_states",
-    "load_states",
-    "prompt_groups",
-    "read_calibration",
-    "read_lists",
-    "read_pairs",
-    "read_prompts",
-    "read_texts",
-    "save_states",
-    "whole_prompts",
-]
+from inward_client.rows import Pair as Pair
+from inward_client.rows import Prompt
 
 
 @dataclass(frozen=True, slots=True)

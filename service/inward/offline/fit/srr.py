@@ -19,11 +19,11 @@ from tqdm import tqdm
 from inward.errors import DataError
 from inward.heads.calibration import Deciles, MarginScale
 from inward.heads.srr import SrrHead
-from inward.offline.data.pairs import ListStates, grouped_folds
+from inward.offline.data.pairs import grouped_folds
 from inward.offline.fit.prepare import manifest
 from inward.offline.fit.rankers import Lists, Ranker, Scorer, ScorerKind, Settings, held_out, train
 from inward.offline.fit.reproducible import reproducible
-from inward.offline.states.saved import layer_axis
+from inward.offline.states.saved import ListStates, layer_axis
 from inward.types import Doubles, Indices
 
 FRACTIONS = (0.25, 0.4, 0.5, 0.6, 0.75, 1.0)

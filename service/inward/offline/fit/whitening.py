@@ -117,13 +117,6 @@ def whiten(
     )
 
 
-def mahalanobis_cosine(a_D: Floats | Doubles, b_D: Floats | Doubles, covariance: Moments) -> float:
-    """Correlation of the scores that two directions give responses with this covariance."""
-    a, b = a_D.astype(np.float64), b_D.astype(np.float64)
-    sa, sb = covariance.covariance_DD @ a, covariance.covariance_DD @ b
-    return float(a @ sb / np.sqrt(max(float(a @ sa) * float(b @ sb), 1e-300)))
-
-
 def _spectrum(rows_MD: Doubles, sums: PairSums, covariance: Moments | None) -> Spectrum:
     """Of S. Where the kept rows are all there are, and fewer than dimensions, in their span: as exact, and cheaper."""
     m, width = rows_MD.shape

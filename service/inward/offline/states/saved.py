@@ -218,14 +218,6 @@ def load_states(path: Path) -> PairStates | ListStates:
         raise DataError(f"{path}: {error}") from None
 
 
-def load_pair_states(path: Path) -> PairStates:
-    """``load_states`` of a file that must hold pairs."""
-    states = load_states(path)
-    if not isinstance(states, PairStates):
-        raise DataError(f"{path} holds lists (prompt, candidates), but pairs (chosen, rejected) are needed")
-    return states
-
-
 def load_list_states(path: Path) -> ListStates:
     """``load_states`` of a file that must hold lists."""
     states = load_states(path)
