@@ -9,7 +9,7 @@ from inward.heads.base import Manifest
 from inward.heads.hybrid import HybridHead
 from inward.heads.legend import LegendHead
 from inward.offline.evaluate.judge import judge
-from inward.offline.evaluate.metrics import NAMES
+from inward.offline.evaluate.metrics import NAMES, measure
 from inward.offline.evaluate.scoring import Judged, score, score_folds
 from support import made_examples as made
 from support.small_heads import legend, manifest
@@ -98,6 +98,12 @@ def test_strategies_use_the_heads_own_layers():
     assert (
         found["worst layer"].estimate.value < found["random layer"].estimate.value < found["best layer"].estimate.value
     )
+
+
+def test_intervals_of_strategies_are_resampled_as_all_others_are_without_baselines_too():
+    examples, ours = made.pairs(n=200), score(hybrid(), made.pairs(n=200))
+    by_name = {one.name: one.estimate for one in judge(examples, ours, resamples=50, seed=3).strategies}
+    assert by_name["ours"] == measure(examples, ours, resamples=50, seed=3)["pair_accuracy"]
 
 
 def test_without_baselines_nothing_is_fitted():

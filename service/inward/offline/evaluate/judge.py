@@ -97,7 +97,7 @@ def judge(
             {},
             _references(examples, resamples, seed),
             own_layers,
-            _strategies(examples, ours, None),
+            _strategies(examples, ours, None, resamples=resamples, seed=seed),
         )
     found, probes = baselines(examples, folds, layer=layer, seed=seed, progress=progress)
     difference = next(one.judged for one in found if one.name == "mean_difference")
@@ -169,7 +169,7 @@ def _references(examples: Examples, resamples: int, seed: int) -> dict[str, Metr
 
 
 def _strategies(
-    examples: Examples, ours: Judged, probes: Layerwise | None, *, resamples: int = statistics.RESAMPLES, seed: int = 0
+    examples: Examples, ours: Judged, probes: Layerwise | None, *, resamples: int, seed: int
 ) -> tuple[Strategy, ...]:
     """Over the head's own layers where it has several, else over the probes'."""
     layers = ours if ours.layer_scores_LM is not None or probes is None else probes.best()
