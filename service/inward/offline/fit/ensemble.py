@@ -15,6 +15,7 @@ from rich.console import Group as Lines
 from rich.console import RenderableType
 from rich.table import Table
 from scipy.optimize import minimize
+from scipy.special import expit
 
 from inward.errors import DataError
 from inward.heads.base import Head, Manifest
@@ -190,7 +191,7 @@ def _logistic(z_PM: Doubles, drawn: float) -> Doubles:
         logit_M = sign_M * (weight_P @ z_PM + bias)
         off_P = weight_P - weight_P.mean()
         value = np.logaddexp(0, -margin_N).mean() + 0.5 * np.logaddexp(0, -logit_M).mean() + drawn * (off_P**2).sum()
-        slope_N, slope_M = -_sigmoid(-margin_N) / n, -0.5 * sign_M * _sigmoid(-logit_M) / (2 * n)
+        slope_N, slope_M = -expit(-margin_N) / n, -0.5 * sign_M * expit(-logit_M) / (2 * n)
         gradient_P = difference_PN @ slope_N + z_PM @ slope_M + 2 * drawn * off_P
         return float(value), np.append(gradient_P, slope_M.sum())
 
@@ -199,10 +200,6 @@ def _logistic(z_PM: Doubles, drawn: float) -> Doubles:
     found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds)
     weight_P = np.asarray(found.x[:-1], dtype=np.float64)
     return weight_P if weight_P.any() else np.ones(len(z_PM))
-
-
-def _sigmoid(x: Doubles) -> Doubles:
-    return np.asarray(0.5 * (1 + np.tanh(0.5 * x)))
 
 
 def _check(heads: Sequence[Head], scores_PM: Doubles) -> None:

@@ -37,7 +37,6 @@ from inward.offline.fit.joint import (
     SpanFeatures,
     StandardisedFeatures,
     Training,
-    one_run,
 )
 from inward.offline.fit.prepare import calibration, manifest
 from inward.offline.fit.probes import SHRINKAGE, LayerProbes, auc, both, fit_layer, labels, pair_accuracy
@@ -174,18 +173,10 @@ def fit_hybrid(
         )
         judged_N = whole_prompts(states.groups_N, JUDGED_PAIRS)
         start = _parameters(layers, c, weight_L, len(parts) + 1, states.width, device)
-        training = Training(
-            features,
-            start,
-            fold_N,
-            judged_N,
-            gate,
-            joint,
-            _criterion,
-            seed=seed,
-            checkpoint=kept and kept / "joint.safetensors",
-        )
-        trained = training.run(progress=progress)
+        checkpoint = kept and kept / "joint.safetensors"
+        trained = Training(
+            features, start, fold_N, judged_N, gate, joint, _criterion, seed=seed, checkpoint=checkpoint
+        ).run(progress=progress)
     rewards_M = trained.held_out_M
     share_L = weight_L / weight_L.sum()
     report = HybridReport(
@@ -301,12 +292,16 @@ def _key(states: PairSource, gate: Gate, shrinkage: Sequence[float], joint: Join
 def _parameters(
     layers: Sequence[LayerProbes], c: int, weight_L: Doubles, runs: int, width: int, device: torch.device
 ) -> Parameters:
-    """Probes fitted one by one and scaled to ``weight_L``, biases that centre them, and gates that treat all layers
-    alike (V = 0).
+    """Probes fitted one by one, on ``Features``, scaled so that outputs have deviation ``weight_L``; biases that centre
+    them; gates that treat all layers alike (V = 0). ``width``: of the states.
     """
-    probes, biases = zip(*(one_run(layers, c, weight_L, run, width) for run in range(runs)), strict=True)
-    gate = np.zeros((runs, len(layers), len(layers)), dtype=np.float32)
-    return Parameters(*(torch.from_numpy(array).to(device) for array in (np.stack(probes), np.stack(biases), gate)))
+    size = max(layer.probe_FCR.shape[2] for layer in layers)
+    probes = [np.pad(l.probe_FCR[:, c], ((0, 0), (0, size - l.probe_FCR.shape[2]))) for l in layers]
+    scale_L = weight_L.astype(np.float32)
+    probe_FLR = np.stack(probes, axis=1) * scale_L[:, None] * np.float32((width * size) ** 0.5)
+    bias_FL = np.stack([layer.bias_FC[:, c] for layer in layers], axis=1) * scale_L
+    gate_FLL = np.zeros((runs, len(layers), len(layers)), dtype=np.float32)
+    return Parameters(*(torch.from_numpy(array).to(device) for array in (probe_FLR, bias_FL, gate_FLL)))
 
 
 def _tensors(parameters: Parameters, layers: Sequence[LayerProbes], width: int) -> dict[str, Floats]:

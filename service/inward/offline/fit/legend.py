@@ -25,6 +25,7 @@ from inward.heads.calibration import Deciles, MarginScale
 from inward.heads.legend import LegendHead
 from inward.offline.data.pairs import CalibrationRow, Pair, grouped_folds, grouped_split
 from inward.offline.fit.prepare import calibration, manifest
+from inward.offline.fit.whitening import resampled
 from inward.offline.states.saved import layer_axis
 from inward.offline.states.stored import PairSource, Subset, blocks
 from inward.types import Doubles, Floats
@@ -46,18 +47,20 @@ class LayerAgreement:
     """Mean over standard deviation of the validation margins: breaks ties."""
 
 
-@dataclass(frozen=True, slots=True)
-class LegendReport:
-    """What ``inward fit legend`` prints and ``Manifest.fit["metrics"]`` keeps."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DirectionReport:
+    """What is told of a direction, however it was fitted; shares are those of pairs whose margins agree with their
+    labels.
+    """
 
-    layer: int
     rows: int
     prompts: int
     train: float
+    """Of the rows that made the direction: flattering."""
     validation: float
+    """Of pairs that chose what had to be chosen, and did not make the direction that judges them."""
     held_out: float
-    """Agreement on pairs that neither made the direction nor chose the layer: the direction's zero-shot pair
-    accuracy."""
+    """Of pairs that neither made the direction nor chose anything: the direction's zero-shot pair accuracy."""
     held_out_rows: int
     spearman_length: float | None
     """Rank correlation of margin and length difference; near 0 is good. None where lengths are unknown or all equal."""
@@ -69,25 +72,38 @@ class LegendReport:
     """Mean cosine of the direction with those of resampled prompts."""
     stability_interval: tuple[float, float]
     """95 % of these cosines."""
-    sweep: tuple[LayerAgreement, ...]
     warnings: tuple[str, ...] = ()
 
     def metrics(self) -> dict[str, Any]:
         """As JSON."""
         return asdict(self)
 
-    def __rich__(self) -> RenderableType:
-        facts = Table(
-            "LEGEND", f"layer {self.layer}, {self.rows} pairs of {self.prompts} prompts", box=None, pad_edge=False
-        )
-        facts.add_row("agreement, held out", f"{self.held_out:.3f}  ({self.held_out_rows} pairs)")
-        facts.add_row("agreement, validation", f"{self.validation:.3f}")
-        facts.add_row("agreement, train", f"{self.train:.3f}")
-        facts.add_row("Spearman(margin, length difference)", or_unknown(self.spearman_length, "+.3f"))
+    def facts(self) -> list[tuple[str, str]]:
+        """What each figure is, and the figure; the held-out agreement first."""
         within = "" if self.length_matched_within is None else f"  (within {self.length_matched_within:.0f} tokens)"
-        facts.add_row("agreement, length-matched", or_unknown(self.length_matched, ".3f") + within)
         low, high = self.stability_interval
-        facts.add_row("direction under bootstrap, cosine", f"{self.stability:.3f}  (95 %: {low:.3f} to {high:.3f})")
+        return [
+            ("agreement, held out", f"{self.held_out:.3f}  ({self.held_out_rows} pairs)"),
+            ("agreement, validation", f"{self.validation:.3f}"),
+            ("agreement, train", f"{self.train:.3f}"),
+            ("Spearman(margin, length difference)", _or_unknown(self.spearman_length, "+.3f")),
+            ("agreement, length-matched", _or_unknown(self.length_matched, ".3f") + within),
+            ("direction under bootstrap, cosine", f"{self.stability:.3f}  (95 %: {low:.3f} to {high:.3f})"),
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LegendReport(DirectionReport):
+    """What ``inward fit legend`` prints and ``Manifest.fit["metrics"]`` keeps."""
+
+    layer: int
+    sweep: tuple[LayerAgreement, ...]
+
+    def __rich__(self) -> RenderableType:
+        about = f"layer {self.layer}, {self.rows} pairs of {self.prompts} prompts"
+        facts = Table("LEGEND", about, box=None, pad_edge=False)
+        for fact in self.facts():
+            facts.add_row(*fact)
         layers = Table("layer", "train", "validation", "mean/std", "", box=None, pad_edge=False)
         for row in self.sweep:
             mark = "chosen" if row.layer == self.layer else ""
@@ -125,17 +141,10 @@ def fit_legend(
     candidates = states.layers if layer == "sweep" else (states.layers[-1] if layer is None else layer,)
     if validation is not None:
         check_position(validation, states)
-    if validation is None:
-        develop, last = (
-            Subset(states, part) for part in grouped_split(states.groups_N, [1 - HELD_OUT, HELD_OUT], seed)
-        )
-        table = tuple(_judge(develop, None, k, folds, seed) for k in candidates)
-    else:
-        select, last = (
-            Subset(validation, part) for part in grouped_split(validation.groups_N, [1 - HELD_OUT, HELD_OUT], seed)
-        )
-        develop = Subset(states, np.arange(len(states)))
-        table = tuple(_judge(develop, select, k, folds, seed) for k in candidates)
+    judges = states if validation is None else validation
+    most, last = (Subset(judges, part) for part in grouped_split(judges.groups_N, [1 - HELD_OUT, HELD_OUT], seed))
+    develop, select = (most, None) if validation is None else (states, most)
+    table = tuple(_judge(develop, select, k, folds, seed) for k in candidates)
     best = max(table, key=lambda row: (row.validation, row.separation))
     direction_D = _direction(_differences(states, best.layer))
     margins_N = _crossfitted(states, best.layer, folds, seed)
@@ -194,9 +203,10 @@ def _judge(train: PairSource, validation: PairSource | None, layer: int, folds: 
     """Agreement of one layer's direction on ``validation``, or by cross-validation where there is none."""
     differences_ND = _differences(train, layer)
     direction_D = _direction(differences_ND)
-    judged_M = (
-        _crossfitted(train, layer, folds, seed) if validation is None else _differences(validation, layer) @ direction_D
-    )
+    if validation is None:
+        judged_M = _crossfitted(train, layer, folds, seed)
+    else:
+        judged_M = _differences(validation, layer) @ direction_D
     separation = float(judged_M.mean() / max(float(judged_M.std()), 1e-30))
     return LayerAgreement(layer, agreement(differences_ND @ direction_D), agreement(judged_M), separation)
 
@@ -261,16 +271,11 @@ def _stability(
     states: PairSource, layer: int, direction_D: Floats, bootstraps: int, seed: int
 ) -> tuple[float, float, float]:
     """Cosines of directions of resampled prompts with the direction: 2.5 % quantile, mean, 97.5 % quantile."""
-    labels, inverse_N = np.unique(states.groups_N, return_inverse=True)
-    sums_GD = np.zeros((len(labels), len(direction_D)))
-    np.add.at(sums_GD, inverse_N, _differences(states, layer))
-    rng = np.random.default_rng(seed)
-    times_BG = rng.multinomial(len(labels), np.full(len(labels), 1 / len(labels)), size=bootstraps)
-    resampled_BD = times_BG @ sums_GD
+    resampled_BD = resampled(_differences(states, layer), states.groups_N, bootstraps, seed)
     cosines_B = resampled_BD @ direction_D / np.maximum(np.linalg.norm(resampled_BD, axis=1), 1e-30)
     low, high = np.quantile(cosines_B, [0.025, 0.975])
     return float(low), float(cosines_B.mean()), float(high)
 
 
-def or_unknown(value: float | None, form: str) -> str:
+def _or_unknown(value: float | None, form: str) -> str:
     return "unknown" if value is None else format(value, form)

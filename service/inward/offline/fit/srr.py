@@ -6,7 +6,9 @@ is then trained that long on all lists. The scores of held-out lists along the w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
@@ -21,7 +23,7 @@ from inward.heads.calibration import Deciles, MarginScale
 from inward.heads.srr import SrrHead
 from inward.offline.data.pairs import grouped_folds
 from inward.offline.fit.prepare import manifest
-from inward.offline.fit.rankers import Lists, Ranker, Scorer, ScorerKind, Settings, held_out, train
+from inward.offline.fit.rankers import Lists, Ranker, ScorerKind, Settings, held_out, train
 from inward.offline.fit.reproducible import reproducible
 from inward.offline.states.saved import ListStates, layer_axis
 from inward.types import Doubles, Indices
@@ -67,13 +69,8 @@ class SrrReport:
             rates.add_row(name, f"{rate:.3f}")
         layers = Table("layer", "held-out loss", "top-1 safe", "epochs", "", box=None, pad_edge=False)
         for row in self.sweep:
-            layers.add_row(
-                str(row.layer),
-                f"{row.loss:.3f}",
-                f"{row.top1:.3f}",
-                str(row.epochs),
-                "chosen" if row.layer == self.layer else "",
-            )
+            mark = "chosen" if row.layer == self.layer else ""
+            layers.add_row(str(row.layer), f"{row.loss:.3f}", f"{row.top1:.3f}", str(row.epochs), mark)
         return Lines(rates, "", layers)
 
 
@@ -132,7 +129,7 @@ def fit_srr(
         for kind in kinds:
             top1[kind] = _top1(lists, _cross_validate(kind, lists, parts, settings, seed).scores_M)
             bar.update()
-        ranker = _fit("srr", lists, settings, sweep[best].epochs, seed)
+        ranker = _fit(lists, settings, sweep[best].epochs, seed)
         bar.update()
     top1 |= {
         "first": float(np.mean([lists.safe_M[rows[0]] for rows in lists.members])),
@@ -151,7 +148,7 @@ def fit_srr(
         metrics=report.metrics(),
         options={"tau": settings.tau},
     )
-    return SrrHead.from_tensors(head_manifest, cast(Ranker, ranker).tensors()), report
+    return SrrHead.from_tensors(head_manifest, ranker.tensors()), report
 
 
 def _mixed(states: ListStates) -> ListStates:
@@ -175,11 +172,7 @@ def _candidates(available: tuple[int, ...], layer: int | float | Literal["sweep"
 
 
 def _cross_validate(
-    kind: ScorerKind,
-    lists: Lists,
-    parts: list[tuple[Indices, Indices]],
-    settings: Settings,
-    seed: int,
+    kind: ScorerKind, lists: Lists, parts: Sequence[tuple[Indices, Indices]], settings: Settings, seed: int
 ) -> CrossValidated:
     """Trains one scorer a fold, all folds together, until their held-out loss has not improved for ``patience``
     epochs.
@@ -206,14 +199,14 @@ def _cross_validate(
     return best
 
 
-def _fit(kind: ScorerKind, lists: Lists, settings: Settings, epochs: int, seed: int) -> Scorer:
-    """One scorer, trained on all lists."""
+def _fit(lists: Lists, settings: Settings, epochs: int, seed: int) -> Ranker:
+    """The ranker, trained on all lists."""
     torch.manual_seed(seed)
     index = np.arange(len(lists.members))
-    scorer = lists.scorer(kind, index, settings)
-    for _, _ in zip(range(epochs), train(scorer, lists, index, settings, np.random.default_rng(seed)), strict=False):
+    ranker = cast(Ranker, lists.scorer("srr", index, settings))
+    for _ in islice(train(ranker, lists, index, settings, np.random.default_rng(seed)), epochs):
         pass
-    return scorer.eval()
+    return ranker.eval()
 
 
 def _top1(lists: Lists, scores_M: Doubles) -> float:

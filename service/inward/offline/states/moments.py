@@ -121,6 +121,11 @@ class PairSums:
         self.difference_D = self.difference_D + other.difference_D
         self.pairs += other.pairs
 
+    def without(self, part: PairSums) -> PairSums:
+        """The sums of the pairs that are not in ``part``, all of whose pairs are in these."""
+        moments = self.moments.without(part.moments)
+        return PairSums(moments, self.difference_D - part.difference_D, self.pairs - part.pairs)
+
     @property
     def mean_difference_D(self) -> Doubles:
         """LEGEND's standard margin vector, of any length.
