@@ -24,6 +24,9 @@ from inward_client import rows
 from inward_client.rows import Pair as Pair
 from inward_client.rows import Prompt
 
+Folds = Sequence[tuple[Indices, Indices]]
+"""(training rows, held-out rows); all rows of a prompt are on one side."""
+
 
 @dataclass(frozen=True, slots=True)
 class Response:

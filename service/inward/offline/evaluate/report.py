@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -18,7 +19,7 @@ from inward.batching import within
 from inward.errors import DataError, SetupError
 from inward.heads.base import Head
 from inward.offline.data import data_errors
-from inward.offline.data.pairs import Response, ResponseList, data_hash, read_lists, read_pairs
+from inward.offline.data.pairs import Folds, Response, ResponseList, data_hash, read_lists, read_pairs
 from inward.offline.evaluate.baselines import stable_rank
 from inward.offline.evaluate.examples import Examples, Source, comparisons, of_lists, of_pairs
 from inward.offline.evaluate.responses import LabelledResponse, read_responses
@@ -32,7 +33,6 @@ from inward_client import rows as rows_module
 LARGEST = 8 * 2**30
 """Bytes of states that are held in memory."""
 States = PairStates | ListStates
-Folds = Sequence[tuple[Indices, Indices]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,6 @@ async def extract(
     final_norm: bool,
     untrained: bool,
     cache: Path | None = None,
-    progress: bool = True,
 ) -> tuple[Examples, ListStates, float]:
     """Reads the rows' states.
 
@@ -148,30 +147,12 @@ async def extract(
             "--layers or --limit"
         )
     started = time.perf_counter()
-    states = await extract_lists(
-        backbone,
-        prompts,
-        rows.lists,
-        layers=layers,
-        position=position,
-        final_norm=final_norm,
-        cache=cache,
-        progress=progress,
-    )
+    where: dict[str, Any] = {"layers": layers, "position": position, "final_norm": final_norm}
+    states = await extract_lists(backbone, prompts, rows.lists, **where, cache=cache)
     seconds = time.perf_counter() - started
     groups = groups_of_rows(prompts, rows)
-    examples = of_lists(
-        states.candidates_MLD,
-        states.safe_M,
-        states.group_M,
-        states.groups_G,
-        layers=states.layers,
-        position=position,
-        prompt_states_GLD=states.prompt_GLD,
-        length=[len(ids) for group in groups for ids in group.responses_ids],
-        text=rows.texts,
-        source=rows.source,
-    )
+    lengths = [len(ids) for group in groups for ids in group.responses_ids]
+    examples = _of_lists(states, length=lengths, text=rows.texts, source=rows.source)
     if rows.parts:
         examples = replace(examples, part_M=rows.parts)
     if any(one.behaviour for one in rows.labelled):
@@ -192,6 +173,10 @@ def of_states(states: States) -> Examples:
             position=states.origin.position,
             length_difference=states.length_difference_N,
         )
+    return _of_lists(states)
+
+
+def _of_lists(states: ListStates, **known: Any) -> Examples:
     return of_lists(
         states.candidates_MLD,
         states.safe_M,
@@ -200,6 +185,7 @@ def of_states(states: States) -> Examples:
         layers=states.layers,
         position=states.origin.position,
         prompt_states_GLD=states.prompt_GLD,
+        **known,
     )
 
 

@@ -71,6 +71,23 @@ def bootstrap(statistic: Statistic, groups: ArrayLike, *, resamples: int = RESAM
     return Estimate(value, float(low), float(high))
 
 
+@dataclass(frozen=True, slots=True)
+class Resampling:
+    """How intervals are made."""
+
+    resamples: int = RESAMPLES
+    seed: int = 0
+
+    def estimate(self, statistic: Statistic, prompts: Indices) -> Estimate | None:
+        """As ``bootstrap``; None also where all items are of one prompt, so that there can be no interval."""
+        if len(np.unique(prompts)) < 2:
+            return None
+        return bootstrap(statistic, prompts, resamples=self.resamples, seed=self.seed)
+
+
+USUAL = Resampling()
+
+
 def mean(values: ArrayLike) -> Statistic:
     """Weighted mean of ``values`` ``[N]``; undefined where all weights are zero."""
     values_N = np.asarray(values, dtype=np.float64)

@@ -6,7 +6,6 @@ is then trained that long on all lists. The scores of held-out lists along the w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, Literal, NamedTuple, cast, get_args
@@ -21,12 +20,12 @@ from tqdm import tqdm
 from inward.errors import DataError
 from inward.heads.calibration import Deciles, MarginScale
 from inward.heads.srr import SrrHead
-from inward.offline.data.pairs import grouped_folds
+from inward.offline.data.pairs import Folds, grouped_folds
 from inward.offline.fit.prepare import manifest
 from inward.offline.fit.rankers import Lists, Ranker, ScorerKind, Settings, held_out, train
 from inward.offline.fit.reproducible import reproducible
 from inward.offline.states.saved import ListStates, layer_axis
-from inward.types import Doubles, Indices
+from inward.types import Doubles
 
 FRACTIONS = (0.25, 0.4, 0.5, 0.6, 0.75, 1.0)
 """Of the depth: the layers that a sweep tries."""
@@ -171,9 +170,7 @@ def _candidates(available: tuple[int, ...], layer: int | float | Literal["sweep"
     return sorted({min(available, key=lambda k: (abs(k - fraction * max(available)), k)) for fraction in fractions})
 
 
-def _cross_validate(
-    kind: ScorerKind, lists: Lists, parts: Sequence[tuple[Indices, Indices]], settings: Settings, seed: int
-) -> CrossValidated:
+def _cross_validate(kind: ScorerKind, lists: Lists, parts: Folds, settings: Settings, seed: int) -> CrossValidated:
     """Trains one scorer a fold, all folds together, until their held-out loss has not improved for ``patience``
     epochs.
     """
