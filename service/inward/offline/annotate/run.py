@@ -19,7 +19,6 @@ from inward.files import write
 from inward.offline.annotate import argilla, merge
 from inward.offline.annotate.clusters import MOST_PAIRS, Cluster, cluster
 from inward.offline.annotate.corrected import correct
-from inward.offline.annotate.held_out import HeldOut
 from inward.offline.annotate.options import AnnotateOptions
 from inward.offline.annotate.page import page
 from inward.offline.annotate.plan import Plan, beside, plan
@@ -164,7 +163,7 @@ class Annotation:
         survey = Survey(reader, options.by)
         for source in sources:
             survey.add(merge.good(source, results(source)))
-        quality = survey.quality(HeldOut(**annotator.held_out) if annotator.held_out else None)
+        quality = survey.quality(annotator.held_out)
         clusters = await self._clusters(results, scorer, annotator) if options.clusters and scorer else []
         told = summary.to_json() | {"quality": quality.to_json()}
         told |= {"clusters": [one.to_json() for one in clusters]} if options.clusters else {}
@@ -193,7 +192,7 @@ class Annotation:
         """Of a sample of the pairs, whose states are read once more."""
         sample = pick(self._plan.sources, results, self._plan.reader, MOST_PAIRS, "sample")
         pairs = [one for one in sample if one.columns["label_agrees"] is not None]
-        judges = annotator.held_out is None or HeldOut(**annotator.held_out).better_than_chance
+        judges = annotator.held_out is None or annotator.held_out.better_than_chance
         states_ND = await scorer.states([one.pair for one in pairs]) if pairs else np.empty((0, 1), dtype=np.float32)
         return cluster(pairs, states_ND, self._options.clusters, judges=judges)
 
