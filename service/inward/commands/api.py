@@ -25,4 +25,4 @@ def run(args: argparse.Namespace) -> int:
 
     settings = settings_of(args)
     server.check_reachability(settings)
-    return server.run("api", settings, lambda: ApiProcess.open(settings), lambda api: {"queue": api.queue_name})
+    return server.run("api", settings, ApiProcess.open)

@@ -22,10 +22,4 @@ def run(args: argparse.Namespace) -> int:
 
     settings = settings_of(args)
     server.check_reachability(settings)
-    return server.run(
-        "serve",
-        settings,
-        lambda: Standalone.open(settings),
-        lambda process: {"model": process.backbone.info.name, "heads": process.registry.names()},
-        lambda process: process.ending,
-    )
+    return server.run("serve", settings, Standalone.open)

@@ -27,17 +27,4 @@ def run(args: argparse.Namespace) -> int:
     from inward.processes import server
     from inward.processes.worker import WorkerProcess
 
-    settings = settings_of(args)
-    return server.run(
-        "worker",
-        settings,
-        lambda: WorkerProcess.open(settings),
-        lambda process: {
-            "model": process.backbone.info.name,
-            "heads": process.registry.names(),
-            "worker": process.name,
-            "queue": process.queue_name,
-        },
-        lambda process: process.working,
-        unnamed=PORT,
-    )
+    return server.run("worker", settings_of(args), WorkerProcess.open, unnamed=PORT)

@@ -180,17 +180,11 @@ def heads_folder(settings: Settings) -> Path | None:
 
 def bundled_for(identity: str) -> str | None:
     """The bundled model that has this fingerprint."""
-    return next(
-        (
-            name
-            for name in (TOY.name, SMOLLM2)
-            if any(
-                store.load_manifest(found.path).backbone.fingerprint == identity
-                for found in store.find(MODELS / name / "heads")
-            )
-        ),
-        None,
-    )
+    for name in (TOY.name, SMOLLM2):
+        for found in store.find(MODELS / name / "heads"):
+            if store.load_manifest(found.path).backbone.fingerprint == identity:
+                return name
+    return None
 
 
 def _hash(folder: Path) -> str:
@@ -227,13 +221,18 @@ def limits(settings: Settings) -> Limits:
     )  # fmt: skip
 
 
-def key_ring(settings: Settings) -> KeyRing:
-    """Who may call.
+def rules(settings: Settings) -> dict[str, Any]:
+    """What of ``Services`` the settings say by themselves: who may call, for how much, and which heads answer.
 
     Raises:
         SetupError: the file of keys can't be used.
     """
-    return KeyRing({key.get_secret_value() for key in settings.api_keys}, settings.api_keys_file)
+    return {
+        "keys": KeyRing({key.get_secret_value() for key in settings.api_keys}, settings.api_keys_file),
+        "limits": limits(settings), "tokens_a_minute": settings.quota, "metrics_open": settings.metrics_open,
+        "rerank_head": settings.rerank_head, "compat_head": settings.compat_head, "guard_head": settings.guard_head,
+        "false_positives": settings.false_positives,
+    }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,12 +361,8 @@ class RedisServers:
 
     def consumer(self, keys: Keys, settings: Settings, about: Callable[[], bytes]) -> AnyConsumer:
         """A worker's side of the queue."""
-        options: dict[str, Any] = {
-            "idle": settings.claim_idle,
-            "max_deliveries": settings.max_deliveries,
-            "ttl": settings.presence,
-            "about": about,
-        }
+        options: dict[str, Any] = {"idle": settings.claim_idle, "max_deliveries": settings.max_deliveries}
+        options |= {"ttl": settings.presence, "about": about}
         if len(self.connections) == 1:
             return RedisConsumer(self.home, keys, **options)
         return ShardedConsumer(self.connections, keys, **options)
@@ -414,19 +409,11 @@ def describe(settings: Settings) -> dict[str, Any]:
     identity = fingerprint(model.folder)
     folder = heads_folder(settings)
     values = settings.resolved()
-    backbone = {
-        key: values.pop(key)
-        for key in ("dtype", "device", "token_budget", "vllm_options", "trust_remote_code", "template")
-    }
+    of_backbone = ("dtype", "device", "token_budget", "vllm_options", "trust_remote_code", "template")
+    backbone = {name: values.pop(name) for name in of_backbone}
     backbone |= {"kind": values.pop("backbone"), "name": model.name, "path": str(model.folder), "fingerprint": identity}
+    bounds = [name for name in values if name.startswith("max_") or name in ("queue_tokens", "timeout")]
+    limits = {name: values.pop(name) for name in bounds}
     values.pop("heads")
-    limits = {
-        name: values.pop(name) for name in [*values] if name.startswith("max_") or name in ("queue_tokens", "timeout")
-    }
-    return {
-        "version": __version__,
-        "backbone": backbone,
-        "heads": str(folder) if folder else None,
-        "limits": limits,
-        **values,
-    }
+    heads = str(folder) if folder else None
+    return {"version": __version__, "backbone": backbone, "heads": heads, "limits": limits, **values}
