@@ -6,6 +6,7 @@ the model is handed over as a value, and raised here as it would be without Ray.
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
@@ -16,6 +17,14 @@ from inward.errors import SetupError
 IN_HAND = 2
 """Parts that an actor is given at once, so that it finds its next one ready."""
 T = TypeVar("T")
+
+
+def add_arguments(parser: argparse._ActionsContainer, about: str) -> None:
+    """``--engine`` with what ``ray`` does there, ``--actors`` and ``--gpus``."""
+    parser.add_argument("--engine", choices=("local", "ray"), default="local", help=about)
+    add = parser.add_argument
+    add("--actors", type=int, default=1, metavar="N", help="with --engine ray: how many models (default: 1)")
+    add("--gpus", type=float, default=0.0, metavar="N", help="with --engine ray: GPUs for each actor (default: 0)")
 
 
 class Worker(Protocol):

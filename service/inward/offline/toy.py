@@ -179,9 +179,8 @@ class Learner:
         """
         packed = pack([Group(tuple(p.prompt), (tuple(p.chosen), tuple(p.rejected))) for p in batch])
         ids_T = torch.from_numpy(packed.ids_T)
-        if (
-            self.model.training and self.token_noise
-        ):  # tokens replaced at random: the one augmentation that text this small allows
+        if self.model.training and self.token_noise:
+            # tokens replaced at random: the one augmentation that text this small allows
             noisy_T = (torch.rand(ids_T.shape) < self.token_noise) & (ids_T > 5)
             ids_T = torch.where(noisy_T, torch.randint(6, self.model.config.vocab_size, ids_T.shape), ids_T)
         layout = AttentionLayout(packed.segments, torch.device("cpu"), torch.bfloat16)
@@ -193,9 +192,8 @@ class Learner:
             rows, targets = next_tokens(packed)
             logits_NV = self.model.lm_head(states_TD[rows])
         language = F.cross_entropy(logits_NV.float(), targets)
-        last_B = torch.tensor(
-            [response[-2] for segment in packed.segments for response in segment.responses]
-        )  # before END
+        # before END
+        last_B = torch.tensor([response[-2] for segment in packed.segments for response in segment.responses])
         scores_B = self.judge(states_TD[last_B].float())[:, 0]
         difference_P = scores_B[0::2] - scores_B[1::2]
         # About a third of these labels are disputed: smoothing keeps the model from learning them by heart (zero
@@ -211,11 +209,9 @@ class Learner:
         for batch in batches(pairs, budget, None):
             loss, _, difference_P = self.losses(batch)
             tokens = sum(p.tokens for p in batch)
-            language, weight, right = (
-                language + float(loss) * tokens,
-                weight + tokens,
-                right + int((difference_P > 0).sum()),
-            )
+            language += float(loss) * tokens
+            weight += tokens
+            right += int((difference_P > 0).sum())
         self.model.train()
         return {"perplexity": math.exp(language / weight), "pair_accuracy": right / len(pairs)}
 
@@ -244,9 +240,8 @@ def train(rows: Sequence[dict[str, str]], out: Path, args: argparse.Namespace) -
     with tqdm(total=total, unit="step") as bar:
         for epoch, steps in enumerate(plan):
             for batch in steps:
-                scale = min(1.0, (step + 1) / args.warm_up) * (
-                    0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / total))
-                )
+                cosine = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / total))
+                scale = min(1.0, (step + 1) / args.warm_up) * cosine
                 for group in optimiser.param_groups:
                     group["lr"] = args.lr * scale
                 language, pairwise, _ = learner.losses(batch)
@@ -261,18 +256,13 @@ def train(rows: Sequence[dict[str, str]], out: Path, args: argparse.Namespace) -
             history.append({"epoch": epoch + 1, **found})
             tqdm.write(json.dumps(history[-1]))
             # One unit of log-perplexity is worth as much as one of log-odds of being right: both purposes count.
-            merit = math.log(found["perplexity"]) - args.pair_weight * math.log(
-                found["pair_accuracy"] / (1 - found["pair_accuracy"])
-            )
+            right = found["pair_accuracy"]
+            merit = math.log(found["perplexity"]) - args.pair_weight * math.log(right / (1 - right))
             if merit < best[0]:
                 best = (merit, copy.deepcopy(learner.model.state_dict()))
     learner.model.load_state_dict(best[1])
-    figures = {
-        "pairs": {k: len(v) for k, v in parts.items()},
-        "validation": history,
-        "seed": args.seed,
-        "epochs": args.epochs,
-    }
+    pairs = {name: len(part) for name, part in parts.items()}
+    figures = {"pairs": pairs, "validation": history, "seed": args.seed, "epochs": args.epochs}
     learner.model.set_attn_implementation("sdpa")
     learner.model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)

@@ -106,22 +106,9 @@ def http(model: Path, pairs: Sequence[Pair], *, dtype: str, heads: Path, callers
     """Seconds through ``inward serve`` with ``callers`` at once, one pair a request; and the server's peak memory in
     bytes.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "inward",
-        "serve",
-        "--model",
-        str(model),
-        "--heads",
-        str(heads),
-        "--dtype",
-        dtype,
-        "--port",
-        "0",
-    ]
-    command += ["--sharing-window", "0"]  # a pair that is sent twice is computed twice
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    options = ["--model", str(model), "--heads", str(heads), "--dtype", dtype, "--port", "0"]
+    options += ["--sharing-window", "0"]  # a pair that is sent twice is computed twice
+    server = subprocess.Popen([sys.executable, "-m", "inward", "serve", *options], stderr=subprocess.PIPE, text=True)
     assert server.stderr is not None
     try:
         for line in server.stderr:
@@ -149,12 +136,7 @@ async def _call(url: str, pairs: Sequence[Pair], callers: int) -> None:
 
     async def caller(client: httpx.AsyncClient) -> None:
         while waiting:
-            pair = waiting.pop()
-            body = {
-                "pairs": [{"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}],
-                "truncate": True,
-            }
-            answer = await client.post("/margin", json=body)
+            answer = await client.post("/margin", json={"pairs": [waiting.pop().body()], "truncate": True})
             answer.raise_for_status()
 
     async with httpx.AsyncClient(base_url=url, timeout=600) as client:

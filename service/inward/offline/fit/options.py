@@ -6,6 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
+from inward.offline import cluster
+
 EPILOG = {
     "legend": """examples:
   inward fit legend --pairs calibration.jsonl --layer sweep --out heads/safety
@@ -55,12 +57,10 @@ def _add_common(parser: argparse.ArgumentParser, rows: str) -> None:
 
 
 def _add_states(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--save-states", type=Path, metavar="FILE", help="keep the states, to fit again without the model"
-    )
-    parser.add_argument(
-        "--layers", default="all", help="layers to read: all, last, or numbers such as 8,12,16 (default: %(default)s)"
-    )
+    kept = "keep the states, to fit again without the model"
+    parser.add_argument("--save-states", type=Path, metavar="FILE", help=kept)
+    which = "layers to read: all, last, or numbers such as 8,12,16 (default: %(default)s)"
+    parser.add_argument("--layers", default="all", help=which)
     parser.add_argument(
         "--position",
         choices=["last", "eos", "mean"],
@@ -98,17 +98,8 @@ def _add_legend(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--validation", type=Path, metavar="FILE", help="labelled pairs that choose the layer and give the agreement"
     )
-    parser.add_argument(
-        "--engine",
-        choices=["local", "ray"],
-        default="local",
-        help="ray: read the pairs on the Ray cluster at $RAY_ADDRESS, in blocks that are put together here",
-    )
-    parser.add_argument(
-        "--actors", type=int, default=1, metavar="N", help="with --engine ray: how many models (default: 1)"
-    )
-    parser.add_argument(
-        "--gpus", type=float, default=0.0, metavar="N", help="with --engine ray: GPUs for each actor (default: 0)"
+    cluster.add_arguments(
+        parser, "ray: read the pairs on the Ray cluster at $RAY_ADDRESS, in blocks that are put together here"
     )
 
 
