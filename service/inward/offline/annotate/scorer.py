@@ -309,7 +309,7 @@ async def at_url(options: AnnotateOptions, key: str | None) -> AsyncIterator[Sco
 
 
 async def _in_halves(
-    pairs: Sequence[Pair], ask: Callable[[Sequence[Pair]], Awaitable[list[A]]], refused: Callable[[InwardError], A]
+    pairs: Sequence[Pair], ask: Callable[[Sequence[Pair]], Awaitable[list[A]]], refused: Callable[[StatusError], A]
 ) -> list[A]:
     """What the service answers; what it refuses as a whole is asked in halves, down to single pairs."""
     try:

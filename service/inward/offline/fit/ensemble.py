@@ -19,7 +19,7 @@ from scipy.special import expit
 
 from inward.errors import DataError
 from inward.heads.base import Head, Manifest
-from inward.heads.ensemble import PARTS, EnsembleHead
+from inward.heads.ensemble import PARTS, EnsembleHead, Part
 from inward.offline.data.pairs import grouped_folds
 from inward.offline.fit.prepare import calibration, created, record
 from inward.offline.fit.probes import auc, both, labels, pair_accuracy
@@ -129,7 +129,7 @@ def fit_ensemble(
         warnings=tuple(warnings),
     )
     parts = [
-        {"manifest": head.manifest.model_dump(mode="json"), "weight": float(w), "centre": float(c), "spread": float(s)}
+        Part(manifest=head.manifest, weight=w, centre=c, spread=s).model_dump(mode="json")
         for head, w, c, s in zip(heads, fitted.weight_P, fitted.centre_P, fitted.spread_P, strict=True)
     ]
     own = Manifest(

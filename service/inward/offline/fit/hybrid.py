@@ -39,9 +39,9 @@ from inward.offline.fit.joint import (
     Training,
 )
 from inward.offline.fit.prepare import calibration, manifest
-from inward.offline.fit.probes import SHRINKAGE, LayerProbes, auc, both, fit_layer, labels, pair_accuracy
+from inward.offline.fit.probes import SHRINKAGE, LayerProbes, auc, fit_layer, labels, pair_accuracy
 from inward.offline.fit.reproducible import LARGE, reproducible
-from inward.offline.states.stored import PairSource, Subset
+from inward.offline.states.stored import PairSource
 from inward.types import Doubles, Floats, Indices
 
 SKILL_POWER = 4
@@ -73,7 +73,7 @@ class HybridReport:
     """What ``inward fit hybrid`` prints and ``Manifest.fit["metrics"]`` keeps; figures are of held-out prompts in
     cross-validation.
 
-    Shrinkage, weights and number of steps were chosen on the same folds, so they flatter a little: ``cross_validate``
+    Shrinkage, weights and number of steps were chosen on the same folds, so they flatter a little: ``like.left_out``
     does not.
     """
 
@@ -201,24 +201,6 @@ def fit_hybrid(
         options={"gate": gate},
     )
     return HybridHead.from_tensors(own, _tensors(trained.parameters, layers, states.width)), report
-
-
-def cross_validate(states: PairSource, *, folds: int = 10, seed: int = 0, **options: Any) -> Doubles:
-    """``[2N]``: rewards of ``labels``' rows, each by a head fitted, choices included, without its prompt.
-
-    Args:
-        options: passed on to ``fit_hybrid``.
-    """
-    rewards_M = np.empty(2 * len(states))
-    for train, test in grouped_folds(states.groups_N, folds, seed):
-        head, _ = fit_hybrid(Subset(states, train), seed=seed, progress=False, **options)
-        axes = [states.layers.index(layer) for layer in head.manifest.layers]
-        both_MLD = np.concatenate(states.take(test, axes))
-        weights_LD = np.stack([tap.weight_DK[:, 0] for tap in head.readout.taps if tap.weight_DK is not None])
-        biases_L = np.concatenate([tap.bias_K for tap in head.readout.taps if tap.bias_K is not None])
-        values_ML = np.einsum("mld,ld->ml", both_MLD, weights_LD, optimize=True) + biases_L
-        rewards_M[both(test, len(states))] = head.rewards(values_ML)[0]
-    return rewards_M
 
 
 def _warm_start(

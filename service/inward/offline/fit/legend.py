@@ -204,7 +204,7 @@ def _judge(train: PairSource, validation: PairSource | None, layer: int, folds: 
     differences_ND = _differences(train, layer)
     direction_D = _direction(differences_ND)
     if validation is None:
-        judged_M = _crossfitted(train, layer, folds, seed)
+        judged_M: Floats | Doubles = _crossfitted(train, layer, folds, seed)
     else:
         judged_M = _differences(validation, layer) @ direction_D
     separation = float(judged_M.mean() / max(float(judged_M.std()), 1e-30))

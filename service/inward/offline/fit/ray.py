@@ -160,7 +160,7 @@ class SpreadPairs:
         ref, data = BackboneRef(**about.backbone), data_hash(self._pairs)
         origin = Origin(position, about.depth in layers, ref, about.template, data)
         groups_K, difference_K = self._groups_N[rows_K], self._length_difference_N[rows_K]
-        return PairStates(*states_2KLD, tuple(layers), groups_K, difference_K, origin)
+        return PairStates(states_2KLD[0], states_2KLD[1], tuple(layers), groups_K, difference_K, origin)
 
     def _each(
         self, what: Pass, blocks: Sequence[Block], numbers: Sequence[int], *, ordered: bool = False

@@ -349,8 +349,10 @@ def _guard(args: Namespace, opened: OpenModel) -> Fitted:
 def _srr(args: Namespace, opened: OpenModel, cache: Path) -> Fitted:
     states = load_list_states(args.states) if args.states else _states_of_lists(args, opened, cache)
     layer = args.layer or "0.25"
+    chosen: int | float | Literal["sweep"] = "sweep"
     try:
-        chosen = "sweep" if layer == "sweep" else float(layer) if "." in layer else int(layer)
+        if layer != "sweep":
+            chosen = float(layer) if "." in layer else int(layer)
     except ValueError:
         raise SetupError(f"--layer {layer}: a number, a fraction such as 0.25, or sweep") from None
     return fit_srr(states, name=args.name, layer=chosen, seed=args.seed)
