@@ -148,7 +148,7 @@ def test_only_the_last_layer_is_marked_as_read_after_the_final_norm():
 
 
 def test_a_head_of_states_without_a_backbone_is_never_served(tmp_path):
-    head, _ = fit_legend(replace(pair_states(), backbone=None, template=None))
+    head, _ = fit_legend(replace(pair_states(), origin=Origin()))
     folder = store.save(head, tmp_path / "orphan")
     store.load(folder)
     with pytest.raises(store.HeadError, match="unknown"):
