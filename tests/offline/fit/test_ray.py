@@ -96,15 +96,8 @@ async def opened_strict():
 class Here(Cluster):
     """No Ray: whatever is asked is answered in this process, in order, and noted."""
 
-    def __init__(self, **_):
-        self.open, self.done, self.stop_after = False, [], None
-
-    def __enter__(self):
-        self.open = True
-        return self
-
-    def __exit__(self, *_):
-        self.open = False
+    def __init__(self):
+        self.done, self.stop_after = [], None
 
     def ask(self, question, *arguments):
         return question(*arguments)
@@ -121,22 +114,17 @@ class Here(Cluster):
             reader._loop.close()
 
 
-@pytest.fixture
-def here(monkeypatch):
-    monkeypatch.setattr("inward.offline.fit.ray.Cluster", Here)
-
-
-def test_sums_that_were_stopped_go_on_and_are_one_file(tmp_path, here):
+def test_sums_that_were_stopped_go_on_and_are_one_file(tmp_path):
     whole = asyncio.run(sum_pairs(FakeBackbone(tokens=400), prompts(), PAIRS, **WHERE))
-    spread = SpreadPairs(opened, PAIRS, tmp_path, actors=1, gpus=0, block=9)
-    with spread:
-        spread._cluster.stop_after = 3
-        with pytest.raises(KeyboardInterrupt):
-            spread.sums(LAYERS, "last")
-        assert len(list(tmp_path.rglob("*.*"))) == 1
-        spread._cluster.stop_after = None
-        sums = spread.sums(LAYERS, "last")
-        assert spread._cluster.done == list(range(7))
+    cluster = Here()
+    spread = SpreadPairs(cluster, opened, PAIRS, tmp_path, block=9)
+    cluster.stop_after = 3
+    with pytest.raises(KeyboardInterrupt):
+        spread.sums(LAYERS, "last")
+    assert len(list(tmp_path.rglob("*.*"))) == 1
+    cluster.stop_after = None
+    sums = spread.sums(LAYERS, "last")
+    assert cluster.done == list(range(7))
     assert len(list(tmp_path.rglob("*.*"))) == 1
     for one, wanted in zip(sums.sums_L, whole.sums_L, strict=True):
         assert one.pairs == wanted.pairs
@@ -147,28 +135,28 @@ def test_sums_that_were_stopped_go_on_and_are_one_file(tmp_path, here):
     np.testing.assert_array_equal(sums.kept.groups_N, whole.kept.groups_N)
 
 
-def test_the_states_of_some_pairs_are_kept_in_the_order_of_the_pairs(tmp_path, here, monkeypatch):
+def test_the_states_of_some_pairs_are_kept_in_the_order_of_the_pairs(tmp_path, monkeypatch):
     monkeypatch.setattr("inward.offline.fit.ray.kept_pairs", lambda *_: np.array([50, 3, 4, 21]))
     shuffled = PAIRS[::2] + PAIRS[1::2]
-    with SpreadPairs(opened, shuffled, tmp_path, actors=1, gpus=0, block=9) as spread:
-        kept = spread.sums(LAYERS, "last").kept
-        every = spread.states(LAYERS, "last")
+    spread = SpreadPairs(Here(), opened, shuffled, tmp_path, block=9)
+    kept = spread.sums(LAYERS, "last").kept
+    every = spread.states(LAYERS, "last")
     np.testing.assert_allclose(kept.chosen_NLD, every.chosen_NLD[[3, 4, 21, 50]], rtol=1e-6)
     np.testing.assert_array_equal(kept.length_difference_N, every.length_difference_N[[3, 4, 21, 50]])
 
 
 @pytest.mark.parametrize("wrong", ["row", "model"])
-def test_what_is_wrong_is_told_before_anything_is_read_and_the_cluster_is_left(tmp_path, here, wrong):
+def test_what_is_wrong_is_told_before_anything_is_read(tmp_path, wrong):
     @asynccontextmanager
     async def missing():
         raise SetupError("there is no such model")
         yield
 
     pairs = [*PAIRS[:40], Pair("question 1", "good", ""), *PAIRS[40:]]
-    spread = SpreadPairs(opened_strict if wrong == "row" else missing, pairs, tmp_path, actors=1, gpus=0, block=9)
+    cluster = Here()
     with pytest.raises(SetupError, match="^row 41: rejected: is empty" if wrong == "row" else "no such model"):
-        spread.__enter__()
-    assert not spread._cluster.open and not spread._cluster.done
+        SpreadPairs(cluster, opened_strict if wrong == "row" else missing, pairs, tmp_path, block=9)
+    assert not cluster.done
 
 
 @pytest.fixture
@@ -220,7 +208,8 @@ def made(tmp_path, actors, model, block=9):
         import ray
 
         ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")  # whatever is here
-    with SpreadPairs(model, PAIRS, tmp_path, actors=actors, gpus=0, block=block) as spread:
+    with Cluster(actors=actors, gpus=0) as cluster:
+        spread = SpreadPairs(cluster, model, PAIRS, tmp_path, block=block)
         return spread.sums(LAYERS, "last"), spread.states(LAYERS, "last")
 
 

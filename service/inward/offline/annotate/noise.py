@@ -26,7 +26,7 @@ from scipy.optimize import brentq
 from scipy.special import expit
 
 from inward.offline.data.pairs import grouped_folds, whole_prompts
-from inward.offline.evaluate.statistics import Estimate, bootstrap, mean
+from inward.offline.evaluate.statistics import Estimate, Resampling, mean
 from inward.types import Doubles, Indices
 
 FOLDS = 5
@@ -62,7 +62,7 @@ class Noise:
         return np.asarray(share * wrong_N / np.maximum((1 - share) * right_N + share * wrong_N, 1e-300))
 
 
-def noise(margin_N: Doubles, groups_N: Indices, *, seed: int = 0, resamples: int = RESAMPLES) -> Noise | None:
+def noise(margin_N: Doubles, groups_N: Indices, *, resamples: int = RESAMPLES) -> Noise | None:
     """Both estimates with their 95 % intervals over prompts.
 
     Args:
@@ -85,20 +85,19 @@ def noise(margin_N: Doubles, groups_N: Indices, *, seed: int = 0, resamples: int
         best_B = np.argmax(log_GC @ (weights_BN @ member_NC).T, axis=0)
         return np.asarray(SHARES[best_B % len(SHARES)])
 
-    wrong = bootstrap(share, groups_N, resamples=resamples, seed=seed)
+    resampling = Resampling(resamples)
+    wrong = resampling.estimate(share, groups_N)
     best = int(np.argmax(log_GC @ np.bincount(bin_N, minlength=len(centre_C))))
     p_N = out_of_fold(margin_N, groups_N)
-    flagged = bootstrap(lambda weights_BN: confident(p_N, weights_BN), groups_N, resamples=resamples, seed=seed)
+    flagged = resampling.estimate(lambda weights_BN: confident(p_N, weights_BN), groups_N)
     assert wrong is not None and flagged is not None
     return Noise(wrong, flagged, float(SLOPES[best // len(SHARES)]) / spread)
 
 
-def agreement(margin_N: Doubles, groups_N: Indices, *, seed: int = 0) -> Estimate | None:
+def agreement(margin_N: Doubles, groups_N: Indices) -> Estimate | None:
     """Share of labels that the margins agree with; None of a single prompt."""
-    if len(np.unique(groups_N)) < 2:
-        return None
     some = whole_prompts(groups_N, MOST_PAIRS)
-    return bootstrap(mean(margin_N[some] > 0), groups_N[some], resamples=RESAMPLES, seed=seed)
+    return Resampling(RESAMPLES).estimate(mean(margin_N[some] > 0), groups_N[some])
 
 
 def out_of_fold(margin_N: Doubles, groups_N: Indices) -> Doubles:

@@ -123,12 +123,12 @@ def macro_f1(predicted: ArrayLike, labels: ArrayLike) -> Statistic:
     return lambda weights_BN: 0.5 * (f1(said_N, true_N, weights_BN) + f1(~said_N, ~true_N, weights_BN))
 
 
-def calibration_error(probabilities: ArrayLike, labels: ArrayLike, bins: int = 15) -> Statistic:
-    """Expected calibration error (Guo et al., ICML 2017): mean gap of stated and observed rate over ``bins`` of
-    equal width.
+def calibration_error(probabilities: ArrayLike, labels: ArrayLike) -> Statistic:
+    """Expected calibration error (Guo et al., ICML 2017): mean gap of stated and observed rate over 15 bins of equal
+    width.
     """
     p_N, true_N = np.asarray(probabilities, dtype=np.float64), np.asarray(labels, dtype=np.float64)
-    member_NK = np.eye(bins)[bin_of(p_N, bins)]
+    member_NK = np.eye(15)[bin_of(p_N, 15)]
     gap_NK = member_NK * (p_N - true_N)[:, None]
     return lambda weights_BN: _ratio(np.abs(weights_BN @ gap_NK).sum(axis=1), weights_BN.sum(axis=1))
 

@@ -38,7 +38,7 @@ class Drift:
     """Of heads like it, each fitted without the fold that it is judged on."""
 
 
-def drift(head: Head, states: PairSource, *, seed: int = 0) -> Drift:
+def drift(head: Head, states: PairSource) -> Drift:
     """Compares a head with heads like it that are fitted on ``states``.
 
     Raises:
@@ -52,10 +52,10 @@ def drift(head: Head, states: PairSource, *, seed: int = 0) -> Drift:
         raise DataError("it gives some of these responses no finite score")
 
     def refitted(some: PairSource) -> list[Head]:
-        return [fit_like(like_of(head), head, some, seed=seed)]
+        return [fit_like(like_of(head), head, some)]
 
     [refitted_M] = score_states(states, refitted(states))
-    [left_out_M] = left_out(states, refitted, seed=seed)
+    [left_out_M] = left_out(states, refitted)
     cosine = float(np.corrcoef(own_M, refitted_M)[0, 1])
     return Drift(len(states), cosine, pair_accuracy(own_M), pair_accuracy(left_out_M))
 

@@ -25,6 +25,7 @@ from inward.offline.fit.prepare import calibration, created, record
 from inward.offline.fit.probes import auc, both, labels, pair_accuracy
 from inward.types import Doubles, Indices
 
+FOLDS = 5
 DRAWN = (0.0, 0.01, 0.1, 1.0, np.inf)
 """How strongly weights are drawn towards equal ones; infinity: they are equal."""
 Rule = float | int
@@ -150,14 +151,14 @@ def fit_ensemble(
     return EnsembleHead.from_tensors(own, tensors), report
 
 
-def fit_weights(scores_PM: Doubles, groups_N: Indices, *, folds: int = 5, seed: int = 0) -> Weights:
+def fit_weights(scores_PM: Doubles, groups_N: Indices, *, seed: int = 0) -> Weights:
     """Weights for scores of some parts; sums have standard deviation 1."""
     centre_P, spread_P = scores_PM.mean(axis=1), np.maximum(scores_PM.std(axis=1), 1e-12)
     z_PM = (scores_PM - centre_P[:, None]) / spread_P[:, None]
     n = len(groups_N)
     rules: list[Rule] = [*DRAWN[::-1], *range(len(z_PM))]
     held_out: list[Doubles] = []
-    parts = grouped_folds(groups_N, min(folds, len(np.unique(groups_N))), seed)
+    parts = grouped_folds(groups_N, min(FOLDS, len(np.unique(groups_N))), seed)
     for rule in rules:
         sums_M = np.empty(2 * n)
         for train, test in parts:

@@ -11,11 +11,10 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,34 +84,20 @@ class SpreadPairs:
     """Pairs that are read on a cluster.
 
     Args:
+        cluster: that is open.
         cache: folder for what is done; give the same one to go on after an interruption.
-        actors: how many copies of the model.
-        gpus: for each of them.
 
     Raises:
-        SetupError: Ray is not installed, or the model can't be loaded there.
+        SetupError: the model can't be loaded there.
         DataError: a row that can't be tokenised; nothing was read yet.
     """
 
     def __init__(
-        self, opened: OpenModel, pairs: Sequence[Pair], cache: Path, *, actors: int, gpus: float,
-        block: int = BLOCK_PAIRS,
-    ) -> None:  # fmt: skip
-        self._opened, self._pairs, self._cache, self._block = opened, pairs, cache, block
-        self._groups_N = prompt_groups(pair.prompt for pair in pairs)
-        self._cluster = Cluster(actors=actors, gpus=gpus)
-
-    def __enter__(self) -> Self:
-        with ExitStack() as stack:
-            stack.enter_context(self._cluster)
-            self._about, self._length_difference_N = self._cluster.ask(_about, self._opened, self._pairs)
-            stack.pop_all()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, cluster: Cluster, opened: OpenModel, pairs: Sequence[Pair], cache: Path, *, block: int = BLOCK_PAIRS
     ) -> None:
-        self._cluster.__exit__(kind, error, trace)
+        self._cluster, self._opened, self._pairs, self._cache, self._block = cluster, opened, pairs, cache, block
+        self._groups_N = prompt_groups(pair.prompt for pair in pairs)
+        self._about, self._length_difference_N = cluster.ask(_about, opened, pairs)
 
     @property
     def depth(self) -> int:

@@ -14,6 +14,7 @@ from inward.errors import DataError, SetupError
 from inward.heads import store
 from inward.heads.base import Head
 from inward.heads.pooling import Pool
+from inward.offline.cluster import Cluster
 from inward.offline.data.pairs import (
     CalibrationRow,
     Pair,
@@ -122,7 +123,8 @@ def _in_ray(args: Namespace, opened: OpenModel, cache: Path) -> Fitted:
     whitened = args.direction == "whitened"
     layer = args.layer or ("sum" if whitened else "last")
     _choice(layer, (0,)) if whitened else _single(layer)  # refused before the cluster is started
-    with SpreadPairs(opened, pairs, cache, actors=args.actors, gpus=args.gpus) as spread:
+    with Cluster(actors=args.actors, gpus=args.gpus) as cluster:
+        spread = SpreadPairs(cluster, opened, pairs, cache)
         layers = _layers(args, layer, spread.depth)
         if whitened:
             evidence = spread.sums(layers, args.position)

@@ -96,13 +96,8 @@ class PairStates:
 
     def take(self, index: Indices, axes: Sequence[int] | None = None) -> tuple[Floats, Floats]:
         """See ``stored.PairSource``."""
-        if axes is not None and len(axes) == 1:  # not all layers of the rows for the sake of one
-            axis = slice(axes[0], axes[0] + 1)
-            chosen, rejected, axes = self.chosen_NLD[index, axis], self.rejected_NLD[index, axis], None
-        else:
-            chosen, rejected = self.chosen_NLD[index], self.rejected_NLD[index]
-        if axes is not None:
-            chosen, rejected = chosen[:, list(axes)], rejected[:, list(axes)]
+        where = index if axes is None else np.ix_(index, axes)
+        chosen, rejected = self.chosen_NLD[where], self.rejected_NLD[where]
         return chosen.astype(np.float32, copy=False), rejected.astype(np.float32, copy=False)
 
     def at(self, layer: int) -> tuple[Floats, Floats]:
@@ -226,15 +221,15 @@ def load_list_states(path: Path) -> ListStates:
     return states
 
 
-def near_duplicates(states_ND: Floats, threshold: float = NEAR_DUPLICATE) -> Indices:
-    """``[N]``: one number for rows linked by a cosine above ``threshold``, made of their content, not of their
+def near_duplicates(states_ND: Floats) -> Indices:
+    """``[N]``: one number for rows linked by a cosine above ``NEAR_DUPLICATE``, made of their content, not of their
     order.
     """
     unit_ND = states_ND - states_ND.mean(axis=0, dtype=np.float64)  # deep layers share one large component, which alone
     unit_ND /= np.maximum(np.linalg.norm(unit_ND, axis=1, keepdims=True), 1e-30)  # makes all cosines nearly 1
     unit_ND = unit_ND.astype(np.float32)
     linked = [
-        np.argwhere(unit_ND[start : start + _ROWS_AT_ONCE] @ unit_ND.T > threshold) + np.array([start, 0])
+        np.argwhere(unit_ND[start : start + _ROWS_AT_ONCE] @ unit_ND.T > NEAR_DUPLICATE) + np.array([start, 0])
         for start in range(0, len(unit_ND), _ROWS_AT_ONCE)
     ]
     row_E, other_E = np.concatenate(linked or [np.empty((0, 2), dtype=np.int64)]).T

@@ -17,9 +17,7 @@ from inward.prompts import Prompts
 from inward.types import Doubles, Floats, Group, Position, Reading, Scores, Tap
 
 
-async def score_groups(
-    backbone: Backbone, groups: Sequence[Group], heads: Sequence[Head], *, progress: bool = True
-) -> list[tuple[Scores, ...]]:
+async def score_groups(backbone: Backbone, groups: Sequence[Group], heads: Sequence[Head]) -> list[tuple[Scores, ...]]:
     """For each group what each head says of its responses, as the service would."""
     said: list[tuple[Scores, ...]] = [()] * len(groups)
 
@@ -28,16 +26,14 @@ async def score_groups(
 
     tokens = any(head.pools for head in heads)
     readouts = [head.readout for head in heads]
-    await read_every_token(backbone, groups, readouts, deliver, tokens=tokens, progress=progress)
+    await read_every_token(backbone, groups, readouts, deliver, tokens=tokens)
     return said
 
 
-async def score_pairs(
-    backbone: Backbone, prompts: Prompts, pairs: Sequence[Pair], heads: Sequence[Head], *, progress: bool = True
-) -> Doubles:
+async def score_pairs(backbone: Backbone, prompts: Prompts, pairs: Sequence[Pair], heads: Sequence[Head]) -> Doubles:
     """``[H, 2N]``: each head's scores of the chosen and then of the rejected responses; NaN where there is none."""
     groups, places = groups_of(backbone, prompts, pairs)
-    said = await score_groups(backbone, groups, heads, progress=progress)
+    said = await score_groups(backbone, groups, heads)
     scores = [[said[group][h].scores_N[response] for group, response in places] for h in range(len(heads))]
     return np.array(scores, dtype=np.float64)
 

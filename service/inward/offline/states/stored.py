@@ -201,14 +201,12 @@ class Subset:
         return self.whole.origin
 
 
-def blocks(
-    source: PairSource, axes: Sequence[int] | None = None, index: Indices | None = None
-) -> Iterator[tuple[Indices, Floats, Floats]]:
-    """All pairs (or those of ``index``) in order, as many at once as ``BLOCK_BYTES`` allow: numbers, chosen, rejected.
+def blocks(source: PairSource, axes: Sequence[int] | None = None) -> Iterator[tuple[Indices, Floats, Floats]]:
+    """All pairs in order, as many at once as ``BLOCK_BYTES`` allow: numbers, chosen, rejected.
 
     ``axes``: entries of ``layers``; None: all of them.
     """
-    every = np.arange(len(source), dtype=np.int64) if index is None else index
+    every = np.arange(len(source), dtype=np.int64)
     for part in _parts(every, 2 * source.width * (len(source.layers) if axes is None else len(axes))):
         chosen, rejected = source.take(part, axes)
         yield part, chosen, rejected
