@@ -30,6 +30,8 @@ TINY = 1e-9
 """In place of a width of nothing."""
 FALSE_POSITIVE_RATES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 """At which thresholds are kept."""
+NEWTON_STEPS = 100
+"""At most."""
 BIN_VALUES = (0.0, 1 / 3, 2 / 3, 1.0)
 """The scale that TRL documents for the margins of Llama 2's reward model."""
 
@@ -52,7 +54,7 @@ class MarginScale:
     values: tuple[float, ...] = BIN_VALUES
 
     @classmethod
-    def fit(cls, margins: ArrayLike, *, values: Sequence[float] = BIN_VALUES) -> Self:
+    def fit(cls, margins: ArrayLike) -> Self:
         """Fits scale and bins on calibration margins ``[N]`` (chosen minus rejected, raw).
 
         Raises:
@@ -62,17 +64,17 @@ class MarginScale:
         if not np.isfinite(margins_N).all():
             raise DataError("calibration margins must be finite; some are NaN or infinite")
         agreeing = margins_N[margins_N > 0]
-        if len(agreeing) < len(values):
+        bins = len(BIN_VALUES)
+        if len(agreeing) < bins:
             raise DataError(
                 f"only {len(agreeing)} of {len(margins_N)} calibration margins are above zero, too few for "
-                f"{len(values)} bins: "
-                "use more calibration rows, another layer, or check that chosen and rejected are not exchanged"
+                f"{bins} bins: use more calibration rows, another layer, or check that chosen and rejected are not "
+                "exchanged"
             )
         std = float(margins_N.std())
         if not std > 0:
             raise DataError("all calibration margins are equal: the rows say nothing about the scale of a margin")
-        inner = np.quantile(agreeing, np.arange(1, len(values)) / len(values))
-        return cls(std, tuple(float(e) for e in inner), tuple(float(v) for v in values))
+        return cls(std, tuple(np.quantile(agreeing, np.arange(1, bins) / bins).tolist()))
 
     @classmethod
     def load(cls, calibration: Mapping[str, Any]) -> Self | None:
@@ -124,7 +126,7 @@ class Platt:
     intercept: float
 
     @classmethod
-    def fit(cls, scores: ArrayLike, labels: ArrayLike, *, iterations: int = 100) -> Self:
+    def fit(cls, scores: ArrayLike, labels: ArrayLike) -> Self:
         """Newton's method with backtracking and Platt's smoothed targets (Lin, Lin and Weng, Machine Learning 68,
         2007).
 
@@ -143,10 +145,8 @@ class Platt:
         if not positives or not negatives:
             raise DataError("calibration of a probability needs both acceptable and unacceptable responses")
         target = np.where(y, (positives + 1) / (positives + 2), 1 / (negatives + 2))
-        centre, spread = (
-            s.mean(),
-            s.std() or 1.0,
-        )  # on a unit scale the Hessian is well conditioned whatever the score's units
+        # on a unit scale the Hessian is well conditioned whatever the score's units
+        centre, spread = s.mean(), s.std() or 1.0
         x = np.stack([(s - centre) / spread, np.ones_like(s)])
         w = np.array([0.0, math.log((positives + 1) / (negatives + 1))])
 
@@ -154,7 +154,7 @@ class Platt:
             z = w @ x
             return float(np.sum(np.logaddexp(0, z) - target * z))
 
-        for _ in range(iterations):
+        for _ in range(NEWTON_STEPS):
             p = sigmoid(w @ x)
             gradient = x @ (p - target)
             if np.abs(gradient).max() < 1e-9 * len(s):

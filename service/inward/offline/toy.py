@@ -272,26 +272,21 @@ def train(rows: Sequence[dict[str, str]], out: Path, args: argparse.Namespace) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--pairs", type=Path, required=True, help="JSONL with prompt, chosen, rejected (permissively licensed)"
-    )
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder for config, weights (bf16 safetensors) and tokenizer"
-    )
-    parser.add_argument("--splits", type=Path, help="folder for the parts that the pairs were split into, as JSONL")
-    parser.add_argument("--epochs", type=int, default=9)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--budget", type=int, default=4096, help="tokens in a batch")
-    parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--warm-up", type=int, default=60, help="steps")
-    parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument(
-        "--pair-weight", type=float, default=0.3, help="weight of the pair loss beside the language loss"
-    )
-    parser.add_argument("--smoothing", type=float, default=0.3, help="of the pairs' labels")
-    parser.add_argument("--token-noise", type=float, default=0.15, help="share of input tokens replaced at random")
-    parser.add_argument("--seed", type=int, default=0)
+    add = parser.add_argument
+    add("--pairs", type=Path, required=True, help="JSONL with prompt, chosen, rejected (permissively licensed)")
+    add("--out", type=Path, required=True, help="folder for config, weights (bf16 safetensors) and tokenizer")
+    add("--splits", type=Path, help="folder for the parts that the pairs were split into, as JSONL")
+    add("--epochs", type=int, default=9)
+    add("--width", type=int, default=256)
+    add("--layers", type=int, default=8)
+    add("--budget", type=int, default=4096, help="tokens in a batch")
+    add("--lr", type=float, default=1.5e-3)
+    add("--warm-up", type=int, default=60, help="steps")
+    add("--weight-decay", type=float, default=0.1)
+    add("--pair-weight", type=float, default=0.3, help="weight of the pair loss beside the language loss")
+    add("--smoothing", type=float, default=0.3, help="of the pairs' labels")
+    add("--token-noise", type=float, default=0.15, help="share of input tokens replaced at random")
+    add("--seed", type=int, default=0)
     args = parser.parse_args()
     rows = [json.loads(line) for line in args.pairs.read_text(encoding="utf-8").splitlines()]
     if args.splits:

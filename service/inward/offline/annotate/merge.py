@@ -113,13 +113,10 @@ def write(table: Table, results: Callable[[], Iterable[Annotated]], metadata: Ro
     table.fresh.replace(table.out)
 
 
-def write_rejected(sources: Sequence[Source], results: Callable[[Source], Iterable[Annotated]], out: Path) -> int:
-    """Writes rows that could not be annotated, each with the reason; no file where there are none. How many there
-    are.
-    """
-    rejected = 0
+def write_rejected(sources: Sequence[Source], results: Callable[[Source], Iterable[Annotated]], out: Path) -> None:
+    """Writes rows that could not be annotated, each with the reason; no file where there are none."""
+    file: IO[str] | None = None
     with ExitStack() as stack:
-        file: IO[str] | None = None
         for source in sources:
             rows = enumerate(zip(source.numbered(), results(source), strict=True), start=1)
             for number, ((where, row), annotated) in rows:
@@ -128,10 +125,8 @@ def write_rejected(sources: Sequence[Source], results: Callable[[Source], Iterab
                     line: Row = {"source": source.paths[0].name, "row": number, "where": where}
                     line["reason"] = annotated.error
                     file.write(to_json(line | ({} if isinstance(row, DataError) else {"content": row})) + "\n")
-                    rejected += 1
-    if not rejected:
+    if file is None:
         out.unlink(missing_ok=True)
-    return rejected
 
 
 def good(source: Source, results: Iterable[Annotated]) -> Iterator[tuple[Row, Annotated]]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import heapq
 import re
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -126,8 +127,7 @@ def summarise(results: Iterable[Annotated]) -> Summary:
     """One pass over what became of all rows."""
     rows = truncated = flipped = ties = sure = 0
     total = 0.0
-    margins: list[NDArray[np.float32]] = []
-    held: list[float] = []
+    margins = array("f")
     reasons: Counter[str] = Counter()
     for one in results:
         rows += 1
@@ -137,14 +137,10 @@ def summarise(results: Iterable[Annotated]) -> Summary:
         truncated += one.truncated
         flipped += one.columns["label_agrees"] is False
         ties += one.columns["label_agrees"] is None
-        held.append(float(one.columns["margin"] or 0.0))
+        margins.append(one.columns["margin"] or 0.0)
         if (confidence := one.columns["confidence"]) is not None:
             sure, total = sure + 1, total + confidence
-        if len(held) == 65_536:
-            margins.append(np.array(held, dtype=np.float32))
-            held = []
-    margin_N = np.concatenate([*margins, np.array(held, dtype=np.float32)])
-    confidence = total / sure if sure else None
+    margin_N, confidence = np.array(margins, dtype=np.float32), total / sure if sure else None
     return Summary(rows, len(margin_N), truncated, flipped, ties, margin_N, confidence, _common(reasons))
 
 
