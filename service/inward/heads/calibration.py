@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from inward.errors import DataError, HeadError, InvalidField
-from inward.types import PairScores
+from inward.types import Doubles, PairScores
 
 TINY = 1e-9
 """In place of a width of nothing."""
@@ -36,7 +36,18 @@ BIN_VALUES = (0.0, 1 / 3, 2 / 3, 1.0)
 """The scale that TRL documents for the margins of Llama 2's reward model."""
 
 
-def sigmoid(x: ArrayLike) -> NDArray[np.float64]:
+def finite(value: float) -> float | None:
+    """A score; None in the place of one that is none."""
+    return float(value) if math.isfinite(value) else None
+
+
+def softmax(x: Doubles) -> Doubles:
+    """Over the last axis."""
+    weights = np.exp(x - x.max(axis=-1, keepdims=True, initial=-math.inf))
+    return np.asarray(weights / weights.sum(axis=-1, keepdims=True), dtype=np.float64)
+
+
+def sigmoid(x: ArrayLike) -> Doubles:
     """``1 / (1 + exp(-x))`` without overflow, elementwise."""
     return np.asarray(0.5 * (1 + np.tanh(0.5 * np.asarray(x, dtype=np.float64))), dtype=np.float64)
 
@@ -150,7 +161,7 @@ class Platt:
         x = np.stack([(s - centre) / spread, np.ones_like(s)])
         w = np.array([0.0, math.log((positives + 1) / (negatives + 1))])
 
-        def loss(w: NDArray[np.float64]) -> float:
+        def loss(w: Doubles) -> float:
             z = w @ x
             return float(np.sum(np.logaddexp(0, z) - target * z))
 
@@ -190,12 +201,17 @@ class Platt:
         """The entry of a manifest's ``calibration``."""
         return {"slope": self.slope, "intercept": self.intercept}
 
-    def __call__(self, scores: ArrayLike) -> NDArray[np.float64]:
+    def __call__(self, scores: ArrayLike) -> Doubles:
         """Probabilities, elementwise."""
         return sigmoid(self.slope * np.asarray(scores, dtype=np.float64) + self.intercept)
 
 
-def _finite(scores: ArrayLike) -> NDArray[np.float64]:
+def probabilities(platt: Platt | None, scores_N: Sequence[float | None]) -> tuple[float | None, ...] | None:
+    """Of each score that there is; None of an uncalibrated head."""
+    return platt and tuple(None if score is None else float(platt(score)) for score in scores_N)
+
+
+def _all_finite(scores: ArrayLike) -> Doubles:
     scores_N = np.asarray(scores, dtype=np.float64).ravel()
     if not len(scores_N) or not np.isfinite(scores_N).all():
         raise DataError("calibration scores must be finite, and there must be some")
@@ -217,7 +233,7 @@ class Deciles:
         Raises:
             DataError: none, or some are not finite.
         """
-        scores_N = _finite(scores)
+        scores_N = _all_finite(scores)
         return cls(tuple(float(e) for e in np.quantile(scores_N, np.arange(1, 10) / 10)))
 
     @classmethod
@@ -274,7 +290,7 @@ class Acceptable:
         Raises:
             DataError: none, or some are not finite.
         """
-        scores_N = _finite(scores)
+        scores_N = _all_finite(scores)
         rates = [rate for rate in FALSE_POSITIVE_RATES if rate * len(scores_N) >= 1] or [FALSE_POSITIVE_RATES[-1]]
         return cls(tuple(rates), tuple(float(s) for s in np.quantile(scores_N, rates)))
 
