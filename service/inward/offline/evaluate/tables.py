@@ -65,12 +65,8 @@ def _wrapped(paragraph: str) -> str:
 def guard(judgement: Judgement) -> RenderableType:
     """The head as a guard: what it catches where so much of what is harmless may be flagged."""
     refusals = any(one.false_refusals for one in judgement.guard)
-    columns = [
-        "wanted false positives",
-        "caught (TPR)",
-        "false positives",
-        *(["XSTest false refusals"] if refusals else []),
-    ]
+    columns = ["wanted false positives", "caught (TPR)", "false positives"]
+    columns += ["XSTest false refusals"] if refusals else []
     found = Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for one in judgement.guard:
         cells = [one.true_positives, one.false_positives, *([one.false_refusals] if refusals else [])]
@@ -111,9 +107,7 @@ def cost(report: Mapping[str, Any]) -> str:
     """The head alone, and with the forward pass that it reads."""
     spent = report["cost"]
     forward = spent["with_forward_ms"]
-    whole = (
-        f"{forward:.2f} ms with the forward pass"
-        if forward is not None
-        else "forward pass not measured (states were given)"
-    )
+    whole = "forward pass not measured (states were given)"
+    if forward is not None:
+        whole = f"{forward:.2f} ms with the forward pass"
     return f"cost of a response: {spent['head_ms']:.3f} ms for the head alone, {whole}, generation not part of this"

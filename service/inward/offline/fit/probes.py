@@ -165,15 +165,9 @@ def _in_span(rows: _Rows, fold_N: Indices, folds: int, shrinkage: Sequence[float
         own = both(np.flatnonzero(fold_N == k), n)
         held_out_CM[:, own] = (points_MR[own] @ probe_FCR[k].T + bias_FC[k]).T
     basis_DR = (z_MD.T @ (vectors_MM[:, kept] / length_R).astype(np.float32)).astype(np.float32)
+    points_MR = points_MR.astype(np.float32)
     return LayerProbes(
-        mean_D,
-        scale_D,
-        basis_DR,
-        points_MR.astype(np.float32),
-        probe_FCR[:, :-1],
-        bias_FC[:, :-1],
-        held_out_CM[:-1],
-        held_out_CM[-1],
+        mean_D, scale_D, basis_DR, points_MR, probe_FCR[:, :-1], bias_FC[:, :-1], held_out_CM[:-1], held_out_CM[-1]
     )
 
 
