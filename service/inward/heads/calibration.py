@@ -208,7 +208,9 @@ class Platt:
 
 def probabilities(platt: Platt | None, scores_N: Sequence[float | None]) -> tuple[float | None, ...] | None:
     """Of each score that there is; None of an uncalibrated head."""
-    return platt and tuple(None if score is None else float(platt(score)) for score in scores_N)
+    if platt is None:
+        return None
+    return tuple(None if score is None else float(platt(score)) for score in scores_N)
 
 
 def _all_finite(scores: ArrayLike) -> Doubles:

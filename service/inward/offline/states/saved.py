@@ -96,7 +96,7 @@ class PairStates:
 
     def take(self, index: Indices, axes: Sequence[int] | None = None) -> tuple[Floats, Floats]:
         """See ``stored.PairSource``."""
-        where = index if axes is None else np.ix_(index, axes)
+        where = index if axes is None else np.ix_(index, np.asarray(axes))
         chosen, rejected = self.chosen_NLD[where], self.rejected_NLD[where]
         return chosen.astype(np.float32, copy=False), rejected.astype(np.float32, copy=False)
 
