@@ -22,7 +22,7 @@ from inward.offline.data.pairs import grouped_split, whole_prompts
 from inward.offline.fit.legend import HELD_OUT, DirectionReport, agreement, check_position, length_matched, spearman
 from inward.offline.fit.prepare import calibration, manifest
 from inward.offline.fit.probes import auc, both, pair_accuracy
-from inward.offline.fit.reproducible import reproducible
+from inward.offline.fit.reproducible import LARGE, reproducible
 from inward.offline.fit.whitening import SHRINKAGE, Whitened, in_span, whiten
 from inward.offline.states.moments import Moments, PairSums
 from inward.offline.states.read import KEPT_PAIRS
@@ -231,7 +231,7 @@ def fit_whitened(
     fits: list[Whitened] = []
     means: list[Doubles] = []
     scores: list[Doubles] = []
-    with reproducible(seed):
+    with reproducible(seed, large=len(kept) * len(axes) * kept.width > LARGE):
         for axis in tqdm(axes, desc="fit legend", unit="layer", disable=not progress):
             sums = evidence.sums(axis)
             chosen, rejected = (states[:, 0] for states in kept.take(every, [axis]))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.linalg import eigh
 
-from inward.offline.states.moments import Moments, PairSums
+from inward.offline.states.moments import Moments, PairSums, Sums
 from inward.types import Doubles, Floats, Indices
 
 SHRINKAGE = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
@@ -121,7 +121,7 @@ def _spectrum(rows_MD: Doubles, sums: PairSums, covariance: Moments | None) -> S
     """Of S. Where the kept rows are all there are, and fewer than dimensions, in their span: as exact, and cheaper."""
     m, width = rows_MD.shape
     if covariance is None and in_span(m, sums.moments.count, width):
-        square_M, vectors_MM = eigh(rows_MD @ rows_MD.T, overwrite_a=True, check_finite=False)
+        square_M, vectors_MM = _eigh(rows_MD @ rows_MD.T)
         kept = square_M > square_M[-1] * 1e-10
         length_R, vectors_MR = np.sqrt(square_M[kept]), vectors_MM[:, kept]
         vectors_DR = rows_MD.T @ (vectors_MR / length_R)
@@ -129,14 +129,24 @@ def _spectrum(rows_MD: Doubles, sums: PairSums, covariance: Moments | None) -> S
     s_DD = (covariance or sums.moments).covariance_DD
     if width > SINGLE_WIDTH:
         s_DD = s_DD.astype(np.float32)
-    values_D, vectors_DD = eigh(s_DD, overwrite_a=True, check_finite=False)
-    values_D, vectors_DD = np.maximum(values_D.astype(np.float64), 0), vectors_DD.astype(np.float64)
+    values_D, vectors_DD = _eigh(s_DD)
+    values_D = np.maximum(values_D, 0)
     return Spectrum(values_D, vectors_DD, rows_MD @ vectors_DD, float(values_D.sum()), width)
 
 
 def in_span(kept: int, count: float, width: int) -> bool:
-    """Whether so many kept rows of ``count`` are worked with in their span, so that no scatter matrix is needed."""
-    return kept == count and kept < width
+    """Whether so many kept rows of ``count`` are worked with in their span, so that no scatter matrix is needed. Not
+    where they are nearly as many as dimensions: float32, which their products don't allow, is faster then.
+    """
+    return kept == count and 3 * kept < 2 * width
+
+
+def _eigh(symmetric: Sums) -> tuple[Doubles, Doubles]:
+    """Eigenvalues, ascending, and eigenvectors, found in the given precision. Divide and conquer: the fastest driver
+    where all of them are wanted, most of all in float32. Overwrites what it is given.
+    """
+    values, vectors = eigh(symmetric, driver="evd", overwrite_a=True, check_finite=False)
+    return values.astype(np.float64, copy=False), vectors.astype(np.float64, copy=False)
 
 
 def _left_out(
