@@ -17,7 +17,7 @@ from inward.offline.evaluate.metrics import NAMES, Metrics
 PARTS = ("pair_accuracy", "auc", "macro_f1", "calibration_error", "top1_safe_rate")
 """Metrics of the parts of the rows."""
 PARAGRAPH = 100
-"""Characters of its lines."""
+"""Characters of its lines: narrower than the table, which decides how wide everything is."""
 
 
 def methods(judgement: Judgement, head: str) -> Iterator[tuple[str, Metrics]]:
@@ -41,7 +41,7 @@ def table(judgement: Judgement, report: Mapping[str, Any]) -> RenderableType:
     main = Table("", *(NAMES[name] for name in columns), box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name, metrics in methods(judgement, f"[bold]{report['head']['name']}[/] ({report['head']['kind']})"):
         main.add_row(name, *(str(metrics.get(column) or "") for column in columns))
-    lines: list[RenderableType] = [summary(report), "", main, "", _wrapped(report["verdict"])]
+    lines: list[RenderableType] = [summary(report), "", main, "", textwrap.fill(report["verdict"], PARAGRAPH)]
     if judgement.strategies:
         by = ", ".join(
             f"{one.name}{f' ({one.layer})' if one.layer is not None else ''} {one.estimate.value:.3f}"
@@ -55,11 +55,6 @@ def table(judgement: Judgement, report: Mapping[str, Any]) -> RenderableType:
     if report["over_refusal"]:
         lines += ["", report["over_refusal"]["sentence"]]
     return Lines(*lines, "", cost(report), *(f"note: {note}" for note in report["notes"]))
-
-
-def _wrapped(paragraph: str) -> str:
-    """Narrower than the table, which decides how wide everything is."""
-    return "\n".join(textwrap.wrap(paragraph, PARAGRAPH))
 
 
 def guard(judgement: Judgement) -> RenderableType:
