@@ -132,19 +132,19 @@ async def test_a_port_that_nobody_named_gives_way_to_a_free_one(taken, monkeypat
         await serve(Settings(), opening, unnamed=port)
         assert urls[0].startswith("http://127.0.0.1:") and not urls[0].endswith(f":{port}")
         with pytest.raises(SetupError, match=str(port)):
-            await serve(Settings(port=port), opening, lambda _: {}, unnamed=port + 1)
+            await serve(Settings(port=port), opening, unnamed=port + 1)
 
 
 async def test_a_process_whose_device_hangs_is_ended_without_waiting_for_it(monkeypatch):
     ended = []
     monkeypatch.setattr("os._exit", ended.append)
     process = Standalone()
-    process.stuck = True
+    process.stuck, process.ending = True, asyncio.create_task(asyncio.sleep(0))
 
-    async def opening():
+    async def opening(_):
         return process
 
-    await serve(Settings(port=0), opening, lambda _: {}, lambda _: asyncio.create_task(asyncio.sleep(0)))
+    await serve(Settings(port=0), opening)
     assert ended == [1]
 
 
