@@ -4,6 +4,7 @@ import gc
 import logging
 import os
 import signal
+import sys
 
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
@@ -136,3 +137,23 @@ def own_redis(tmp_path):
     yield start
     for server in started:
         server.kill()
+
+
+@pytest.fixture
+def ray_processes(monkeypatch):
+    """The module, where it is installed; its processes see what this one sees."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # its processes are nice otherwise, and starve on a busy machine
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_gcs_server_request_timeout_seconds", "300")  # these two are read when Ray is imported
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "300")
+    return pytest.importorskip("ray", reason="Ray is not installed: pip install 'inward[ray]'")
+
+
+@pytest.fixture
+def some_actors(ray_processes):
+    """Ray, with room for four actors whatever is here."""
+    ray_processes.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")
+    yield
+    ray_processes.shutdown()

@@ -107,14 +107,18 @@ class AwayStore:
         raise Unavailable("Redis can't be reached")
 
 
-async def test_scores_are_given_without_the_store_and_all_else_waits_for_it():
+async def test_scores_and_ranks_of_given_candidates_come_without_the_store_and_all_else_waits_for_it():
     api = FakeServices()
     object.__setattr__(api.services, "idempotency", AwayStore())
     api.app = create_app(api.services)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(api.app), base_url="http://test") as client:
         assert (await client.post("/margin", json=PAIRS, headers=KEY)).status_code == 200
-        body = {"prompt": "a", "candidates": ["b", "cc"]}
-        assert (await client.post("/rerank", json=body, headers=KEY)).status_code == 503
+        given = {"prompt": "a", "candidates": ["b", "cc"]}
+        assert (await client.post("/rerank", json=given, headers=KEY)).status_code == 200
+        for body in ({"prompt": "a", "n": 2}, given | {"append_to": "s"}, [given]):
+            assert (await client.post("/rerank", json=body, headers=KEY)).status_code == 503
+        for content in (b"", b"{", b'{"candidates": "\xff"}'):
+            assert (await client.post("/rerank", content=content, headers=KEY)).status_code == 503
 
 
 async def test_an_answer_of_which_a_shard_was_away_is_not_kept():

@@ -2,7 +2,7 @@
 wall's.
 
     python tests/benchmarks/simulated_scale.py flow --shards 1 2 3 4     busy share of each Redis, 1,000 workers
-    python tests/benchmarks/simulated_scale.py lost                      a shard is killed, and one is frozen
+    python tests/benchmarks/simulated_scale.py lost --rate 20            a shard is killed, and one is frozen
     python tests/benchmarks/simulated_scale.py told                      what a piece of a streamed answer costs
 
 In ``flow`` every pair is submitted, taken, settled and received by the code that the service runs, in ticks of a
@@ -239,6 +239,7 @@ async def lost(how: str, rate: float, away_s: float) -> dict[str, object]:
         with suppress(Unavailable):
             await asyncio.gather(replica.leave(), *(worker.leave() for worker in workers))
     ends = sorted(end for _, end, shard, said in told if shard < 2 and went - 2 <= end <= back)
+    moved = [end - sent for sent, end, shard, said in told if shard == 2 and said == "scored" and went < sent < back]
     failed = [(sent, end) for sent, end, shard, said in told if shard == 2 and said != "scored"]
     again = [end for sent, end, shard, said in told if shard == 2 and said == "scored" and sent > back]
     others = Counter(said for sent, _, shard, said in told if shard < 2)
@@ -246,8 +247,9 @@ async def lost(how: str, rate: float, away_s: float) -> dict[str, object]:
         "lost": how, "pairs_s": rate, "away_s": round(back - went, 1), "others": dict(others),
         "longest_pause_of_the_others_s": round(max(b - a for a, b in itertools.pairwise(ends)), 2),
         "failed": len(failed), "of_those_on_their_way": sum(sent < went for sent, _ in failed),
-        "failed_within_s_median": round(sorted(end - sent for sent, end in failed)[len(failed) // 2], 3),
-        "failed_within_s_longest": round(max(end - sent for sent, end in failed), 2),
+        "failed_within_s_longest": round(max((end - sent for sent, end in failed), default=0.0), 2),
+        "scored_by_others": len(moved), "of_those_within_s_median": round(sorted(moved)[len(moved) // 2], 3),
+        "of_those_within_s_longest": round(max(moved), 2),
         "scored_again_after_s": round(min(again) - back, 2), "unanswered": len(calls) - len(told),
     }  # fmt: skip
 

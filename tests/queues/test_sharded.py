@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import signal
 from collections import Counter
 from contextlib import asynccontextmanager
 
@@ -10,7 +11,7 @@ import pytest
 from inward import metrics
 from inward.errors import EngineDead, Overloaded, ShardAway, Unavailable
 from inward.queues.base import Closed
-from inward.queues.redis.sharded import PATIENCE_S, ShardedConsumer, ShardedProducer, shard_of
+from inward.queues.redis.sharded import PATIENCE_S, ShardedConsumer, ShardedProducer, shard_of, shards_of
 from inward.queues.single_flight import SingleFlight
 from inward.stores.connection import Connection
 from inward.types import Failed, Group, HeadRef, Job, Piece, Scored, Scores, Usage
@@ -132,7 +133,7 @@ async def test_a_worker_takes_from_all_shards_alike(own_redis):
         assert abs(taken["0"] - taken["1"]) <= 20
 
 
-async def test_a_lost_shard_fails_its_pairs_at_once_says_so_and_the_others_go_on(own_redis, caplog):
+async def test_the_others_take_what_a_lost_shard_had_and_say_so(own_redis, caplog):
     caplog.set_level(logging.INFO, logger="inward")
     servers = [own_redis(appendonly="yes") for _ in range(3)]
     async with sharded(servers, ttl=1.0) as q:
@@ -140,19 +141,68 @@ async def test_a_lost_shard_fails_its_pairs_at_once_says_so_and_the_others_go_on
         await until(lambda: q.producer.lost and q.consumer.lost)
         assert q.producer.away is None and q.consumer.problem is None
         assert q.producer.lost.startswith("shard 2 of 3 is away: Redis can't be reached")
-        [there], [lost] = on(0, 3), on(1, 3)
-        outcomes = await asyncio.gather(*await q.producer.submit([job("a", there), job("b", lost)]))
-        assert isinstance(outcomes[0], Scored) and outcomes[1].code == ShardAway.code
-        assert "shard 2 of 3" in outcomes[1].message
-        with pytest.raises(ShardAway, match="shard 2 of 3"):
-            await q.producer.submit([job("c", lost)])
-        with pytest.raises(ShardAway):  # a bulk job can wait, so nothing of it fails
-            await q.producer.submit([job("d", there, priority="bulk"), job("e", lost, priority="bulk")])
+        [there], lost = on(0, 3), on(1, 3, 20)
+        jobs = [job("a", there), *(job(i, prompt) for i, prompt in enumerate(lost))]
+        outcomes = await asyncio.gather(*await q.producer.submit(jobs))
+        assert [outcome.job_id for outcome in outcomes] == ids(jobs)
+        assert all(isinstance(outcome, Scored) for outcome in outcomes)
+        [alone] = await asyncio.gather(*await q.producer.submit([job("alone", lost[0])]))
+        assert isinstance(alone, Scored)
+        with pytest.raises(ShardAway, match=r"shard 2 of 3 .*\(\w+\)$"):  # a bulk job can wait, so nothing of it moves
+            await q.producer.submit([job("d", there, priority="bulk"), job("e", lost[0], priority="bulk")])
         assert q.producer.open_jobs == 0
         servers[1].start()
         await until(lambda: not q.producer.lost and not q.consumer.lost and q.producer.shards[1].workers)
-        [outcome] = await asyncio.gather(*await q.producer.submit([job("f", lost)]))
+        [outcome] = await asyncio.gather(*await q.producer.submit([job("f", lost[0])]))
         assert isinstance(outcome, Scored)
+
+
+async def test_a_lost_shard_is_shared_out_among_all_others(own_redis):
+    moved = Counter(shards_of((i, 3), 4)[1] for i in range(7000) if shard_of((i, 3), 4) == 2)
+    assert set(moved) == {0, 1, 3} and max(moved.values()) < 1.15 * min(moved.values())
+
+
+async def test_what_the_others_have_no_room_to_spare_for_fails_and_their_own_goes_on(own_redis):
+    servers = [own_redis(), own_redis()]
+    async with sharded(servers, max_tokens=80, ttl=PATIENCE, work=False) as q:
+        [a, *_], [b, *_] = on(0, 2, 2), on(1, 2, 2)
+        servers[1].kill()
+        await until(lambda: q.producer.lost)
+        await q.producer.submit([job("own", a, response=(1,) * 10)])  # 13 of 40
+        [first] = await q.producer.submit([job("first", b)])  # 18 of 20
+        with pytest.raises(ShardAway, match="no room to spare"):
+            await q.producer.submit([job("second", b)])
+        own, second = await q.producer.submit([job("more", a), job("second", b)])
+        assert (await second).code == ShardAway.code and "no room to spare" in (await second).message
+        q.run(q.work)
+        assert isinstance(await own, Scored) and isinstance(await first, Scored)
+
+
+async def test_a_frozen_shard_is_waited_for_once_and_then_its_jobs_go_elsewhere_at_once(own_redis, monkeypatch):
+    servers = [own_redis(), own_redis()]
+    async with sharded(servers) as q:
+        lost, asked = on(1, 2, 20), []
+        servers[1].signal(signal.SIGSTOP)
+        try:
+            outcomes = await asyncio.gather(*await q.producer.submit([job("first", lost[0])]))
+            client = q.connections[1]._client
+            execute = client.execute_command
+
+            def watched(*command):
+                asked.append(command[0])
+                return execute(*command)
+
+            monkeypatch.setattr(client, "execute_command", watched)
+            for i, prompt in enumerate(lost):
+                outcomes += await asyncio.gather(*await q.producer.submit([job(i, prompt)]))
+            assert all(isinstance(outcome, Scored) for outcome in outcomes)
+            assert set(asked) <= {"PING"}
+            assert q.producer.lost.startswith("shard 2 of 2 is away")
+        finally:
+            servers[1].signal(signal.SIGCONT)
+        await until(lambda: not q.producer.lost and not q.consumer.lost)
+        assert isinstance(*await asyncio.gather(*await q.producer.submit([job("last", lost[0])])), Scored)
+        assert q.seen["first"] == 1
 
 
 async def test_who_waits_for_a_shard_that_goes_is_answered_in_time(own_redis):
@@ -194,7 +244,8 @@ async def test_under_load_a_shard_dies_and_comes_back_and_nobody_waits_for_ever(
         servers[2].kill()
         await asyncio.wait_for(loading, 3 * PATIENCE)
         assert set(outcomes[0]) == set(outcomes[1]) == {"scored"}
-        assert outcomes[2][ShardAway.code] > 0 and set(outcomes[2]) <= {"scored", ShardAway.code}
+        assert outcomes[2]["scored"] > outcomes[2][ShardAway.code]  # those on their way when it went
+        assert set(outcomes[2]) <= {"scored", ShardAway.code}
         servers[2].start()
         await until(lambda: not q.producer.lost and not q.consumer.lost and q.producer.shards[2].workers)
         for counts in outcomes.values():

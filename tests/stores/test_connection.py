@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+import signal
 
 import pytest
 
@@ -184,4 +185,47 @@ async def test_a_group_is_made_once_and_its_loss_is_told(redis_server):
     for _ in range(2):
         await connection.ensure_group("s", "g")
     assert len((await connection(*read))[0][1]) == 1
+    await connection.close()
+
+
+async def test_a_redis_that_falls_silent_is_noticed_once_by_all_and_not_waited_for_again(own_redis, monkeypatch):
+    server = own_redis()
+    connection = Connection(server.url, timeout=1.0)
+    asked = []
+    execute = connection._client.execute_command
+
+    async def watched(*command):
+        asked.append(command[0])
+        return await execute(*command)
+
+    monkeypatch.setattr(connection._client, "execute_command", watched)
+    await connection("SET", "a", "1")
+    server.signal(signal.SIGSTOP)
+    try:
+        first = asyncio.create_task(connection("GET", "a"))
+        await asyncio.sleep(0.5)
+        second = asyncio.create_task(connection("GET", "a"))
+        for one in await asyncio.gather(first, second, return_exceptions=True):
+            assert isinstance(one, Unavailable) and "TimeoutError" in one.message
+        assert not connection._waiting
+        for _ in range(50):
+            with pytest.raises(Unavailable, match="TimeoutError"):
+                await connection("GET", "b")
+        assert asked.count("GET") == 2, "Redis was asked again although it was known to be silent"
+    finally:
+        server.signal(signal.SIGCONT)
+    await until(lambda: connection._listening is None)
+    assert await connection("GET", "a") == b"1"
+    await connection.close()
+
+
+async def test_a_slow_command_of_a_redis_that_answers_others_is_no_silence(own_redis):
+    connection = Connection(own_redis().url, timeout=0.5)
+    slow = asyncio.create_task(connection("BLPOP", "nothing", 30))
+    for _ in range(8):
+        await connection("PING")
+        await asyncio.sleep(0.1)
+    with pytest.raises(Unavailable):
+        await slow
+    assert connection._listening is None and await connection("PING") in (b"PONG", True)
     await connection.close()

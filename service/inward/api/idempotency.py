@@ -26,8 +26,11 @@ KEY = re.compile(r"[\x21-\x7e]{1,255}")
 HEADER = "Idempotency-Key"
 GOOD = (200, 201)
 REPLAYED = (b"idempotency-replayed", b"true")
-HARMLESS = frozenset({"/margin", "/score", "/reward"})
-"""Paths of which a repeat changes nothing: they are answered without the store while that is away."""
+HARMLESS = frozenset({"/margin", "/score", "/reward", "/v1/rerank", "/v2/rerank"})
+"""Paths of which a repeat changes nothing: they are answered without the store while that is away. So is ``/rerank`` of
+given candidates, whose answer is appended to no stream.
+"""
+RERANK = "/rerank"
 PASSING = f'"{Unavailable.type}"'.encode()
 """In an answer with an element that may be scored the next time. Within a text its quotes would be escaped."""
 
@@ -79,7 +82,7 @@ class Idempotency:
         try:
             known = await self._store.begin(key, asked)
         except Unavailable as error:
-            if scope["path"] not in HARMLESS:
+            if scope["path"] not in HARMLESS and not (scope["path"] == RERANK and body.ranks_given):
                 raise _Refused(error) from None
             logs.event(LOG, "answer_not_kept", severity=logging.DEBUG, reason=error.message)
             await self.app(scope, body.receive, send)
@@ -148,6 +151,15 @@ class _Body:
         """Reads it to its end."""
         while not self._ended:
             await self._next()
+
+    @property
+    def ranks_given(self) -> bool:
+        """Whether what was read is a request to rank given candidates, and to do nothing else."""
+        try:
+            asked = msgspec.json.decode(self._read[0].get("body", b""))
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, IndexError):
+            return False
+        return isinstance(asked, dict) and bool(asked.get("candidates")) and asked.get("append_to") is None
 
     @property
     def digest(self) -> bytes:

@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from ssl import SSLCertVerificationError
 from typing import Any, Protocol, cast
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -28,8 +28,10 @@ from redis.exceptions import (
     ReadOnlyError,
     RedisError,
     ResponseError,
-    TimeoutError,
     TryAgainError,
+)
+from redis.exceptions import (
+    TimeoutError as RedisTimeoutError,
 )
 
 from inward import logs
@@ -44,6 +46,10 @@ RETRY_AFTER_S = 2.0
 """After which a caller may come back when Redis was away or full."""
 COMMANDS = 64
 """At once, each on a connection of its own; more wait. redis-py refuses the 101st instead."""
+LATE_S = 0.2
+"""By which a timer may come late; where it is more this process itself stood still, which says nothing of Redis."""
+LISTEN_S = 0.5
+"""Between two questions to a Redis that has fallen silent."""
 
 
 Arg = str | bytes | int | float
@@ -74,6 +80,10 @@ class Client(Protocol):
 class Connection:
     """One Redis, standalone, behind Sentinels or a cluster.
 
+    One that falls silent (frozen, or cut off) is noticed once: as soon as one command was not answered in time, and no
+    other since it was sent, all that wait are given up with it, and others fail at once until it answers a question of
+    ours again.
+
     Args:
         url: ``redis://[user:password@]host:port/db``, ``rediss://`` for TLS, ``unix://path``,
             ``redis+sentinel://[user:password@]host:port,host:port/service[/db]``, ``redis+cluster://host:port``; with
@@ -92,6 +102,8 @@ class Connection:
         self._client, self._sentinels = _clients(url, timeout, name)
         self._shas: dict[str, str] = {}
         self._room = asyncio.Semaphore(COMMANDS)
+        self._waiting: set[asyncio.Timeout] = set()
+        self._listening: asyncio.Task[None] | None = None
 
     async def __call__(self, *command: Any) -> Any:
         """One command, such as ``await connection("XLEN", key)``.
@@ -123,10 +135,46 @@ class Connection:
                     raise
 
     async def _send(self, *command: Any) -> Any:
-        async with asyncio.timeout(self.timeout), self._room:
-            answer = await self._client.execute_command(*command)
+        if self._listening is not None:
+            raise TimeoutError
+        asked = time.monotonic()
+        try:
+            async with asyncio.timeout(self.timeout) as limit:
+                self._waiting.add(limit)
+                try:
+                    async with self._room:
+                        answer = await self._client.execute_command(*command)
+                finally:
+                    self._waiting.discard(limit)
+        except (TimeoutError, RedisTimeoutError):  # ours, and redis-py's where there is no connection to be had
+            if self.answered < asked and time.monotonic() - asked < self.timeout + LATE_S:
+                self._fall_silent()
+            raise
         self.answered = time.monotonic()
         return answer
+
+    def _fall_silent(self) -> None:
+        if self._listening is None:
+            self._listening = asyncio.create_task(self._listen())
+        now = asyncio.get_running_loop().time()
+        for limit in self._waiting:
+            if not limit.expired():
+                limit.reschedule(now)
+
+    async def _listen(self) -> None:
+        """Until it answers, or is gone, which commands find out by themselves."""
+        try:
+            while True:
+                with suppress(TimeoutError, RedisTimeoutError):
+                    async with asyncio.timeout(self.timeout):
+                        await self._client.execute_command("PING")
+                    self.answered = time.monotonic()
+                    return
+                await asyncio.sleep(LISTEN_S)
+        except (RedisError, OSError):
+            pass
+        finally:
+            self._listening = None
 
     async def check(self) -> None:
         """Asks Redis who it is. One that is away is none of our business yet; one that would not do is.
@@ -159,6 +207,8 @@ class Connection:
 
     async def close(self) -> None:
         """Closes the sockets."""
+        if self._listening is not None:
+            self._listening.cancel()
         for client in (self._client, *self._sentinels):
             await client.aclose()
 
@@ -187,7 +237,9 @@ def _passes(error: RedisError | OSError) -> bool:
     """Whether it may be otherwise later, without anybody changing us: Redis away, starting or failing over."""
     if isinstance(error, AuthenticationError | NoPermissionError):
         return False
-    if isinstance(error, ConnectionError | TimeoutError | ReadOnlyError | ClusterDownError | TryAgainError | OSError):
+    if isinstance(
+        error, ConnectionError | RedisTimeoutError | ReadOnlyError | ClusterDownError | TryAgainError | OSError
+    ):
         return True
     return any(word in str(error) for word in PASSING)
 

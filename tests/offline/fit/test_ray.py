@@ -2,11 +2,11 @@
 
 import asyncio
 import os
-import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from copy import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,8 +14,9 @@ from safetensors.numpy import load
 
 from inward.backbones.fake import FakeBackbone
 from inward.errors import DataError, InvalidField, SetupError
-from inward.offline.cluster import Cluster
+from inward.offline.cluster import TRIES, Cluster, Died
 from inward.offline.data.pairs import Pair, prompt_groups
+from inward.offline.fit.legend import fit_legend
 from inward.offline.fit.ray import BLOCK_PAIRS, Pass, Reader, SpreadPairs, blocks_of
 from inward.offline.states.moments import PairSums
 from inward.offline.states.read import extract_pairs, sum_pairs
@@ -44,7 +45,7 @@ def test_blocks_have_whole_prompts_and_every_pair_once():
 
 def test_sums_of_blocks_are_those_of_one_pass():
     blocks = blocks_of(prompt_groups(pair.prompt for pair in PAIRS), 9)
-    reader = Reader(opened, Pass("sums", LAYERS, "last"), PAIRS, blocks)
+    reader = Reader(opened, Pass(LAYERS, "last", scatter=True), PAIRS, blocks)
     total = [PairSums.empty(16) for _ in LAYERS]
     for number in range(len(blocks)):
         tensors = load(reader.do(number))
@@ -66,7 +67,7 @@ def test_a_bad_row_is_told_by_its_number_among_all_pairs():
     pairs = [*PAIRS[::2], Pair("question 1", "good", ""), *PAIRS[1::2]]
     blocks = blocks_of(prompt_groups(pair.prompt for pair in pairs), 9)
     (number,) = (n for n, block in enumerate(blocks) if 30 in block.rows_N)
-    reader = Reader(opened_strict, Pass("sums", LAYERS, "last"), pairs, blocks)
+    reader = Reader(opened_strict, Pass(LAYERS, "last", scatter=True), pairs, blocks)
     with pytest.raises(DataError, match=r"^row 31: ") as raised:
         reader.do(number)
     reader._loop.close()
@@ -138,11 +139,34 @@ def test_sums_that_were_stopped_go_on_and_are_one_file(tmp_path):
 def test_the_states_of_some_pairs_are_kept_in_the_order_of_the_pairs(tmp_path, monkeypatch):
     monkeypatch.setattr("inward.offline.fit.ray.kept_pairs", lambda *_: np.array([50, 3, 4, 21]))
     shuffled = PAIRS[::2] + PAIRS[1::2]
-    spread = SpreadPairs(Here(), opened, shuffled, tmp_path, block=9)
-    kept = spread.sums(LAYERS, "last").kept
-    every = spread.states(LAYERS, "last")
+    kept = SpreadPairs(Here(), opened, shuffled, tmp_path, block=9).sums(LAYERS, "last", scatter=False).kept
+    every = asyncio.run(extract_pairs(FakeBackbone(tokens=400), prompts(), shuffled, **WHERE))
     np.testing.assert_allclose(kept.chosen_NLD, every.chosen_NLD[[3, 4, 21, 50]], rtol=1e-6)
     np.testing.assert_array_equal(kept.length_difference_N, every.length_difference_N[[3, 4, 21, 50]])
+
+
+def test_a_mean_direction_of_blocks_is_that_of_one_pass_and_takes_no_scatter(tmp_path, monkeypatch):
+    states = asyncio.run(extract_pairs(FakeBackbone(tokens=400), prompts(), PAIRS, **WHERE))
+    spread = SpreadPairs(Here(), opened, PAIRS, tmp_path, block=9)
+    everything = spread.sums(LAYERS, "last", scatter=False)
+    monkeypatch.setattr("inward.offline.fit.ray.kept_pairs", lambda *_: np.arange(15, 45))
+    (tmp_path / next(tmp_path.iterdir())).unlink()
+    some = spread.sums(LAYERS, "last", scatter=False)
+    sides = states.chosen_NLD, states.rejected_NLD
+    for axis in range(len(LAYERS)):
+        wanted_D = np.subtract(*(side[:, axis].mean(axis=0, dtype=np.float64) for side in sides))
+        for found in (everything, some):
+            np.testing.assert_allclose(found.sums(axis).mean_difference_D, wanted_D, rtol=1e-9)
+            assert found.sums(axis).moments.scatter_DD is None
+    assert len(some.kept) == 30 and some.pairs == len(everything.kept) == 60
+    head, report = fit_legend(states, layer="sweep")
+    found_head, found = fit_legend(everything, layer="sweep")
+    np.testing.assert_array_equal(found_head.direction, head.direction)
+    assert replace(found, stability=0.0) == replace(report, stability=0.0)
+    assert found.stability == pytest.approx(report.stability, abs=1e-9)
+    some_head, judged = fit_legend(some, layer=found.layer)
+    np.testing.assert_allclose(some_head.direction, head.direction, rtol=1e-6, atol=1e-7)
+    assert (judged.rows, judged.prompts) == (60, 20) and judged.held_out_rows < 10
 
 
 @pytest.mark.parametrize("wrong", ["row", "model"])
@@ -157,18 +181,6 @@ def test_what_is_wrong_is_told_before_anything_is_read(tmp_path, wrong):
     with pytest.raises(SetupError, match="^row 41: rejected: is empty" if wrong == "row" else "no such model"):
         SpreadPairs(cluster, opened_strict if wrong == "row" else missing, pairs, tmp_path, block=9)
     assert not cluster.done
-
-
-@pytest.fixture
-def environment(monkeypatch):
-    """For the processes that Ray starts."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    monkeypatch.setenv("RAY_worker_niceness", "0")  # its processes are nice otherwise, and starve on a busy machine
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setenv("RAY_gcs_server_request_timeout_seconds", "300")  # these two are read when Ray is imported
-    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "300")
-    pytest.importorskip("ray", reason="Ray is not installed: pip install 'inward[ray]'")
 
 
 def fake_model(log=None, dies=None):
@@ -210,7 +222,7 @@ def made(tmp_path, actors, model, block=9):
         ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")  # whatever is here
     with Cluster(actors=actors, gpus=0) as cluster:
         spread = SpreadPairs(cluster, model, PAIRS, tmp_path, block=block)
-        return spread.sums(LAYERS, "last"), spread.states(LAYERS, "last")
+        return spread.sums(LAYERS, "last"), spread.sums(LAYERS, "last", scatter=False)
 
 
 def same(a, b):
@@ -221,18 +233,15 @@ def same(a, b):
     np.testing.assert_array_equal(a.kept.chosen_NLD, b.kept.chosen_NLD)
 
 
-def test_two_actors_one_of_which_is_killed_give_the_sums_of_one(tmp_path, environment):
-    one, states_of_one = made(tmp_path / "one", 1, fake_model())
+def test_two_actors_one_of_which_is_killed_give_the_sums_of_one(tmp_path, ray_processes):
+    one, means_of_one = made(tmp_path / "one", 1, fake_model())
     log = tmp_path / "log"
-    two, states_of_two = made(tmp_path / "two", 2, fake_model(str(log), dies="question 11:"))
+    two, means_of_two = made(tmp_path / "two", 2, fake_model(str(log), dies="question 11:"))
     assert (tmp_path / "log.died").exists()
     same(one, two)
-    np.testing.assert_array_equal(states_of_one.chosen_NLD, states_of_two.chosen_NLD)
-    whole = asyncio.run(
-        extract_pairs(FakeBackbone(tokens=400), prompts(), PAIRS, layers=LAYERS, final_norm=True, progress=False)
-    )
-    np.testing.assert_allclose(states_of_two.chosen_NLD, whole.chosen_NLD, rtol=1e-6)
-    np.testing.assert_array_equal(states_of_two.length_difference_N, whole.length_difference_N)
+    for a, b in zip(means_of_one.sums_L, means_of_two.sums_L, strict=True):
+        np.testing.assert_array_equal(a.difference_D, b.difference_D)
+    np.testing.assert_array_equal(two.kept.length_difference_N, means_of_two.kept.length_difference_N)
     read = Counter(line.split(" ", 1)[1] for line in log.read_text().splitlines())
     again = {text for text, n in read.items() if n > 2}  # twice are the two passes
     assert len(again) <= 2, "more than the prompts beside it in its block were read again"
@@ -262,7 +271,7 @@ def worker(folder):
     return Waiting
 
 
-def test_results_come_in_order_a_few_of_them_wait_and_an_error_is_itself(tmp_path, environment):
+def test_results_come_in_order_a_few_of_them_wait_and_an_error_is_itself(tmp_path, ray_processes):
     import ray
 
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")
@@ -283,7 +292,65 @@ def test_results_come_in_order_a_few_of_them_wait_and_an_error_is_itself(tmp_pat
             assert raised.value.param == "chosen"
 
 
-def test_on_two_nodes(tmp_path, environment, monkeypatch):
+def deadly(log, part=None):
+    """Whose process ends at ``part``, or before it is given any."""
+
+    class Deadly:
+        def __init__(self):
+            import os
+
+            if part is None:
+                os._exit(1)
+
+        def do(self, number):
+            import os
+            from pathlib import Path
+
+            with Path(log).open("a") as file:
+                file.write(f"{number}\n")
+            if number == part:
+                os._exit(1)
+            return b"%d" % number
+
+    return Deadly
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_part_that_every_actor_dies_of_is_tried_a_few_times_and_the_others_are_done(tmp_path, some_actors, ordered):
+    log = tmp_path / "log"
+    with Cluster(actors=2, gpus=0) as cluster:
+        found = list(cluster.each(deadly(str(log), 4), (), list(range(9)), ordered=ordered))
+    wanted = [(n, b"%d" % n if n != 4 else Died(TRIES)) for n in range(9)]
+    assert (found if ordered else sorted(found, key=lambda one: one[0])) == wanted
+    tried = Counter(map(int, log.read_text().split()))
+    assert tried.pop(4) in (TRIES, TRIES + 1)  # once perhaps with another part in hand
+    assert set(tried) == set(range(9)) - {4} and tried.total() <= 9  # that one was done, and could not say so
+
+
+def test_actors_that_die_whatever_they_are_given_end_the_command(tmp_path, some_actors, monkeypatch):
+    monkeypatch.setattr("inward.offline.cluster.DEATHS", 2)
+    with Cluster(actors=1, gpus=0) as cluster, pytest.raises(SetupError, match="2 processes died one after the other"):
+        list(cluster.each(deadly(""), (), [1, 2, 3]))
+
+
+def test_a_model_that_takes_its_process_down_is_told(some_actors):
+    def ask():
+        os._exit(1)
+
+    with Cluster(actors=1, gpus=0) as cluster, pytest.raises(SetupError, match="the process that loads the model dies"):
+        cluster.ask(ask)
+
+
+def test_rows_that_every_actor_dies_of_are_named(tmp_path, monkeypatch):
+    pairs = [*PAIRS[::2], Pair("question 5", "long " * 99, "bad"), *PAIRS[1::2]]
+    monkeypatch.setattr(Here, "each", lambda *_, **__: iter([(1, Died(3))]))
+    spread = SpreadPairs(Here(), opened, pairs, tmp_path, block=9)
+    rows = r"the pairs of rows 6 to 9, 31, 36 to 40 died.* row 31, with 508 characters"
+    with pytest.raises(SetupError, match=rows):
+        spread.sums(LAYERS, "last")
+
+
+def test_on_two_nodes(tmp_path, ray_processes, monkeypatch):
     import ray
     from ray.cluster_utils import Cluster
 

@@ -48,6 +48,11 @@ class Chunk:
     start: int
     rows: int
 
+    def halves(self) -> list[Chunk]:
+        """Its rows in two."""
+        first = self.rows // 2
+        return [replace(self, rows=first), replace(self, start=self.start + first, rows=self.rows - first)]
+
 
 def chunks(counts: Sequence[int], size: int) -> list[Chunk]:
     """All rows of all sources, ``size`` at a time; a chunk never spans two sources."""

@@ -6,13 +6,16 @@ The paper takes the last layer after the final norm; that is the default here, a
 validation, which is beyond the paper. Scale and bins come from validation pairs, or from cross-fitted margins: those of
 a fold by the direction of the other folds. A direction flatters the rows that it was made of, and bins fitted on such
 margins would be too wide for any other pair.
+
+Of pairs that were summed while they were read (``SummedPairs``) all make the direction, and those that were kept judge
+it, each by a direction without its fold.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from rich.console import Group as Lines
@@ -26,6 +29,7 @@ from inward.heads.legend import LegendHead
 from inward.offline.data.pairs import CalibrationRow, Pair, grouped_folds, grouped_split
 from inward.offline.fit.prepare import calibration, manifest
 from inward.offline.fit.whitening import resampled
+from inward.offline.states.running_sums import SummedPairs
 from inward.offline.states.saved import layer_axis
 from inward.offline.states.stored import PairSource, Subset, blocks
 from inward.types import Doubles, Floats
@@ -111,8 +115,19 @@ class LegendReport(DirectionReport):
         return Lines(facts, "", layers, *(f"warning: {warning}" for warning in self.warnings))
 
 
+class Rest(NamedTuple):
+    """Pairs that make directions and judge none, at one layer."""
+
+    difference_D: Doubles | float
+    """Sum over them of chosen minus rejected."""
+    pairs: float
+
+
+NONE = Rest(0.0, 0.0)
+
+
 def fit_legend(
-    states: PairSource,
+    states: PairSource | SummedPairs,
     *,
     name: str = "legend",
     layer: int | Literal["sweep"] | None = None,
@@ -138,25 +153,29 @@ def fit_legend(
     Raises:
         DataError: too few prompts, no such layer, or states without a difference between chosen and rejected.
     """
+    found, states = (states, states.kept) if isinstance(states, SummedPairs) else (None, states)
+    rest = {} if found is None else {k: _rest(found, k) for k in states.layers}
+    prompts = len(np.unique(states.groups_N)) if found is None else found.prompts
     candidates = states.layers if layer == "sweep" else (states.layers[-1] if layer is None else layer,)
     if validation is not None:
         check_position(validation, states)
     judges = states if validation is None else validation
     most, last = (Subset(judges, part) for part in grouped_split(judges.groups_N, [1 - HELD_OUT, HELD_OUT], seed))
     develop, select = (most, None) if validation is None else (states, most)
-    table = tuple(_judge(develop, select, k, folds, seed) for k in candidates)
+    table = tuple(_judge(develop, select, k, folds, seed, rest.get(k, NONE)) for k in candidates)
     best = max(table, key=lambda row: (row.validation, row.separation))
-    direction_D = _direction(_differences(states, best.layer))
-    margins_N = _crossfitted(states, best.layer, folds, seed)
+    others = rest.get(best.layer, NONE)
+    direction_D = _direction(_differences(states, best.layer), others)
+    margins_N = _crossfitted(states, best.layer, folds, seed, others)
     matched, within = length_matched(margins_N, states.length_difference_N)
-    low, mean, high = _stability(states, best.layer, direction_D, bootstraps, seed)
+    low, mean, high = _stability(states, best.layer, direction_D, bootstraps, seed, others, prompts)
     report = LegendReport(
         layer=best.layer,
-        rows=len(states),
-        prompts=len(np.unique(states.groups_N)),
+        rows=len(states) if found is None else found.pairs,
+        prompts=prompts,
         train=best.train,
         validation=best.validation,
-        held_out=agreement(_differences(last, best.layer) @ _direction(_differences(develop, best.layer))),
+        held_out=agreement(_differences(last, best.layer) @ _direction(_differences(develop, best.layer), others)),
         held_out_rows=len(last),
         spearman_length=spearman(margins_N, states.length_difference_N),
         length_matched=matched,
@@ -174,7 +193,16 @@ def fit_legend(
         scores_2N = _scores(states, best.layer, direction_D)
         calibrated = MarginScale.fit(margins_N).dump() | Deciles.fit(scores_2N).dump()
     head = LegendHead(
-        manifest(name, "legend", states, [best.layer], seed=seed, calibration=calibrated, metrics=report.metrics()),
+        manifest(
+            name,
+            "legend",
+            states,
+            [best.layer],
+            rows=report.rows,
+            seed=seed,
+            calibration=calibrated,
+            metrics=report.metrics(),
+        ),
         direction_D.astype(np.float32),
     )
     return head, report
@@ -199,24 +227,38 @@ def constant_refusal(rows: Sequence[CalibrationRow | Pair]) -> list[str]:
     ]
 
 
-def _judge(train: PairSource, validation: PairSource | None, layer: int, folds: int, seed: int) -> LayerAgreement:
+def _rest(found: SummedPairs, layer: int) -> Rest:
+    """Of what was summed all that was not kept."""
+    kept, axis = found.kept, layer_axis(found.kept.layers, layer)
+    if len(kept) == found.pairs:
+        return NONE
+    sums = found.sums(axis)
+    chosen_D, rejected_D = (
+        states[:, 0].sum(axis=0, dtype=np.float64) for states in kept.take(np.arange(len(kept)), [axis])
+    )
+    return Rest(sums.difference_D - (chosen_D - rejected_D), sums.pairs - len(kept))
+
+
+def _judge(
+    train: PairSource, validation: PairSource | None, layer: int, folds: int, seed: int, rest: Rest
+) -> LayerAgreement:
     """Agreement of one layer's direction on ``validation``, or by cross-validation where there is none."""
     differences_ND = _differences(train, layer)
-    direction_D = _direction(differences_ND)
+    direction_D = _direction(differences_ND, rest)
     if validation is None:
-        judged_M: Floats | Doubles = _crossfitted(train, layer, folds, seed)
+        judged_M: Floats | Doubles = _crossfitted(train, layer, folds, seed, rest)
     else:
         judged_M = _differences(validation, layer) @ direction_D
     separation = float(judged_M.mean() / max(float(judged_M.std()), 1e-30))
     return LayerAgreement(layer, agreement(differences_ND @ direction_D), agreement(judged_M), separation)
 
 
-def _crossfitted(states: PairSource, layer: int, folds: int, seed: int) -> Doubles:
+def _crossfitted(states: PairSource, layer: int, folds: int, seed: int, rest: Rest) -> Doubles:
     """``[N]``: each pair's margin by the direction of folds that its prompt is not in."""
     differences_ND = _differences(states, layer)
     margins_N = np.empty(len(states))
     for train, held_out in grouped_folds(states.groups_N, min(folds, len(np.unique(states.groups_N))), seed):
-        margins_N[held_out] = differences_ND[held_out] @ _direction(differences_ND[train])
+        margins_N[held_out] = differences_ND[held_out] @ _direction(differences_ND[train], rest)
     return margins_N
 
 
@@ -238,9 +280,10 @@ def _scores(states: PairSource, layer: int, direction_D: Floats) -> Doubles:
     return scores_2N.ravel()
 
 
-def _direction(differences_ND: Floats) -> Floats:
-    """Unit mean difference ``[D]``."""
-    mean_D = differences_ND.mean(axis=0, dtype=np.float64) if len(differences_ND) else np.zeros(differences_ND.shape[1])
+def _direction(differences_ND: Floats, rest: Rest) -> Floats:
+    """Unit mean difference ``[D]`` of some pairs and the rest."""
+    sum_D = differences_ND.sum(axis=0, dtype=np.float64) + rest.difference_D
+    mean_D = sum_D / max(len(differences_ND) + rest.pairs, 1.0)
     length = float(np.linalg.norm(mean_D))
     if length == 0:
         raise DataError(
@@ -268,10 +311,17 @@ def length_matched(margins_N: Doubles, length_difference_N: Doubles | None) -> t
 
 
 def _stability(
-    states: PairSource, layer: int, direction_D: Floats, bootstraps: int, seed: int
+    states: PairSource, layer: int, direction_D: Floats, bootstraps: int, seed: int, rest: Rest, prompts: int
 ) -> tuple[float, float, float]:
-    """Cosines of directions of resampled prompts with the direction: 2.5 % quantile, mean, 97.5 % quantile."""
-    resampled_BD = resampled(_differences(states, layer), states.groups_N, bootstraps, seed)
+    """Cosines of directions of resampled prompts with the direction: 2.5 % quantile, mean, 97.5 % quantile. With a
+    rest those that are kept are resampled, and what that changes counts as it would for all ``prompts``.
+    """
+    differences_ND = _differences(states, layer)
+    resampled_BD = resampled(differences_ND, states.groups_N, bootstraps, seed)
+    if rest.pairs:
+        kept_D = differences_ND.sum(axis=0, dtype=np.float64)
+        more = np.sqrt(prompts / len(np.unique(states.groups_N)))
+        resampled_BD = kept_D + rest.difference_D + (resampled_BD - kept_D) * more
     cosines_B = resampled_BD @ direction_D / np.maximum(np.linalg.norm(resampled_BD, axis=1), 1e-30)
     low, high = np.quantile(cosines_B, [0.025, 0.975])
     return float(low), float(cosines_B.mean()), float(high)

@@ -2,7 +2,7 @@
 
 A block has whole prompts, and is read as a pass of its own: so its sums are the same wherever and whenever it is read.
 They are added up in the order of the blocks, and so do not depend on the number of machines. What was added so far is
-kept until the head is saved, one file whatever the number of pairs; of whole states, each block is.
+kept until the head is saved, one file whatever the number of pairs.
 """
 
 from __future__ import annotations
@@ -14,22 +14,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
 from inward.backbones.base import Backbone
-from inward.errors import DataError
-from inward.files import write
+from inward.errors import DataError, SetupError
 from inward.heads.base import BackboneRef
-from inward.offline.cluster import Cluster
+from inward.offline.cluster import Cluster, Died
 from inward.offline.data.pairs import Pair, data_hash, prompt_groups
 from inward.offline.model import OpenModel, with_model
 from inward.offline.states.model_pass import RowError
 from inward.offline.states.moments import PairSums
-from inward.offline.states.read import extract_pairs, kept_pairs, length_difference, sum_pairs
+from inward.offline.states.read import kept_pairs, length_difference, sum_pairs
 from inward.offline.states.running_sums import RunningSums, SummedPairs
 from inward.offline.states.saved import Origin, PairStates
 from inward.prompts import Prompts
@@ -64,17 +63,15 @@ class Block:
 class Pass:
     """What is read of each pair."""
 
-    make: Literal["sums", "states"]
     layers: tuple[int, ...]
     position: Position
+    scatter: bool
 
     async def of(self, backbone: Backbone, prompts: Prompts, pairs: Sequence[Pair], kept_K: Indices) -> Tensors:
         """Of a block, as tensors."""
         where: dict[str, Any] = {"layers": self.layers, "position": self.position, "final_norm": True}
-        if self.make == "states":
-            return _states(await extract_pairs(backbone, prompts, pairs, **where, progress=False))
-        summed = await sum_pairs(backbone, prompts, pairs, **where, kept=kept_K, progress=False)
-        tensors = _states(summed.kept)
+        summed = await sum_pairs(backbone, prompts, pairs, **where, kept=kept_K, scatter=self.scatter, progress=False)
+        tensors = {"states": np.stack([summed.kept.chosen_NLD, summed.kept.rejected_NLD])}
         for axis, sums in enumerate(summed.sums_L):
             tensors |= sums.tensors(f"{axis}.")
         return tensors
@@ -104,17 +101,17 @@ class SpreadPairs:
         """Blocks of the model."""
         return self._about.depth
 
-    def sums(self, layers: Sequence[int], position: Position) -> SummedPairs:
+    def sums(self, layers: Sequence[int], position: Position, *, scatter: bool = True) -> SummedPairs:
         """As ``states.read.sum_pairs``; neither memory nor the disk grows with the pairs."""
-        what, about = Pass("sums", tuple(layers), position), self._about
+        what, about = Pass(tuple(layers), position, scatter), self._about
         kept_N = np.sort(kept_pairs(self._groups_N, len(layers), about.width))
         blocks = blocks_of(self._groups_N, self._block, kept_N)
         kept_2KLD = np.empty((2, len(kept_N), len(layers), about.width), dtype=np.float32)
         checkpoint = self._cache / f"{self._key(what)}.safetensors"
-        sums = RunningSums(len(layers), about.width, [(), ()], kept_2KLD, checkpoint)
+        sums = RunningSums(len(layers), about.width, [(), ()], kept_2KLD, checkpoint, scatter=scatter)
         missing = [number for number in range(len(blocks)) if number not in sums.done]
         with sums.kept_on_failure():
-            for number, data in self._each(what, blocks, missing, ordered=True):
+            for number, data in self._each(what, blocks, missing):
                 tensors, block = load(data), blocks[number]
                 kept_2KLD[:, np.searchsorted(kept_N, block.rows_N[block.kept_K])] = tensors["states"]
                 sums.merge([PairSums.from_tensors(tensors, f"{axis}.") for axis in range(len(layers))])
@@ -122,21 +119,6 @@ class SpreadPairs:
         sums.save()
         kept = self._pair_states(kept_2KLD, kept_N, layers, position)
         return SummedPairs(kept, len(self._pairs), len(np.unique(self._groups_N)), tuple(sums.finish()))
-
-    def states(self, layers: Sequence[int], position: Position) -> PairStates:
-        """As ``states.read.extract_pairs``; blocks that an earlier run has kept are not read again."""
-        what = Pass("states", tuple(layers), position)
-        blocks = blocks_of(self._groups_N, self._block)
-        folder = self._cache / self._key(what)
-        files = [folder / f"{number}.safetensors" for number in range(len(blocks))]
-        folder.mkdir(parents=True, exist_ok=True)
-        missing = [number for number, file in enumerate(files) if not file.is_file()]
-        for number, data in self._each(what, blocks, missing):
-            write(files[number], data)
-        states_2NLD = np.empty((2, len(self._pairs), len(layers), self._about.width), dtype=np.float32)
-        for block, file in zip(blocks, files, strict=True):
-            states_2NLD[:, block.rows_N] = load(file.read_bytes())["states"]
-        return self._pair_states(states_2NLD, np.arange(len(self._pairs)), layers, position)
 
     def _pair_states(
         self, states_2KLD: Floats, rows_K: Indices, layers: Sequence[int], position: Position
@@ -147,10 +129,23 @@ class SpreadPairs:
         groups_K, difference_K = self._groups_N[rows_K], self._length_difference_N[rows_K]
         return PairStates(states_2KLD[0], states_2KLD[1], tuple(layers), groups_K, difference_K, origin)
 
-    def _each(
-        self, what: Pass, blocks: Sequence[Block], numbers: Sequence[int], *, ordered: bool = False
-    ) -> Iterator[tuple[int, bytes]]:
-        return self._cluster.each(Reader, (self._opened, what, self._pairs, blocks), numbers, ordered=ordered)
+    def _each(self, what: Pass, blocks: Sequence[Block], numbers: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+        arguments = (self._opened, what, self._pairs, blocks)
+        for number, data in self._cluster.each(Reader, arguments, numbers, ordered=True):
+            if isinstance(data, Died):
+                raise SetupError(self._deadly(blocks[number], data.tries))
+            yield number, data
+
+    def _deadly(self, block: Block, tries: int) -> str:
+        """What to say of pairs that every process died of."""
+        lengths_N = [len(str(pair.prompt)) + len(pair.chosen) + len(pair.rejected) for pair in self._pairs]
+        longest = max(block.rows_N, key=lambda row: lengths_N[row])
+        return (
+            f"{tries} processes that read the pairs of rows {_ranges(block.rows_N + 1)} died, one after the other, "
+            f"perhaps out of memory. The longest of them is row {longest + 1}, with {lengths_N[longest]:,} characters: "
+            "shorten or take out what is too long, or give each actor more memory. What is read is kept, and the same "
+            "command goes on with it as long as the rows are the same"
+        )
 
     def _key(self, what: Pass) -> str:
         everything = [asdict(what), asdict(self._about), data_hash(self._pairs), self._block]
@@ -207,5 +202,7 @@ def blocks_of(groups_N: Indices, size: int, kept_N: Indices | None = None) -> li
     return [Block(part, np.flatnonzero(kept[part])) for part in np.split(rows_N, cuts)]
 
 
-def _states(states: PairStates) -> Tensors:
-    return {"states": np.stack([states.chosen_NLD, states.rejected_NLD])}
+def _ranges(rows_N: Indices) -> str:
+    """Rows in order, neighbours as one range."""
+    parts = np.split(np.sort(rows_N), np.flatnonzero(np.diff(np.sort(rows_N)) > 1) + 1)
+    return ", ".join(f"{part[0]} to {part[-1]}" if len(part) > 1 else f"{part[0]}" for part in parts)

@@ -125,15 +125,13 @@ def _in_ray(args: Namespace, opened: OpenModel, cache: Path) -> Fitted:
     _choice(layer, (0,)) if whitened else _single(layer)  # refused before the cluster is started
     with Cluster(actors=args.actors, gpus=args.gpus) as cluster:
         spread = SpreadPairs(cluster, opened, pairs, cache)
-        layers = _layers(args, layer, spread.depth)
+        evidence = spread.sums(_layers(args, layer, spread.depth), args.position, scatter=whitened)
         if whitened:
-            evidence = spread.sums(layers, args.position)
             choice = _choice(layer, evidence.kept.layers)
             return fit_whitened(
                 evidence, name=args.name, layer=choice, seed=args.seed, progress=True, warnings=warnings
             )
-        states = spread.states(layers, args.position)
-    return fit_legend(states, name=args.name, layer=_single(layer), seed=args.seed, warnings=warnings)
+    return fit_legend(evidence, name=args.name, layer=_single(layer), seed=args.seed, warnings=warnings)
 
 
 def _legend(args: Namespace, opened: OpenModel, cache: Path) -> Fitted:

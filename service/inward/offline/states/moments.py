@@ -154,7 +154,8 @@ class PairSums:
     def from_tensors(cls, tensors: Mapping[str, NDArray[Any]], prefix: str) -> Self:
         """The other way round."""
         count, pairs = (float(x) for x in tensors[f"{prefix}counts"])
-        moments = Moments(count, tensors[f"{prefix}mean"].copy(), tensors[f"{prefix}scatter"].copy())
+        scatter = tensors[f"{prefix}scatter"]
+        moments = Moments(count, tensors[f"{prefix}mean"].copy(), scatter.copy() if scatter.size else None)
         return cls(moments, tensors[f"{prefix}difference"].copy(), pairs)
 
 

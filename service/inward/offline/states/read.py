@@ -143,6 +143,7 @@ async def sum_pairs(
     final_norm: bool = False,
     most: int = KEPT_PAIRS,
     kept: Indices | None = None,
+    scatter: bool = True,
     checkpoint: Path | None = None,
     progress: bool = True,
 ) -> SummedPairs:
@@ -151,6 +152,7 @@ async def sum_pairs(
     Args:
         most: pairs whose states are kept (whole prompts); fewer where ``KEPT_BYTES`` is less.
         kept: these pairs' instead, by their numbers.
+        scatter: as ``RunningSums``'.
         checkpoint: folder for the sums so far; give the same one to go on after an interruption.
     """
     groups, places = groups_of(backbone, prompts, pairs)
@@ -159,7 +161,7 @@ async def sum_pairs(
     index_N = kept_pairs(groups_N, len(layers), backbone.info.width, most) if kept is None else kept
     rows = _Rows(backbone, readout, [places[i] for i in (*index_N, *(index_N + n))])
     times = [_times(places[:n], groups), _times(places[n:], groups)]
-    sums_L = await _sum(backbone, groups, readout, times, rows, checkpoint, progress=progress)
+    sums_L = await _sum(backbone, groups, readout, times, rows, checkpoint, scatter=scatter, progress=progress)
     origin = _origin(backbone, prompts, readout, pairs)
     difference_N = _length_difference(groups, places)[index_N]
     states = rows.pairs(tuple(layers), groups_N[index_N], difference_N, origin)
@@ -232,12 +234,13 @@ async def _sum(
     rows: _Rows,
     checkpoint: Path | None,
     *,
+    scatter: bool = True,
     progress: bool,
 ) -> tuple[PairSums, ...]:
     """Sums of each layer; ``rows`` are filled on the way."""
     layers, width = len(readout.taps), backbone.info.width
     path = checkpoint and checkpoint / f"{pass_key(backbone, groups, [readout])}.safetensors"
-    sums = RunningSums(layers, width, times, rows.states, path)
+    sums = RunningSums(layers, width, times, rows.states, path, scatter=scatter)
 
     def deliver(group: int, arrays: list[Floats]) -> None:
         rows.fill(group, arrays[0])

@@ -43,17 +43,26 @@ class RunningSums:
     """Sums over responses as they come, group by group, of every layer; they outlive the process at a checkpoint."""
 
     def __init__(
-        self, layers: int, width: int, times: Sequence[Sequence[Doubles]], kept: Floats, path: Path | None
+        self,
+        layers: int,
+        width: int,
+        times: Sequence[Sequence[Doubles]],
+        kept: Floats,
+        path: Path | None,
+        *,
+        scatter: bool = True,
     ) -> None:
         """Begins, or goes on from the checkpoint at ``path``.
 
         Args:
             times: of chosen and of rejected: for each group how often each of its responses is one.
             kept: what else is filled on the way and must outlive the process; filled from the checkpoint.
+            scatter: whether that of the responses is wanted, or means are enough.
         """
         self.done: set[int] = set()
         self._times, self._kept, self._path = times, kept, path
-        self._sums = [PairSums.empty(width, number_format(layers, width)) for _ in range(layers)]
+        number = number_format(layers, width) if scatter else None
+        self._sums = [PairSums.empty(width, number) for _ in range(layers)]
         self._block: list[tuple[Floats, Doubles, Doubles]] = []
         self._pending: list[int] = []
         self._saved, self._saving_s = time.monotonic(), 0.0

@@ -1,5 +1,5 @@
-"""Several Redis servers as one queue. A job goes to the shard of its prompt and is settled where it was taken, and the
-other shards go on when one is away.
+"""Several Redis servers as one queue. A job goes to the shard of its prompt and is settled where it was taken. When one
+is away the other shards go on, and take its jobs as far as they have room to spare.
 
 The first shard is the home of all that is no job: who works here, heads and policies that are switched, requests to
 workers, idempotency, quotas, bulk jobs, score streams. Which shard a prompt has follows from the number of shards
@@ -28,6 +28,9 @@ from inward.types import Failed, Ids, Job, News, Outcome
 Side = TypeVar("Side", RedisProducer, RedisConsumer)
 PATIENCE_S = 0.5
 """For which a worker waits for a shard that does not answer, before it goes on with the others."""
+NO_ROOM = "; the other shards have no room to spare for them"
+SPARE = 0.5
+"""Of a shard's room up to which it takes jobs of one that is away: its own come first."""
 LEAVE_S = 3.0
 """For which a worker that leaves waits for a shard that is there and slow, so that what it computed is not lost."""
 
@@ -36,8 +39,13 @@ def shard_of(prompt_ids: Ids, shards: int) -> int:
     """The shard of a prompt: the one that draws the highest lot (rendezvous hashing, Thaler and Ravishankar 1996).
     Where a shard is added at the end, just those move that it draws: one in ``shards + 1``.
     """
-    if shards == 1:
-        return 0
+    return 0 if shards == 1 else shards_of(prompt_ids, shards)[0]
+
+
+def shards_of(prompt_ids: Ids, shards: int) -> list[int]:
+    """The shard of a prompt, and those that take its place one after the other, each where all before are away: so what
+    a shard had is shared out among all others.
+    """
     prompt = hashlib.blake2b(struct.pack(f"<{len(prompt_ids)}q", *prompt_ids), digest_size=16)
 
     def lot(shard: int) -> bytes:
@@ -45,7 +53,7 @@ def shard_of(prompt_ids: Ids, shards: int) -> int:
         drawn.update(shard.to_bytes(2, "little"))
         return drawn.digest()
 
-    return max(range(shards), key=lot)
+    return sorted(range(shards), key=lot, reverse=True)
 
 
 class _Sharded(Generic[Side]):
@@ -78,6 +86,56 @@ class _Sharded(Generic[Side]):
 
     def _name(self, shard: int) -> str:
         return f"{shard + 1} of {len(self._up)}"
+
+
+class _Placing:
+    """Where the jobs of a request go, while it is found out which shards are there."""
+
+    def __init__(self, shards: Sequence[RedisProducer], jobs: Sequence[Job]) -> None:
+        self.errors: dict[int, Unavailable] = {}
+        """Of the shards that could not be had."""
+        self.lost: list[Job] = []
+        """Jobs that no shard takes."""
+        self._shards, self._left = shards, list(jobs)
+        self._order = {job.id: shards_of(job.group.prompt_ids, len(shards)) for job in jobs}
+
+    def parts(self) -> dict[tuple[int, bool], list[Job]]:
+        """The jobs that are to be submitted now, by shard, and whether that takes the place of their own."""
+        parts: dict[tuple[int, bool], list[Job]] = {}
+        for job in self._left:
+            if (i := self._place(job)) is None:
+                self.lost.append(job)
+            else:
+                parts.setdefault((i, i != self._order[job.id][0]), []).append(job)
+        self._left = []
+        return parts
+
+    def refused(self, at: tuple[int, bool], part: Sequence[Job], error: BaseException) -> None:
+        """Raises what nobody else can make good."""
+        i, moved = at
+        if isinstance(error, Overloaded) and moved:
+            self.lost += part
+        elif isinstance(error, Unavailable) and not isinstance(error, Overloaded):
+            self.errors[i] = error
+            self._left += part
+        else:
+            raise error
+
+    def reason(self, job: Job) -> tuple[int, Unavailable]:
+        """The job's own shard, and what is wrong with it."""
+        i = self._order[job.id][0]
+        return i, self.errors[i]
+
+    def _place(self, job: Job) -> int | None:
+        own, *others = self._order[job.id]
+        if own not in self.errors:
+            return own
+        if job.priority != "interactive":
+            return None
+        return next((i for i in others if i not in self.errors and self._is_there(i)), None)
+
+    def _is_there(self, i: int) -> bool:
+        return self._shards[i].away is None and self._shards[i].workers > 0
 
 
 class ShardedProducer(_Sharded[RedisProducer]):
@@ -147,25 +205,30 @@ class ShardedProducer(_Sharded[RedisProducer]):
                 group.create_task(shard.keep_receiving())
 
     async def submit(self, jobs: Sequence[Job], hear: Hear | None = None) -> list[Awaitable[Outcome]]:
-        """As the protocol says, of the shards that are there. Jobs of one that is not fail with ``ShardAway``, while
-        the others of the request are done; bulk jobs, which can wait, and those that have no other beside them are
-        refused as a whole.
+        """As the protocol says, of the shards that are there. Jobs of one that is not go to the next as long as that
+        has room to spare. Where none has, they fail with ``ShardAway``, while the others of the request are done; those
+        that have no other beside them are refused as a whole, and so are bulk jobs, which can wait and go nowhere else.
         """
-        parts: dict[int, list[Job]] = {}
-        for job in jobs:
-            parts.setdefault(shard_of(job.group.prompt_ids, len(self.shards)), []).append(job)
+        placing = _Placing(self.shards, jobs)
+        waits: dict[str, Awaitable[Outcome]] = {}
         try:
-            submitting = (self.shards[i].submit(part, hear, self._room(i, part)) for i, part in parts.items())
-            results = await asyncio.gather(*submitting, return_exceptions=True)
-            if refused := self._refused(jobs, dict(zip(parts, results, strict=True))):
-                raise refused
+            while parts := placing.parts():
+                submitting = (
+                    self.shards[i].submit(part, hear, self._spare(i) if moved else self._room(i, part))
+                    for (i, moved), part in parts.items()
+                )
+                results = await asyncio.gather(*submitting, return_exceptions=True)
+                for (at, part), result in zip(parts.items(), results, strict=True):
+                    if isinstance(result, BaseException):
+                        placing.refused(at, part, result)
+                    else:
+                        waits |= zip((job.id for job in part), result, strict=True)
+            if placing.lost and (len(placing.lost) == len(jobs) or jobs[0].priority != "interactive"):
+                raise self._refusal(placing)
         except BaseException:
             await self.abandon([job.id for job in jobs])
             raise
-        waits: dict[str, Awaitable[Outcome]] = {}
-        for (i, part), result in zip(parts.items(), results, strict=True):
-            answers = result if not isinstance(result, BaseException) else [self._failed(i, job) for job in part]
-            waits |= zip((job.id for job in part), answers, strict=True)
+        waits |= {job.id: self._failed(placing, job) for job in placing.lost}
         return [waits[job.id] for job in jobs]
 
     async def abandon(self, job_ids: Sequence[str]) -> None:
@@ -188,25 +251,22 @@ class ShardedProducer(_Sharded[RedisProducer]):
             return share
         return max(share, self._max_tokens - sum(beat.tokens for other, beat in self._beats.items() if other != i))
 
-    def _refused(self, jobs: Sequence[Job], results: dict[int, Any]) -> BaseException | None:
-        """What the request is refused with as a whole: with ``ShardAway`` only where some other shard is well."""
-        errors: dict[int, Unavailable] = {}
-        for i, result in results.items():
-            if isinstance(result, Unavailable) and not isinstance(result, Overloaded):
-                errors[i] = result
-            elif isinstance(result, BaseException):
-                return result
-        if not errors or (len(errors) < len(results) and jobs[0].priority == "interactive"):
-            return None
-        i, error = next(iter(errors.items()))
-        if all(other in errors or shard.away or not shard.workers for other, shard in enumerate(self.shards)):
-            return error
-        return ShardAway(self._message(i, error.message), retry_after=error.retry_after)
+    def _spare(self, i: int) -> int:
+        """Up to how many tokens its shard may hold with jobs of another."""
+        return int(SPARE * self.shards[i].max_tokens)
 
-    def _failed(self, i: int, job: Job) -> Awaitable[Outcome]:
+    def _refusal(self, placing: _Placing) -> Unavailable:
+        """What a request is refused with as a whole: with ``ShardAway`` only where some other shard is well."""
+        i, error = placing.reason(placing.lost[0])
+        if all(other in placing.errors or shard.away or not shard.workers for other, shard in enumerate(self.shards)):
+            return error
+        reason = error.message + (NO_ROOM if placing.lost[0].priority == "interactive" else "")
+        return ShardAway(self._message(i, reason), retry_after=error.retry_after)
+
+    def _failed(self, placing: _Placing, job: Job) -> Awaitable[Outcome]:
         answer: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        reason = self.shards[i].away or "no worker takes jobs from it"
-        answer.set_result(Failed(job.id, ShardAway.code, self._message(i, reason)))
+        i, error = placing.reason(job)
+        answer.set_result(Failed(job.id, ShardAway.code, self._message(i, error.message + NO_ROOM)))
         return answer
 
     def _message(self, i: int, reason: str) -> str:
