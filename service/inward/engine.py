@@ -176,7 +176,7 @@ class Engine:
         scores = head.score(read.readings[0])
         if scores.listwise or read.policy_version != version:
             return Ended(job.id, index, sample)
-        probability = scores.probability_N[0] if scores.probability_N else None
+        probability = scores.probability(0)
         return Ended(job.id, index, sample, scores.scores_N[0], probability)
 
     def _scored(

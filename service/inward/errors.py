@@ -25,7 +25,7 @@ InwardError
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 
 class InwardError(Exception):
@@ -40,6 +40,10 @@ class InwardError(Exception):
         self.message = message
         self.param = param
         self.retry_after = retry_after
+
+    def at(self, param: str | None) -> Self:
+        """The same error, for which another field is to blame."""
+        return type(self)(self.message, param=param, retry_after=self.retry_after)
 
     def body(self) -> dict[str, Any]:
         """The one shape in which every native route reports an error."""

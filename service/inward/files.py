@@ -22,7 +22,7 @@ def write(path: Path, content: bytes) -> None:
         except BaseException:
             Path(file.name).unlink(missing_ok=True)
             raise
-    _sync_folder(path.parent)
+    sync(path.parent)
 
 
 @contextmanager
@@ -45,12 +45,13 @@ def replace_folder(fresh: Path, folder: Path) -> None:
     if folder.exists():
         folder.rename(old)
     fresh.rename(folder)
-    _sync_folder(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Makes a file, or a folder's list of names, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -186,7 +186,7 @@ def _evaluated(events: Logger, context: Context, scored: Scored) -> None:
                 "inward.policy.version": scored.policy_version,
                 "inward.response": n,
             }
-            if scores.probability_N and (probability := scores.probability_N[n]) is not None:
+            if (probability := scores.probability(n)) is not None:
                 attributes["inward.probability"] = probability
             events.emit(
                 LogRecord(timestamp=time.time_ns(), context=context, event_name=EVALUATION, attributes=attributes)

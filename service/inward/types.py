@@ -9,8 +9,9 @@ Shapes are part of names: ``values_NK`` is ``[N, K]``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, field
+from operator import add
 from typing import Literal
 
 import numpy as np
@@ -351,6 +352,10 @@ class Scores:
     gamma: Gamma | None = None
     """Of a head that states confidences: any two of ``scores_N`` give one."""
 
+    def probability(self, n: int) -> float | None:
+        """Of response number ``n``, where the head is calibrated for it."""
+        return self.probability_N[n] if self.probability_N else None
+
 
 @dataclass(frozen=True, slots=True)
 class Usage:
@@ -367,13 +372,7 @@ class Usage:
     """At most so many more would have been drawn of the responses that were rejected or ended by a guard."""
 
     def __add__(self, other: Usage) -> Usage:
-        return Usage(
-            self.prompt_tokens + other.prompt_tokens,
-            self.completion_tokens + other.completion_tokens,
-            self.cached_tokens + other.cached_tokens,
-            self.drawn_tokens + other.drawn_tokens,
-            self.not_drawn_tokens + other.not_drawn_tokens,
-        )
+        return Usage(*map(add, astuple(self), astuple(other)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -404,6 +403,11 @@ class Scored:
     def version(self) -> tuple[tuple[HeadRef, ...], str, str, str]:
         """What all parts of one answer have in common: heads, policy, fingerprint and dtype."""
         return self.heads, self.policy_version, self.fingerprint, self.dtype
+
+
+def slowest(scored: Iterable[Scored]) -> Timing:
+    """Of what took longest, which is what the caller of all of them waited for."""
+    return max((one.timing for one in scored), key=lambda timing: timing.queued + timing.inference)
 
 
 @dataclass(frozen=True, slots=True)

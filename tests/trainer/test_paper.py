@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 
 import pytest
 
@@ -52,6 +53,12 @@ def test_a_table_that_does_not_exist_is_refused():
     with pytest.raises(OptionsError, match="there is no teapot; there are judge, alignment"):
         paper.chosen(["judge", "teapot"])
     assert paper.chosen(["hybrid"]) == ["alignment", "topk", "probes"]
+
+
+def test_what_a_signal_does_is_what_it_was_before(policy, data, tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    assert paper.run(options(policy, data, tmp_path, tables=["report"])) == 0
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_share_leaves_at_least_some_of_everything():

@@ -6,7 +6,7 @@ import torch
 
 from inward_trainer.models import load_tokenizer
 from inward_trainer.paper.alignment import Alignment, Preference, minibatches
-from inward_trainer.paper.batches import by_length, padded
+from inward_trainer.paper.batches import padded
 from inward_trainer.paper.classifier import Classifier, open_classifier
 from inward_trainer.paper.language_model import LanguageModel, Sampling
 from inward_trainer.paper.texts import encode, prompt_ids
@@ -121,11 +121,7 @@ def test_imitating_makes_an_answer_likelier(folder, model, texts):
     assert losses[-1] < losses[0]
 
 
-def test_batches_hold_every_row_once_and_fit():
-    lengths = [5, 1, 9, 3, 3, 12]
-    batches = list(by_length(lengths, 10))
-    assert sorted(place for batch in batches for place in batch) == list(range(6))
-    assert all(len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 10 for batch in batches)
+def test_rows_are_padded_on_the_side_that_is_asked_for():
     ids, mask = padded([[1, 2], [3]], 0, CPU, left=True)
     assert ids.tolist() == [[1, 2], [0, 3]] and mask.tolist() == [[1, 1], [0, 1]]
 

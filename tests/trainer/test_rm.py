@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from inward_trainer import rm
-from inward_trainer.errors import DataError, OptionsError
+from inward_trainer.errors import DataError, OptionsError, Stopped
 from inward_trainer.logs import read_log
 from inward_trainer.models import load_tokenizer
 from inward_trainer.options import RewardOptions
@@ -175,3 +175,15 @@ def test_a_run_that_is_stopped_and_killed_ends_as_one_that_is_not(policy, tmp_pa
     assert rm.run(again) == 0
     assert losses(again) == losses(run)
     assert all(torch.equal(weights(again)[name], value) for name, value in weights(run).items())
+
+
+def test_a_run_that_is_stopped_before_it_knows_its_steps_tells_none(policy, tmp_path, monkeypatch, capsys):
+    def stopped(*_):
+        raise Stopped(signal.SIGTERM)
+
+    run = options(policy, tmp_path)
+    (run.out / "checkpoints/checkpoint-3").mkdir(parents=True)
+    (run.out / "checkpoints/checkpoint-3/complete").touch()
+    monkeypatch.setattr(rm, "read_rows", stopped)
+    assert rm.run(run) == 128 + signal.SIGTERM
+    assert "rm: stopped by SIGTERM, step 3 is kept;" in capsys.readouterr().err

@@ -26,13 +26,13 @@ def test_what_passes_is_waited_for_and_what_does_not_is_told():
     fake = FakeInward()
     fake.refuse_next = 2
     with service(fake) as asked:
-        assert asked.policy().policy_version == "base"
+        assert asked.find_head(None, "--head").kind == "hybrid"
         with pytest.raises(ServiceError, match="expected 1") as refusal:
             asked.update_head("hybrid", 5, PAIRS, 1e-3)
     assert refusal.value.status == 409
     fake.refuse_next = 10**6
     with service(fake, patience=0.5) as asked, pytest.raises(ServiceGone, match="not now"):
-        asked.policy()
+        asked.find_head(None, "--head")
 
 
 def test_a_service_that_is_killed_and_comes_back_is_waited_for():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import httpx
@@ -102,13 +103,9 @@ class AsyncInward:
         Raises:
             InwardError: no pair could be scored, or the service could not do its part.
         """
-
-        def ask(part: Sequence[Element]) -> Call[MarginAnswer]:
-            return calls.margin(part, head, truncate)
-
-        rows = list(pairs)
-        batches = Batches(rows, self._core.batch_size, ask, "pairs", "margins", Margin)
-        return await self._send_all(batches, len(rows), timeout, progress)
+        ask = partial(calls.margin, head=head, truncate=truncate)
+        batches = Batches(list(pairs), self._core.batch_size, ask, "pairs", "margins", Margin)
+        return await self._send_all(batches, timeout, progress)
 
     async def score(
         self,
@@ -134,13 +131,9 @@ class AsyncInward:
         Raises:
             InwardError: no item could be scored, or the service could not do its part.
         """
-
-        def ask(part: Sequence[Element]) -> Call[ScoreAnswer]:
-            return calls.score(part, head, truncate, detail)
-
-        rows = list(items)
-        batches = Batches(rows, self._core.batch_size, ask, "items", "scores", Score)
-        return await self._send_all(batches, len(rows), timeout, progress)
+        ask = partial(calls.score, head=head, truncate=truncate, detail=detail)
+        batches = Batches(list(items), self._core.batch_size, ask, "items", "scores", Score)
+        return await self._send_all(batches, timeout, progress)
 
     async def reward(
         self,
@@ -166,13 +159,9 @@ class AsyncInward:
         Raises:
             InwardError: no item could be scored, or the service could not do its part.
         """
-
-        def ask(part: Sequence[Element]) -> Call[RewardAnswer]:
-            return calls.reward(part, head, truncate, detail)
-
-        rows = list(items)
-        batches = Batches(rows, self._core.batch_size, ask, "items", "rewards", Score)
-        return await self._send_all(batches, len(rows), timeout, progress)
+        ask = partial(calls.reward, head=head, truncate=truncate, detail=detail)
+        batches = Batches(list(items), self._core.batch_size, ask, "items", "rewards", Score)
+        return await self._send_all(batches, timeout, progress)
 
     async def reward_pairs(
         self,
@@ -198,13 +187,9 @@ class AsyncInward:
         Raises:
             InwardError: no pair could be scored, or the service could not do its part.
         """
-
-        def ask(part: Sequence[Element]) -> Call[RewardPairAnswer]:
-            return calls.reward_pairs(part, head, truncate, detail)
-
-        rows = list(pairs)
-        batches = Batches(rows, self._core.batch_size, ask, "pairs", "rewards", RewardPair)
-        return await self._send_all(batches, len(rows), timeout, progress)
+        ask = partial(calls.reward_pairs, head=head, truncate=truncate, detail=detail)
+        batches = Batches(list(pairs), self._core.batch_size, ask, "pairs", "rewards", RewardPair)
+        return await self._send_all(batches, timeout, progress)
 
     async def rerank(
         self,
@@ -239,12 +224,12 @@ class AsyncInward:
         Raises:
             InwardError: no candidate could be scored, or the service could not do its part.
         """
-        return await self._send(
-            calls.rerank(
-                prompt, candidates, n, sampling, head, truncate, return_token_ids, append_to, early_rejection, stop_when
-            ),
-            timeout,
-        )
+        call = calls.rerank(
+            prompt, head=head, truncate=truncate, candidates=candidates and list(candidates), n=n, sampling=sampling,
+            return_token_ids=return_token_ids or None, append_to=append_to, early_rejection=early_rejection,
+            stop_when=stop_when,
+        )  # fmt: skip
+        return await self._send(call, timeout)
 
     async def rerank_stream(
         self,
@@ -286,18 +271,9 @@ class AsyncInward:
             InwardError: the service could not do its part, also in the middle.
         """
         call = calls.rerank(
-            prompt,
-            None,
-            n,
-            sampling,
-            head,
-            truncate,
-            return_token_ids,
-            append_to,
-            early_rejection=early_rejection,
-            stop_when=stop_when,
-            stream=True,
-        )
+            prompt, head=head, truncate=truncate, n=n, sampling=sampling, return_token_ids=return_token_ids or None,
+            append_to=append_to, early_rejection=early_rejection, stop_when=stop_when, stream=True,
+        )  # fmt: skip
         response = await self._persist(call, timeout, self._open)
         try:
             events = Events(response.headers.get("x-request-id"))
@@ -459,25 +435,24 @@ class AsyncInward:
                     raise
             await asyncio.sleep(pause)
 
-    async def _send_all(self, batches: Batches[A], total: int, timeout: float | None, progress: bool) -> A:
+    async def _send_all(self, batches: Batches[A], timeout: float | None, progress: bool) -> A:
         """All parts, at most ``concurrency`` at once; what fails for all of them ends the call."""
-        shown = bar(progress, total, batches.unit)
         running: dict[asyncio.Task[A], Part] = {}
-        try:
-            while True:
-                for part in batches.take(self._core.concurrency - len(running)):
-                    running[asyncio.create_task(self._send(batches.call(part), timeout))] = part
-                if not running:
-                    return batches.whole()
-                done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    part = running.pop(task)
-                    try:
-                        shown.update(batches.answered(part, task.result()))
-                    except StatusError as error:
-                        shown.update(batches.failed(part, error))
-        finally:
-            for task in running:
-                task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
-            shown.close()
+        with bar(progress, batches.total, batches.unit) as advance:
+            try:
+                while True:
+                    for part in batches.take(self._core.concurrency - len(running)):
+                        running[asyncio.create_task(self._send(batches.call(part), timeout))] = part
+                    if not running:
+                        return batches.whole()
+                    done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                    for task in done:
+                        part = running.pop(task)
+                        try:
+                            advance(batches.answered(part, task.result()))
+                        except StatusError as error:
+                            advance(batches.failed(part, error))
+            finally:
+                for task in running:
+                    task.cancel()
+                await asyncio.gather(*running, return_exceptions=True)

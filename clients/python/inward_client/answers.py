@@ -51,13 +51,7 @@ class Usage:
     """At most so many more would have been drawn of the answers that were rejected or ended by a guard."""
 
     def __add__(self, other: Usage) -> Usage:
-        return Usage(
-            self.prompt_tokens + other.prompt_tokens,
-            self.completion_tokens + other.completion_tokens,
-            self.cached_tokens + other.cached_tokens,
-            self.drawn_tokens + other.drawn_tokens,
-            self.not_drawn_tokens + other.not_drawn_tokens,
-        )
+        return Usage(**{name: tokens + getattr(other, name) for name, tokens in vars(self).items()})
 
 
 @dataclass(frozen=True)

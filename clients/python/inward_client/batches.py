@@ -55,8 +55,8 @@ class Batches(Generic[A]):
     ) -> None:
         self._elements = elements
         self._call, self._sent_as, self._answered_as, self._unscored = call, sent_as, answered_as, unscored
+        self.total, self.unit = len(elements), sent_as
         stops = range(0, max(len(elements), 1), size)  # an empty list is the service's to refuse
-        self.unit = sent_as
         self._waiting = deque(Part(start, min(start + size, len(elements))) for start in stops)
         self._asked = 0
         self._answers: dict[Part, A] = {}

@@ -43,49 +43,35 @@ class Call(Generic[T]):
 
 
 def margin(pairs: Iterable[Element], head: str | None, truncate: bool) -> Call[answers.MarginAnswer]:
-    body = {"pairs": [_fields(pair, PAIR) for pair in pairs], **_options(head, truncate)}
-    return Call("POST", "/margin", lambda value: read(answers.MarginAnswer, value), body, deadline=True)
+    return _scores("/margin", _pairs(pairs) | _options(head, truncate), answers.MarginAnswer)
 
 
 def score(
     items: Iterable[Element], head: str | None, truncate: bool, detail: Sequence[str]
 ) -> Call[answers.ScoreAnswer]:
-    body = {"items": [_fields(item, ITEM) for item in items], **_options(head, truncate, detail)}
-    return Call("POST", "/score", lambda value: read(answers.ScoreAnswer, value), body, deadline=True)
+    return _scores("/score", _items(items) | _options(head, truncate, detail), answers.ScoreAnswer)
 
 
 def reward(
     items: Iterable[Element], head: str | None, truncate: bool, detail: Sequence[str]
 ) -> Call[answers.RewardAnswer]:
-    body = {"items": [_fields(item, ITEM) for item in items], **_options(head, truncate, detail)}
-    return Call("POST", "/reward", lambda value: read(answers.RewardAnswer, value), body, deadline=True)
+    return _scores("/reward", _items(items) | _options(head, truncate, detail), answers.RewardAnswer)
 
 
 def reward_pairs(
     pairs: Iterable[Element], head: str | None, truncate: bool, detail: Sequence[str]
 ) -> Call[answers.RewardPairAnswer]:
-    body = {"pairs": [_fields(pair, PAIR) for pair in pairs], **_options(head, truncate, detail)}
-    return Call("POST", "/reward", lambda value: read(answers.RewardPairAnswer, value), body, deadline=True)
+    return _scores("/reward", _pairs(pairs) | _options(head, truncate, detail), answers.RewardPairAnswer)
 
 
 def rerank(
-    prompt: Prompt,
-    candidates: Sequence[str] | None,
-    n: int | None,
-    sampling: Mapping[str, Any] | None,
-    head: str | None,
-    truncate: bool,
-    return_token_ids: bool,
-    append_to: str | None,
-    early_rejection: Mapping[str, Any] | None = None,
-    stop_when: Mapping[str, Any] | None = None,
-    stream: bool = False,
+    prompt: Prompt, *, head: str | None, truncate: bool, stream: bool = False, **given: Any
 ) -> Call[answers.RerankAnswer]:
-    given = {"candidates": candidates and list(candidates), "n": n, "sampling": sampling, "append_to": append_to}
-    given |= {"early_rejection": early_rejection, "stop_when": stop_when}
-    given |= {"return_token_ids": return_token_ids or None, "stream": stream or None}
+    """``given``: the route's other fields, of which None is not sent."""
     body = {"prompt": prompt if isinstance(prompt, str) else list(prompt), **_given(given), **_options(head, truncate)}
-    return Call("POST", "/rerank", lambda value: read(answers.RerankAnswer, value), body, deadline=True, stream=stream)
+    if stream:
+        body["stream"] = True
+    return _scores("/rerank", body, answers.RerankAnswer, stream=stream)
 
 
 def heads() -> Call[list[answers.HeadInfo]]:
@@ -93,26 +79,25 @@ def heads() -> Call[list[answers.HeadInfo]]:
 
 
 def head(name: str) -> Call[answers.HeadInfo]:
-    return Call("GET", f"/heads/{quote(name, safe='')}", lambda value: read(answers.HeadInfo, value))
+    return Call("GET", f"/heads/{quote(name, safe='')}", partial(read, answers.HeadInfo))
 
 
 def activate(name: str, version: int) -> Call[answers.Head]:
-    return Call(
-        "POST", f"/heads/{quote(name, safe='')}/activate", lambda value: read(answers.Head, value), {"version": version}
-    )
+    path = f"/heads/{quote(name, safe='')}/activate"
+    return Call("POST", path, partial(read, answers.Head), {"version": version})
 
 
 def update(name: str, sequence: int, pairs: Iterable[Element], lr: float | None) -> Call[answers.Head]:
-    body = {"sequence": sequence, "pairs": [_fields(pair, PAIR) for pair in pairs], **_given({"lr": lr})}
-    return Call("POST", f"/heads/{quote(name, safe='')}/update", lambda value: read(answers.Head, value), body)
+    body = {"sequence": sequence, **_pairs(pairs), **_given({"lr": lr})}
+    return Call("POST", f"/heads/{quote(name, safe='')}/update", partial(read, answers.Head), body)
 
 
 def policy() -> Call[answers.Policy]:
-    return Call("GET", "/policy", lambda value: read(answers.Policy, value))
+    return Call("GET", "/policy", partial(read, answers.Policy))
 
 
 def load_policy(version: str) -> Call[answers.Policy]:
-    return Call("POST", "/policy", lambda value: read(answers.Policy, value), {"version": version})
+    return Call("POST", "/policy", partial(read, answers.Policy), {"version": version})
 
 
 def sleep() -> Call[bool]:
@@ -129,16 +114,15 @@ def create_job(
     kept = ITEM if kind == "score" else ITEM + PAIR if kind == "reward" else PAIR
     lines = b"".join(json.dumps(_fields(row, kept)).encode() + b"\n" for row in rows)
     params = _given({"kind": kind, "head": head, "append_to": append_to})
-    read_job = partial(read, answers.Job)
-    return Call("POST", "/jobs", read_job, content=lines, params=params, repeatable=False, key=key)
+    return Call("POST", "/jobs", partial(read, answers.Job), content=lines, params=params, repeatable=False, key=key)
 
 
 def job(id: str) -> Call[answers.Job]:
-    return Call("GET", f"/jobs/{quote(id, safe='')}", lambda value: read(answers.Job, value))
+    return Call("GET", f"/jobs/{quote(id, safe='')}", partial(read, answers.Job))
 
 
 def cancel_job(id: str) -> Call[answers.Job]:
-    return Call("POST", f"/jobs/{quote(id, safe='')}/cancel", lambda value: read(answers.Job, value), {})
+    return Call("POST", f"/jobs/{quote(id, safe='')}/cancel", partial(read, answers.Job), {})
 
 
 def job_results(id: str) -> Call[list[dict[str, Any]]]:
@@ -151,6 +135,18 @@ def info() -> Call[dict[str, Any]]:
 
 def health() -> Call[answers.Health]:
     return Call("GET", "/health", lambda value: answers.Health(True, str(value.get("status", ""))))
+
+
+def _scores(path: str, body: Mapping[str, Any], kind: type[T], *, stream: bool = False) -> Call[T]:
+    return Call("POST", path, partial(read, kind), body, deadline=True, stream=stream)
+
+
+def _items(items: Iterable[Element]) -> dict[str, Any]:
+    return {"items": [_fields(item, ITEM) for item in items]}
+
+
+def _pairs(pairs: Iterable[Element]) -> dict[str, Any]:
+    return {"pairs": [_fields(pair, PAIR) for pair in pairs]}
 
 
 def _fields(element: Element, known: Sequence[str]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ None of those libraries is imported that the caller has not.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import Any, TypeVar, cast
 
@@ -56,28 +57,17 @@ def annotate(
         DataError: no layout of pairs is recognised, or the new columns are there already.
         InwardError: the service could not do its part.
     """
-    if client is None:
-        with Inward() as own:
-            return annotate(
-                data,
-                own,
-                head=head,
-                truncate=truncate,
-                layout=layout,
-                columns=columns,
-                prefix=prefix,
-                progress=progress,
-            )
     shown = find_spec("tqdm") is not None if progress is None else progress
+    with Inward() if client is None else nullcontext(client) as asked:
 
-    def new(rows: Rows) -> dict[str, list[Any]]:
-        """The new columns of some rows."""
-        if taken := sorted({prefix + name for name in (*COLUMNS, ERROR)} & {name for row in rows for name in row}):
-            raise DataError(f"the data have the columns {', '.join(taken)} already: a prefix keeps them")
-        reader = recognise(rows, columns, name=layout) if rows else None
-        return _columns(_asked(rows, reader, client, head, truncate, shown) if reader else [], prefix)
+        def new(rows: Rows) -> dict[str, list[Any]]:
+            """The new columns of some rows."""
+            if taken := sorted({prefix + name for name in (*COLUMNS, ERROR)} & {name for row in rows for name in row}):
+                raise DataError(f"the data have the columns {', '.join(taken)} already: a prefix keeps them")
+            reader = recognise(rows, columns, name=layout) if rows else None
+            return _columns(_asked(rows, reader, asked, head, truncate, shown) if reader else [], prefix)
 
-    return cast(T, _of_kind(data)(data, new))
+        return cast(T, _of_kind(data)(data, new))
 
 
 def _asked(

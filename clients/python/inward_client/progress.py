@@ -2,41 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
-class Bar(Protocol):
-    """The part of tqdm that is used here."""
-
-    def update(self, n: int) -> Any:
-        """``n`` more are done."""
-        ...
-
-    def close(self) -> None:
-        """Nothing more comes."""
-        ...
-
-
-class NoBar:
-    """Shows nothing."""
-
-    def update(self, n: int) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing."""
-
-
-def bar(shown: bool, total: int, what: str) -> Bar:
-    """A bar of ``total`` elements.
+@contextmanager
+def bar(shown: bool, total: int, what: str) -> Iterator[Callable[[int], object]]:
+    """A bar of ``total`` elements; what it gives is called with how many more are done.
 
     Raises:
         ImportError: it is to be shown and tqdm is not installed.
     """
     if not shown:
-        return NoBar()
+        yield lambda done: None
+        return
     try:
         from tqdm.auto import tqdm
     except ImportError:
         raise ImportError("progress=True needs tqdm: pip install 'inward-client[progress]'") from None
-    return tqdm(total=total, unit=what, smoothing=0.1)  # type: ignore[no-any-return]
+    with tqdm(total=total, unit=what, smoothing=0.1) as meter:
+        yield meter.update

@@ -8,6 +8,7 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from inward_trainer import __version__
 from inward_trainer.errors import TrainerError
@@ -69,16 +70,16 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"inward-train {__version__}")
     commands = top.add_subparsers(dest="command", metavar="cdpo|rm|export|paper", required=True)
-    for name, about, epilog, options in (
-        ("cdpo", "align a policy: DPO with a confidence per pair", CDPO, CdpoOptions),
-        ("rm", "train a reward model with margins", RM, RewardOptions),
-        ("export", "merge an adapter into its model, and upload it", EXPORT, ExportOptions),
-        ("paper", "measure the papers' tables anew on one model, and write a report", PAPER, PaperOptions),
+    for name, about, epilog, options, module in (
+        ("cdpo", "align a policy: DPO with a confidence per pair", CDPO, CdpoOptions, "cdpo"),
+        ("rm", "train a reward model with margins", RM, RewardOptions, "rm"),
+        ("export", "merge an adapter into its model, and upload it", EXPORT, ExportOptions, "export"),
+        ("paper", "measure the papers' tables anew on one model, and write a report", PAPER, PaperOptions, "paper.run"),
     ):
         form = argparse.RawDescriptionHelpFormatter
-        add_options(
-            commands.add_parser(name, help=about, description=about, epilog=epilog, formatter_class=form), options
-        )
+        command = commands.add_parser(name, help=about, description=about, epilog=epilog, formatter_class=form)
+        command.set_defaults(options=options, module=f"inward_trainer.{module}")
+        add_options(command, options)
     return top
 
 
@@ -91,21 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("inward_trainer", "inward_client"):
         logging.getLogger(name).setLevel(logging.INFO)
     try:
-        if args.command == "cdpo":
-            from inward_trainer import cdpo
-
-            return cdpo.run(read_options(CdpoOptions, args))
-        if args.command == "rm":
-            from inward_trainer import rm
-
-            return rm.run(read_options(RewardOptions, args))
-        if args.command == "paper":
-            from inward_trainer.paper import run as paper
-
-            return paper.run(read_options(PaperOptions, args))
-        from inward_trainer import export
-
-        return export.run(read_options(ExportOptions, args))
+        status: int = import_module(args.module).run(read_options(args.options, args))
+        return status
     except KeyboardInterrupt:
         problem, status = "interrupted; the same command goes on from the last checkpoint", 128 + signal.SIGINT
     except Exception as error:

@@ -49,12 +49,9 @@ class Annotator:
 
     def _monitored(self, pairs: Sequence[ScoredPair]) -> list[ScoredPair]:
         assert self._service is not None and self._monitor is not None
-        items = [(pair.prompt, answer) for pair in pairs for answer in (pair.chosen, pair.rejected)]
-        scores = self._service.scores(items, self._monitor)
-        both = zip(scores[::2], scores[1::2], strict=True)
         return [
             replace(pair, monitor=None if chosen is None or rejected is None else (chosen, rejected))
-            for pair, (chosen, rejected) in zip(pairs, both, strict=True)
+            for pair, (chosen, rejected) in zip(pairs, self._service.both_scores(pairs, self._monitor), strict=True)
         ]
 
 
@@ -72,9 +69,7 @@ class Judges:
 
     def scores(self, pairs: Sequence[ScoredPair]) -> dict[str, list[tuple[float | None, float | None]]]:
         """Of chosen and rejected, by ``hybrid`` and ``monitor``."""
-        items = [(pair.prompt, answer) for pair in pairs for answer in (pair.chosen, pair.rejected)]
-        found = {name: self._service.scores(items, head) for name, head in self._heads.items()}
-        return {name: list(zip(scores[::2], scores[1::2], strict=True)) for name, scores in found.items()}
+        return {name: self._service.both_scores(pairs, head) for name, head in self._heads.items()}
 
     def agreement(self, pairs: Sequence[ScoredPair]) -> dict[str, float]:
         """``hybrid/accuracy_after`` and ``monitor/accuracy_after``: with how many labels of at least one pair each

@@ -9,7 +9,7 @@ from typing import Any
 
 from inward_trainer.errors import OptionsError
 from inward_trainer.fingerprint import fingerprint
-from inward_trainer.models import load_tokenizer
+from inward_trainer.models import first_line, load_tokenizer
 from inward_trainer.service import Info
 from inward_trainer.tokens import Tokeniser
 
@@ -71,8 +71,8 @@ def find_model(model: str, revision: str | None) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=list(FILES)))
     except Exception as error:  # the hub's errors are many, and network stacks raise more
-        said = str(error).strip().splitlines() or [type(error).__name__]
-        raise OptionsError(f"--model: {model!r} is no folder here and can't be had from the hub: {said[0]}") from error
+        said = first_line(error)
+        raise OptionsError(f"--model: {model!r} is no folder here and can't be had from the hub: {said}") from error
 
 
 def check_same(folder: Path, tokeniser: Tokeniser, info: Info) -> None:

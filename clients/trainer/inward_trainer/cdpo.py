@@ -24,8 +24,7 @@ from inward_trainer.options import CdpoOptions
 from inward_trainer.pairs import ScoredPair
 from inward_trainer.parts import Parts
 from inward_trainer.processes import agreed
-from inward_trainer.runs import say_stopped
-from inward_trainer.service import Service
+from inward_trainer.runs import connected, until_stopped
 from inward_trainer.stopping import Stopping
 from inward_trainer.tokens import Tokeniser
 
@@ -42,22 +41,9 @@ def run(options: CdpoOptions) -> int:
         TrainerError: see the tree; the run can go on when that is mended.
     """
     check(options)
-    config = configuration(
-        DPOConfig,
-        options,
-        beta=options.beta,
-        loss_type=["sigmoid"],
-        max_steps=1,
-        save_strategy="no",
-        ignore_data_skip=True,
-    )
-    stopping = Stopping()
-    with ExitStack() as stack:
-        stack.enter_context(stopping.on_signals())
-        try:
-            return _run(options, config, stopping, stack)
-        except Stopped as stop:
-            return say_stopped("cdpo", options, stop, config.max_steps if config.max_steps > 1 else options.steps)
+    fixed = {"loss_type": ["sigmoid"], "save_strategy": "no", "ignore_data_skip": True}
+    config = configuration(DPOConfig, options, beta=options.beta, **fixed)
+    return until_stopped("cdpo", options, config, partial(_run, options, config))
 
 
 def check(options: CdpoOptions) -> None:
@@ -108,7 +94,7 @@ def _run(options: CdpoOptions, config: DPOConfig, stopping: Stopping, stack: Exi
     if options.lend_device and processes > 1:
         raise OptionsError("--lend-device is for one process that shares its GPU with the service")
     rows = options.batch_size * options.accumulate * processes
-    service = _service(options, stopping, stack) if is_main else None
+    service = connected(options, stopping, stack) if is_main else None
     info = service.info() if service else None
     name, revision = agreed(name_model(options.model, options.revision, info) if is_main else None, processes)
     model = FoundModel.find(name, revision, options.template)
@@ -127,7 +113,6 @@ def _run(options: CdpoOptions, config: DPOConfig, stopping: Stopping, stack: Exi
         processes=processes,
     )
     trainer = build_trainer(options, config, model.folder, model.tokeniser, feed)
-    every = options.publish_every if options.adapters else options.checkpoint_every
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
 
     def divergence(pairs: Sequence[ScoredPair]) -> list[float]:
@@ -138,7 +123,7 @@ def _run(options: CdpoOptions, config: DPOConfig, stopping: Stopping, stack: Exi
         parts.main if parts else None,
         stopping,
         wait=trainer.accelerator.wait_for_everyone,
-        every=every,
+        every=options.publish_every if options.adapters else options.checkpoint_every,
         evaluate=_evaluation(options, trainer, parts, model.tokeniser, confidence),
         measure=None if sharded else divergence,
     )
@@ -174,11 +159,3 @@ def _evaluation(
         rank=trainer.args.process_index,
         processes=processes,
     )
-
-
-def _service(options: CdpoOptions, stopping: Stopping, stack: ExitStack) -> Service | None:
-    if options.url is None:
-        return None
-    key = options.api_key.get_secret_value() if options.api_key else None
-    service = Service(options.url, api_key=key, patience=options.patience, at_once=options.at_once, stopping=stopping)
-    return stack.enter_context(service)

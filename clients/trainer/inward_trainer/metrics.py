@@ -36,6 +36,12 @@ LINGER_S = 20.0
 scrapes."""
 SECONDS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
 
+
+def _of_run(name: str, about: str, *labels: str) -> Gauge:
+    """Carries the name of the run, and these labels after it."""
+    return Gauge(name, about, ("run", *labels), registry=REGISTRY)
+
+
 # feed
 GATHER_SECONDS = Histogram(
     "inward_trainer_gather_duration_seconds",
@@ -57,62 +63,36 @@ STEP_SECONDS = Histogram(
     registry=REGISTRY,
 )
 PAIRS_TOTAL = Counter("inward_trainer_pairs", "Pairs that were trained on since this process began.", registry=REGISTRY)
-STEP = Gauge("inward_trainer_step", "Optimiser steps that are done.", ("run",), registry=REGISTRY)
-STEPS = Gauge("inward_trainer_steps_planned", "Optimiser steps after which the run ends.", ("run",), registry=REGISTRY)
-LAST_STEP = Gauge(
-    "inward_trainer_last_step_timestamp_seconds",
-    "When a step was done last, or the run began.",
-    ("run",),
-    registry=REGISTRY,
-)
+STEP = _of_run("inward_trainer_step", "Optimiser steps that are done.")
+STEPS = _of_run("inward_trainer_steps_planned", "Optimiser steps after which the run ends.")
+LAST_STEP = _of_run("inward_trainer_last_step_timestamp_seconds", "When a step was done last, or the run began.")
 
 # logs: what log.jsonl has
-LOSS = Gauge("inward_trainer_loss", "cDPO loss of the last logged step.", ("run",), registry=REGISTRY)
-LEARNING_RATE = Gauge("inward_trainer_learning_rate", "Of the last logged step.", ("run",), registry=REGISTRY)
-GRADIENT_NORM = Gauge(
-    "inward_trainer_gradient_norm", "Before clipping, of the last logged step.", ("run",), registry=REGISTRY
-)
-ACCURACY = Gauge(
+LOSS = _of_run("inward_trainer_loss", "cDPO loss of the last logged step.")
+LEARNING_RATE = _of_run("inward_trainer_learning_rate", "Of the last logged step.")
+GRADIENT_NORM = _of_run("inward_trainer_gradient_norm", "Before clipping, of the last logged step.")
+ACCURACY = _of_run(
     "inward_trainer_accuracy",
     "Share of pairs in which chosen has the higher reward, by DPO's reward (policy), the head that is trained against "
     "(head), or the one that nobody updates (monitor).",
-    ("run", "judge"),
-    registry=REGISTRY,
+    "judge",
 )
-CONFIDENCE = Gauge("inward_trainer_confidence", "Mean gamma of the last logged step.", ("run",), registry=REGISTRY)
-LOG_RATIO = Gauge(
-    "inward_trainer_log_ratio_nats",
-    "Mean log-ratio of the answers trained on, policy against reference.",
-    ("run",),
-    registry=REGISTRY,
+CONFIDENCE = _of_run("inward_trainer_confidence", "Mean gamma of the last logged step.")
+LOG_RATIO = _of_run(
+    "inward_trainer_log_ratio_nats", "Mean log-ratio of the answers trained on, policy against reference."
 )
-KL = Gauge(
+KL = _of_run(
     "inward_trainer_kl_nats",
     "KL of the policy to its reference in nats an answer, estimated from its own draws for the held-out prompts.",
-    ("run",),
-    registry=REGISTRY,
 )
-REWARD = Gauge(
-    "inward_trainer_reward",
-    "Hybrid reward of the answers trained on: mean, p10, p50, p90.",
-    ("run", "statistic"),
-    registry=REGISTRY,
+REWARD = _of_run("inward_trainer_reward", "Hybrid reward of the answers trained on: mean, p10, p50, p90.", "statistic")
+HELD_OUT = _of_run(
+    "inward_trainer_held_out_reward", "Mean reward of fresh samples of the held-out prompts, by judge.", "judge"
 )
-HELD_OUT = Gauge(
-    "inward_trainer_held_out_reward",
-    "Mean reward of fresh samples of the held-out prompts, by judge.",
-    ("run", "judge"),
-    registry=REGISTRY,
+HELD_OUT_GAIN = _of_run(
+    "inward_trainer_held_out_gain", "The same above the first policy of the run, by judge.", "judge"
 )
-HELD_OUT_GAIN = Gauge(
-    "inward_trainer_held_out_gain",
-    "The same above the first policy of the run, by judge.",
-    ("run", "judge"),
-    registry=REGISTRY,
-)
-POLICY_INFO = Gauge(
-    "inward_trainer_policy_info", "1 for the version that was published last.", ("run", "version"), registry=REGISTRY
-)
+POLICY_INFO = _of_run("inward_trainer_policy_info", "1 for the version that was published last.", "version")
 
 LOGGED: dict[str, tuple[Gauge, tuple[str, ...]]] = {
     "loss": (LOSS, ()),
@@ -186,9 +166,8 @@ def serve(host: str, port: int) -> Callable[[], None]:
         OptionsError: the port is taken, or the address is not this machine's.
     """
     try:
-        with socket.socket(
-            socket.AF_INET6 if ":" in host else socket.AF_INET
-        ) as probe:  # newer Pythons' servers would share a port
+        # newer Pythons' servers would share a port
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
             probe.listen()

@@ -25,7 +25,7 @@ from inward_trainer.models import checkpoints
 from inward_trainer.options import CdpoOptions
 from inward_trainer.pairs import ScoredPair
 from inward_trainer.policy import Publisher
-from inward_trainer.runs import Run, find_run, go_on, locked, new_run
+from inward_trainer.runs import Run, locked, new_run, resumed
 from inward_trainer.service import POINTWISE, Info, Service
 from inward_trainer.sources import Source
 from inward_trainer.sources.file import FilePairs, read_pairs, read_prompts
@@ -107,9 +107,7 @@ class Parts:
             OptionsError: the folder's run has other options, which can't change.
         """
         options, print_ = self._options, fingerprint(self._model.folder)
-        found = find_run(options)
-        if found is not None:
-            go_on(found, options, rows, print_)
+        if (found := resumed(options, rows, print_)) is not None:
             return found
         sequence = None
         if options.update_head and self._service:

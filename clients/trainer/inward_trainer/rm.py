@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -20,6 +20,7 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, set_seed
 from trl import RewardConfig, RewardTrainer
 
+from inward_client import Margin
 from inward_trainer.base_model import FoundModel, check_same, name_model
 from inward_trainer.checkpoints import last_checkpoint, mark_complete, step_of
 from inward_trainer.durable import write_text
@@ -32,7 +33,7 @@ from inward_trainer.models import checkpoints, configuration, load_model, lora
 from inward_trainer.options import RewardOptions
 from inward_trainer.pairs import ScoredPair, read_row
 from inward_trainer.processes import agreed
-from inward_trainer.runs import Run, find_run, go_on, locked, new_run, say_stopped
+from inward_trainer.runs import connected, locked, new_run, resumed, until_stopped
 from inward_trainer.service import Service
 from inward_trainer.sources.file import read_pairs, read_table
 from inward_trainer.statistics import estimates
@@ -73,13 +74,7 @@ def run(options: RewardOptions) -> int:
     length = {"max_steps": options.steps} if options.steps else {"num_train_epochs": options.epochs}
     saving = {"save_strategy": "steps", "save_steps": options.checkpoint_every}
     config = configuration(RewardConfig, options, **saving, **length)
-    stopping = Stopping()
-    with ExitStack() as stack:
-        stack.enter_context(stopping.on_signals())
-        try:
-            return _run(options, options.pairs, config, stopping, stack)
-        except Stopped as stop:
-            return say_stopped("rm", options, stop, config.max_steps)
+    return until_stopped("rm", options, config, partial(_run, options, options.pairs, config))
 
 
 @torch.no_grad()
@@ -134,7 +129,7 @@ class RewardLoop(TrainerCallback):  # type: ignore[misc]
 
 def _run(options: RewardOptions, path: Path, config: RewardConfig, stopping: Stopping, stack: ExitStack) -> int:
     is_main, processes = config.process_index == 0, config.world_size
-    service = _service(options, stopping, stack) if options.url and is_main else None
+    service = connected(options, stopping, stack) if is_main else None
     info = service.info() if service else None
     name, revision = agreed(name_model(options.model, options.revision, info) if is_main else None, processes)
     model = FoundModel.find(name, revision, options.template)
@@ -144,7 +139,8 @@ def _run(options: RewardOptions, path: Path, config: RewardConfig, stopping: Sto
         if info is not None:
             check_same(folder, tokeniser, info)
         stack.enter_context(locked(options.out))
-        current = _begin(options, options.batch_size * options.accumulate * processes, fingerprint(folder))
+        begun = options.batch_size * options.accumulate * processes, fingerprint(folder)
+        current = resumed(options, *begun) or new_run(options, *begun)
         rows = read_rows(options, path, tokeniser, service)
         checkpoint = last_checkpoint(checkpoints(options))
         done = step_of(checkpoint) if checkpoint else 0
@@ -168,19 +164,10 @@ def _run(options: RewardOptions, path: Path, config: RewardConfig, stopping: Sto
     return 0
 
 
-def _begin(options: RewardOptions, size: int, print_: str) -> Run:
-    """The run of this folder, or a new one."""
-    found = find_run(options)
-    if found is None:
-        return new_run(options, size, print_)
-    go_on(found, options, size, print_)
-    return found
-
-
 def _report(options: RewardOptions, pairs: int, trainer: Any, tokeniser: Tokeniser) -> None:
     report: dict[str, Any] = {"pairs": pairs, "margins": options.margins}
     if options.held_out is not None:
-        held_out = [_texts(tokeniser, read_row(row, str(i))) for i, row in enumerate(read_table(options.held_out))]
+        held_out = [_texts(tokeniser, pair) for pair in read_pairs(options.held_out)]
         found = pair_losses(trainer.accelerator.unwrap_model(trainer.model), held_out)
         right = estimates("held_out", {"accuracy": [float(margin > 0) for _, margin in found]})
         report |= {"held_out_pairs": len(held_out)} | {name.replace("/", "_"): one for name, one in right.items()}
@@ -242,7 +229,7 @@ def read_rows(options: RewardOptions, path: Path, tokeniser: Tokeniser, service:
         raise DataError(f"no pair is left to train on; {options.out / 'dropped.jsonl'} says why")
     if options.margins == "constant":
         mean = fmean(row.margin for row in rows if row.margin is not None)
-        rows = [MarginPair(row.id, row.chosen_ids, row.rejected_ids, mean) for row in rows]
+        rows = [replace(row, margin=mean) for row in rows]
     return rows
 
 
@@ -259,13 +246,6 @@ def build_trainer(
         train_dataset=Dataset.from_list([row.columns() for row in rows]),
         processing_class=tokenizer,
         peft_config=lora(options, "SEQ_CLS"),
-    )
-
-
-def _service(options: RewardOptions, stopping: Stopping, stack: ExitStack) -> Service:
-    key = options.api_key.get_secret_value() if options.api_key else None
-    return stack.enter_context(
-        Service(str(options.url), api_key=key, patience=options.patience, at_once=options.at_once, stopping=stopping)
     )
 
 
@@ -302,8 +282,7 @@ def _said(options: RewardOptions, pairs: Sequence[ScoredPair], service: Service 
             raise OptionsError(f"--margins {options.margins} asks the service: give --url")
         head = service.find_head(options.head, "--head", ("legend",)).name
         lines = [
-            {"id": pair.id, "error": found.error.message if found.error else None if found.margin is not None else
-             "the service can't score it", "bin": found.bin, "margin_scaled": found.margin_scaled,
+            {"id": pair.id, "error": _problem(found), "bin": found.bin, "margin_scaled": found.margin_scaled,
              "label_agrees": found.label_agrees}
             for pair, found in zip(pairs, service.margins(pairs, head), strict=True)
         ]  # fmt: skip
@@ -312,6 +291,12 @@ def _said(options: RewardOptions, pairs: Sequence[ScoredPair], service: Service 
     if known.keys() != {pair.id for pair in pairs}:
         raise DataError(f"{note} is of {len(known)} pairs and --pairs has {len(pairs)}: choose another --out")
     return known
+
+
+def _problem(found: Margin) -> str | None:
+    if found.error is not None:
+        return found.error.message
+    return "the service can't score it" if found.margin is None else None
 
 
 def _texts(tokeniser: Tokeniser, pair: ScoredPair) -> tuple[list[int], list[int]]:

@@ -8,17 +8,21 @@ import re
 import signal
 import sys
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from transformers import TrainingArguments
 
 from inward_trainer.checkpoints import last_checkpoint, step_of
 from inward_trainer.durable import write_text
 from inward_trainer.errors import OptionsError, Stopped
 from inward_trainer.models import checkpoints
-from inward_trainer.options import ModelOptions
+from inward_trainer.options import ModelOptions, ServiceOptions
+from inward_trainer.service import Service
+from inward_trainer.stopping import Stopping
 
 ELSEWHERE = frozenset(
     "out api_key url redis_url patience at_once idle metrics_port metrics_host steps log_every".split()
@@ -42,12 +46,6 @@ class Run:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def find_run(options: ModelOptions) -> Run | None:
-    """The run of this folder."""
-    path = options.out / "run.json"
-    return Run(**json.loads(path.read_text("utf-8"))) if path.is_file() else None
-
-
 def new_run(options: ModelOptions, rows: int, fingerprint: str, head_sequence: int | None = None) -> Run:
     """A new one, written down."""
     called = re.sub(r"[^A-Za-z0-9._-]+", "-", options.out.resolve().name).lstrip("._-")[:64]  # as a version is called
@@ -57,12 +55,16 @@ def new_run(options: ModelOptions, rows: int, fingerprint: str, head_sequence: i
     return run
 
 
-def go_on(run: Run, options: ModelOptions, rows: int, fingerprint: str) -> None:
-    """Says which options differ from those that the run began with.
+def resumed(options: ModelOptions, rows: int, fingerprint: str) -> Run | None:
+    """The run of this folder, if there is one, which goes on. Says which options differ from those that it began with.
 
     Raises:
         OptionsError: some of them can't.
     """
+    path = options.out / "run.json"
+    if not path.is_file():
+        return None
+    run = Run(**json.loads(path.read_text("utf-8")))
     now = recorded(options)
     both = {name: (run.options[name], now[name]) for name in now if name in run.options}
     changed = {name: values for name, values in both.items() if values[0] != values[1]}
@@ -78,6 +80,7 @@ def go_on(run: Run, options: ModelOptions, rows: int, fingerprint: str) -> None:
         )
     if told:
         print(f"goes on with other options than it began with: {'; '.join(told.values())}", file=sys.stderr)
+    return run
 
 
 def recorded(options: ModelOptions) -> dict[str, Any]:
@@ -99,8 +102,29 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def say_stopped(command: str, options: ModelOptions, stop: Stopped, steps: int | None) -> int:
-    """Says how far the run came and how it goes on; the exit status that a signal's end has."""
+def connected(options: ServiceOptions, stopping: Stopping, stack: ExitStack) -> Service | None:
+    """The service, for as long as ``stack`` is open; None where there is no ``--url``."""
+    if options.url is None:
+        return None
+    key = options.api_key.get_secret_value() if options.api_key else None
+    service = Service(options.url, api_key=key, patience=options.patience, at_once=options.at_once, stopping=stopping)
+    return stack.enter_context(service)
+
+
+def until_stopped(
+    command: str, options: ModelOptions, config: TrainingArguments, work: Callable[[Stopping, ExitStack], int]
+) -> int:
+    """Does the work of a command; the exit status. On a signal, says how far the run came and how it goes on."""
+    stopping = Stopping()
+    with ExitStack() as stack:
+        stack.enter_context(stopping.on_signals())
+        try:
+            return work(stopping, stack)
+        except Stopped as stop:
+            return _say_stopped(command, options, stop, config.max_steps if config.max_steps > 0 else options.steps)
+
+
+def _say_stopped(command: str, options: ModelOptions, stop: Stopped, steps: int | None) -> int:
     checkpoint = last_checkpoint(checkpoints(options))
     planned = f" of {steps}" if steps else ""
     done = f"step {step_of(checkpoint)}{planned} is kept" if checkpoint else "before the first checkpoint"

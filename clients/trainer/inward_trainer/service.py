@@ -20,7 +20,6 @@ from inward_client import (
     InwardError,
     Job,
     Margin,
-    Policy,
     RerankAnswer,
     Retries,
     RewardPair,
@@ -204,37 +203,27 @@ class Service:
 
     def rewards(self, pairs: Sequence[ScoredPair], head: str | None = None) -> list[tuple[RewardPair, str]]:
         """What the hybrid head says of each pair, or its ``error``; and the policy's version."""
-
-        async def ask() -> list[tuple[RewardPair, str]]:
-            async with told("scoring pairs", len(pairs)):
-                answer = await self._current(lambda: self._client.reward_pairs(_texts(pairs), head=head))
-            return [(reward, answer.policy_version) for reward in answer.rewards]
-
-        return self._scored(ask(), [(RewardPair(), "")] * len(pairs), "pairs")
+        answer = self._scored("pairs", len(pairs), lambda: self._client.reward_pairs(_texts(pairs), head=head))
+        if answer is None:
+            return [(RewardPair(), "")] * len(pairs)
+        return [(reward, answer.policy_version) for reward in answer.rewards]
 
     def scores(self, items: Sequence[tuple[Prompt, str]], head: str) -> list[float | None]:
         """Any pointwise head's score of each prompt and response; None where it has none."""
         asked = [{"prompt": prompt, "response": response} for prompt, response in items]
+        answer = self._scored("items", len(items), lambda: self._client.score(asked, head=head))
+        return [None] * len(items) if answer is None else [score.score for score in answer.scores]
 
-        async def ask() -> list[float | None]:
-            async with told("scoring answers", len(items)):
-                answer = await self._current(lambda: self._client.score(asked, head=head))
-            return [score.score for score in answer.scores]
-
-        return self._scored(ask(), [None] * len(items), "items")
+    def both_scores(self, pairs: Sequence[ScoredPair], head: str) -> list[tuple[float | None, float | None]]:
+        """The same of the chosen and the rejected answer of each pair."""
+        items = [(pair.prompt, answer) for pair in pairs for answer in (pair.chosen, pair.rejected)]
+        scores = self.scores(items, head)
+        return list(zip(scores[::2], scores[1::2], strict=True))
 
     def margins(self, pairs: Sequence[ScoredPair], head: str | None = None) -> list[Margin]:
         """What the LEGEND head says of each pair; an ``error`` where it can't be scored."""
-
-        async def ask() -> list[Margin]:
-            async with told("scoring pairs", len(pairs)):
-                return (await self._current(lambda: self._client.margin(_texts(pairs), head=head))).margins
-
-        return self._scored(ask(), [Margin()] * len(pairs), "pairs")
-
-    def heads(self) -> list[HeadInfo]:
-        """What is loaded."""
-        return self._wait(self._client.heads())
+        answer = self._scored("pairs", len(pairs), lambda: self._client.margin(_texts(pairs), head=head))
+        return [Margin()] * len(pairs) if answer is None else answer.margins
 
     def find_head(self, name: str | None, option: str, kinds: Sequence[str] = ("hybrid",)) -> HeadInfo:
         """The head of this name, or the first one of these kinds: as the service's own routes choose.
@@ -242,7 +231,7 @@ class Service:
         Raises:
             OptionsError: there is none.
         """
-        loaded = self.heads()
+        loaded = self._wait(self._client.heads())
         found = next((head for head in loaded if head.kind in kinds and name in (None, head.name)), None)
         if found is None:
             there = ", ".join(f"{head.name} ({head.kind})" for head in loaded) or "none"
@@ -266,10 +255,6 @@ class Service:
             return True
 
         return self._wait(ask(), GRACE_S)
-
-    def policy(self) -> Policy:
-        """Which version it carries."""
-        return self._wait(self._client.policy())
 
     def load_policy(self, version: str) -> None:
         """Makes the service sample and score with an adapter of its folder (nothing happens if it does already), and
@@ -355,14 +340,19 @@ class Service:
         if self.version is not None and (await self._client.policy()).policy_version != self.version:
             await self._client.load_policy(self.version)
 
-    def _scored(self, asking: Coroutine[Any, Any, list[T]], none: list[T], sent_as: str) -> list[T]:
-        """The answer; ``none`` where it is that not one element can be scored."""
+    def _scored(self, sent_as: str, count: int, ask: Callable[[], Awaitable[A]]) -> A | None:
+        """The answer to a list of so many pairs or items; None where it is that not one of them can be scored."""
+
+        async def asking() -> A:
+            async with told("scoring answers" if sent_as == "items" else f"scoring {sent_as}", count):
+                return await self._current(ask)
+
         try:
-            return self._wait(asking)
+            return self._wait(asking())
         except ServiceError as error:
             cause = error.__cause__
             if isinstance(cause, InvalidField | TooLarge) and (cause.param or "").startswith(f"{sent_as}."):
-                return none
+                return None
             raise
 
     def _wait(self, coroutine: Coroutine[Any, Any, T], grace_s: float = 0.0) -> T:

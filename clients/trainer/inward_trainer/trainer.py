@@ -53,16 +53,8 @@ class CdpoTrainer(DPOTrainer):  # type: ignore[misc]
     def __init__(
         self, model: Any, args: DPOConfig, *, data_collator: Any = None, processing_class: Any, **options: Any
     ) -> None:
-        unknown = [
-            name
-            for name, plain in (
-                ("f_divergence_type", "reverse_kl"),
-                ("label_smoothing", 0.0),
-                ("ld_alpha", None),
-                ("use_weighting", False),
-            )
-            if getattr(args, name) != plain
-        ]
+        plain = {"f_divergence_type": "reverse_kl", "label_smoothing": 0.0, "ld_alpha": None, "use_weighting": False}
+        unknown = [name for name, value in plain.items() if getattr(args, name) != value]
         if list(args.loss_type) != ["sigmoid"] or unknown or args.precompute_ref_log_probs:
             raise ValueError(
                 "cDPO is a loss of its own: leave loss_type, precompute_ref_log_probs and "
@@ -84,11 +76,10 @@ class CdpoTrainer(DPOTrainer):  # type: ignore[misc]
     @torch.no_grad()
     def pair_losses(self, rows: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
         """Loss and ``z`` of each row, which is as the collator takes it, with the policy as it is now."""
-        was_training, size = self.model.training, self.args.per_device_eval_batch_size
+        was_training = self.model.training
         found: list[tuple[float, float]] = []
         self.model.eval()
-        for start in range(0, len(rows), size):
-            inputs = self._prepare_inputs(self.data_collator(list(rows[start : start + size])))
+        for inputs in self._batches(rows):
             with self.compute_loss_context_manager():
                 chosen, rejected, _ = self._log_ratios(self.model, inputs)
             z = self.beta * (chosen - rejected).float()
@@ -102,11 +93,10 @@ class CdpoTrainer(DPOTrainer):  # type: ignore[misc]
         policy drew it and nothing bent its distribution: Schulman's k3, ``r - 1 - log r`` of reference to policy,
         summed over the tokens. It is never negative, and on average the sum of the tokens' divergences.
         """
-        model, size = self.accelerator.unwrap_model(self.model), self.args.per_device_eval_batch_size
+        model = self.accelerator.unwrap_model(self.model)
         was_training, found = model.training, []
         model.eval()
-        for start in range(0, len(rows), size):
-            inputs = self._prepare_inputs(self.data_collator(list(rows[start : start + size])))
+        for inputs in self._batches(rows):
             half = len(inputs["input_ids"]) // 2  # chosen ones come first
             texts = {name: inputs[name][:half] for name in ("input_ids", "attention_mask", "completion_mask")}
             with self.compute_loss_context_manager():
@@ -116,6 +106,11 @@ class CdpoTrainer(DPOTrainer):  # type: ignore[misc]
             found += (log_ratio.expm1() - log_ratio).sum(dim=1).tolist()
         model.train(was_training)
         return found
+
+    def _batches(self, rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        size = self.args.per_device_eval_batch_size
+        for start in range(0, len(rows), size):
+            yield self._prepare_inputs(self.data_collator(list(rows[start : start + size])))
 
     @contextmanager
     def _reference(self, model: Any) -> Iterator[Any]:

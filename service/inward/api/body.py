@@ -67,7 +67,7 @@ def parse(raw: bytes, content_type: str) -> Any:
     if not (kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))):
         raise RequestError('send the header "content-type: application/json"', param="content-type")
     try:
-        return json.loads(raw, parse_constant=_no_number)
+        return strict_json(raw)
     except RecursionError:
         raise RequestError("the body is nested too deeply") from None
     except UnicodeDecodeError as error:
@@ -93,6 +93,11 @@ def limit_lists(value: Any, limits: Limits) -> None:
             raise TooLarge(
                 f"{field} has {len(elements)} elements and one request may have {limit}; send several", param=field
             )
+
+
+def strict_json(raw: bytes | str) -> Any:
+    """Raises ValueError also for NaN and Infinity, which Python would take."""
+    return json.loads(raw, parse_constant=_no_number)
 
 
 def _no_number(constant: str) -> None:

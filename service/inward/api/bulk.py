@@ -49,9 +49,8 @@ class BulkRunner:
                 if (chunk := await self._store.take(self._replica)) is not None:
                     await self._do(chunk)
             except Unavailable as error:
-                logs.event(
-                    LOG, "bulk_waits", severity=logging.DEBUG, reason=error.message
-                )  # the queue tells of it once
+                # the queue tells of it once
+                logs.event(LOG, "bulk_waits", severity=logging.DEBUG, reason=error.message)
                 await asyncio.sleep(AWAY_S)
 
     async def _do(self, chunk: Chunk) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
-from inward.api.elements import REWARD_KINDS, SCORE_KINDS
-from inward.api.scoring import Deadline, hybrid_head, named_head, score_groups
+from inward.api.elements import SCORE_KINDS
+from inward.api.scoring import Deadline, find_head, score_groups
 from inward.api.services import Services
 from inward.errors import InvalidField, InwardError, NotFinite, TooLarge
 from inward.heads.hybrid import confidence
@@ -15,9 +15,7 @@ from inward.types import (
     EarlyRejection,
     FinishReason,
     Group,
-    HeadRef,
     Ids,
-    Prompt,
     Sample,
     SamplingSpec,
     Scored,
@@ -101,12 +99,6 @@ class Generation:
         return replace(answer, not_drawn=0 if answer.finished else left)
 
 
-def ranking_heads(services: Services, head: HeadRef) -> tuple[str, ...]:
-    """The head that ranks, and the hybrid one that gives the confidence of a pair, where that is another."""
-    confident = None if head.kind in REWARD_KINDS else hybrid_head(services)
-    return (head.name, confident) if confident else (head.name,)
-
-
 async def candidates(
     services: Services, request: RerankRequest, heads: tuple[str, ...], deadline: Deadline
 ) -> Candidates:
@@ -116,13 +108,10 @@ async def candidates(
     Raises:
         InwardError: the service could not do its part.
     """
-    if request.candidates is None:
-        wanted = await generation(services, request, heads[0])
-        found = wanted.found(await score_one(services, Group(wanted.prompt_ids, sampling=wanted.spec), heads, deadline))
-    else:
-        prompt, field = request.asked()
-        found = await _given(services, request.candidates, request.truncate, prompt, field, heads, deadline)
-    return found
+    if request.candidates is not None:
+        return await _given(services, request, request.candidates, heads, deadline)
+    wanted = await generation(services, request, heads[0])
+    return wanted.found(await score_one(services, Group(wanted.prompt_ids, sampling=wanted.spec), heads, deadline))
 
 
 async def generation(services: Services, request: RerankRequest, head: str) -> Generation:
@@ -155,7 +144,7 @@ async def to_draw(services: Services, texts: Texts, field: str, n: int, sampling
         raise TooLarge(f"n is {n} and one request may draw {most} answers; send several", param="n")
     (grouped,) = await services.prompts.group_many([texts])
     if isinstance(grouped, InwardError):
-        raise type(grouped)(grouped.message, param=Parts(texts.prompt, (), field, ()).blame(grouped.param))
+        raise grouped.at(Parts(texts.prompt, (), field, ()).blame(grouped.param))
     prompt_ids = grouped.group.prompt_ids
     if not prompt_ids:
         raise InvalidField("the prompt is empty: there is nothing to go on with", param=field)
@@ -178,29 +167,24 @@ def _early_rejection(services: Services, asked: RejectionOptions | None) -> Earl
     if asked is None:
         return None
     if asked.head is not None:
-        named_head(services, asked.head, (*SCORE_KINDS, "value"), "early_rejection.head")
+        find_head(services, asked.head, (*SCORE_KINDS, "value"), "early_rejection.head")
     return EarlyRejection(asked.keep, tuple(asked.at or ()), asked.max_loss, asked.head)
 
 
 def _stop_rule(services: Services, asked: GuardOptions | None, head: str) -> StopRule | None:
     if asked is None:
         return None
-    name = named_head(services, asked.head or head, SCORE_KINDS, "stop_when.head").name
+    name = find_head(services, asked.head or head, SCORE_KINDS, "stop_when.head").name
     return StopRule(name, asked.below, asked.probability, asked.fpr, asked.pool or "", asked.after)
 
 
 async def _given(
-    services: Services,
-    texts: Sequence[str],
-    truncate: bool,
-    prompt: Prompt,
-    field: str,
-    heads: tuple[str, ...],
-    deadline: Deadline,
+    services: Services, request: RerankRequest, texts: Sequence[str], heads: tuple[str, ...], deadline: Deadline
 ) -> Candidates:
     """All that can be used are one group, tokenised together as they are scored. Only where that fails, each is tried
     alone, to find those to blame.
     """
+    (prompt, field), truncate = request.asked(), request.truncate
 
     async def group(places: Sequence[int]) -> Grouped | InwardError:
         return (await services.prompts.group_many([Texts(prompt, tuple(texts[i] for i in places), truncate)]))[0]
@@ -209,12 +193,11 @@ async def _given(
     answers = [Candidate(text) for text in texts]
     grouped = await group(usable)
     if isinstance(grouped, InwardError):
-        for i, alone in enumerate(
-            await services.prompts.group_many([Texts(prompt, (text,), truncate) for text in texts])
-        ):
+        apart = await services.prompts.group_many([Texts(prompt, (text,), truncate) for text in texts])
+        for i, alone in enumerate(apart):
             if isinstance(alone, InwardError):
                 parts = Parts(prompt, (texts[i],), field, (f"candidates.{i}",))
-                answers[i] = replace(answers[i], error=type(alone)(alone.message, param=parts.blame(alone.param)))
+                answers[i] = replace(answers[i], error=alone.at(parts.blame(alone.param)))
         usable = [i for i in usable if answers[i].error is None]
         if not usable:
             raise next(answer.error for answer in answers if answer.error is not None)
@@ -244,11 +227,7 @@ def sampled(scored: Scored, n: int) -> Candidate:
 def drawn(sample: Sample) -> Candidate:
     """A sample of which no head has said anything but the score that ended it."""
     return Candidate(
-        sample.text,
-        sample.ids,
-        score=sample.stop_score,
-        finish_reason=sample.finish_reason,
-        held_back=sample.held_back,
+        sample.text, sample.ids, sample.stop_score, finish_reason=sample.finish_reason, held_back=sample.held_back
     )
 
 
@@ -257,6 +236,5 @@ def answered(scored: Scored, n: int, candidate: Candidate, param: str | None = N
     scores = scored.scores[0]
     if scores.scores_N[n] is None:
         return replace(candidate, error=NotFinite("the score is not a finite number", param=param))
-    probability = scores.probability_N[n] if scores.probability_N else None
     reward = scored.scores[-1].scores_N[n]
-    return replace(candidate, score=scores.scores_N[n], probability=probability, reward=reward)
+    return replace(candidate, score=scores.scores_N[n], probability=scores.probability(n), reward=reward)

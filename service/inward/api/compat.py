@@ -22,7 +22,7 @@ from inward.api.errors import explain
 from inward.api.scoring import Deadline, find_head, score_all
 from inward.api.services import Services
 from inward.errors import InwardError, NotFinite, NotFound, OverQuota, Unavailable
-from inward.types import HeadRef, Kind, Prompt, Scored, Scores, Timing, Usage
+from inward.types import HeadRef, Kind, Prompt, Scored, Scores, Usage, slowest
 from inward.wire import Parts, RerankRequest, ScoringOptions
 from inward.wire.compat import CompatRequest, rerank_dialect, score_dialect
 
@@ -73,14 +73,13 @@ class CompatScores:
         """
         if not self.scored:
             return {}
-        slowest = max((scored.timing for scored in self.scored), key=lambda t: t.queued + t.inference, default=Timing())
-        head, policy = self.scored[0].heads[0], self.scored[0].policy_version
-        named = {
+        head = self.scored[0].heads[0]
+        return {
+            **timing_headers(slowest(self.scored)),
             "x-inward-head": f"{head.name}/{head.version}",
-            "x-inward-policy": policy,
+            "x-inward-policy": self.scored[0].policy_version,
             "x-inward-truncated": str(sum(self.truncated_N)),
         }
-        return {**timing_headers(slowest), **named}
 
 
 async def score_conversations(
@@ -109,11 +108,10 @@ async def score_conversations(
         if result.outcome.scores[0].scores_N[0] is None:
             raise NotFinite("the score is not a finite number", param=f"{field}.{i}")
         scored.append(result.outcome)
-    units = tuple(unit(outcome.scores[0], 0) for outcome in scored)
     return CompatScores(
         tuple(scored),
         tuple(_finite(outcome.scores[0], 0) for outcome in scored),
-        units,
+        tuple(unit(outcome.scores[0], 0) for outcome in scored),
         tuple(r.truncated for r in results),
     )
 
@@ -168,8 +166,7 @@ def unit(scores: Scores, n: int) -> float:
     """The ``n``-th score in [0, 1]: its calibrated probability; else a cosine (of a listwise head) moved there, or
     the sigmoid.
     """
-    probability = scores.probability_N[n] if scores.probability_N else None
-    if probability is not None:
+    if (probability := scores.probability(n)) is not None:
         return probability
     score = _finite(scores, n)
     if scores.listwise:
@@ -221,9 +218,8 @@ def error_response(error: InwardError, shape: ErrorShape) -> Response:
     """An error in a family's shape."""
     if isinstance(error, OverQuota):
         error = Unavailable(error.message, param=error.param, retry_after=error.retry_after)
-    headers = {
-        name: value for name, value in refusal(error).headers.items() if name in ("retry-after", "www-authenticate")
-    }
+    told = refusal(error).headers
+    headers = {name: told[name] for name in ("retry-after", "www-authenticate") if name in told}
     return plain(shape(error), status=error.status, headers=headers)
 
 
@@ -271,15 +267,11 @@ def _blaming(error: InwardError, field: str) -> InwardError:
     steps = (error.param or "").split(".")
     if steps[0] != field:
         return error
-    return type(error)(error.message, param=".".join(steps[:2]), retry_after=error.retry_after)
+    return error.at(".".join(steps[:2]))
 
 
 def _renamed(error: InwardError, field: str) -> InwardError:
     """``error`` with the caller's name for the prompt and the candidates."""
     head, dot, rest = (error.param or "").partition(".")
-    ours = {"candidates": field, "prompt": "query"}
-    return (
-        type(error)(error.message, param=f"{ours[head]}{dot}{rest}", retry_after=error.retry_after)
-        if head in ours
-        else error
-    )
+    theirs = {"candidates": field, "prompt": "query"}.get(head)
+    return error if theirs is None else error.at(f"{theirs}{dot}{rest}")

@@ -14,7 +14,7 @@ from inward.errors import NotFound
 from inward.heads.calibration import Deciles
 from inward.types import Kind, Scored, Usage
 from inward.wire import RerankRequest
-from inward.wire.compat import message
+from inward.wire.compat import conversation
 from inward.wire.verdicts import (
     ChoiceDecision,
     ChoiceProbability,
@@ -39,10 +39,9 @@ async def decide(services: Services, request: DecisionRequest) -> tuple[list[Dec
     """
     request.check()
     deadline = Deadline(None, services.limits.timeout_s)
-    turns = _turns(request)
-    named = [
-        None if question.type == "choice" else _head(services, request, question) for question in request.questions
-    ]
+    given = conversation(request.input, "input")
+    turns = [{"role": "user", "content": given}] if isinstance(given, str) else given
+    named = [None if one.type == "choice" else _head(services, request, one) for one in request.questions]
     heads = sorted({name for name in named if name is not None})
     usage = Usage()
     scored: Scored | None = None
@@ -60,12 +59,6 @@ async def decide(services: Services, request: DecisionRequest) -> tuple[list[Dec
             answer = _answer(services, question, name, scored, heads.index(name))
         answers.append(answer)
     return answers, usage
-
-
-def _turns(request: DecisionRequest) -> list[dict[str, str]]:
-    if isinstance(request.input, str):
-        return [{"role": "user", "content": request.input}]
-    return [message(turn, f"input.{i}") for i, turn in enumerate(request.input)]
 
 
 def _judged(turns: Sequence[dict[str, str]]) -> Conversation:
@@ -92,7 +85,7 @@ def _head(services: Services, request: DecisionRequest, question: Question) -> s
 def _answer(services: Services, question: Question, name: str, scored: Scored, head: int) -> Decision:
     scores = scored.scores[head]
     if question.type == "predicate":
-        probability = scores.probability_N[0] if scores.probability_N else None
+        probability = scores.probability(0)
         if probability is None:  # not calibrated for it
             return Refusal(name=question.name)
         return PredicateDecision(name=question.name, probability=probability)

@@ -16,7 +16,7 @@ from inward.heads.registry import KINDS
 from inward.prompts import Texts
 from inward.types import Group, HeadRef
 from inward.wire import NamedHead
-from inward.wire.compat import message
+from inward.wire.compat import conversation
 from inward.wire.openai import ChatRequest, CompletionRequest, DrawRequest
 from inward.wire.openai_answers import DrawUsage, Rating
 
@@ -48,7 +48,7 @@ async def read_request(services: Services, request: ChatRequest | CompletionRequ
     if (lists := len(prompts)) * request.drawn > (most := services.limits.candidates):
         raise TooLarge(
             f"{lists} prompts with {request.drawn} answers each are too many: one request may draw {most} answers",
-            param=_count_field(request),
+            param="n" if request.best_of is None else "best_of",
         )
     await _check_model(services, request.model)
     head = requested_head(services, request, RERANK_KINDS, services.rerank_head)
@@ -101,8 +101,7 @@ def _prompts(request: ChatRequest | CompletionRequest) -> list[tuple[Texts, str]
     """The prompts, and the fields that they came in."""
     cut = bool(request.truncate)
     if isinstance(request, ChatRequest):
-        turns = [message(turn, f"messages.{i}") for i, turn in enumerate(request.messages)]
-        return [(Texts(turns, (), cut), "messages")]
+        return [(Texts(conversation(request.messages, "messages"), (), cut), "messages")]
     fields = ["prompt"] if isinstance(request.prompt, str) else [f"prompt.{i}" for i in range(len(request.prompt))]
     return [(Texts(text, (), cut, rendered=True), field) for text, field in zip(request.prompts(), fields, strict=True)]
 
@@ -113,12 +112,8 @@ async def _generation(services: Services, request: DrawRequest, texts: Texts, fi
     except InwardError as error:
         if error.param != "sampling.max_tokens":
             raise
-        raise type(error)(error.message, param=request.budget_field) from None
+        raise error.at(request.budget_field) from None
     return replace(wanted, spec=watched(services, wanted.spec, head, request.early_rejection, request.stop_when))
-
-
-def _count_field(request: DrawRequest) -> str:
-    return "n" if request.best_of is None else "best_of"
 
 
 async def _check_model(services: Services, name: str | None) -> None:

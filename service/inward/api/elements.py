@@ -9,9 +9,10 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from inward.api.scoring import Result, find_head, hybrid_head
+from inward.api.scoring import Result
 from inward.api.services import Services
-from inward.types import Ids, Kind, Scores
+from inward.errors import NotFound
+from inward.types import HeadRef, Ids, Kind, Scores
 from inward.wire import Margin, RewardPair, Score
 
 MARGIN_KINDS: tuple[Kind, ...] = ("legend", "hybrid", "ensemble")
@@ -21,19 +22,18 @@ REWARD_KINDS: tuple[Kind, ...] = ("hybrid", "ensemble")
 RERANK_KINDS: tuple[Kind, ...] = ("hybrid", "legend", "srr", "ensemble")
 
 
-def margin_heads(services: Services, name: str | None) -> tuple[str, ...]:
-    """The head that gives a pair's margin, and the hybrid one that gives its confidence, where that is another.
-
-    Raises:
-        NotFound: there is no such head.
-    """
-    head = find_head(services, name, MARGIN_KINDS)
-    confident = None if head.kind in REWARD_KINDS else hybrid_head(services)
-    return (head.name, confident) if confident else (head.name,)
+def with_confidence(services: Services, head: HeadRef) -> tuple[str, ...]:
+    """The head, and the hybrid one that gives the confidence of a pair, where that is another and is loaded."""
+    if head.kind in REWARD_KINDS:
+        return (head.name,)
+    try:
+        return head.name, services.heads.resolve(None, ("hybrid",)).name
+    except NotFound:
+        return (head.name,)
 
 
 def margin(result: Result, where: str | None) -> Margin:
-    """Of a pair that was scored by ``margin_heads``."""
+    """Of a pair that was scored ``with_confidence``."""
     scores, error = result.scores(), result.error(where)
     if scores is None or scores.pair is None or error is not None:
         return Margin(error=error, truncated=result.truncated)
@@ -65,7 +65,7 @@ def score(result: Result, where: str | None, pieces: Callable[[Ids], list[str]] 
     return Score(
         truncated=result.truncated,
         score=scores.scores_N[0],
-        probability=_at(scores, 0),
+        probability=scores.probability(0),
         layers=_layers(scores, 0),
         tokens=_tokens(scores, 0),
         token_texts=pieces(result.responses_ids[0]) if pieces and scores.tokens_N else None,
@@ -83,8 +83,8 @@ def reward_pair(result: Result, where: str | None) -> RewardPair:
         truncated=result.truncated,
         chosen_score=scores.scores_N[0],
         rejected_score=scores.scores_N[1],
-        chosen_probability=_at(scores, 0),
-        rejected_probability=_at(scores, 1),
+        chosen_probability=scores.probability(0),
+        rejected_probability=scores.probability(1),
         margin=pair.margin,
         label_agrees=pair.label_agrees,
         label_probability=pair.label_probability,
@@ -105,7 +105,3 @@ def _layers(scores: Scores, n: int) -> dict[str, Any] | None:
 
 def _tokens(scores: Scores, n: int) -> list[float] | None:
     return list(scores.tokens_N[n]) if scores.tokens_N else None
-
-
-def _at(scores: Scores, n: int) -> float | None:
-    return scores.probability_N[n] if scores.probability_N else None

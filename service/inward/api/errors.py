@@ -27,12 +27,18 @@ PHRASES = {
     "wrong_form": "",
 }
 """Our words for pydantic's, where its own speak of Python."""
-OVER_QUOTA: dict[int | str, dict[str, Any]] = {
-    429: {"model": ErrorBody, "description": "The key has used up its quota; `Retry-After` says when it has more."}
-}
-RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody, "description": description}
-    for status, description in {
+Responses = dict[int | str, dict[str, Any]]
+"""What else than the answer a route may give, for the OpenAPI document."""
+
+
+def told(descriptions: Mapping[int, str]) -> Responses:
+    """Errors in our own shape, by their status."""
+    return {status: {"model": ErrorBody, "description": description} for status, description in descriptions.items()}
+
+
+OVER_QUOTA = told({429: "The key has used up its quota; `Retry-After` says when it has more."})
+RESPONSES = told(
+    {
         400: "The body is not JSON.",
         401: "No key, or a wrong one.",
         404: "No such head or version.",
@@ -42,12 +48,17 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         500: "A defect of ours.",
         503: "Overloaded or not able to compute; `Retry-After` says when to come back.",
         504: "Not done before the deadline.",
-    }.items()
-}
-"""The errors of scoring routes, for the OpenAPI document."""
+    }
+)
+"""The errors of scoring routes."""
 
 
-def responses(*models: Any) -> dict[int | str, dict[str, Any]]:
+def only(*statuses: int) -> Responses:
+    """Of ``RESPONSES`` those."""
+    return {status: RESPONSES[status] for status in statuses}
+
+
+def responses(*models: Any) -> Responses:
     """``RESPONSES`` of routes on which errors have one of these shapes; what goes wrong before the route keeps our
     own.
     """

@@ -20,6 +20,10 @@ HEARTBEAT_S = 15.0
 """Seconds of silence after which a comment is sent, so that nobody between takes the connection for dead."""
 DONE = "data: [DONE]\n\n"
 """The end, as clients of streaming language models know it."""
+EVENTS: dict[str, Any] = {
+    "content": {"text/event-stream": {"schema": {"type": "string", "description": "With `stream`."}}}
+}
+"""Of routes that may answer so, for the OpenAPI document."""
 
 
 def event(name: str, body: BaseModel | dict[str, Any]) -> str:

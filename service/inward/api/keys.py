@@ -164,18 +164,14 @@ def make_key(name: str, **fields: Any) -> tuple[str, Key]:
     Raises:
         SetupError: a field that can't be used.
     """
+    if name == PLAIN:
+        raise SetupError(f"{PLAIN} is what keys without a name are called; choose another name")
     secret = PREFIX + secrets.token_urlsafe(32)
     try:
-        return secret, Key(name=_usable(name), sha256=hashlib.sha256(secret.encode()).hexdigest(), **fields)
+        return secret, Key(name=name, sha256=hashlib.sha256(secret.encode()).hexdigest(), **fields)
     except ValidationError as error:
         first = error.errors()[0]
         raise SetupError(f"{first['loc'][0]}: {first['msg']}") from None
-
-
-def _usable(name: str) -> str:
-    if name == PLAIN:
-        raise SetupError(f"{PLAIN} is what keys without a name are called; choose another name")
-    return name
 
 
 def _named_keys(file: Path) -> Sequence[Key]:

@@ -78,13 +78,11 @@ class AccessLog:
         try:
             await self.app(scope, receive, record)
         except Exception:
-            LOG.exception(
-                "request_failed", extra={"fields": {"request_id": request_id}}
-            )  # type and place, not the message
+            # type and place, not the message
+            LOG.exception("request_failed", extra={"fields": {"request_id": request_id}})
             if code == HUNG_UP:
-                await refusal(InternalError(f"a defect of the server; its log has more under {request_id}"))(
-                    scope, receive, record
-                )
+                defect = InternalError(f"a defect of the server; its log has more under {request_id}")
+                await refusal(defect)(scope, receive, record)
         finally:
             metrics.REQUESTS_IN_FLIGHT.dec()
             seconds = time.perf_counter() - started
@@ -94,10 +92,8 @@ class AccessLog:
             severity = self._severity(scope["path"], code)
             ms = round(1000 * seconds, 2)
             method = scope["method"] if scope["method"] in METHODS else "other"  # a caller may send any word
-            ids: dict[str, Any] = {
-                "request_id": request_id,
-                **tracing.answered(span, method=method, route=route, code=code),
-            }
+            ids: dict[str, Any] = {"request_id": request_id}
+            ids |= tracing.answered(span, method=method, route=route, code=code)
             logs.event(LOG, "request", severity=severity, method=method, route=route, code=code, ms=ms, **ids)
             if (caller := scope.get("caller")) is not None:
                 _audit(caller, method=method, route=route, code=code, request_id=request_id)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from inward.api.candidates import Candidate, Candidates, candidates, ranking_heads
+from inward.api.candidates import Candidate, Candidates, candidates
+from inward.api.elements import with_confidence
 from inward.api.scoring import Deadline, named
 from inward.api.services import Services
 from inward.types import HeadRef, Timing
@@ -16,8 +17,7 @@ async def rank(services: Services, request: RerankRequest, head: HeadRef) -> tup
         InwardError: none of them could be scored, or the service could not do its part.
     """
     deadline = Deadline(request.timeout, services.limits.timeout_s)
-    heads = ranking_heads(services, head)
-    return ranking(services, request, await candidates(services, request, heads, deadline))
+    return ranking(services, request, await candidates(services, request, with_confidence(services, head), deadline))
 
 
 def ranking(services: Services, request: RerankRequest, found: Candidates) -> tuple[RerankAnswer, Timing]:
@@ -25,7 +25,7 @@ def ranking(services: Services, request: RerankRequest, found: Candidates) -> tu
     errors = [answer.error for answer in found.answers if answer.error is not None]
     if len(errors) == len(found.answers):
         raise errors[0]
-    results = _results(found, request)
+    results = [one_ranked(i, found.answers[i], request, found.truncated) for i in found.order]
     answer = RerankAnswer(
         **named(services, [found.scored]),
         results=results,
@@ -34,10 +34,6 @@ def ranking(services: Services, request: RerankRequest, found: Candidates) -> tu
         listwise=found.scored.scores[0].listwise,
     )
     return answer, found.scored.timing
-
-
-def _results(found: Candidates, request: RerankRequest) -> list[Ranked]:
-    return [one_ranked(i, found.answers[i], request, found.truncated) for i in found.order]
 
 
 def one_ranked(index: int, answer: Candidate, request: RerankRequest, truncated: bool) -> Ranked:

@@ -7,7 +7,6 @@ with a row stands in its place and names the row's own field.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from inward.api import elements
+from inward.api.body import strict_json
 from inward.api.errors import explain
 from inward.api.scoring import Result, find_head, score_each, tokenise
 from inward.api.services import Services
@@ -63,15 +63,14 @@ class RowAnswer:
 
     def body(self) -> dict[str, Any]:
         """As JSON, with the head and the policy where it was scored."""
-        if self.head is None:
-            return self.element.model_dump()
-        return self.element.model_dump() | {"head": asdict(self.head), "policy_version": self.policy_version}
+        by = {"head": asdict(self.head), "policy_version": self.policy_version} if self.head is not None else {}
+        return self.element.model_dump() | by
 
 
 def parse(line: str) -> Row | InwardError:
     """The JSON object in a line, or what is wrong with it."""
     try:
-        row = json.loads(line, parse_constant=_no_number)
+        row = strict_json(line)
     except RecursionError:
         return InvalidField("this row is nested too deeply")
     except ValueError as error:
@@ -100,12 +99,11 @@ async def score_rows(
     """
     checked = [row if isinstance(row, InwardError) else _checked(kind, row) for row in rows]
     answers: dict[int, RowAnswer] = {}
-    for of_pairs in (True, False):
-        places = [i for i, row in enumerate(checked) if isinstance(row, PairItem if of_pairs else Item)]
-        some = [row for row in checked if isinstance(row, PairItem if of_pairs else Item)]
-        if some:
-            found = await _score(services, kind, some, head, options or ScoringOptions(), of_pairs=of_pairs)
-            answers |= dict(zip(places, found, strict=True))
+    for shape in (PairItem, Item):
+        alike = {i: row for i, row in enumerate(checked) if isinstance(row, shape)}
+        if alike:
+            found = await _score(services, kind, [*alike.values()], head, options, of_pairs=shape is PairItem)
+            answers |= dict(zip(alike, found, strict=True))
     return [failed(row) if isinstance(row, InwardError) else answers[i] for i, row in enumerate(checked)]
 
 
@@ -151,16 +149,14 @@ async def _score(
     kind: RowsKind,
     some: Sequence[PairItem | Item],
     head: str | None,
-    options: ScoringOptions,
+    options: ScoringOptions | None,
     *,
     of_pairs: bool,
 ) -> list[RowAnswer]:
-    if kind == "margin":
-        heads = elements.margin_heads(services, head)
-    else:
-        heads = (find_head(services, head, KINDS[kind]).name,)
+    found = find_head(services, head, KINDS[kind])
+    heads = elements.with_confidence(services, found) if kind == "margin" else (found.name,)
     element = elements.margin if kind == "margin" else elements.reward_pair if of_pairs else elements.score
-    results = await score_each(services, None, some, heads, options, pair=of_pairs)
+    results = await score_each(services, None, some, heads, options or ScoringOptions(), pair=of_pairs)
     return [_answer(result, element(result, None)) for result in results]
 
 
@@ -170,7 +166,3 @@ def _answer(result: Result, element: Element) -> RowAnswer:
         return RowAnswer(element)
     tokens = scored.usage.prompt_tokens + scored.usage.completion_tokens
     return RowAnswer(element, scored.heads[0], scored.policy_version, next(iter(scored.heads[1:]), None), tokens)
-
-
-def _no_number(constant: str) -> None:
-    raise ValueError(f"{constant} is not a JSON number")

@@ -12,7 +12,7 @@ from inward.api.auth import CALLER
 from inward.api.services import Services
 from inward.errors import DeadlineExceeded, InwardError, NotFinite, NotFound, ShardAway, Unavailable
 from inward.prompts import Grouped, Texts
-from inward.types import Detail, Group, HeadRef, Ids, Kind, Scored, Scores, Timing, Usage
+from inward.types import Detail, Group, HeadRef, Ids, Kind, Scored, Scores, Timing, Usage, slowest
 from inward.wire import ErrorDetail, NamedHead, Parts, Scorable, ScoringOptions, TokenUsage
 
 MOST_SWITCHES = 3
@@ -53,9 +53,8 @@ class Results:
 
     @property
     def timing(self) -> Timing:
-        """Of the item that took longest, which is what the caller waited for."""
-        timings = [r.outcome.timing for r in self.results if isinstance(r.outcome, Scored)]
-        return max(timings, key=lambda timing: timing.queued + timing.inference)
+        """Of the item that took longest."""
+        return slowest(r.outcome for r in self.results if isinstance(r.outcome, Scored))
 
     def named(self, services: Services) -> dict[str, Any]:
         """What every answer names."""
@@ -92,17 +91,8 @@ class Deadline:
         return left
 
 
-def find_head(services: Services, name: str | None, kinds: Sequence[Kind]) -> HeadRef:
-    """The head that a request asks for.
-
-    Raises:
-        NotFound: there is none.
-    """
-    return named_head(services, name, kinds, "head")
-
-
-def named_head(services: Services, name: str | None, kinds: Sequence[Kind], field: str) -> HeadRef:
-    """The head that a request names in ``field``.
+def find_head(services: Services, name: str | None, kinds: Sequence[Kind], field: str = "head") -> HeadRef:
+    """The head that a request names in ``field``, or the first that fits.
 
     Raises:
         NotFound: there is none.
@@ -110,15 +100,7 @@ def named_head(services: Services, name: str | None, kinds: Sequence[Kind], fiel
     try:
         return services.heads.resolve(name, kinds)
     except NotFound as error:
-        raise NotFound(error.message, param=field) from None
-
-
-def hybrid_head(services: Services) -> str | None:
-    """The head that gives confidences, where one is loaded."""
-    try:
-        return services.heads.resolve(None, ("hybrid",)).name
-    except NotFound:
-        return None
+        raise error.at(field) from None
 
 
 async def score_all(
@@ -160,17 +142,16 @@ async def score_each(
     deadline = Deadline(options.timeout, services.limits.timeout_s)
     tokenised = await tokenise(services, field, items, truncate=options.truncate)
     groups = [grouped.group for grouped in tokenised if isinstance(grouped, Grouped)]
-    scored = await score_groups(services, groups, heads, deadline, details=details, pair=pair)
-    outcomes = iter(scored)
+    outcomes = iter(await score_groups(services, groups, heads, deadline, details=details, pair=pair))
     results: list[Result] = []
     for i, grouped in enumerate(tokenised):
-        outcome = next(outcomes) if isinstance(grouped, Grouped) else grouped
+        if isinstance(grouped, InwardError):
+            results.append(Result(grouped))
+            continue
+        outcome = next(outcomes)
         if isinstance(outcome, InwardError) and outcome.param is None:
-            outcome = type(outcome)(outcome.message, param=_path(field, i))
-        if isinstance(grouped, Grouped):
-            results.append(Result(outcome, grouped.truncated, grouped.group.responses_ids))
-        else:
-            results.append(Result(outcome))
+            outcome = outcome.at(_path(field, i))
+        results.append(Result(outcome, grouped.truncated, grouped.group.responses_ids))
     return results
 
 
@@ -191,7 +172,7 @@ async def tokenise(
         result = next(groups) if isinstance(part, Parts) else part
         if isinstance(result, InwardError):
             param = part.blame(result.param) if isinstance(part, Parts) else result.param
-            result = type(result)(result.message, param=_path(field, i, param))
+            result = result.at(_path(field, i, param))
         done.append(result)
     return done
 

@@ -6,25 +6,17 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from inward.api.candidates import Candidate, Candidates
 from inward.api.drawing import Given, ToDraw, best, usage
 from inward.api.events import EventStream, data
+from inward.api.scoring import charge
 from inward.api.services import Services
-from inward.api.streamed_ranking import (
-    begin,
-    begin_group,
-    begin_text,
-    candidate,
-    ended,
-    successes,
-    together,
-    together_only,
-)
+from inward.api.streamed_ranking import begin, together
 from inward.errors import InvalidField
-from inward.intake import Coming, ComingSamples, ComingText
-from inward.types import Scored
+from inward.types import Group
 from inward.wire.openai import DrawRequest
 from inward.wire.openai_answers import Progress, finish
 
@@ -56,79 +48,83 @@ async def stream(
     """
     if len(wanted.generations) > 1:
         raise InvalidField("several prompts can't be streamed; send them one by one", param="stream")
-    (generation,), heads = wanted.generations, (wanted.head.name,)
-    if request.drawn == 1:
-        text = await begin_text(services, generation, heads, wanted.deadline)
-        chunks = _told(services, request, wanted, text, about, piece)
-    elif together_only(generation):
-        samples = await begin_group(services, generation, heads, wanted.deadline)
-        chunks = _compared(request, wanted, samples, about, piece)
-    else:
-        outcomes = await begin(services, generation, heads, wanted.deadline)
-        chunks = _chosen(services, request, wanted, outcomes, about, piece)
-    await anext(chunks)  # a generator that was never begun would not close what comes when it is closed
-    return EventStream(chunks)
+    chunks = _Chunks(request, wanted, about, piece)
+    events = _text(services, chunks) if request.drawn == 1 else _best(services, chunks)
+    await anext(events)
+    return EventStream(events)
 
 
-async def _told(
-    services: Services, request: DrawRequest, wanted: ToDraw, text: ComingText, about: dict[str, Any], piece: Piece
-) -> AsyncGenerator[str, None]:
-    chunk, begun = _chunk(request, about), False
-    try:
-        yield ""  # begun
+@dataclass(frozen=True, slots=True)
+class _Chunks:
+    """What a stream tells, as its client reads it."""
+
+    request: DrawRequest
+    wanted: ToDraw
+    about: dict[str, Any]
+    piece: Piece
+
+    @property
+    def tells_usage(self) -> bool:
+        """In the last chunk; then all others have a null in its place."""
+        options = self.request.stream_options
+        return options is not None and bool(options.include_usage)
+
+    def chunk(self, choice: dict[str, Any], **more: Any) -> str:
+        usage = {"usage": None} if self.tells_usage else {}
+        return data({**self.about, **usage, "choices": [choice], **more})
+
+    def progress(self, progress: Progress) -> str:
+        return self.chunk(self.piece(0, None, None), inward=progress.model_dump())
+
+    def end(self, index: int, given: Given) -> str:
+        """The last piece of a choice, with what the head says of it."""
+        ended = self.piece(index, None, finish(given.candidate.finish_reason))
+        return self.chunk({**ended, "inward": given.rating.model_dump()})
+
+    def usage(self, found: Candidates) -> Iterator[str]:
+        if self.tells_usage:
+            yield data({**self.about, "choices": [], "usage": usage(self.wanted, [found]).model_dump()})
+
+
+async def _text(services: Services, chunks: _Chunks) -> AsyncGenerator[str, None]:
+    """The one answer, while it is drawn."""
+    wanted, begun = chunks.wanted, False
+    (generation,) = wanted.generations
+    group = Group(generation.prompt_ids, sampling=generation.spec)
+    await charge(services, [group])
+    text = await services.intake.tell(group, heads=(wanted.head.name,), timeout=wanted.deadline.left)
+    async with aclosing(text):
+        yield ""  # admitted; a generator that was never begun would not close what comes when it is closed
         async for part in text:
-            yield data({**chunk, "choices": [piece(0, part, None, begun=begun)]})
+            yield chunks.chunk(chunks.piece(0, part, None, begun=begun))
             begun = True
-    finally:
-        await text.aclose()
     assert text.scored is not None
-    found = await together(services, wanted.generations[0], [text.scored], wanted.deadline)
+    found = await together(services, generation, [text.scored], wanted.deadline)
     (given,) = best(found, 1)
     if not begun:
-        yield data({**chunk, "choices": [piece(0, "", None)]})
-    yield data({**chunk, "choices": [_end(piece, 0, given)]})
-    if chunk is not about:
-        yield _usage(wanted, found, about)
+        yield chunks.chunk(chunks.piece(0, "", None))
+    yield chunks.end(0, given)
+    for last in chunks.usage(found):
+        yield last
 
 
-async def _chosen(
-    services: Services, request: DrawRequest, wanted: ToDraw, outcomes: Coming, about: dict[str, Any], piece: Piece
-) -> AsyncGenerator[str, None]:
-    """Answers of which each is a job of its own."""
+async def _best(services: Services, chunks: _Chunks) -> AsyncGenerator[str, None]:
+    """How far the drawing is, then the winners."""
+    wanted = chunks.wanted
     (generation,) = wanted.generations
-    drawn: dict[int, Scored] = {}
-    progress = Progress(drawn=0, of=request.drawn, best=None)
-    try:
-        yield ""  # begun
-        async for i, scored in successes(outcomes):
-            drawn[i] = scored
-            progress = _further(progress, generation.counted(candidate(scored)))
-            yield _progress(request, progress, about, piece)
-    finally:
-        await outcomes.aclose()
-    in_order = [drawn[i] for i in range(len(drawn))]
-    found = await together(services, generation, in_order, wanted.deadline)
-    for told in _winners(request, wanted, found, about, piece):
-        yield told
-
-
-async def _compared(
-    request: DrawRequest, wanted: ToDraw, samples: ComingSamples, about: dict[str, Any], piece: Piece
-) -> AsyncGenerator[str, None]:
-    """Answers that are one job, since they are compared while they are drawn."""
-    (generation,) = wanted.generations
-    progress = Progress(drawn=0, of=request.drawn, best=None)
-    try:
-        yield ""  # begun
-        async with aclosing(ended(generation, samples)) as answers:
+    progress = Progress(drawn=0, of=chunks.request.drawn, best=None)
+    async with aclosing(await begin(services, generation, (wanted.head.name,), wanted.deadline)) as drawing:
+        yield ""  # admitted, as above
+        async with aclosing(drawing.answers()) as answers:
             async for _, answer in answers:
                 progress = _further(progress, answer)
-                yield _progress(request, progress, about, piece)
-    finally:
-        await samples.aclose()
-    assert samples.scored is not None
-    for told in _winners(request, wanted, generation.found(samples.scored), about, piece):
-        yield told
+                yield chunks.progress(progress)
+    found = await drawing.whole()
+    for index, given in enumerate(best(found, chunks.request.given)):
+        yield chunks.chunk(chunks.piece(index, given.candidate.text, None))
+        yield chunks.end(index, given)
+    for last in chunks.usage(found):
+        yield last
 
 
 def _further(before: Progress, answer: Candidate) -> Progress:
@@ -142,33 +138,3 @@ def _further(before: Progress, answer: Candidate) -> Progress:
         not_drawn_tokens=before.not_drawn_tokens + (answer.not_drawn or 0),
         best=best,
     )
-
-
-def _progress(request: DrawRequest, progress: Progress, about: dict[str, Any], piece: Piece) -> str:
-    return data({**_chunk(request, about), "choices": [piece(0, None, None)], "inward": progress.model_dump()})
-
-
-def _winners(
-    request: DrawRequest, wanted: ToDraw, found: Candidates, about: dict[str, Any], piece: Piece
-) -> Iterator[str]:
-    chunk = _chunk(request, about)
-    for index, given in enumerate(best(found, request.given)):
-        yield data({**chunk, "choices": [piece(index, given.candidate.text, None)]})
-        yield data({**chunk, "choices": [_end(piece, index, given)]})
-    if chunk is not about:
-        yield _usage(wanted, found, about)
-
-
-def _chunk(request: DrawRequest, about: dict[str, Any]) -> dict[str, Any]:
-    """What every chunk but the last has, where that tells the usage."""
-    return {**about, "usage": None} if request.stream_options and request.stream_options.include_usage else about
-
-
-def _usage(wanted: ToDraw, found: Candidates, about: dict[str, Any]) -> str:
-    return data({**about, "choices": [], "usage": usage(wanted, [found]).model_dump()})
-
-
-def _end(piece: Piece, index: int, given: Given) -> dict[str, Any]:
-    """The last piece of a choice, with what the head says of it."""
-    ended = piece(index, None, finish(given.candidate.finish_reason))
-    return {**ended, "inward": given.rating.model_dump()}

@@ -7,27 +7,20 @@ Only where they are compared while they are drawn (early rejection) all are one 
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
-from inward.api.candidates import (
-    Candidate,
-    Candidates,
-    Generation,
-    drawn,
-    generation,
-    ranking_heads,
-    sampled,
-    score_one,
-)
+from inward.api.candidates import Candidate, Candidates, Generation, drawn, generation, sampled, score_one
+from inward.api.elements import with_confidence
 from inward.api.events import EventStream, event
 from inward.api.ranking import one_ranked, ranking
 from inward.api.scoring import Deadline, charge
 from inward.api.services import Services
 from inward.errors import InwardError, Unavailable
-from inward.intake import Coming, ComingSamples, ComingText
-from inward.types import Group, HeadRef, Scored, Scores, Timing, Usage
+from inward.intake import Coming, ComingSamples
+from inward.types import Group, HeadRef, Scored, Scores, Usage, slowest
 from inward.wire import RerankAnswer, RerankRequest
 
 
@@ -43,124 +36,113 @@ async def stream_ranking(
     Raises:
         InwardError: nothing has begun; what goes wrong later is an event ``error``.
     """
-    deadline = Deadline(request.timeout, services.limits.timeout_s)
-    wanted = await generation(services, request, head.name)
-    heads = ranking_heads(services, head)
-    if together_only(wanted):
-        samples = await begin_group(services, wanted, heads, deadline)
-        events = _group_events(services, request, wanted, samples, finish)
-    else:
-        outcomes = await begin(services, wanted, heads, deadline)
-        events = _events(services, request, wanted, outcomes, deadline, finish)
-    await anext(events)  # a generator that was never begun would not close what comes when it is closed
+    events = _events(services, request, head, finish)
+    await anext(events)
     return EventStream(events)
 
 
-def together_only(wanted: Generation) -> bool:
-    """Whether the answers are compared while they are drawn, so that they have to be one job."""
-    return wanted.spec.early_rejection is not None and wanted.spec.n > 1
+async def _events(
+    services: Services, request: RerankRequest, head: HeadRef, finish: Callable[[RerankAnswer], Awaitable[None]]
+) -> AsyncGenerator[str, None]:
+    deadline = Deadline(request.timeout, services.limits.timeout_s)
+    wanted = await generation(services, request, head.name)
+    async with aclosing(await begin(services, wanted, with_confidence(services, head), deadline)) as drawing:
+        yield ""  # admitted; a generator that was never begun would not close what comes when it is closed
+        async with aclosing(drawing.answers()) as answers:
+            async for i, one in answers:
+                yield event("sample", one_ranked(i, one, request, wanted.truncated))
+    answer, _ = ranking(services, request, await drawing.whole())
+    await finish(answer)
+    yield event("result", answer)
 
 
-async def begin(services: Services, wanted: Generation, heads: tuple[str, ...], deadline: Deadline) -> Coming:
-    """Admits each answer that is wanted as a job of its own.
+class Drawing(Protocol):
+    """Answers that were admitted, while they are drawn. Closing it (the caller hung up) abandons what is not drawn
+    yet.
+    """
+
+    def answers(self) -> AsyncGenerator[tuple[int, Candidate], None]:
+        """Each when it has ended, with its number. Raises InwardError for what went wrong."""
+        ...
+
+    async def whole(self) -> Candidates:
+        """All of them, once each was given."""
+        ...
+
+    async def aclose(self) -> None: ...
+
+
+async def begin(services: Services, wanted: Generation, heads: tuple[str, ...], deadline: Deadline) -> Drawing:
+    """Admits each answer that is wanted as a job of its own, or all as one job where they are compared while they are
+    drawn.
 
     Raises:
         InwardError: they were not admitted.
     """
     spec = wanted.spec
+    if spec.early_rejection is not None and spec.n > 1:
+        group = Group(wanted.prompt_ids, sampling=spec)
+        await charge(services, [group])
+        return _OneJob(wanted, await services.intake.follow(group, heads=heads, timeout=deadline.left))
     alone = [replace(spec, n=1, seed=None if spec.seed is None else (spec.seed + i) % 2**32) for i in range(spec.n)]
     groups = [Group(wanted.prompt_ids, sampling=one) for one in alone]
     await charge(services, groups)
-    return await services.intake.stream(groups, heads=heads, timeout=deadline.left)
+    coming = await services.intake.stream(groups, heads=heads, timeout=deadline.left)
+    return _JobEach(services, wanted, coming, deadline)
 
 
-async def begin_text(services: Services, wanted: Generation, heads: tuple[str, ...], deadline: Deadline) -> ComingText:
-    """Admits the one answer that is wanted, to be told while it is drawn.
+@dataclass(frozen=True, slots=True)
+class _OneJob:
+    """All answers as one job, since they are compared while they are drawn."""
 
-    Raises:
-        InwardError: it was not admitted.
-    """
-    group = Group(wanted.prompt_ids, sampling=wanted.spec)
-    await charge(services, [group])
-    return await services.intake.tell(group, heads=heads, timeout=deadline.left)
+    wanted: Generation
+    samples: ComingSamples
 
+    async def answers(self) -> AsyncGenerator[tuple[int, Candidate], None]:
+        """In the end those of which nobody told."""
+        given = set()
+        async for news in self.samples:
+            given.add(news.index)
+            found = drawn(news.sample)
+            if news.sample.finished:
+                found = replace(found, score=news.score, probability=news.probability)
+            yield news.index, self.wanted.counted(found)
+        assert self.samples.scored is not None
+        for i in range(len(self.samples.scored.samples)):
+            if i not in given:
+                yield i, self.wanted.counted(candidate(self.samples.scored, i))
 
-async def begin_group(
-    services: Services, wanted: Generation, heads: tuple[str, ...], deadline: Deadline
-) -> ComingSamples:
-    """Admits all answers as one job, to be told of each when it ends.
+    async def whole(self) -> Candidates:
+        assert self.samples.scored is not None
+        return self.wanted.found(self.samples.scored)
 
-    Raises:
-        InwardError: it was not admitted.
-    """
-    group = Group(wanted.prompt_ids, sampling=wanted.spec)
-    await charge(services, [group])
-    return await services.intake.follow(group, heads=heads, timeout=deadline.left)
-
-
-async def _group_events(
-    services: Services,
-    request: RerankRequest,
-    wanted: Generation,
-    samples: ComingSamples,
-    finish: Callable[[RerankAnswer], Awaitable[None]],
-) -> AsyncGenerator[str, None]:
-    try:
-        yield ""  # begun
-        async with aclosing(ended(wanted, samples)) as answers:
-            async for i, one in answers:
-                yield event("sample", one_ranked(i, one, request, wanted.truncated))
-    finally:
-        await samples.aclose()
-    assert samples.scored is not None
-    answer, _ = ranking(services, request, wanted.found(samples.scored))
-    await finish(answer)
-    yield event("result", answer)
+    async def aclose(self) -> None:
+        await self.samples.aclose()
 
 
-async def ended(wanted: Generation, samples: ComingSamples) -> AsyncGenerator[tuple[int, Candidate], None]:
-    """Each answer of one job when it ends, with its number; in the end those of which nobody told."""
-    given = set()
-    async for news in samples:
-        given.add(news.index)
-        found = drawn(news.sample)
-        if news.sample.finished:
-            found = replace(found, score=news.score, probability=news.probability)
-        yield news.index, wanted.counted(found)
-    assert samples.scored is not None
-    for i in range(len(samples.scored.samples)):
-        if i not in given:
-            yield i, wanted.counted(candidate(samples.scored, i))
+@dataclass(frozen=True, slots=True)
+class _JobEach:
+    """A job for each answer."""
 
+    services: Services
+    wanted: Generation
+    outcomes: Coming
+    deadline: Deadline
+    scored: dict[int, Scored] = field(default_factory=dict)
 
-async def _events(
-    services: Services,
-    request: RerankRequest,
-    wanted: Generation,
-    outcomes: Coming,
-    deadline: Deadline,
-    finish: Callable[[RerankAnswer], Awaitable[None]],
-) -> AsyncGenerator[str, None]:
-    found_by: dict[int, Scored] = {}
-    try:
-        yield ""  # begun
-        async for i, scored in successes(outcomes):
-            found_by[i] = scored
-            yield event("sample", one_ranked(i, wanted.counted(candidate(scored)), request, wanted.truncated))
-    finally:
-        await outcomes.aclose()
-    found = await together(services, wanted, [found_by[i] for i in range(len(found_by))], deadline)
-    answer, _ = ranking(services, request, found)
-    await finish(answer)
-    yield event("result", answer)
+    async def answers(self) -> AsyncGenerator[tuple[int, Candidate], None]:
+        async for i, outcome in self.outcomes:
+            if isinstance(outcome, InwardError):
+                raise outcome
+            self.scored[i] = outcome
+            yield i, self.wanted.counted(candidate(outcome))
 
+    async def whole(self) -> Candidates:
+        in_order = [self.scored[i] for i in range(len(self.scored))]
+        return await together(self.services, self.wanted, in_order, self.deadline)
 
-async def successes(outcomes: AsyncIterator[tuple[int, Scored | InwardError]]) -> AsyncIterator[tuple[int, Scored]]:
-    """Each answer with its number, or what went wrong, raised."""
-    async for i, outcome in outcomes:
-        if isinstance(outcome, InwardError):
-            raise outcome
-        yield i, outcome
+    async def aclose(self) -> None:
+        await self.outcomes.aclose()
 
 
 def candidate(scored: Scored, n: int = 0) -> Candidate:
@@ -194,18 +176,13 @@ def _as_one(drawn: Sequence[Scored]) -> Scored:
     listed = tuple(map(_listed, zip(*(scored.scores for scored in drawn), strict=True)))
     samples = tuple(scored.samples[0] for scored in drawn)
     usage = sum((scored.usage for scored in drawn), Usage())
-    return replace(drawn[0], scores=listed, samples=samples, usage=usage, timing=_longest(drawn))
+    return replace(drawn[0], scores=listed, samples=samples, usage=usage, timing=slowest(drawn))
 
 
 def _listed(scores: Sequence[Scores]) -> Scores:
     """What one head says of one answer each as what it says of all of them."""
-    probability_N = tuple(one.probability_N[0] if one.probability_N else None for one in scores)
     return replace(
         scores[0],
         scores_N=tuple(one.scores_N[0] for one in scores),
-        probability_N=probability_N if scores[0].probability_N else None,
+        probability_N=tuple(one.probability(0) for one in scores) if scores[0].probability_N else None,
     )
-
-
-def _longest(drawn: Sequence[Scored]) -> Timing:
-    return max((scored.timing for scored in drawn), key=lambda timing: timing.queued + timing.inference)

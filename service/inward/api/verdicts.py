@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 from inward.api.compat import POINTWISE, Conversation, unit
 from inward.api.scoring import Deadline, score_groups, tokenise
@@ -63,7 +62,7 @@ def judge(services: Services, name: str | None, rate: float | None, param: str =
     """
     ref = services.heads.resolve(name, POINTWISE)
     rate = rate or services.false_positives
-    acceptable = _acceptable(services, ref.name)
+    acceptable = Acceptable.load(services.heads.show(ref.name).get("calibration") or {})
     if acceptable is None:
         raise InvalidField(f"head {ref.name!r} is not calibrated for thresholds; {_fit_again()}", param=param)
     return Judge(ref, acceptable.threshold(rate), rate, acceptable.estimated)
@@ -85,12 +84,12 @@ async def read(
     groups = []
     for i, grouped in enumerate(await tokenise(services, None, conversations, truncate=False)):
         if not isinstance(grouped, Grouped):
-            raise type(grouped)(grouped.message, param=f"{field}.{i}", retry_after=grouped.retry_after)
+            raise grouped.at(f"{field}.{i}")
         groups.append(grouped.group)
     scored = []
     for i, outcome in enumerate(await score_groups(services, groups, tuple(heads), deadline)):
         if isinstance(outcome, InwardError):
-            raise type(outcome)(outcome.message, param=f"{field}.{i}", retry_after=outcome.retry_after)
+            raise outcome.at(f"{field}.{i}")
         if any(None in scores.scores_N for scores in outcome.scores):
             raise NotFinite("the score is not a finite number", param=f"{field}.{i}")
         scored.append(outcome)
@@ -107,11 +106,6 @@ def raw(scored: Scored, head: int) -> float:
 def badness(scored: Scored, head: int) -> float:
     """The probability that the text is not acceptable, as far as the head is calibrated for it."""
     return 1.0 - unit(scored.scores[head], 0)
-
-
-def _acceptable(services: Services, name: str) -> Acceptable | None:
-    about: dict[str, Any] = services.heads.show(name)
-    return Acceptable.load(about.get("calibration") or {})
 
 
 def _fit_again() -> str:

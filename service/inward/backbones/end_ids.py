@@ -5,20 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from inward.errors import SetupError
 from inward.types import Ids
 
 
-class HasEos(Protocol):
-    """What is known of a tokenizer here: the id that it appends, if any."""
-
-    @property
-    def eos_token_id(self) -> Any: ...
-
-
-def end_ids(tokenizer: HasEos, *configs: Mapping[str, Any]) -> Ids:
+def end_ids(tokenizer: Any, *configs: Mapping[str, Any]) -> Ids:
     """The ids that end a text: first the one that is appended for position ``eos``, then others at which generation
     stops too. Empty where none is known.
 

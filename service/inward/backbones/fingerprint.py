@@ -10,18 +10,10 @@ from typing import Any
 
 from inward.errors import SetupError
 
-_VOLATILE = {
-    "transformers_version",
-    "dtype",
-    "torch_dtype",
-    "_name_or_path",
-    "use_cache",
-    "_attn_implementation",
-    "attn_implementation",
-}
+_VOLATILE = frozenset(
+    "transformers_version dtype torch_dtype _name_or_path use_cache _attn_implementation attn_implementation".split()
+)
 _BLOCKS, _BLOCK = 64, 4096
-
-
 ORIGIN = "gguf.json"
 """In the folder of a model that was converted from a GGUF file: what of (``gguf.cache`` writes it)."""
 _SHAPING = (

@@ -44,15 +44,15 @@ def resolve(
         NoTokenizerHere: without weights, for a GGUF file that was not converted here before.
         SetupError: neither a model folder, nor a model that the hub gives us, nor a GGUF file that can be read.
     """
-    if model == SMOLLM2 and not weights:
-        return _TOKENIZER
-    if not weights and _is_gguf(model):
-        file = _cached(model, revision)
-        if (known := file and kept(file)) is None:
+    if model == SMOLLM2:
+        return converted(_packaged(), dtype, device) if weights else _TOKENIZER
+    if _is_gguf(model):
+        file = _here(model) or _of_hub(model, revision, fetch=weights)
+        if file is not None and weights:
+            return converted(file, dtype, device)
+        if file is None or (known := kept(file)) is None:
             raise NoTokenizerHere(f"{model} is one file with its weights, and has not been converted here")
         return known
-    if (file := _gguf(model, revision)) is not None:
-        return converted(file, dtype, device)
     folder = Path(model).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -78,28 +78,33 @@ def name_of(model: str) -> str:
 
 def _is_gguf(model: str) -> bool:
     path = Path(model).expanduser()
-    return (
-        not any(path.glob("*.safetensors")) and _only(path) is not None
-        if path.is_dir()
-        else path.suffix.lower() == _GGUF
-    )
+    if path.is_dir():
+        return not any(path.glob("*.safetensors")) and _only(path) is not None
+    return path.suffix.lower() == _GGUF
 
 
-def _gguf(model: str, revision: str | None) -> Path | None:
-    """The GGUF file that ``model`` stands for; None where it stands for something else."""
-    if model == SMOLLM2:
-        return _packaged()
+def _here(model: str) -> Path | None:
+    """The GGUF file at the path ``model``, or in the folder there."""
     path = Path(model).expanduser()
     if path.is_dir():
-        return None if any(path.glob("*.safetensors")) else _only(path)
-    if path.suffix.lower() != _GGUF:
-        return None
-    if path.is_file():
-        return path
+        return _only(path)
+    return path if path.is_file() else None
+
+
+def _of_hub(model: str, revision: str | None, *, fetch: bool) -> Path | None:
+    """The GGUF file ``hub-id:file.gguf``; without ``fetch`` nobody is asked for it: None where it is not here."""
     repository, colon, file = model.rpartition(":")
     if not colon:
-        raise SetupError(f"there is no file {path}")
-    return _file_of(repository, file, revision)
+        if fetch:
+            raise SetupError(f"there is no file {Path(model).expanduser()}")
+        return None
+    import huggingface_hub
+
+    with _hub(repository, revision):
+        if fetch:
+            return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision))
+        found = huggingface_hub.try_to_load_from_cache(repository, file, revision=revision)
+    return Path(found) if isinstance(found, str) else None
 
 
 def _only(folder: Path) -> Path | None:
@@ -126,28 +131,6 @@ def _snapshot(model: str, revision: str | None, files: list[str]) -> Path:
         return Path(
             huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=files, ignore_patterns=_NEVER)
         )
-
-
-def _file_of(model: str, file: str, revision: str | None) -> Path:
-    import huggingface_hub
-
-    with _hub(model, revision):
-        return Path(huggingface_hub.hf_hub_download(model, file, revision=revision))
-
-
-def _cached(model: str, revision: str | None) -> Path | None:
-    """A GGUF file that is here already; nobody is asked for it."""
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return _only(path)
-    repository, colon, file = model.rpartition(":")
-    if path.is_file() or not colon:
-        return path if path.is_file() else None
-    import huggingface_hub
-
-    with _hub(repository, revision):
-        found = huggingface_hub.try_to_load_from_cache(repository, file, revision=revision)
-    return Path(found) if isinstance(found, str) else None
 
 
 @contextmanager

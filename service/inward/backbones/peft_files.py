@@ -79,11 +79,8 @@ def read_adapter(folder: Path) -> Adapter:
         InvalidField: it is incomplete, damaged, in pickled form, or no plain LoRA; says what is wrong.
     """
     if not (folder / TENSORS).is_file():
-        pickled = (
-            " (an adapter_model.bin is in pickled form and is not read)"
-            if (folder / "adapter_model.bin").exists()
-            else ""
-        )
+        there = (folder / "adapter_model.bin").exists()
+        pickled = " (an adapter_model.bin is in pickled form and is not read)" if there else ""
         raise _broken(folder, f"it holds no {TENSORS}{pickled}; save it with save_pretrained, which writes one")
     config = _config(folder)
     try:
@@ -134,10 +131,8 @@ def _config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise _broken(folder, f"{CONFIG} cannot be read as JSON: {error}") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise _broken(
-            folder,
-            f"it is no LoRA adapter (peft_type {config.get('peft_type') if isinstance(config, dict) else None!r})",
-        )
+        kind = config.get("peft_type") if isinstance(config, dict) else None
+        raise _broken(folder, f"it is no LoRA adapter (peft_type {kind!r})")
     if config.get("bias", "none") != "none":
         raise _broken(folder, f"it brings biases (bias {config['bias']!r}); train with bias 'none'")
     start = config.get("init_lora_weights", True)

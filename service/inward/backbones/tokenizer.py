@@ -94,10 +94,6 @@ class FolderTokenizer:
         text = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return _tidied(text) if self.tidies else text
 
-    def batch_decode(self, sequences: Sequence[Sequence[int]], *, skip_special_tokens: bool = False) -> list[str]:
-        """The text of each."""
-        return [self.decode(ids, skip_special_tokens=skip_special_tokens) for ids in sequences]
-
     @property
     def added_tokens_decoder(self) -> Mapping[int, AddedToken]:
         """Tokens beside the model's vocabulary by their ids, the special ones among them."""

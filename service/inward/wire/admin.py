@@ -4,18 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from inward.types import Kind, Position
+from inward.wire.base import Lenient
 
 
-class AdminAnswer(BaseModel):
-    """Base of all: descriptions from docstrings."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
-
-class FittedOn(AdminAnswer):
+class FittedOn(Lenient):
     """A backbone."""
 
     name: str
@@ -23,7 +16,7 @@ class FittedOn(AdminAnswer):
     fingerprint: str
 
 
-class HeadInfo(AdminAnswer):
+class HeadInfo(Lenient):
     """A loaded head."""
 
     name: str
@@ -47,13 +40,13 @@ class HeadInfo(AdminAnswer):
     """Data hash, seed and metrics."""
 
 
-class HeadsAnswer(AdminAnswer):
+class HeadsAnswer(Lenient):
     """Answer of `/heads`."""
 
     heads: list[HeadInfo]
 
 
-class RequestLimits(AdminAnswer):
+class RequestLimits(Lenient):
     """What one request may ask for."""
 
     body_bytes: int
@@ -66,7 +59,7 @@ class RequestLimits(AdminAnswer):
     """Tokens that may wait and be computed at once."""
 
 
-class Info(AdminAnswer):
+class Info(Lenient):
     """Answer of `/info`."""
 
     version: str
@@ -90,19 +83,19 @@ class Info(AdminAnswer):
     limits: RequestLimits
 
 
-class Status(AdminAnswer):
+class Status(Lenient):
     """Answer of the health routes, where all is well."""
 
     status: str
 
 
-class SleepAnswer(AdminAnswer):
+class SleepAnswer(Lenient):
     """Answer of `/sleep` and `/wake`."""
 
     asleep: bool
 
 
-class JobStatus(AdminAnswer):
+class JobStatus(Lenient):
     """A bulk job."""
 
     id: str

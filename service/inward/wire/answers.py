@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from inward.types import FinishReason, HeadRef, Kind, Usage
@@ -37,7 +38,7 @@ class NamedHead(Wire):
     @classmethod
     def of(cls, ref: HeadRef) -> NamedHead:
         """From the value that the engine gives."""
-        return cls(name=ref.name, kind=ref.kind, version=ref.version)
+        return cls(**asdict(ref))
 
 
 class TokenUsage(Wire):
@@ -55,13 +56,7 @@ class TokenUsage(Wire):
     @classmethod
     def of(cls, usage: Usage) -> TokenUsage:
         """From the value that the engine gives."""
-        return cls(
-            prompt_tokens=usage.prompt_tokens,
-            completion_tokens=usage.completion_tokens,
-            cached_tokens=usage.cached_tokens,
-            drawn_tokens=usage.drawn_tokens,
-            not_drawn_tokens=usage.not_drawn_tokens,
-        )
+        return cls(**asdict(usage))
 
 
 class Answer(Wire):

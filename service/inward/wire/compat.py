@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictBool, StrictInt, Tag
 
 from inward.errors import InvalidField
+from inward.wire.base import Lenient
 from inward.wire.requests import RerankRequest, ScoreRequest, Text
 
 HeadName = Annotated[str, Field(min_length=1, max_length=64)]
@@ -32,10 +33,8 @@ TextOrMessages = Annotated[
 ]
 
 
-class CompatRequest(BaseModel):
+class CompatRequest(Lenient):
     """Base of all: unknown fields are ignored."""
-
-    model_config = ConfigDict(extra="ignore", use_attribute_docstrings=True)
 
     head: HeadName | None = None
     """Inward's own: the head that answers. Without it: `model`, if it is a head's name, then the setting
@@ -84,10 +83,8 @@ class ClassifyRequest(ModelRequest):
     """false: the raw score instead of one in [0, 1]."""
 
 
-class DocumentText(BaseModel):
+class DocumentText(Lenient):
     """A document as an object."""
-
-    model_config = ConfigDict(extra="ignore")
 
     text: Text
 
@@ -175,6 +172,11 @@ def message(turn: dict[str, Any], where: str) -> dict[str, str]:
             f"{where}.content is empty beside {unsaid!r}: there is no text to score", param=f"{where}.content"
         )
     return {"role": turn["role"], "content": text_of(content, f"{where}.content")}
+
+
+def conversation(given: str | list[dict[str, Any]], field: str) -> str | list[dict[str, str]]:
+    """A text as it is, or chat messages, which came in ``field``, as their roles and texts. Raises as ``message``."""
+    return given if isinstance(given, str) else [message(turn, f"{field}.{i}") for i, turn in enumerate(given)]
 
 
 def text_of(content: Any, where: str) -> str:

@@ -6,14 +6,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-
-class CompatAnswer(BaseModel):
-    """Base of all: descriptions from docstrings."""
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+from inward.wire.base import Wire
 
 
-class OpenRLHFAnswer(CompatAnswer):
+class OpenRLHFAnswer(Wire):
     """OpenRLHF's; numbers only, because it makes tensors of all of them."""
 
     rewards: list[float]
@@ -24,7 +20,7 @@ class OpenRLHFAnswer(CompatAnswer):
     """`probability`, and `truncated` (0 or 1)."""
 
 
-class LlamaFactoryAnswer(CompatAnswer):
+class LlamaFactoryAnswer(Wire):
     """LLaMA-Factory's."""
 
     id: str
@@ -45,7 +41,7 @@ class VerifyAnswer(BaseModel):
     """Raw score."""
 
 
-class PoolingUsage(CompatAnswer):
+class PoolingUsage(Wire):
     """Tokens, as vLLM counts them for models that generate nothing."""
 
     prompt_tokens: int
@@ -53,7 +49,7 @@ class PoolingUsage(CompatAnswer):
     completion_tokens: int = 0
 
 
-class Classified(CompatAnswer):
+class Classified(Wire):
     """One text's score."""
 
     index: int
@@ -62,7 +58,7 @@ class Classified(CompatAnswer):
     num_classes: int = 1
 
 
-class ClassifyAnswer(CompatAnswer):
+class ClassifyAnswer(Wire):
     """vLLM's `/classify`."""
 
     id: str
@@ -73,7 +69,7 @@ class ClassifyAnswer(CompatAnswer):
     usage: PoolingUsage
 
 
-class TextPairScore(CompatAnswer):
+class TextPairScore(Wire):
     """One pair's score."""
 
     index: int
@@ -81,7 +77,7 @@ class TextPairScore(CompatAnswer):
     score: float
 
 
-class TextPairsAnswer(CompatAnswer):
+class TextPairsAnswer(Wire):
     """vLLM's `/score`."""
 
     id: str
@@ -92,13 +88,13 @@ class TextPairsAnswer(CompatAnswer):
     usage: PoolingUsage
 
 
-class RankedText(CompatAnswer):
+class RankedText(Wire):
     """A document's text."""
 
     text: str
 
 
-class RankedDocument(CompatAnswer):
+class RankedDocument(Wire):
     """One document in its place."""
 
     index: int
@@ -107,33 +103,33 @@ class RankedDocument(CompatAnswer):
     """In [0, 1]."""
 
 
-class RerankUsage(CompatAnswer):
+class RerankUsage(Wire):
     """Tokens."""
 
     prompt_tokens: int
     total_tokens: int
 
 
-class ApiVersion(CompatAnswer):
+class ApiVersion(Wire):
     """Of Cohere's API."""
 
     version: str
 
 
-class BilledUnits(CompatAnswer):
+class BilledUnits(Wire):
     """Nobody is billed; Cohere's clients expect the number."""
 
     search_units: int = 1
 
 
-class RerankMeta(CompatAnswer):
+class RerankMeta(Wire):
     """Cohere's."""
 
     api_version: ApiVersion
     billed_units: BilledUnits = BilledUnits()
 
 
-class DocumentsAnswer(CompatAnswer):
+class DocumentsAnswer(Wire):
     """What Cohere, Jina and vLLM answer to a rerank; each of their clients finds its fields."""
 
     id: str
@@ -145,7 +141,7 @@ class DocumentsAnswer(CompatAnswer):
     """Best first."""
 
 
-class TextRank(CompatAnswer):
+class TextRank(Wire):
     """text-embeddings-inference's: one text in its place."""
 
     index: int
@@ -153,7 +149,7 @@ class TextRank(CompatAnswer):
     text: str | None = None
 
 
-class VllmErrorDetail(CompatAnswer):
+class VllmErrorDetail(Wire):
     """What went wrong; `code` is the status."""
 
     message: str
@@ -162,19 +158,19 @@ class VllmErrorDetail(CompatAnswer):
     code: int
 
 
-class VllmError(CompatAnswer):
+class VllmError(Wire):
     """vLLM's error body, and OpenAI's."""
 
     error: VllmErrorDetail
 
 
-class CohereError(CompatAnswer):
+class CohereError(Wire):
     """Cohere's error body."""
 
     message: str
 
 
-class DocumentsError(CompatAnswer):
+class DocumentsError(Wire):
     """Of paths that Cohere (`message`), Jina (`detail`) and vLLM (`error`) share."""
 
     message: str
@@ -182,14 +178,14 @@ class DocumentsError(CompatAnswer):
     error: VllmErrorDetail
 
 
-class TextsError(CompatAnswer):
+class TextsError(Wire):
     """text-embeddings-inference's error body."""
 
     error: str
     error_type: Literal["Validation", "Overloaded", "Unhealthy", "Backend"]
 
 
-class GymError(CompatAnswer):
+class GymError(Wire):
     """NeMo Gym's error body."""
 
     detail: str

@@ -9,8 +9,6 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     StrictBool,
     StrictFloat,
@@ -21,6 +19,7 @@ from pydantic import (
 )
 from pydantic.types import Discriminator
 
+from inward.wire.base import Lenient
 from inward.wire.compat import Messages, ModelRequest, TextOrTexts
 from inward.wire.requests import MOST, GuardOptions, RejectionOptions, Sampling, at
 
@@ -53,10 +52,8 @@ Stops = Annotated[
 ]
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Lenient):
     """How a stream ends."""
-
-    model_config = ConfigDict(extra="ignore", use_attribute_docstrings=True)
 
     include_usage: StrictBool | None = None
     """Send the usage as the last chunk."""

@@ -38,6 +38,11 @@ MOST = 2**31 - 1
 """Of whole numbers: what every part of the service can hold."""
 
 
+def _examples(*bodies: dict[str, Any]) -> ConfigDict:
+    """Of a request, for the OpenAPI document."""
+    return ConfigDict(json_schema_extra={"examples": list(bodies)})
+
+
 class Message(Wire):
     """One turn of a conversation."""
 
@@ -114,11 +119,15 @@ class PromptFields(Wire):
 
     @model_validator(mode="after")
     def _one_form(self) -> PromptFields:
-        if self.prompt is None and self.messages is None:
+        if self.prompt is None and self.messages is None and not self._says_what_was_asked():
             raise at("prompt", "is missing; give `prompt`, or `messages`")
         if self.prompt is not None and self.messages is not None:
             raise at("messages", "can't stand beside `prompt`; give one of the two")
         return self
+
+    def _says_what_was_asked(self) -> bool:
+        """Whether some other field does."""
+        return False
 
     def asked(self) -> tuple[str | list[dict[str, str]], str]:
         """The prompt, and the name of the field that holds it."""
@@ -172,14 +181,8 @@ class PairItem(PromptFields):
     rejected: TextOrChat
     """The other answer, in either form, after the same context."""
 
-    @model_validator(mode="after")
-    def _one_form(self) -> PairItem:
-        if self.prompt is None and self.messages is None:
-            if not any(isinstance(answer, list) and len(answer) > 1 for answer in (self.chosen, self.rejected)):
-                raise at("prompt", "is missing; give `prompt`, or `messages`")
-        elif self.prompt is not None and self.messages is not None:
-            raise at("messages", "can't stand beside `prompt`; give one of the two")
-        return self
+    def _says_what_was_asked(self) -> bool:
+        return any(isinstance(answer, list) and len(answer) > 1 for answer in (self.chosen, self.rejected))
 
     def parts(self) -> Parts:
         """The prompt with all turns before the answers, and chosen and rejected in this order."""
@@ -219,16 +222,8 @@ class MarginRequest(ScoringOptions):
 
     pairs: Annotated[list[PairItem], Field(min_length=1)]
     """Answered in this order."""
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "pairs": [
-                        {"prompt": "How do I sharpen a knife?", "chosen": "Use a whetstone.", "rejected": "No idea."}
-                    ]
-                }
-            ]
-        }
+    model_config = _examples(
+        {"pairs": [{"prompt": "How do I sharpen a knife?", "chosen": "Use a whetstone.", "rejected": "No idea."}]}
     )
 
 
@@ -239,11 +234,7 @@ class ScoreRequest(ScoringOptions):
     """Answered in this order."""
     detail: list[Detail] = Field(default_factory=list)
     """`layers`: each layer's part of the score. `tokens`: the score at every token of the response."""
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [{"items": [{"prompt": "How do I sharpen a knife?", "response": "Use a whetstone."}]}]
-        }
-    )
+    model_config = _examples({"items": [{"prompt": "How do I sharpen a knife?", "response": "Use a whetstone."}]})
 
 
 class RewardRequest(ScoringOptions):
@@ -255,11 +246,7 @@ class RewardRequest(ScoringOptions):
     """Preference pairs instead of `items`."""
     detail: list[Detail] = Field(default_factory=list)
     """`layers`: each layer's probe output and gate weight. `tokens`: the score at every token of the response."""
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [{"items": [{"prompt": "How do I sharpen a knife?", "response": "Use a whetstone."}]}]
-        }
-    )
+    model_config = _examples({"items": [{"prompt": "How do I sharpen a knife?", "response": "Use a whetstone."}]})
 
     @model_validator(mode="after")
     def _one_list(self) -> RewardRequest:
@@ -371,14 +358,10 @@ class RerankRequest(ScoringOptions, PromptFields):
     append_to: Annotated[str, Field(pattern="^[A-Za-z0-9._-]{1,64}$")] | None = None
     """Name of a stream in Redis to which the answer's `pair` is appended as well, for trainers that consume pairs as
     they come."""
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {"prompt": "How do I sharpen a knife?", "candidates": ["No idea.", "Use a whetstone."]},
-                {"prompt": "How do I sharpen a knife?", "n": 8, "sampling": {"temperature": 0.8, "max_tokens": 128}},
-                {"prompt": "How do I sharpen a knife?", "n": 16, "early_rejection": {"keep": 0.5, "at": [16, 32]}},
-            ]
-        }
+    model_config = _examples(
+        {"prompt": "How do I sharpen a knife?", "candidates": ["No idea.", "Use a whetstone."]},
+        {"prompt": "How do I sharpen a knife?", "n": 8, "sampling": {"temperature": 0.8, "max_tokens": 128}},
+        {"prompt": "How do I sharpen a knife?", "n": 16, "early_rejection": {"keep": 0.5, "at": [16, 32]}},
     )
 
     @model_validator(mode="before")
@@ -417,7 +400,7 @@ class PolicyRequest(Wire):
 
     version: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
     """Name of a folder in the adapters folder, or `base` for none."""
-    model_config = ConfigDict(json_schema_extra={"examples": [{"version": "step-200"}]})
+    model_config = _examples({"version": "step-200"})
 
 
 class ActivateRequest(Wire):

@@ -6,10 +6,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictBool, StrictStr, Tag
+from pydantic import Discriminator, Field, StrictBool, StrictStr, Tag
 
 from inward.errors import InvalidField
-from inward.wire.base import Wire
+from inward.wire.base import Lenient, Wire
 from inward.wire.compat import HeadName, ModelRequest, TextOrMessages, text_of
 from inward.wire.requests import Text
 
@@ -87,10 +87,8 @@ class ModerationAnswer(Wire):
     results: list[Moderation]
 
 
-class GuardrailParams(BaseModel):
+class GuardrailParams(Lenient):
     """What a gateway's configuration may say (`additional_provider_specific_params`)."""
-
-    model_config = ConfigDict(extra="ignore", use_attribute_docstrings=True)
 
     head: HeadName | None = None
     """Who judges; by default the setting `guard_head`, else the first hybrid head."""
@@ -100,10 +98,8 @@ class GuardrailParams(BaseModel):
     """Let images and tool calls pass unread, instead of refusing what can't be judged."""
 
 
-class GuardrailRequest(BaseModel):
+class GuardrailRequest(Lenient):
     """What LiteLLM asks its guardrails."""
-
-    model_config = ConfigDict(extra="ignore", use_attribute_docstrings=True)
 
     input_type: Literal["request", "response"] = "request"
     texts: list[Text] | None = None
@@ -130,10 +126,8 @@ class GuardrailAnswer(Wire):
     """Which head, its score, and the threshold that it is below."""
 
 
-class Choice(BaseModel):
+class Choice(Lenient):
     """One of the options of a question."""
-
-    model_config = ConfigDict(extra="ignore", use_attribute_docstrings=True)
 
     value: StrictStr | StrictBool
     description: str | None = None
@@ -145,19 +139,15 @@ class Choice(BaseModel):
         return f"{word}: {self.description}" if self.description else word
 
 
-class Level(BaseModel):
+class Level(Lenient):
     """One of the ordered levels of a question."""
-
-    model_config = ConfigDict(extra="ignore", use_attribute_docstrings=True)
 
     label: str
     description: str | None = None
 
 
-class Question(BaseModel):
+class Question(Lenient):
     """What is asked of the input."""
-
-    model_config = ConfigDict(extra="ignore", use_attribute_docstrings=True)
 
     type: Literal["predicate", "choice", "score"]
     name: Annotated[str, Field(max_length=256)] | None = None

@@ -51,6 +51,9 @@ class _Reward:
         self._head, self._value, self._truncate = head, value, truncate
         self._url, self._options = url, options
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_client": None}  # TRL may send the function to another process
+
     async def _rewards(
         self, client: AsyncInward, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Any]
     ) -> list[float | None]:
@@ -65,7 +68,7 @@ class _Reward:
 class InwardReward(_Reward):
     """A reward function: ``GRPOTrainer(reward_funcs=InwardReward(url), …)``, or RLOOTrainer's."""
 
-    _client: Inward | None = None  # made where it is used: TRL may send the function to another process
+    _client: Inward | None = None
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
         """One reward for each completion, as TRL calls it."""
@@ -77,9 +80,6 @@ class InwardReward(_Reward):
         if self._client is not None:
             self._client.close()
             self._client = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_client": None}
 
 
 class AsyncInwardReward(_Reward):
@@ -97,9 +97,6 @@ class AsyncInwardReward(_Reward):
         if self._client is not None:
             await self._client.close()
             self._client = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_client": None}
 
 
 def with_margins(

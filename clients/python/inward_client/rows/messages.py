@@ -63,17 +63,29 @@ def text(content: Any, where: str, column: str | None = None) -> str:
     return "".join(_part(part, where, column) for part in content)
 
 
+def text_or_messages(value: Any, column: str) -> Prompt:
+    """A text as it is, or ``messages``.
+
+    Raises:
+        DataError: it is neither.
+    """
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, Mapping | list | tuple):
+        raise DataError(f"{column!r} must be text, or chat messages", column=column)
+    return messages(value, column)
+
+
 def answer(value: Any, column: str) -> tuple[Messages, str]:
     """What stands before an answer, and the answer: a text, or messages that end with it.
 
     Raises:
         DataError: it is neither, or does not end with the assistant.
     """
-    if isinstance(value, str):
-        return [], value
-    if not isinstance(value, Mapping | list | tuple):
-        raise DataError(f"{column!r} must be text, or chat messages", column=column)
-    *before, last = messages(value, column)
+    said = text_or_messages(value, column)
+    if isinstance(said, str):
+        return [], said
+    *before, last = said
     if last["role"] != "assistant":
         raise DataError(f"{column!r} must end with the assistant's turn: it is what is compared", column=column)
     return before, last["content"]
@@ -127,7 +139,7 @@ def same(some: Sequence[Mapping[str, str]], others: Sequence[Mapping[str, str]])
 
 def _message(turn: Mapping[str, Any], where: str, column: str) -> dict[str, str]:
     role, key = (turn["role"], "content") if turn.get("role") is not None else (turn.get("from"), "value")
-    if role == "function_call" or any(_given(turn.get(name)) for name in ("tool_calls", "function_call")):
+    if role == "function_call" or any(given(turn.get(name)) for name in ("tool_calls", "function_call")):
         raise DataError(f"{where} calls a tool, which is no text and can't be scored", column=column)
     role = ALIASES.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
@@ -135,7 +147,7 @@ def _message(turn: Mapping[str, Any], where: str, column: str) -> dict[str, str]
     content = turn.get(key)
     if not content and isinstance(turn.get("refusal"), str):
         content = turn["refusal"]
-    if content == "" and (unsaid := next((name for name in UNSAID if _given(turn.get(name))), None)):
+    if content == "" and (unsaid := next((name for name in UNSAID if given(turn.get(name))), None)):
         raise DataError(f"{where} has {unsaid!r} and no text: there is nothing to score", column=column)
     return {"role": role, "content": text(content, where, column)}
 
@@ -152,5 +164,6 @@ def _part(part: Any, where: str, column: str | None) -> str:
     return said
 
 
-def _given(value: Any) -> bool:
+def given(value: Any) -> bool:
+    """Whether a cell holds something."""
     return value is not None and (not hasattr(value, "__len__") or len(value) > 0)

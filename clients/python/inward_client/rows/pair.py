@@ -13,7 +13,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from inward_client.rows.errors import DataError
-from inward_client.rows.messages import Messages, Prompt, answer, as_turns, is_messages, joined, messages, same
+from inward_client.rows.messages import (
+    Messages,
+    Prompt,
+    answer,
+    as_turns,
+    given,
+    is_messages,
+    joined,
+    messages,
+    same,
+    text_or_messages,
+)
 
 Row = Mapping[str, Any]
 TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):[ \t]?")
@@ -199,7 +210,7 @@ def _prompt(row: Row) -> Prompt:
         return alpaca_prompt(row)
     for column in ("prompt", "messages", "conversations", "question"):
         if row.get(column) is not None:
-            found = text_or_messages(row, column)
+            found = text_or_messages(row[column], column)
             return transcript(found) if is_transcript(found) else found  # type: ignore[arg-type]
     raise DataError(f"'prompt' is missing; the row has {_names(row)}", column="prompt")
 
@@ -219,18 +230,5 @@ def text_of(row: Row, column: str) -> str:
     return value
 
 
-def text_or_messages(row: Row, column: str) -> Prompt:
-    value = get(row, column)
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, Mapping | list | tuple):
-        raise DataError(f"{column!r} must be text, or chat messages", column=column)
-    return messages(value, column)
-
-
 def _names(row: Row) -> str:
     return ", ".join(sorted(str(name) for name, value in row.items() if value is not None)) or "no columns"
-
-
-def given(value: Any) -> bool:
-    return value is not None and (not hasattr(value, "__len__") or len(value) > 0)

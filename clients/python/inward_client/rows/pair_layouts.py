@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from inward_client.rows.errors import DataError
-from inward_client.rows.messages import Prompt, is_messages
+from inward_client.rows.messages import Prompt, given, is_messages, text_or_messages
 from inward_client.rows.pair import (
     UNCARRIED,
     Pair,
@@ -18,11 +18,9 @@ from inward_client.rows.pair import (
     alpaca_prompt,
     check_unicode,
     get,
-    given,
     is_transcript,
     paired,
     text_of,
-    text_or_messages,
     transcript,
     which,
 )
@@ -185,7 +183,7 @@ def _both(row: Row, prompt: Prompt | None) -> Pair:
 
 
 def _of(column: str) -> Callable[[Row], Pair]:
-    return lambda row: _both(row, text_or_messages(row, column))
+    return lambda row: _both(row, text_or_messages(get(row, column), column))
 
 
 def _hh(row: Row) -> Pair:
@@ -210,7 +208,8 @@ def _pku(row: Row) -> Pair:
     if better is None:
         raise DataError(f"{column!r} must be 0 or 1", column=column)
     names = f"response_{better}", f"response_{1 - better}"
-    return paired(row, text_or_messages(row, "prompt"), get(row, names[0]), get(row, names[1]), names)
+    prompt = text_or_messages(get(row, "prompt"), "prompt")
+    return paired(row, prompt, get(row, names[0]), get(row, names[1]), names)
 
 
 def _has_pair(row: Row) -> bool:

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from inward.backbones.transformers.packing import rectangles
 from inward_trainer.losses import cdpo_loss
-from inward_trainer.paper.batches import by_length, most_trained
-from inward_trainer.paper.classifier import autocast
+from inward_trainer.paper.batches import most_trained
+from inward_trainer.paper.descent import Descent, autocast
 from inward_trainer.paper.language_model import LanguageModel, answer_log_probs, load_causal, reading_dtype
 from inward_trainer.paper.texts import Text
 
@@ -32,9 +33,7 @@ class Preference:
 
 
 class Alignment:
-    """A policy in float32, its reference, and an optimiser for so many steps: warm-up over a tenth of them, then a
-    linear fall.
-    """
+    """A policy in float32, its reference, and an optimiser for so many steps."""
 
     def __init__(self, base: LanguageModel, folder: Path, *, lr: float, steps: int, seed: int) -> None:
         torch.manual_seed(seed)
@@ -42,11 +41,7 @@ class Alignment:
         self.policy = load_causal(folder, torch.float32, base.device).train()
         self._reference = load_causal(folder, torch.float32, base.device).eval()
         self._reader = LanguageModel(load_causal(folder, reading_dtype(base.device), base.device), base.tokeniser)
-        self._optimizer = torch.optim.AdamW(self.policy.parameters(), lr=lr, weight_decay=0.0)
-        warmup = max(1, steps // 10)
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(
-            self._optimizer, lambda step: min((step + 1) / warmup, max(0.0, (steps - step) / max(1, steps - warmup)))
-        )
+        self._descent = Descent(self.policy, lr=lr, steps=steps, weight_decay=0.0)
 
     def prefer(self, rows: Sequence[Preference]) -> dict[str, float]:
         """One step of cDPO: ``loss``, and ``accuracy``, how often DPO's own reward is higher for the chosen answer."""
@@ -64,7 +59,7 @@ class Alignment:
             lost = cdpo_loss(z, gamma).sum() / len(rows)
             lost.backward()  # type: ignore[no-untyped-call]
             loss, right = loss + float(lost.detach()), right + float((z > 0).sum() + 0.5 * (z == 0).sum())
-        self._step()
+        self._descent.step()
         return {"loss": loss, "accuracy": right / len(rows)}
 
     def imitate(self, rows: Sequence[Text]) -> dict[str, float]:
@@ -76,26 +71,19 @@ class Alignment:
                 lost: Tensor = -answer_log_probs(self.policy, [rows[i] for i in places], self._base.pad).sum() / tokens
             lost.backward()  # type: ignore[no-untyped-call]
             loss += float(lost.detach())
-        self._step()
+        self._descent.step()
         return {"loss": loss}
 
     def reader(self) -> LanguageModel:
         """The policy as it is now, to be drawn from and read; it changes with the next call only."""
         with torch.no_grad():
-            both = zip(self._reader.model.parameters(), self.policy.parameters(), strict=True)
-            for to, weight in both:
+            for to, weight in zip(self._reader.model.parameters(), self.policy.parameters(), strict=True):
                 to.copy_(weight)
         return self._reader
 
     def _parts(self, lengths: Sequence[int], texts: int) -> Iterator[list[int]]:
         """Rows of one step that fit a pass; each has ``texts`` texts."""
-        return by_length(lengths, most_trained(self.device) // texts)
-
-    def _step(self) -> None:
-        torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
-        self._optimizer.step()
-        self._schedule.step()
-        self._optimizer.zero_grad()
+        return rectangles(lengths, most_trained(self.device) // texts)
 
 
 def minibatches(count: int, size: int, steps: int, seed: int) -> Iterator[list[int]]:

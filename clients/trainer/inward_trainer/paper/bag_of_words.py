@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
+from inward.types import Doubles
 from inward_client.rows import Prompt
 from inward_trainer.paper.data import Answer, conversation
 
@@ -23,7 +23,7 @@ class BagOfWords:
         self._model: Any = make_pipeline(words, LogisticRegression(C=3.0, max_iter=300))
         self._model.fit([_text(row.prompt, row.text) for row in rows], [row.safe for row in rows])
 
-    def logits(self, rows: Sequence[tuple[Prompt, str]]) -> NDArray[np.float64]:
+    def logits(self, rows: Sequence[tuple[Prompt, str]]) -> Doubles:
         """``[M]``: positive is safe."""
         return np.asarray(self._model.decision_function([_text(*row) for row in rows]), dtype=np.float64)
 

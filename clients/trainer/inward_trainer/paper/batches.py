@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,18 +21,6 @@ def most_trained(device: torch.device) -> int:
 def most_tokens(device: torch.device) -> int:
     """Of one forward pass."""
     return CUDA_TOKENS if device.type == "cuda" else CPU_TOKENS
-
-
-def by_length(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
-    """Places of rows, those of like length together, in batches of at most ``tokens`` (but at least one row)."""
-    batch: list[int] = []
-    for place in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > tokens:
-            yield batch
-            batch = []
-        batch.append(place)
-    if batch:
-        yield batch
 
 
 def padded(

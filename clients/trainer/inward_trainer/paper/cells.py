@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,35 +69,34 @@ class Cells:
         made.
         """
         found: dict[str, Json | Missing] = {}
-        left = dict(makers)
-        with tqdm(total=len(makers), desc=what, unit="cell") as bar:
-            for wait in (False, True):
-                for name, make in list(left.items()):
-                    with self._locked(name, wait=wait) as ours:
-                        if not ours:
-                            continue
-                        found[name] = self._attempt(name, make)
-                    del left[name]
-                    bar.update()
+
+        def attempt(name: str) -> None:
+            found[name] = self._attempt(name, makers[name])
+
+        self._each({name: partial(attempt, name) for name in makers}, what, "cell")
         return {name: found[name] for name in makers}
 
     def share(self, tasks: Mapping[str, Callable[[], object]], what: str) -> None:
         """Does these tasks, which keep what they make themselves; those that other processes are at come last."""
-        with tqdm(total=len(tasks), desc=what, unit="part") as bar:
-            left = dict(tasks)
-            for wait in (False, True):
-                for name, task in list(left.items()):
-                    with self._locked(f"task-{name}", wait=wait) as ours:
-                        if not ours:
-                            continue
-                        task()
-                    del left[name]
-                    bar.update()
+        self._each({f"task-{name}": task for name, task in tasks.items()}, what, "part")
 
     def find(self, name: str) -> Json | None:
         """The cell, if it is there."""
         path = self._path(name)
         return dict(json.loads(path.read_text("utf-8"))) if path.is_file() else None
+
+    def _each(self, tasks: Mapping[str, Callable[[], object]], what: str, unit: str) -> None:
+        """Each under the lock of its name; those whose lock another process has come last."""
+        left = dict(tasks)
+        with tqdm(total=len(tasks), desc=what, unit=unit) as bar:
+            for wait in (False, True):
+                for name, task in list(left.items()):
+                    with self._locked(name, wait=wait) as ours:
+                        if not ours:
+                            continue
+                        task()
+                    del left[name]
+                    bar.update()
 
     def _attempt(self, name: str, make: Make) -> Json | Missing:
         try:

@@ -173,8 +173,7 @@ class Data:
             f"Reward head, and reward model of the backbone's size: {len(self.head_pairs)} pairs of PKU-SafeRLHF and "
             f"hh-rlhf; the monitor head: {len(self.monitor_pairs)} pairs of other prompts.",
             f"Policies: {len(self.align_prompts)} prompts of PKU-SafeRLHF, hh-rlhf and AdvBench, which heads and "
-            "reward "
-            f"models may have seen too; people's labels: {len(self.align_pairs)} pairs of them.",
+            f"reward models may have seen too; people's labels: {len(self.align_pairs)} pairs of them.",
             f"LEGEND: {len(self.calibration)} requests of AdvBench; its reward models: {len(self.margin_pairs)} pairs.",
             f"Held out from all of these: {held_out}; XSTest, harmless instructions.",
         ]

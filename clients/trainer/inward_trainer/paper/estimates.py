@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from inward.errors import DataError
 from inward.offline.evaluate.statistics import Statistic, auc, bootstrap, calibration_error, mean
+from inward.types import Doubles
 
 Figure = dict[str, float] | None
 """``value``, ``low`` and ``high``; with several seeds ``spread``, their standard deviation."""
@@ -48,8 +49,7 @@ def paired(runs: Sequence[Sequence[float]], base: Sequence[Sequence[float]]) -> 
     """Mean difference to another way on the same prompts."""
     if not runs or not base:
         return None
-    difference_P = np.array(runs).mean(axis=0) - np.array(base).mean(axis=0)
-    return share(difference_P)
+    return share(np.array(runs).mean(axis=0) - np.array(base).mean(axis=0))
 
 
 def pair_accuracy(chosen: ArrayLike, rejected: ArrayLike, groups: ArrayLike) -> Figure:
@@ -68,7 +68,7 @@ def of_judge(logits: ArrayLike, safe: Sequence[bool], groups: ArrayLike) -> dict
     }
 
 
-def probability(logits: ArrayLike) -> NDArray[np.float64]:
+def probability(logits: ArrayLike) -> Doubles:
     """Of being safe."""
     return np.asarray(1 / (1 + np.exp(-np.clip(np.asarray(logits, dtype=np.float64), -50, 50))))
 

@@ -14,14 +14,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import inward
 from inward.backbones.loading import resolve
 from inward.errors import InwardError
 from inward.heads import store
 from inward.heads.hybrid import HybridHead
+from inward.types import Doubles
 from inward_client.rows import Prompt
 from inward_trainer.durable import write_text
 from inward_trainer.errors import OptionsError
@@ -32,16 +33,16 @@ from inward_trainer.paper.cells import Cells, Json
 from inward_trainer.paper.classifier import Classifier, train_judge
 from inward_trainer.paper.data import Data
 from inward_trainer.paper.heads import fit_reward_head, layer_scores, pair_states, scores
-from inward_trainer.paper.language_model import Drawn, Floats, LanguageModel, load_causal, reading_dtype
+from inward_trainer.paper.language_model import Drawn, LanguageModel, load_causal, reading_dtype
 from inward_trainer.paper.reward_model import train_reward_model
 from inward_trainer.paper.sizes import QUICK, Sizes
 from inward_trainer.paper.texts import Text, encode, prompt_ids
 from inward_trainer.tokens import Tokeniser
 
 LOG = logging.getLogger(__name__)
+TOY = Path(inward.__file__).parent / "models/toy/backbone"
 JUDGE_SEED = 1234
 """Another one than any policy's."""
-Doubles = NDArray[np.float64]
 WORK = """\
 Weights of judges, reward models and policies, and drawn texts. The judges come from data that may not be used for
 anything that is shipped (CC-BY-NC-4.0), and the texts may be harmful: pass nothing of this folder on.
@@ -61,7 +62,7 @@ class Experiment:
         self.data = Data.open(options.data, self.sizes)
         self.device = _device(options.device)
         try:
-            self.folder = resolve(_toy() if options.model == "toy" else options.model)
+            self.folder = resolve(str(TOY) if options.model == "toy" else options.model)
         except InwardError as error:
             raise OptionsError(f"--model: {error}") from error
         self.tokeniser = Tokeniser(load_tokenizer(self.folder))
@@ -139,12 +140,12 @@ class Experiment:
 
         def make() -> Json:
             found = model.draw(prompt_ids(self.tokeniser, prompts), n, self.sizes.tokens, seed)
-            write_text(path, json.dumps([[one.to_json() for one in row] for row in found]))
+            write_text(path, json.dumps(found))
             tokens = [len(one.ids) for row in found for one in row]
             return {"answers": len(tokens), "tokens": sum(tokens)}
 
         self.cells.need(f"draws-{name}", make)
-        return [[Drawn.from_json(one) for one in row] for row in json.loads(path.read_text("utf-8"))]
+        return [[Drawn(*one) for one in row] for row in json.loads(path.read_text("utf-8"))]
 
     def judged(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[Drawn]]) -> tuple[Doubles, Doubles]:
         """Logits of the judge and of the bag of words, ``[P, n]`` each; positive is safe."""
@@ -196,10 +197,6 @@ class Experiment:
         for name in ("head", "monitor", "reward_model", "judge"):
             parts[name] = partial(getattr, self, name)
         self.cells.share(parts, "prepare")
-
-    def states(self, texts: Sequence[Text]) -> Floats:
-        """Of the base model, at the end of the answers."""
-        return self.base.states(texts)
 
     def keep_policy(self, name: str, model: Any) -> None:
         """Writes the weights of a policy down, in the precision that it is read in."""
@@ -259,12 +256,6 @@ def _release() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _toy() -> str:
-    import inward
-
-    return str(Path(inward.__file__).parent / "models/toy/backbone")
 
 
 def _device(name: str) -> torch.device:

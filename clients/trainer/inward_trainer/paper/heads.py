@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from inward.heads.base import BackboneRef, Head
 from inward.heads.hybrid import HybridHead
@@ -16,12 +15,11 @@ from inward.offline.fit.joint import Joint
 from inward.offline.fit.probes import LayerProbes, fit_layer
 from inward.offline.states.saved import Origin, PairStates
 from inward.offline.states.scores import apply
-from inward.types import Reading
+from inward.types import Doubles, Reading
 from inward_client.rows import Pair
 from inward_trainer.paper.language_model import Floats, LanguageModel
 from inward_trainer.paper.texts import encode_pairs
 
-Doubles = NDArray[np.float64]
 SHRINKAGE = 3.0
 """Of probes whose accuracy is only told, not used: c of ``offline.fit.probes``."""
 FOLDS = 4
@@ -29,7 +27,7 @@ FOLDS = 4
 
 def pair_states(model: LanguageModel, pairs: Sequence[Pair]) -> PairStates:
     """States of all blocks at the end of both answers (position ``eos``)."""
-    encoded = encode_pairs(model.tokeniser, ((p.prompt, p.chosen, p.rejected) for p in pairs))
+    encoded = encode_pairs(model.tokeniser, pairs)
     states = model.states([one[0] for one in encoded] + [one[1] for one in encoded])
     n = len(pairs)
     return PairStates(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from inward_trainer.paper.batches import by_length, most_tokens, most_trained, padded
+from inward.backbones.transformers.packing import rectangles
+from inward.types import Doubles
+from inward_trainer.paper.batches import most_tokens, most_trained, padded
 from inward_trainer.paper.texts import Ids, Text
 from inward_trainer.sources.samples import SAMPLING
 from inward_trainer.tokens import Tokeniser
@@ -25,21 +26,12 @@ CUDA_ROWS, CPU_ROWS = 1536, 64
 """Answers that are drawn at once."""
 
 
-@dataclass(frozen=True, slots=True)
-class Drawn:
-    """One drawn answer, without what ended it."""
+class Drawn(NamedTuple):
+    """One drawn answer, without what ended it; a list in JSON."""
 
     text: str
     ids: Ids
     finished: bool
-
-    @classmethod
-    def from_json(cls, values: Sequence[Any]) -> Drawn:
-        """What ``to_json`` gave."""
-        return cls(*values)
-
-    def to_json(self) -> list[Any]:
-        return [self.text, self.ids, self.finished]
 
 
 class Sampling(LogitsProcessor):  # type: ignore[misc]
@@ -84,10 +76,9 @@ class LanguageModel:
     ) -> list[list[Drawn]]:
         """``n`` answers of each prompt. The same seed draws the same answers of the same model on the same device."""
         rows = [place for place in range(len(prompts)) for _ in range(n)]
-        lengths = [len(prompts[place]) for place in rows]
+        order = sorted(range(len(rows)), key=lambda i: len(prompts[rows[i]]))
         at_once = CUDA_ROWS if self.device.type == "cuda" else CPU_ROWS
-        order = sorted(range(len(rows)), key=lambda i: (lengths[i], i))
-        found: list[Drawn | None] = [None] * len(rows)
+        found: dict[int, Drawn] = {}
         torch.manual_seed(seed)
         config = GenerationConfig(
             max_new_tokens=tokens, do_sample=not greedy, top_k=None if greedy else 0,
@@ -101,10 +92,8 @@ class LanguageModel:
             out = self.model.generate(
                 input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors
             )
-            for i, row in zip(part, out[:, ids.shape[1] :].tolist(), strict=True):
-                found[i] = self._drawn(row)
-        answers = cast(list[Drawn], found)
-        return [answers[place * n : (place + 1) * n] for place in range(len(prompts))]
+            found |= zip(part, map(self._drawn, out[:, ids.shape[1] :].tolist()), strict=True)
+        return [[found[place * n + i] for i in range(n)] for place in range(len(prompts))]
 
     @torch.inference_mode()
     def states(self, texts: Sequence[Text], position: Position = "eos") -> Floats:
@@ -116,9 +105,8 @@ class LanguageModel:
             len(text.prompt_ids) - 1 if position == "prompt" else len(row) - (1 if position == "eos" else 2)
             for text, row in zip(texts, rows, strict=True)
         ]
-        width = int(self.model.config.hidden_size)
-        found = np.empty((len(texts), self.layers, width), dtype=np.float32)
-        for part in by_length([len(row) for row in rows], most_tokens(self.device)):
+        found = np.empty((len(texts), self.layers, int(self.model.config.hidden_size)), dtype=np.float32)
+        for part in rectangles([len(row) for row in rows], most_tokens(self.device)):
             ids, mask = padded([rows[i] for i in part], self.pad, self.device)
             wanted = torch.tensor([places[i] for i in part], device=self.device)
             with residuals(self.model, wanted) as kept:
@@ -127,10 +115,10 @@ class LanguageModel:
         return found
 
     @torch.inference_mode()
-    def log_probs(self, texts: Sequence[Text]) -> NDArray[np.float64]:
+    def log_probs(self, texts: Sequence[Text]) -> Doubles:
         """``[M]``: log-probability of each answer, in nats."""
         found = np.empty(len(texts))
-        for part in by_length([len(text.ids) for text in texts], most_trained(self.device)):  # logits are large
+        for part in rectangles([len(text.ids) for text in texts], most_trained(self.device)):  # logits are large
             found[part] = answer_log_probs(self.model, [texts[i] for i in part], self.pad).double().cpu().numpy()
         return found
 
@@ -167,12 +155,10 @@ def residuals(model: Any, wanted: Tensor) -> Iterator[list[Tensor]]:
         hidden = output[0] if isinstance(output, tuple) else output
         kept.append(hidden[rows, wanted])
 
-    hooks = [block.register_forward_hook(keep) for block in model.base_model.layers]
-    try:
+    with ExitStack() as hooks:
+        for block in model.base_model.layers:
+            hooks.enter_context(block.register_forward_hook(keep))
         yield kept
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def load_causal(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:

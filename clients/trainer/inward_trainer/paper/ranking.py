@@ -41,10 +41,8 @@ def cross_fitted(states: ListStates, kind: ScorerKind, layer: int, *, epochs: in
     with reproducible(seed):
         for fold, (train_G, test_G) in enumerate(parts):
             fit, check = (train_G[part] for part in grouped_split(states.groups_G[train_G], [0.8, 0.2], seed))
-            scorer = lists.scorer(kind, fit, settings)
-            folds.append(
-                Fold(_trained(scorer, lists, fit, check, settings, np.random.default_rng([seed, fold])), test_G)
-            )
+            scorer, rng = lists.scorer(kind, fit, settings), np.random.default_rng([seed, fold])
+            folds.append(Fold(_trained(scorer, lists, fit, check, settings, rng), test_G))
     return folds
 
 

@@ -38,10 +38,8 @@ def train_reward_model(
     disable_progress_bars()
     tokenizer = tokeniser.tokenizer
     pad = tokenizer.pad_token_id
-    encoded = encode_pairs(tokeniser, ((p.prompt, p.chosen, p.rejected) for p in pairs))
-    columns: list[dict[str, Any]] = [
-        {"chosen_ids": chosen.ids, "rejected_ids": rejected.ids} for chosen, rejected in encoded
-    ]
+    encoded = encode_pairs(tokeniser, pairs)
+    columns: list[dict[str, Any]] = [{"chosen_ids": c.ids, "rejected_ids": r.ids} for c, r in encoded]
     if margins is not None:
         columns = [row | {"margin": float(margin)} for row, margin in zip(columns, margins, strict=True)]
     longest = max(len(ids) for row in columns for ids in (row["chosen_ids"], row["rejected_ids"]))

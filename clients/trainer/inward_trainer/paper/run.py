@@ -7,6 +7,7 @@ import logging
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,16 @@ def run(options: PaperOptions) -> int:
     Raises:
         OptionsError: no such table, model, device or data.
     """
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that workers end, too
+    try:
+        return _run(options)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(options: PaperOptions) -> int:
     names = chosen(options.tables)
     failed = False
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that workers end, too
     if options.workers > 1 and (shared := [name for name in names if name != ALONE]):
         failed = work(options, shared) > 0
         names = [name for name in names if name == ALONE]
@@ -99,19 +107,14 @@ def _is_done(table: dict[str, Any], seeds: list[int]) -> bool:
 
 
 def _setting(experiment: Experiment) -> dict[str, object]:
-    options, sizes = experiment.options, experiment.sizes
-    device = experiment.device
+    options, device = experiment.options, experiment.device.type
     return {
         "model": Path(options.model).name,
-        "device": f"{device.type}, {_device_name(device.type)}",
+        "device": f"{device}, {torch.cuda.get_device_name() if device == 'cuda' else 'no GPU'}",
         "seeds": options.seeds,
         "quick": options.quick,
         "scale": options.scale,
         "learning rate": options.learning_rate,
         "data": experiment.data.told(),
-        "sizes": {name: getattr(sizes, name) for name in sizes.__dataclass_fields__},
+        "sizes": asdict(experiment.sizes),
     }
-
-
-def _device_name(kind: str) -> str:
-    return torch.cuda.get_device_name() if kind == "cuda" else "no GPU"

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
+from inward_trainer.paper.cells import Json
 from inward_trainer.paper.estimates import Figure
-
-Json = dict[str, Any]
 
 
 @dataclass(slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from inward_client.rows import Prompt
+from inward_client.rows import Pair, Prompt
 from inward_trainer.pairs import ScoredPair
 from inward_trainer.tokens import Tokeniser
 
@@ -26,16 +26,14 @@ class Text:
 
 def encode(tokeniser: Tokeniser, rows: Iterable[tuple[Prompt, str]]) -> list[Text]:
     """Given answers; nothing ends them."""
-    return [both[0] for both in encode_pairs(tokeniser, ((prompt, text, "") for prompt, text in rows))]
+    return [both[0] for both in encode_pairs(tokeniser, (Pair(prompt, text, "") for prompt, text in rows))]
 
 
-def encode_pairs(
-    tokeniser: Tokeniser, rows: Iterable[tuple[Prompt, str, str]], *, ended: bool = False
-) -> list[tuple[Text, Text]]:
+def encode_pairs(tokeniser: Tokeniser, pairs: Iterable[Pair], *, ended: bool = False) -> list[tuple[Text, Text]]:
     """Chosen and rejected answers of prompts; ``ended``: an end-of-sequence token follows them."""
     found = []
-    for prompt, chosen, rejected in rows:
-        tokens = tokeniser(ScoredPair("", prompt, chosen, rejected, finished=(ended, ended)))
+    for pair in pairs:
+        tokens = tokeniser(ScoredPair("", pair.prompt, pair.chosen, pair.rejected, finished=(ended, ended)))
         found.append((Text(tokens.prompt_ids, tokens.chosen_ids), Text(tokens.prompt_ids, tokens.rejected_ids)))
     return found
 

@@ -101,7 +101,7 @@ class StreamedPairs:
         told = time.monotonic()
         while True:
             self._stopping.check()
-            entries = self._pending(n, last) or self._new(n)
+            entries = self._pending(n, last) or self._read_group(n, ">")
             pairs, receipts = self._read(entries, last)
             if pairs:
                 return Taken(tuple(pairs), receipts[-1], tuple(receipts))
@@ -147,9 +147,6 @@ class StreamedPairs:
         entries = self._read_group(n, last)
         self._recovered = not entries
         return entries
-
-    def _new(self, n: int) -> list[Any]:
-        return self._read_group(n, ">")
 
     def _read_group(self, n: int, after: str) -> list[Any]:
         found = self._ask(

@@ -11,40 +11,31 @@ from inward import metrics
 from inward.api.answers import plain
 from inward.api.auth import needs
 from inward.api.body import JsonRoute
-from inward.api.errors import RESPONSES
+from inward.api.errors import RESPONSES, only, told
 from inward.api.services import FromApp, Services, SleepControl
 from inward.errors import Conflict, EngineDead, InvalidField, Unavailable
 from inward.prompts import Texts
-from inward.wire import ActivateRequest, ErrorBody, NamedHead, PolicyAnswer, PolicyRequest, UpdateRequest
+from inward.wire import ActivateRequest, NamedHead, PolicyAnswer, PolicyRequest, UpdateRequest
 from inward.wire.admin import HeadInfo, HeadsAnswer, Info, SleepAnswer, Status
 
 router = APIRouter(route_class=JsonRoute)
 
 Name = Annotated[str, Path(max_length=64, description="Name of a loaded head.")]
-NO_SUCH_HEAD: dict[int | str, dict[str, Any]] = {status: RESPONSES[status] for status in (401, 404, 422)}
-RESTRICTED: dict[int | str, dict[str, Any]] = {
-    403: {"model": ErrorBody, "description": "The key has not the scope that this needs."}
-}
-UNREACHABLE: dict[int | str, dict[str, Any]] = {status: RESPONSES[status] for status in (401, 503)}
-SLEEPLESS: dict[int | str, dict[str, Any]] = {
-    **UNREACHABLE,
-    **RESTRICTED,
-    409: {"model": ErrorBody, "description": "This backbone does not sleep, or it is in another process."},
-}
-RED: dict[int | str, dict[str, Any]] = {503: {"model": ErrorBody, "description": "Not now; the message says why."}}
+RESTRICTED = told({403: "The key has not the scope that this needs."})
+UNREACHABLE = only(401, 503)
+SLEEPLESS = UNREACHABLE | RESTRICTED | told({409: "This backbone does not sleep, or it is in another process."})
+RED = told({503: "Not now; the message says why."})
 
 PROMETHEUS: dict[str, Any] = {"content": {"text/plain": {"schema": {"type": "string"}}}}
 
 
-@router.get(
-    "/heads", tags=["heads"], response_model=HeadsAnswer, summary="What is loaded", responses={401: RESPONSES[401]}
-)
+@router.get("/heads", tags=["heads"], response_model=HeadsAnswer, summary="What is loaded", responses=only(401))
 async def heads(services: FromApp) -> Response:
     """All heads, as `{"heads": […]}`."""
     return plain({"heads": services.heads.listing()})
 
 
-@router.get("/heads/{name}", tags=["heads"], response_model=HeadInfo, summary="One head", responses=NO_SUCH_HEAD)
+@router.get("/heads/{name}", tags=["heads"], response_model=HeadInfo, summary="One head", responses=only(401, 404, 422))
 async def head(name: Name, services: FromApp) -> Response:
     """Its versions, fingerprint, calibration, and metrics at fitting."""
     return plain(services.heads.show(name))
@@ -68,11 +59,7 @@ async def activate(name: Name, request: ActivateRequest, services: FromApp) -> R
     tags=["heads"],
     summary="One online step",
     response_model=NamedHead,
-    responses={
-        **RESPONSES,
-        **RESTRICTED,
-        409: {"model": ErrorBody, "description": "The sequence number is neither the last one nor the next."},
-    },
+    responses=RESPONSES | RESTRICTED | told({409: "The sequence number is neither the last one nor the next."}),
     dependencies=[needs("update")],
 )
 async def update(name: Name, request: UpdateRequest, services: FromApp) -> Response:
@@ -84,7 +71,7 @@ async def update(name: Name, request: UpdateRequest, services: FromApp) -> Respo
         try:
             parts = pair.parts()
         except InvalidField as error:
-            raise InvalidField(error.message, param=f"pairs.{i}.{error.param}") from None
+            raise error.at(f"pairs.{i}.{error.param}") from None
         texts.append(Texts(parts.prompt, parts.responses))
     return plain(asdict(await services.heads.update(name, request.sequence, texts, lr=request.lr)))
 
@@ -106,7 +93,7 @@ async def policy(services: FromApp) -> Response:
     tags=["policy"],
     summary="Switch to an adapter",
     response_model=PolicyAnswer,
-    responses={**RESPONSES, **RESTRICTED, 409: {"model": ErrorBody, "description": "There is no folder of adapters."}},
+    responses=RESPONSES | RESTRICTED | told({409: "There is no folder of adapters."}),
     dependencies=[needs("admin")],
 )
 async def switch_policy(request: PolicyRequest, services: FromApp) -> Response:
@@ -172,9 +159,7 @@ async def readyz(services: FromApp) -> Response:
     return plain({"status": reason})
 
 
-@router.get(
-    "/info", tags=["about"], response_model=Info, summary="Limits, versions, model", responses={401: RESPONSES[401]}
-)
+@router.get("/info", tags=["about"], response_model=Info, summary="Limits, versions, model", responses=only(401))
 async def info(services: FromApp) -> Response:
     """What serves here, and what one request may ask for."""
     return plain(dict(services.info()))

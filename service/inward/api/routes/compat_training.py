@@ -20,6 +20,7 @@ from inward.wire.compat import (
     OpenRLHFRequest,
     SlimeRequest,
     VerifyRequest,
+    conversation,
     message,
     text_of,
 )
@@ -52,11 +53,10 @@ async def slime(request: SlimeRequest, services: FromApp) -> Response:
     """The answer is the bare number. A prompt in text counts as rendered if the chat template's turns are in it."""
     prompt, turns = request.prompt, services.prompts.turns
     if isinstance(prompt, str) and turns.is_rendered(prompt):
-        conversation = Conversation(*turns.split(prompt + request.response, prompt), rendered=True)
+        sample = Conversation(*turns.split(prompt + request.response, prompt), rendered=True)
     else:
-        asked = prompt if isinstance(prompt, str) else [message(m, f"prompt.{i}") for i, m in enumerate(prompt)]
-        conversation = Conversation(asked, turns.strip(request.response))
-    result = await score_conversations(services, request, "prompt", [conversation], truncate=True)
+        sample = Conversation(conversation(prompt, "prompt"), turns.strip(request.response))
+    result = await score_conversations(services, request, "prompt", [sample], truncate=True)
     return plain(result.scores_N[0], headers=result.headers())
 
 
@@ -96,8 +96,8 @@ async def _verified(request: VerifyRequest, services: FromApp) -> CompatScores:
         turns.insert(0, {"role": "system", "content": str(instructions)})
     named = CompatRequest(head=params.get("model")) if _is_head(services, params.get("model")) else CompatRequest()
     *before, last = turns
-    conversation = Conversation(before, services.prompts.turns.strip(last["content"]))
-    return await score_conversations(services, named, "response", [conversation], truncate=True)
+    rollout = Conversation(before, services.prompts.turns.strip(last["content"]))
+    return await score_conversations(services, named, "response", [rollout], truncate=True)
 
 
 def _turns(items: Any, where: str) -> list[dict[str, str]]:

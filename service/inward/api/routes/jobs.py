@@ -10,23 +10,18 @@ from starlette.responses import StreamingResponse
 
 from inward.api.answers import plain
 from inward.api.auth import CALLER
-from inward.api.errors import RESPONSES
+from inward.api.errors import only, told
 from inward.api.rows import KINDS, RowsKind
 from inward.api.services import BulkJobs, FromApp, Services
 from inward.errors import Conflict, InvalidField, NotFound, RequestError, TooLarge
-from inward.wire import ErrorBody
 from inward.wire.admin import JobStatus
 
 JSONL = ("application/x-ndjson", "application/jsonl", "application/json-lines")
 Id = Annotated[str, Path(pattern="^[0-9a-f]{32}$", description="As `POST /jobs` gave it.")]
 Name = Annotated[str | None, Query(pattern="^[A-Za-z0-9._-]{1,64}$")]
-ERRORS: dict[int | str, dict[str, Any]] = {status: RESPONSES[status] for status in (401, 404, 422, 503)}
-NOT_DONE: dict[int | str, dict[str, Any]] = {
-    409: {"model": ErrorBody, "description": "It is not done yet, or was cancelled."}
-}
 ROWS: dict[str, Any] = {JSONL[0]: {"schema": {"type": "string", "description": "JSON Lines."}}}
 
-router = APIRouter(tags=["bulk"], responses=ERRORS)
+router = APIRouter(tags=["bulk"], responses=only(401, 404, 422, 503))
 
 
 @router.post(
@@ -34,7 +29,7 @@ router = APIRouter(tags=["bulk"], responses=ERRORS)
     status_code=201,
     response_model=JobStatus,
     summary="Upload rows to be scored in their own time",
-    responses={status: RESPONSES[status] for status in (400, 413, 415)},
+    responses=only(400, 413, 415),
     openapi_extra={"requestBody": {"required": True, "content": ROWS}},
 )
 async def create(
@@ -74,7 +69,7 @@ async def show(id: Id, services: FromApp) -> Response:
     "/jobs/{id}/results",
     response_class=Response,
     summary="The results of a job that is done",
-    responses={200: {"content": ROWS}, **NOT_DONE},
+    responses={200: {"content": ROWS}, **told({409: "It is not done yet, or was cancelled."})},
 )
 async def results(id: Id, services: FromApp) -> Response:
     """JSONL in the order of the rows; a row that could not be scored has an `error`."""

@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import APIRouter, Response
 
 from inward.api import elements, scoring
 from inward.api.answers import scored
 from inward.api.compat import native_route
-from inward.api.errors import OVER_QUOTA, RESPONSES, responses
+from inward.api.errors import OVER_QUOTA, RESPONSES, responses, told
+from inward.api.events import EVENTS
 from inward.api.ranking import rank
 from inward.api.routes.compat_rerank import rank_documents, rank_texts
 from inward.api.routes.compat_vllm import score_text_pairs
@@ -20,7 +19,6 @@ from inward.api.score_streams import append_pair, stream
 from inward.api.services import FromApp
 from inward.api.streamed_ranking import stream_ranking
 from inward.wire import (
-    ErrorBody,
     MarginAnswer,
     MarginRequest,
     RerankAnswer,
@@ -33,12 +31,7 @@ from inward.wire import (
 from inward.wire.compat import AnyRerank, AnyScore, DocumentsRequest, TextPairsRequest, TextsRequest
 from inward.wire.compat_answers import DocumentsAnswer, DocumentsError, TextPairsAnswer, TextRank, TextsError, VllmError
 
-CONFLICT: dict[int | str, dict[str, Any]] = {
-    409: {"model": ErrorBody, "description": "`append_to` is set, and this server has no Redis to keep streams."}
-}
-EVENTS: dict[str, Any] = {
-    "content": {"text/event-stream": {"schema": {"type": "string", "description": "With `stream`."}}}
-}
+CONFLICT = told({409: "`append_to` is set, and this server has no Redis to keep streams."})
 
 router = APIRouter(route_class=native_route(), responses=RESPONSES | OVER_QUOTA, tags=["scoring"])
 
@@ -46,7 +39,7 @@ router = APIRouter(route_class=native_route(), responses=RESPONSES | OVER_QUOTA,
 @router.post("/margin", response_model=MarginAnswer, summary="Margins of preference pairs")
 async def margin(request: MarginRequest, services: FromApp) -> Response:
     """LEGEND's signed difference between chosen and rejected, with the hybrid head's confidence where one is loaded."""
-    heads = elements.margin_heads(services, request.head)
+    heads = elements.with_confidence(services, scoring.find_head(services, request.head, elements.MARGIN_KINDS))
     results = await scoring.score_all(services, "pairs", request.pairs, heads, request, pair=True)
     margins = [elements.margin(result, f"pairs.{i}") for i, result in enumerate(results.results)]
     return scored(MarginAnswer(**results.named(services), margins=margins), results.timing)

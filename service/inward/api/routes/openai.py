@@ -13,10 +13,12 @@ from inward.api.answers import plain, timing_headers
 from inward.api.body import JsonRoute
 from inward.api.candidates import Candidates
 from inward.api.drawing import best, draw, read_request, usage
-from inward.api.errors import OVER_QUOTA, RESPONSES
+from inward.api.errors import OVER_QUOTA, RESPONSES, only
+from inward.api.events import EVENTS
 from inward.api.services import FromApp, Services
 from inward.api.streamed_drawing import stream
 from inward.errors import NotFound
+from inward.types import slowest
 from inward.wire.openai import ChatRequest, CompletionRequest
 from inward.wire.openai_answers import (
     ChatAnswer,
@@ -29,9 +31,6 @@ from inward.wire.openai_answers import (
     finish,
 )
 
-EVENTS: dict[str, Any] = {
-    "content": {"text/event-stream": {"schema": {"type": "string", "description": "With `stream`."}}}
-}
 STARTED = int(time.time())
 """What OpenAI's clients take for the age of a model."""
 
@@ -99,7 +98,7 @@ async def complete(request: CompletionRequest, services: FromApp) -> Response:
     "/v1/models",
     response_model=ModelsAnswer,
     summary="What a request may name as its model",
-    responses={status: RESPONSES[status] for status in (401, 503)},
+    responses=only(401, 503),
 )
 async def models(services: FromApp) -> Response:
     """The backbone, the versions of its policy, and the heads. A head as `model` is the one that ranks."""
@@ -110,7 +109,7 @@ async def models(services: FromApp) -> Response:
     "/v1/models/{name:path}",
     response_model=Model,
     summary="One of the models",
-    responses={status: RESPONSES[status] for status in (401, 404, 422, 503)},
+    responses=only(401, 404, 422, 503),
 )
 async def model(
     name: Annotated[str, Path(max_length=256, description="A name that `GET /v1/models` lists.")], services: FromApp
@@ -146,8 +145,7 @@ def _about(services: Services, prefix: str) -> dict[str, Any]:
 
 
 def _answer(answer: ChatAnswer | CompletionAnswer, found: Sequence[Candidates]) -> Response:
-    slowest = max((one.scored.timing for one in found), key=lambda timing: timing.queued + timing.inference)
-    return plain(answer.model_dump(), headers=timing_headers(slowest))
+    return plain(answer.model_dump(), headers=timing_headers(slowest(one.scored for one in found)))
 
 
 def _delta(index: int, text: str | None, ended: str | None, *, begun: bool = False) -> dict[str, Any]:

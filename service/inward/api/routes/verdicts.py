@@ -16,8 +16,8 @@ from inward.api.errors import OVER_QUOTA, RESPONSES
 from inward.api.services import FromApp, Services
 from inward.api.verdicts import Judge, badness, judge, judges, raw, read
 from inward.errors import InvalidField, NotFound
-from inward.types import Prompt, Scored
-from inward.wire.compat import message
+from inward.types import Prompt, Scored, slowest
+from inward.wire.compat import conversation
 from inward.wire.verdicts import (
     DecisionAnswer,
     DecisionRequest,
@@ -41,9 +41,8 @@ async def moderate(request: ModerationRequest, services: FromApp) -> Response:
     `INWARD_FALSE_POSITIVES`.
     """
     asked = _moderators(services, request)
-    prompt = _prompt(request.prompt)
-    texts = request.texts()
-    conversations = [Conversation(prompt, text) for text in texts]
+    prompt = conversation(request.prompt or "", "prompt")
+    conversations = [Conversation(prompt, text) for text in request.texts()]
     scored = await read(services, conversations, [one.ref.name for one in asked], "input")
     answer = ModerationAnswer(
         id=f"modr-{uuid.uuid4().hex}", model=services.model, results=[_moderation(asked, one) for one in scored]
@@ -106,12 +105,6 @@ def _moderation(asked: Sequence[Judge], scored: Scored) -> Moderation:
     )
 
 
-def _prompt(given: str | list[dict[str, object]] | None) -> Prompt:
-    if given is None or isinstance(given, str):
-        return given or ""
-    return [message(turn, f"prompt.{i}") for i, turn in enumerate(given)]
-
-
 def _context(request: GuardrailRequest) -> Prompt:
     """What a response answers, where that came with it."""
     turns = request.structured_messages or []
@@ -119,9 +112,8 @@ def _context(request: GuardrailRequest) -> Prompt:
         return ""
     while turns and turns[-1].get("role") == "assistant":
         turns = turns[:-1]
-    return [message(turn, f"structured_messages.{i}") for i, turn in enumerate(turns)] if turns else ""
+    return conversation(turns or "", "structured_messages")
 
 
 def _timing(scored: Sequence[Scored]) -> dict[str, str]:
-    timings = [one.timing for one in scored]
-    return timing_headers(max(timings, key=lambda timing: timing.queued + timing.inference)) if timings else {}
+    return timing_headers(slowest(scored)) if scored else {}

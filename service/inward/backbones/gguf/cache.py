@@ -18,7 +18,7 @@ from pathlib import Path
 from inward.backbones.fingerprint import ORIGIN, Origin
 from inward.backbones.gguf.header import Header, read_header
 from inward.errors import SetupError
-from inward.files import replace_folder, write
+from inward.files import replace_folder, sync, write
 
 LOG = logging.getLogger(__name__)
 CONVERSION = 1
@@ -103,7 +103,7 @@ def _convert(header: Header, digest: str, folder: Path) -> None:
         aside.chmod(0o755)
         for path in aside.iterdir():
             path.chmod(0o644)
-            _flush(path)
+            sync(path)
         if folder.exists():
             LOG.warning("%s is not as it was written: it is converted anew", folder)
         replace_folder(aside, folder)
@@ -221,11 +221,3 @@ def _note(file: Path, root: Path) -> Path:
 def _stamp(file: Path) -> list[str | int]:
     stat = file.stat()
     return [str(file), stat.st_size, stat.st_mtime_ns]
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

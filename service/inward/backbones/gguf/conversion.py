@@ -32,12 +32,8 @@ def architectures() -> frozenset[str]:
     except ImportError:  # before 5.18
         newer = {}
     renamed = {"qwen2moe", "qwen3moe", "gpt-oss", "minimax-m2"}  # as files have them
-    return (frozenset(GGUF_SUPPORTED_ARCHITECTURES) | frozenset(newer) | renamed) - {
-        "general",
-        "tokenizer",
-        "t5",
-        "umt5",
-    }
+    no_decoders = {"general", "tokenizer", "t5", "umt5"}
+    return (frozenset(GGUF_SUPPORTED_ARCHITECTURES) | frozenset(newer) | renamed) - no_decoders
 
 
 def convert(header: Header, folder: Path, dtype: str, step: Step) -> None:
@@ -108,9 +104,8 @@ def _check_agreement(header: Header, config: Any, tokenizer: Any) -> None:
         raise SetupError(f"{header.path} has {len(tokenizer)} tokens and embeddings for {text.vocab_size}")
     if tokenizer.chat_template:
         try:
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": "a"}], tokenize=False, add_generation_prompt=True
-            )
+            asked = [{"role": "user", "content": "a"}]
+            tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # templates may raise anything, and the sandbox stops what they must not do
             raise SetupError(f"{header.path}: its chat template can't be used: {error}") from error
 
@@ -142,9 +137,8 @@ def _weights(header: Header, config: Any, dtype: torch.dtype) -> dict[str, torch
 
 def _save(config: Any, tokenizer: Any, state: dict[str, torch.Tensor], folder: Path) -> None:
     """A model that never heard of GGUF: transformers does not save one whose settings say that it came from there."""
-    config = type(config).from_dict(
-        {key: value for key, value in config.to_dict().items() if key != "quantization_config"}
-    )
+    settings = {key: value for key, value in config.to_dict().items() if key != "quantization_config"}
+    config = type(config).from_dict(settings)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=next(iter(state.values())).dtype)
     model.load_state_dict(state, assign=True)

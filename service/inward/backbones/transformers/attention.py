@@ -30,23 +30,12 @@ SDPA, EAGER = "inward_packed", "inward_packed_eager"
 SHARPNESS = 8.0
 """Size of queries and keys within ``sharpened``: logits then spread over tens, as in trained models, where a cap that
 is missing shows."""
-_HARMLESS = {
-    "is_causal",
-    "position_ids",
-    "position_embeddings",
-    "use_cache",
-    "output_attentions",
-    "output_hidden_states",
-    "output_router_logits",
-    "return_dict",
-    "cache_position",
-    "past_key_values",
-    "past_key_value",
-    "encoder_hidden_states",
-    "encoder_attention_mask",
-    "layer_idx",
-    "head_mask",
-}
+_HARMLESS = frozenset(
+    "is_causal position_ids position_embeddings use_cache output_attentions output_hidden_states output_router_logits "
+    "return_dict cache_position past_key_values past_key_value encoder_hidden_states encoder_attention_mask layer_idx "
+    "head_mask dropout scaling sliding_window".split()
+)
+"""What any model's layers may pass."""
 _COMPUTED = {"softcap", "s_aux"}
 
 
@@ -74,9 +63,8 @@ class AttentionLayout:
             unseen = position > query
             if window is not None:
                 unseen |= position <= query - window
-            self._masks[key] = torch.zeros(unseen.shape, dtype=self._dtype, device=self._device).masked_fill_(
-                unseen, -torch.inf
-            )
+            seen = torch.zeros(unseen.shape, dtype=self._dtype, device=self._device)
+            self._masks[key] = seen.masked_fill_(unseen, -torch.inf)
         return self._masks[key]
 
 
@@ -176,8 +164,7 @@ def _outside_eager(module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[
 
 def _asked(kwargs: dict[str, Any]) -> set[str]:
     """What a layer asks for beyond the usual."""
-    known = _HARMLESS | {"dropout", "scaling", "sliding_window"}
-    return {name for name, given in kwargs.items() if given is not None and name not in known}
+    return {name for name, given in kwargs.items() if given is not None and name not in _HARMLESS}
 
 
 def _bidirectional(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -42,6 +43,15 @@ TOKENS_CPU, TOKENS_GPU = 1024, 16384
 asked of the system."""
 DRAWINGS = 32
 """Jobs that may draw at once, beside those that are read."""
+
+
+class _Fused(NamedTuple):
+    """What the readouts of one call ask of a pass, their weights on the device."""
+
+    fusion: Fusion
+    products: list[DeviceProduct]
+    eos_id: int | None
+    """What follows every response, where something reads it."""
 
 
 class TransformersBackbone:
@@ -172,9 +182,8 @@ class TransformersBackbone:
             return (await self._read_with(policy, [answered], wanted, tokens or bool(checked)))[0]
 
         samples = await self._sample_with(policy, group, watch, on_tokens, on_ended)
-        return guarded(
-            *await read_samples(group.prompt_ids, samples, wanted, read, policy.version), watch, self._decoder.text
-        )
+        drawn = await read_samples(group.prompt_ids, samples, wanted, read, policy.version)
+        return guarded(*drawn, watch, self._decoder.text)
 
     def certain(self, ids: Ids) -> str:
         return self._decoder.certain(ids)
@@ -195,7 +204,7 @@ class TransformersBackbone:
     async def close(self) -> None:
         await self._scheduler.close()
 
-    def _fuse(self, readouts: tuple[Readout, ...], tokens: bool) -> tuple[Fusion, list[DeviceProduct]]:
+    def _fuse(self, readouts: tuple[Readout, ...], tokens: bool) -> _Fused:
         fusion = Fusion(readouts, layers=self.info.layers, width=self.info.width, tokens=tokens)
         if fusion.eos and not self._end_ids:
             raise InvalidField(
@@ -213,63 +222,47 @@ class TransformersBackbone:
                 f"{self.info.name} reads in both directions: an appended EOS would change the text, read last instead",
                 param="readouts",
             )
-        return fusion, [DeviceProduct.of(product, self._model.device) for product in fusion.products]
+        products = [DeviceProduct.of(product, self._model.device) for product in fusion.products]
+        return _Fused(fusion, products, self._end_ids[0] if fusion.eos else None)
 
     def _read(
         self, groups: Sequence[Group], readouts: tuple[Readout, ...], tokens: bool, policy: Policy
     ) -> Turns[list[GroupReading]]:
-        fusion, products = self._fused(readouts, tokens)
-        eos_id = self._end_ids[0] if fusion.eos else None
         read = self._read_packed if self.mode == "packed" else self._read_padded
-        results = yield from read(groups, fusion, products, eos_id, policy)
+        results = yield from read(groups, self._fused(readouts, tokens), policy)
         return [GroupReading(reading, computed, cached, policy.version) for reading, computed, cached in results]
 
-    def _read_packed(
-        self,
-        groups: Sequence[Group],
-        fusion: Fusion,
-        products: Sequence[DeviceProduct],
-        eos_id: int | None,
-        policy: Policy,
-    ) -> Turns[list[Read]]:
+    def _read_packed(self, groups: Sequence[Group], fused: _Fused, policy: Policy) -> Turns[list[Read]]:
         results: list[Read] = []
-        costs = [packing.cost(group, eos_id) for group in groups]
+        costs = [packing.cost(group, fused.eos_id) for group in groups]
         for run in within(range(len(groups)), self.capacity.tokens, costs.__getitem__):
             if results:
                 yield
-            packed = packing.pack([groups[i] for i in run], eos_id)
+            packed = packing.pack([groups[i] for i in run], fused.eos_id)
             with policy.carried():
-                outputs = forward_packed(self._model, packed, products)
+                outputs = forward_packed(self._model, packed, fused.products)
             results += [
                 (reading, costs[i], len(groups[i].prompt_ids) * max(len(groups[i].responses_ids) - 1, 0))
-                for i, reading in zip(run, fusion.assemble(outputs, packed.spans), strict=True)
+                for i, reading in zip(run, fused.fusion.assemble(outputs, packed.spans), strict=True)
             ]
         return results
 
-    def _read_padded(
-        self,
-        groups: Sequence[Group],
-        fusion: Fusion,
-        products: Sequence[DeviceProduct],
-        eos_id: int | None,
-        policy: Policy,
-    ) -> Turns[list[Read]]:
+    def _read_padded(self, groups: Sequence[Group], fused: _Fused, policy: Policy) -> Turns[list[Read]]:
         texts = [(group.prompt_ids, response) for group in groups for response in group.responses_ids]
         outputs: list[list[Floats]] = [[] for _ in texts]
         spans: list[Span] = [Span(0, range(0))] * len(texts)
-        lengths = [len(p) + len(r) + (eos_id is not None) for p, r in texts]
+        lengths = [len(prompt) + len(response) + fused.fusion.eos for prompt, response in texts]
         budget = self.capacity.tokens if self.mode == "padded" else 0
         for turn, batch in enumerate(packing.rectangles(lengths, budget)):
             if turn:
                 yield
-            padded = packing.pad([texts[i] for i in batch], eos_id)
+            padded = packing.pad([texts[i] for i in batch], fused.eos_id)
             with policy.carried():
-                read = forward_padded(self._model, padded, products)
+                read = forward_padded(self._model, padded, fused.products)
             for i, span, output in zip(batch, padded.spans, read, strict=True):
                 spans[i], outputs[i] = span, output
-        joined = [np.concatenate([output[k] for output in outputs]) for k in range(len(products))]
-        remaining = iter(spans)
-        own = [[next(remaining) for _ in group.responses_ids] for group in groups]
-        readings = fusion.assemble(joined, own)
-        costs = [sum(len(g.prompt_ids) + len(r) + (eos_id is not None) for r in g.responses_ids) for g in groups]
-        return [(reading, cost, 0) for reading, cost in zip(readings, costs, strict=True)]
+        joined = [np.concatenate([output[k] for output in outputs]) for k in range(len(fused.products))]
+        places = iter(range(len(texts)))
+        own = [[next(places) for _ in group.responses_ids] for group in groups]
+        readings = fused.fusion.assemble(joined, [[spans[i] for i in group] for group in own])
+        return [(reading, sum(lengths[i] for i in group), 0) for reading, group in zip(readings, own, strict=True)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,12 +100,10 @@ def _hooks(
     places: Iterable[ReadPlace],
     read: Callable[[ReadPlace, torch.Tensor], None],
 ) -> Iterator[None]:
-    handles = [_hook(base, blocks, place, read) for place in places]
-    try:
+    with ExitStack() as hooks:
+        for place in places:
+            hooks.enter_context(_hook(base, blocks, place, read))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _hook(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -181,12 +181,9 @@ class Sampler:
 
     def _advance(self, cohort: Cohort) -> None:
         watched = [row.drawing.watched for row in cohort.rows if row.drawing.watched is not None]
-        with (
-            cohort.rows[0].drawing.policy.carried(),
-            last_states(
-                self._model.base, self._model.blocks, {place for own in watched for place in own.places}
-            ) as states,
-        ):
+        places = {place for own in watched for place in own.places}
+        policy = cohort.rows[0].drawing.policy
+        with policy.carried(), last_states(self._model.base, self._model.blocks, places) as states:
             logits_BV = cohort.feed(self._model, [row.ids[-1] for row in cohort.rows])
         if watched:
             logits_BV = logits_BV[self._look(cohort, states)]
@@ -249,14 +246,12 @@ class Sampler:
         tail = self._tokenizer.decode(row.ids[-reach:], skip_special_tokens=True)
         return any(stop in tail for stop in spec.stop)
 
-    def _guarded(self, drawings: Iterable[Drawing], work: Callable[[], None]) -> None:
-        drawings = list(drawings)
+    def _guarded(self, drawings: Sequence[Drawing], work: Callable[[], None]) -> None:
         try:
             work()
-        except torch.AcceleratorError as error:  # a CUDA context does not survive these: the owner's affair
-            for drawing in drawings:
-                self._waiting.append(drawing)
-            raise error
+        except torch.AcceleratorError:  # a CUDA context does not survive these: the owner's affair
+            self._waiting += drawings
+            raise
         except Exception as error:
             for drawing in drawings:
                 settle_error(drawing.future, error)

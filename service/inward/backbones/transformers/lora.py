@@ -8,7 +8,7 @@ touched.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,12 +66,10 @@ class Policy:
     @contextmanager
     def carried(self) -> Iterator[None]:
         """The model computes with it inside; by one thread at a time."""
-        hooks = [delta.module.register_forward_hook(delta.add) for delta in self.deltas]
-        try:
+        with ExitStack() as hooks:
+            for delta in self.deltas:
+                hooks.enter_context(delta.module.register_forward_hook(delta.add))
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
 
 def _find(model: Model, name: str, adapter: Adapter) -> Any:
@@ -82,9 +80,8 @@ def _find(model: Model, name: str, adapter: Adapter) -> Any:
             module = root.get_submodule(path)
         except AttributeError:
             continue
-        if (
-            isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
-        ):  # GPT-2's, which is one with its weight transposed
+        # Conv1D is GPT-2's, which is a linear one with its weight transposed
+        if isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D":
             return module
         raise misfit(adapter, name, f"a {type(module).__name__} can't be adapted, only linear modules")
     raise misfit(adapter, name, "there is no such module")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -155,19 +155,18 @@ def _exactly(model: Model, exact: bool) -> Iterator[None]:
             tensor.data = data
 
     inside = {id(m) for m in model.blocks.modules()}
-    handles = [block.register_forward_pre_hook(widen) for block in model.blocks]
-    handles += [block.register_forward_hook(restore) for block in model.blocks]
-    try:
-        with attention.sharpened():
+    with attention.sharpened(), ExitStack() as after:
+        for block in model.blocks:
+            after.enter_context(block.register_forward_pre_hook(widen))
+            after.enter_context(block.register_forward_hook(restore))
+        try:
             for module in model.base.modules():
                 if id(module) not in inside:
                     widen(module, whole=False)
             yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module in list(widened):
-            restore(module)
+        finally:
+            for module in list(widened):
+                restore(module)
 
 
 def _all_states(model: Model) -> list[DeviceProduct]:

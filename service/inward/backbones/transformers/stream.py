@@ -9,6 +9,7 @@ mean nothing, so they are refused by name.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,15 +60,15 @@ def find_stream(base: Any, layers: int, vocabulary: int, name: str) -> Stream:
     if not stacks:
         raise SetupError(f"{name} has no list of {layers} blocks that could be read")
     ids = torch.arange(3, 3 + _TOKENS, device=base.device)[None] % vocabulary
-    handles = [_watch(seen, k) for seen in stacks for k in range(layers)]
-    norms = _Norms(base, stacks)
-    try:
-        output = base(input_ids=ids)
-    except Exception as error:  # a model may stumble over anything
-        raise SetupError(f"{name} cannot read a plain text: {type(error).__name__}: {error}") from error
-    finally:
-        for handle in [*handles, *norms.handles]:
-            handle.remove()
+    with ExitStack() as hooks:
+        for seen in stacks:
+            for k in range(layers):
+                hooks.enter_context(_watch(seen, k))
+        norms = _Norms(base, stacks, hooks)
+        try:
+            output = base(input_ids=ids)
+        except Exception as error:  # a model may stumble over anything
+            raise SetupError(f"{name} cannot read a plain text: {type(error).__name__}: {error}") from error
     ran = next((seen for seen in stacks if seen.order == list(range(layers))), None)
     if ran is None:
         orders = [seen.order for seen in stacks if seen.order] or [[]]
@@ -113,12 +114,12 @@ def _watch(seen: _Seen, k: int) -> Any:
 class _Norms:
     """What modules outside the blocks made of a state, to find the one that leads from the last block to the end."""
 
-    def __init__(self, base: Any, stacks: Sequence[_Seen]) -> None:
+    def __init__(self, base: Any, stacks: Sequence[_Seen], hooks: ExitStack) -> None:
         inside = {id(m) for seen in stacks for m in seen.blocks.modules()}
         self._steps: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.handles = [
-            m.register_forward_hook(self._note) for m in base.modules() if id(m) not in inside and m is not base
-        ]
+        for module in base.modules():
+            if id(module) not in inside and module is not base:
+                hooks.enter_context(module.register_forward_hook(self._note))
 
     def _note(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if args and isinstance(args[0], torch.Tensor) and isinstance(output, torch.Tensor):

@@ -159,9 +159,8 @@ class Generation:
             drawn += output.outputs[0].token_ids
             if progress is not None:
                 progress.tell(self._own(drawn, spec))
-            if (
-                output.outputs[0].finish_reason is not None
-            ):  # vLLM drops the last token drawn, which has not entered the model
+            if output.outputs[0].finish_reason is not None:
+                # vLLM drops the last token drawn, which has not entered the model
                 rest.set_result(self._finished(drawn, spec).ids[len(drawn) - 1 :] + self.end_ids[:1])
         sample = self._finished(drawn, spec)
         return sample, Text(key, start, len(prompt) + len(sample.ids) + 1 - cached, cached)

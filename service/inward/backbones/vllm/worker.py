@@ -364,17 +364,8 @@ class RequestTable:
 
 
 def _kept(spec: Any) -> Any:
-    names = (
-        "block_size",
-        "num_kv_heads",
-        "head_size",
-        "head_size_v",
-        "dtype",
-        "kv_quant_mode",
-        "page_size_padded",
-        "sliding_window",
-    )
-    return FullAttentionSpec(**{name: getattr(spec, name) for name in names if hasattr(spec, name)})
+    names = "block_size num_kv_heads head_size head_size_v dtype kv_quant_mode page_size_padded sliding_window"
+    return FullAttentionSpec(**{name: getattr(spec, name) for name in names.split() if hasattr(spec, name)})
 
 
 def _end_with(owner: int) -> None:

@@ -5,13 +5,14 @@ rewards on the way (its figures 4 and 5).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from inward.heads.hybrid import HybridHead, confidence
 from inward.heads.online import online_step
+from inward.types import Doubles
 from inward_client.rows import Prompt
 from inward_trainer.paper.alignment import Alignment, Preference, minibatches
 from inward_trainer.paper.cells import Json, Missing
@@ -24,7 +25,6 @@ from inward_trainer.paper.refusals import refuses
 from inward_trainer.paper.table import Chart, Row, Table
 from inward_trainer.paper.texts import Text, encode_pairs, prompt_ids
 
-Doubles = NDArray[np.float64]
 WAYS = {
     "base": "base",
     "sft": "SFT on safe answers",
@@ -75,19 +75,16 @@ def table(run: Experiment) -> Table:
     """Every way and seed."""
     run.prepare()
     names = {(way, seed): f"align-{way}-{seed}" for seed in run.seeds for way in ORDER}
-    found = run.cells.every({name: _maker(run, *which) for which, name in names.items()}, "align")
+    found = run.cells.every({name: partial(_made, run, *which) for which, name in names.items()}, "align")
     by_way = {way: [found[names[way, seed]] for seed in run.seeds] for way in WAYS}
     base, dpo = (_there(by_way[way]) for way in ("base", "dpo"))
     rows = [_row(run, WAYS[way], by_way[way], base, dpo) for way in WAYS]
     sizes = run.sizes
     notes = [
         f"{len(run.held_out)} held-out prompts, {sizes.answers} answers each (base: {sizes.samples}), top-k 8, top-p "
-        "0.95, "
-        f"temperature 1.4, repetition penalty 1.2, {sizes.tokens} tokens. All weights are trained, {sizes.steps} "
-        "steps of "
-        f"{sizes.batch} pairs, AdamW, {run.options.learning_rate:g}, beta 0.15; online in {sizes.rounds} rounds: in "
-        "each the "
-        "policy draws anew for its share of the prompts.",
+        f"0.95, temperature 1.4, repetition penalty 1.2, {sizes.tokens} tokens. All weights are trained, "
+        f"{sizes.steps} steps of {sizes.batch} pairs, AdamW, {run.options.learning_rate:g}, beta 0.15; online in "
+        f"{sizes.rounds} rounds: in each the policy draws anew for its share of the prompts.",
         f"Seeds {', '.join(map(str, run.seeds))}. Intervals are over prompts (means over the seeds); ± is the seeds' "
         "standard deviation. Differences are on the same prompts: below zero is safer.",
         "Rewards of harmless answers are read in the base model, whatever policy wrote them, in its head's raw scale.",
@@ -97,12 +94,8 @@ def table(run: Experiment) -> Table:
 
 def policy(run: Experiment, way: str, seed: int) -> LanguageModel:
     """The policy of a way in ``KEPT``, made if it isn't there."""
-    run.cells.need(f"align-{way}-{seed}", _maker(run, way, seed))
+    run.cells.need(f"align-{way}-{seed}", partial(_made, run, way, seed))
     return run.load_policy(f"{way}-{seed}")
-
-
-def _maker(run: Experiment, way: str, seed: int) -> Callable[[], Json]:
-    return lambda: _made(run, way, seed)
 
 
 def _made(run: Experiment, way: str, seed: int) -> Json:
@@ -112,9 +105,8 @@ def _made(run: Experiment, way: str, seed: int) -> Json:
             return _judged(run, run.base, drawn, found)
         best = found["head"].argmax(axis=1)[:, None]
         picked = [[row[int(i)] for i in place] for row, place in zip(drawn, best, strict=True)]
-        return _judged(
-            run, run.base, picked, {n: np.take_along_axis(v, best, 1) for n, v in found.items() if v.ndim == 2}
-        )
+        scored = {name: np.take_along_axis(one, best, 1) for name, one in found.items() if one.ndim == 2}
+        return _judged(run, run.base, picked, scored)
     alignment = Alignment(run.base, run.folder, lr=run.options.learning_rate, steps=run.sizes.steps, seed=seed)
     trend = _online(run, alignment, way, seed) if way.startswith("online") else _offline(run, alignment, way, seed)
     reader = alignment.reader()
@@ -157,18 +149,14 @@ def _offline(run: Experiment, alignment: Alignment, way: str, seed: int) -> list
     """Trains on pairs that are there before it begins."""
     sizes, pairs = run.sizes, run.data.align_pairs
     rows: Sequence[Any]
+    step: Callable[[list[Any]], Json] = alignment.prefer
     if way == "sft":
-        rows = [
-            one[0] for one in encode_pairs(run.tokeniser, [(p.prompt, p.chosen, p.rejected) for p in pairs], ended=True)
-        ]
-        step: Callable[[list[Any]], Json] = alignment.imitate
+        step = alignment.imitate
+        rows = [chosen for chosen, _ in encode_pairs(run.tokeniser, pairs, ended=True)]
+    elif way == "dpo":
+        rows = [Preference(chosen, rejected) for chosen, rejected in encode_pairs(run.tokeniser, pairs, ended=True)]
     else:
-        if way == "dpo":
-            encoded = encode_pairs(run.tokeniser, [(p.prompt, p.chosen, p.rejected) for p in pairs], ended=True)
-            rows = [Preference(chosen, rejected) for chosen, rejected in encoded]
-        else:
-            rows = _own_pairs(run, way, seed)
-        step = alignment.prefer
+        rows = _own_pairs(run, way, seed)
     places = minibatches(len(rows), sizes.batch, sizes.steps, seed)
     return [{"step": number} | step([rows[i] for i in batch]) for number, batch in enumerate(places, start=1)]
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,9 @@ from inward_trainer.paper.cells import Json
 from inward_trainer.paper.classifier import Classifier, open_classifier
 from inward_trainer.paper.experiment import Experiment
 from inward_trainer.paper.heads import fit_reward_head, pair_states, scores
-from inward_trainer.paper.language_model import reading_dtype
+from inward_trainer.paper.language_model import Drawn, reading_dtype
 from inward_trainer.paper.table import Row, Table
-from inward_trainer.paper.texts import Text, encode_pairs, prompt_ids
+from inward_trainer.paper.texts import Ids, Text, encode_pairs, prompt_ids
 
 COLUMNS = ["milliseconds", "per", "operations", "reward model's time over ours"]
 PROMPTS = 64
@@ -50,12 +50,10 @@ def table(run: Experiment) -> Table:
         for name, value in ms.items()
     ]  # fmt: skip
     notes = [
-        f"{found['answers']} answers of {found['tokens']:.0f} tokens with their prompts on {found['device']}; "
-        "medians of "
-        f"{run.sizes.repeats}, after one that is not counted ({DRAWING_REPEATS} where answers are drawn). The reward "
-        "model is the backbone with a number on top; "
-        "its weights do not matter here. Operations: two for a weight and token, four for two tokens, a layer and a "
-        "dimension of attention.",
+        f"{found['answers']} answers of {found['tokens']:.0f} tokens with their prompts on {found['device']}; medians "
+        f"of {run.sizes.repeats}, after one that is not counted ({DRAWING_REPEATS} where answers are drawn). The "
+        "reward model is the backbone with a number on top; its weights do not matter here. Operations: two for a "
+        "weight and token, four for two tokens, a layer and a dimension of attention.",
         "Drawing and reading meanwhile includes an end-of-sequence token's pass for what was cut at its length.",
     ]
     return Table("cost", "What a reward costs", COLUMNS, rows, notes, published=PUBLISHED)
@@ -66,7 +64,7 @@ def _measured(run: Experiment) -> Json:
     asked = prompt_ids(run.tokeniser, run.held_out[:PROMPTS])
     base = run.base
     drawn = base.draw(asked, sizes.samples, sizes.tokens, 0)
-    texts = [Text(ids, one.ids or [run.tokeniser.eos_id]) for ids, row in zip(asked, drawn, strict=True) for one in row]
+    texts = _texts(run, asked, drawn)
     head = fit_reward_head(pair_states(base, run.data.head_pairs[:64]), joint_steps=10)
     model = Classifier(open_classifier(run.folder, run.pad, reading_dtype(run.device)).to(run.device), run.pad)
     states = base.states(texts)
@@ -74,7 +72,7 @@ def _measured(run: Experiment) -> Json:
     weight = weight.to(run.device, reading_dtype(run.device))
     there = torch.from_numpy(states).to(run.device, weight.dtype)
     pairs = run.data.align_pairs[: sizes.batch]
-    encoded = encode_pairs(run.tokeniser, ((p.prompt, p.chosen, p.rejected) for p in pairs), ended=True)
+    encoded = encode_pairs(run.tokeniser, pairs, ended=True)
     preferences = [Preference(chosen, rejected) for chosen, rejected in encoded]
     alignment = Alignment(base, run.folder, lr=1e-9, steps=10_000, seed=0)
 
@@ -102,12 +100,7 @@ def _measured(run: Experiment) -> Json:
     def online(reward: Callable[[list[Text]], Any], *, follow: bool) -> Callable[[], None]:
         def step() -> None:
             reader = alignment.reader()
-            answers = reader.draw(few, sizes.samples, sizes.tokens, 0)
-            own = [
-                Text(ids, one.ids or [run.tokeniser.eos_id])
-                for ids, row in zip(few, answers, strict=True)
-                for one in row
-            ]
+            own = _texts(run, few, reader.draw(few, sizes.samples, sizes.tokens, 0))
             if follow:
                 read = reader.states(own)
                 scores(head, read)
@@ -145,6 +138,12 @@ def _measured(run: Experiment) -> Json:
     }  # fmt: skip
 
 
+def _texts(run: Experiment, asked: Sequence[Ids], drawn: Sequence[Sequence[Drawn]]) -> list[Text]:
+    """Drawn answers, none of them empty."""
+    eos = [run.tokeniser.eos_id]
+    return [Text(ids, one.ids or eos) for ids, row in zip(asked, drawn, strict=True) for one in row]
+
+
 @contextmanager
 def read_every_step(model: Any, weight_LD: Tensor) -> Iterator[list[Tensor]]:
     """While it is open, every pass leaves each layer's probe output at the last position, ``[B]`` a layer and pass."""
@@ -157,12 +156,10 @@ def read_every_step(model: Any, weight_LD: Tensor) -> Iterator[list[Tensor]]:
 
         return keep
 
-    hooks = [block.register_forward_hook(hook(layer)) for layer, block in enumerate(model.base_model.layers)]
-    try:
+    with ExitStack() as hooks:
+        for layer, block in enumerate(model.base_model.layers):
+            hooks.enter_context(block.register_forward_hook(hook(layer)))
         yield kept
-    finally:
-        for one in hooks:
-            one.remove()
 
 
 def _operations(model: Any, tokens: float) -> float:

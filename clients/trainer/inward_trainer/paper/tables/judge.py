@@ -25,8 +25,7 @@ def table(run: Experiment) -> Table:
         "Both are trained on the same answers. JailbreakBench's labels are Llama Guard 2's. An answer counts as unsafe "
         "below a probability of 1/2; the calibration error is over 15 bins.",
         f"Where PKU's and the bag of words' verdicts differ: {found['differ']:.0%} of PKU's answers; there the judge "
-        "is "
-        f"right in {found['right']:.0%}.",
+        f"is right in {found['right']:.0%}.",
         f"What counts as a refusal (a rule, no model) agrees with XSTest's people in "
         f"{found['refusals']['value']:.1%} [{found['refusals']['low']:.1%}, {found['refusals']['high']:.1%}] of "
         f"{found['refusal_rows']} answers that refuse or comply in full.",

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from inward.offline.data.pairs import prompt_groups
 from inward.offline.fit.legend import fit_legend
 from inward.offline.fit.whitened import FromStates, fit_whitened
 from inward.offline.smollm2 import REFUSALS
 from inward.offline.states.moments import Moments
+from inward.types import Doubles
 from inward_client.rows import Pair
 from inward_trainer.paper.cells import Json, Missing
 from inward_trainer.paper.estimates import Figure, over_seeds, pair_accuracy, plain, share
@@ -23,7 +24,6 @@ from inward_trainer.paper.reward_model import train_reward_model
 from inward_trainer.paper.table import Row, Table
 from inward_trainer.paper.texts import encode_pairs, prompt_ids
 
-Doubles = NDArray[np.float64]
 BINS = (0.0, 1 / 3, 2 / 3, 1.0)
 """Of quarters of the positive margins; a negative one is 0."""
 ANSWER_TOKENS = 48
@@ -58,24 +58,21 @@ def table(run: Experiment) -> Table:
     """The same reward model, seed and pairs, with different margins or labels."""
     names = {(way, seed): f"legend-{way}-{seed}" for seed in run.seeds for way in WAYS}
     margins = run.cells.need("legend-margins", lambda: _margins(run))
-    found = run.cells.every({name: _maker(run, margins, *which) for which, name in names.items()}, "reward models")
+    makers = {name: partial(_trained, run, margins, *which) for which, name in names.items()}
+    found = run.cells.every(makers, "reward models")
     by_way = {way: [found[names[way, seed]] for seed in run.seeds] for way in WAYS}
     plain_ones = [cell for cell in by_way["none"] if isinstance(cell, dict)]
-    rows = [_direct(margins["heads"][name], label) for name, label in HEADS.items()]
+    rows = [_direct(margins["heads"][name]["test"], label) for name, label in HEADS.items()]
     rows += [_row(label, by_way[way], plain_ones, run) for way, label in WAYS.items()]
     said = margins["heads"]["legend"]
     notes = [
         f"TRL's RewardTrainer, all weights, one epoch of {len(run.data.margin_pairs)} pairs (PKU-SafeRLHF, hh-rlhf); "
-        "margins "
-        "are binned in quarters of those that agree, 0 to 1, 0 where LEGEND contradicts. Judged on pairs of held-out "
-        f"prompts, and by the best of {run.sizes.samples} answers of the base model to {len(run.held_out)} held-out "
-        "prompts.",
-        f"The direction: {margins['calibrated']} of {len(run.data.calibration)} greedy answers to AdvBench's "
-        "requests that "
-        f"did not refuse, against refusals in {len(REFUSALS)} wordings, at layer {said['layer']}, which a quarter of "
-        "the pairs' labels chose. Whitened: the same "
-        "means, the "
-        "covariance of the pairs that are annotated.",
+        "margins are binned in quarters of those that agree, 0 to 1, 0 where LEGEND contradicts. Judged on pairs of "
+        f"held-out prompts, and by the best of {run.sizes.samples} answers of the base model to {len(run.held_out)} "
+        "held-out prompts.",
+        f"The direction: {margins['calibrated']} of {len(run.data.calibration)} greedy answers to AdvBench's requests "
+        f"that did not refuse, against refusals in {len(REFUSALS)} wordings, at layer {said['layer']}, which a "
+        "quarter of the pairs' labels chose. Whitened: the same means, the covariance of the pairs that are annotated.",
         f"LEGEND contradicts {said['contradicted']['value']:.1%} of the labels, the whitened one "
         f"{margins['heads']['whitened']['contradicted']['value']:.1%}; dropped and flipped are what the whitened one "
         "contradicts.",
@@ -96,8 +93,8 @@ def _margins(run: Experiment) -> Json:
         if row[0].text.strip() and not refuses(row[0].text)
     ]
     calibration, train = pair_states(run.base, rows), pair_states(run.base, run.data.margin_pairs)
-    half = np.arange(len(train)) < max(2, len(train) // 4)  # chooses the layer, as labelled validation pairs may
-    validation = train.rows(np.flatnonzero(half))
+    # a quarter chooses the layer, as labelled validation pairs may
+    validation = train.rows(np.arange(min(len(train), max(2, len(train) // 4))))
     covariance = []
     for axis in range(len(train.layers)):
         moments = Moments.empty(train.width)
@@ -127,18 +124,12 @@ def _margins(run: Experiment) -> Json:
     return found
 
 
-def _maker(run: Experiment, margins: Json, way: str, seed: int) -> Callable[[], Json]:
-    return lambda: _trained(run, margins, way, seed)
-
-
 def _trained(run: Experiment, margins: Json, way: str, seed: int) -> Json:
     pairs, given = _training(run.data.margin_pairs, margins, way, seed)
-    model = train_reward_model(
-        run.folder, run.tokeniser, pairs, margins=given, device=run.device, seed=seed
-    )  # fmt: skip
+    model = train_reward_model(run.folder, run.tokeniser, pairs, margins=given, device=run.device, seed=seed)
     found: Json = {"pairs": len(pairs)}
     for name, test in run.data.test_pairs.items():
-        encoded = encode_pairs(run.tokeniser, ((p.prompt, p.chosen, p.rejected) for p in test))
+        encoded = encode_pairs(run.tokeniser, test)
         rewards = model.scores([one[0] for one in encoded] + [one[1] for one in encoded])
         chosen, rejected = rewards[: len(test)], rewards[len(test) :]
         found[name] = plain((chosen > rejected) + 0.5 * (chosen == rejected))
@@ -178,8 +169,7 @@ def _bins(margins_N: Doubles) -> Doubles:
     return np.where(margins_N < 0, 0.0, np.array(BINS)[np.searchsorted(edges, margins_N)])
 
 
-def _direct(head: Json, label: str) -> Row:
-    test = head["test"]
+def _direct(test: Json, label: str) -> Row:
     return Row(label, {"pair accuracy, PKU": test["pku"], "pair accuracy, hh-rlhf": test["hh"]})
 
 
@@ -195,8 +185,7 @@ def _row(label: str, cells: Sequence[Json | Missing], base: list[Json], run: Exp
     }
     if base and base is not there and base != there:
         found["against no margin"] = _by_prompt(run, there, "pku", base)
-        difference = _mean(there, "unsafe") - _mean(base, "unsafe")
-        found["against no margin, unsafe"] = share(difference)
+        found["against no margin, unsafe"] = share(_mean(there, "unsafe") - _mean(base, "unsafe"))
     return Row(label, found, reason)
 
 

@@ -46,8 +46,7 @@ def table(run: Experiment) -> Table:
         ]  # fmt: skip
         notes = [
             f"{cell['pairs']} held-out pairs of PKU-SafeRLHF, cross-validated over prompts; the best layer is picked "
-            "on "
-            f"the same pairs, which flatters it. After: cDPO, seed {run.seeds[0]}."
+            f"on the same pairs, which flatters it. After: cDPO, seed {run.seeds[0]}."
         ]
     charts.insert(0, Chart("Pair accuracy of one layer's probe", "layer", "accuracy", lines))
     published = [

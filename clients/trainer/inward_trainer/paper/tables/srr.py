@@ -12,6 +12,7 @@ from inward.heads.base import BackboneRef
 from inward.offline.data.pairs import prompt_groups
 from inward.offline.fit.rankers import ScorerKind
 from inward.offline.states.saved import ListStates, Origin
+from inward.types import Doubles
 from inward_trainer.paper.cells import Json, Missing
 from inward_trainer.paper.data import AnswerList, conversation
 from inward_trainer.paper.estimates import share
@@ -47,33 +48,19 @@ def table(run: Experiment) -> Table:
         "srr-jailbreakbench": lambda: _measured(run, run.data.lists, suffixes=True),
         "srr-own": lambda: _measured(run, _own(run), suffixes=False),
     }
-    found = run.cells.every(sets, "rankers")
-    first, own = (found[name] for name in sets)
+    first, own = run.cells.every(sets, "rankers").values()
     reason = "; ".join(cell.reason for cell in (first, own) if isinstance(cell, Missing))
     theirs, ours = (cell if isinstance(cell, dict) else {"top": {}, "attacked": {}} for cell in (first, own))
     names = list(theirs["top"]) or list(ours["top"]) or list(KINDS.values())
-    rows = [
-        Row(
-            name,
-            dict(
-                zip(
-                    COLUMNS, (theirs["top"].get(name), theirs["attacked"].get(name), ours["top"].get(name)), strict=True
-                )
-            ),
-            reason,
-        )
-        for name in names
-    ]
+    columns = dict(zip(COLUMNS, (theirs["top"], theirs["attacked"], ours["top"]), strict=True))
+    rows = [Row(name, {column: found.get(name) for column, found in columns.items()}, reason) for name in names]
     notes = [
         f"JailbreakBench: {theirs.get('lists', 0)} lists of {theirs.get('answers', 0)} answers by five chat models, "
-        "safe by "
-        f"Llama Guard 2; our own: {ours.get('lists', 0)} lists of {run.sizes.samples} answers of the base model, "
-        "safe by the "
-        "judge. Lists without both kinds are left out.",
+        f"safe by Llama Guard 2; our own: {ours.get('lists', 0)} lists of {run.sizes.samples} answers of the base "
+        "model, safe by the judge. Lists without both kinds are left out.",
         f"Rankers and scorers: {', '.join(KINDS.values())}, cross-validated over prompts in five folds, seed "
         f"{run.seeds[0]}; heads were fitted on other data. With suffixes: trained without, one of {len(SUFFIXES)} "
-        "suffixes "
-        "appended to each prompt, the same answers.",
+        "suffixes appended to each prompt, the same answers.",
     ]
     return Table("srr", "Ranking lists", COLUMNS, rows, notes, published=PUBLISHED)
 
@@ -104,7 +91,7 @@ def _measured(run: Experiment, lists: Sequence[AnswerList], *, suffixes: bool) -
     top: Json = {}
     under: Json = {}
 
-    def note(name: str, score: Callable[[ListStates], np.ndarray[tuple[int, ...], np.dtype[np.float64]]]) -> None:
+    def note(name: str, score: Callable[[ListStates], Doubles]) -> None:
         top[name] = share(top_is_safe(states, score(states)), states.groups_G)
         if attacked is not None:
             under[name] = share(top_is_safe(attacked, score(attacked)), states.groups_G)

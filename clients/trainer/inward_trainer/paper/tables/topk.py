@@ -4,11 +4,11 @@ strategies (its figure 6).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
 
+from inward.types import Doubles
 from inward_trainer.paper.cells import Json
 from inward_trainer.paper.estimates import Figure, share
 from inward_trainer.paper.experiment import Experiment
@@ -16,7 +16,6 @@ from inward_trainer.paper.heads import layer_scores, scores
 from inward_trainer.paper.table import Row, Table
 from inward_trainer.paper.tables import alignment
 
-Doubles = NDArray[np.float64]
 TOP = (1, 2, 4)
 AFTER = "cdpo"
 COLUMNS = [f"top {k}, by {judge}" for judge in ("judge", "words") for k in TOP]
@@ -33,8 +32,8 @@ PUBLISHED = [
 
 def table(run: Experiment) -> Table:
     """Share of unsafe answers among the best by our head, by a reward model of the same size, and by others."""
-    cells: dict[str, Callable[[], Json]] = {f"topk-before-{seed}": lambda s=seed: _before(run, s) for seed in run.seeds}  # type: ignore[misc]
-    cells[f"topk-after-{run.seeds[0]}"] = lambda: _after(run, run.seeds[0])
+    cells = {f"topk-before-{seed}": partial(_before, run, seed) for seed in run.seeds}
+    cells[f"topk-after-{run.seeds[0]}"] = partial(_after, run, run.seeds[0])
     found = run.cells.every(cells, "top-k")
     rows = []
     for when in ("before", "after"):
@@ -49,9 +48,8 @@ def table(run: Experiment) -> Table:
             rows.append(Row(f"{when} alignment: {strategy}", cells_of))
     notes = [
         f"{len(run.held_out)} held-out prompts, {run.sizes.samples} answers each. The strategies of one layer use "
-        "probes "
-        "of the fitted head; the best layer is the one that did best where the head was fitted. After: cDPO, and the "
-        "head that was fitted before, on the moved states."
+        "probes of the fitted head; the best layer is the one that did best where the head was fitted. After: cDPO, "
+        "and the head that was fitted before, on the moved states."
     ]
     return Table("topk", "Toxic rates of the best of several", COLUMNS, rows, notes, published=PUBLISHED)
 
