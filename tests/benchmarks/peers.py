@@ -42,7 +42,7 @@ from inward.offline.fit.legend import fit_legend
 from inward.offline.fit.probes import auc as plain_auc
 from inward.offline.fit.probes import both, pair_accuracy
 from inward.offline.fit.whitened import FromStates, fit_whitened
-from inward.offline.states.saved import PairStates
+from inward.offline.states.saved import Origin, PairStates
 from inward.offline.states.scores import score_states
 from inward.offline.states.stored import Subset, in_memory
 from inward.types import Position
@@ -80,7 +80,12 @@ class Set:
         length_M = self.states.length_M[self.row_M].astype(np.float64)
         layers = tuple(range(1, both_MLD.shape[1] + 1))
         return PairStates(
-            both_MLD[:n], both_MLD[n:], layers, self.groups_N, length_M[:n] - length_M[n:], position, data_hash="peers"
+            both_MLD[:n],
+            both_MLD[n:],
+            layers,
+            self.groups_N,
+            length_M[:n] - length_M[n:],
+            Origin(position, data_hash="peers"),
         )
 
 

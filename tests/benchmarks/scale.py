@@ -24,6 +24,7 @@ import numpy as np
 from inward.offline.fit.hybrid import fit_hybrid
 from inward.offline.fit.legend import fit_legend
 from inward.offline.fit.whitened import FromStates, fit_whitened
+from inward.offline.states.saved import Origin
 from inward.offline.states.stored import PairWriter, StoredPairs
 
 SHAPE, WIDE = (30, 576), (32, 4096)
@@ -48,7 +49,7 @@ def draw(path: Path, pairs: int, shape: tuple[int, int]) -> None:
         layers=range(1, layers + 1),
         groups_N=np.arange(pairs) // PER_PROMPT,
         length_difference_N=np.zeros(pairs),
-        origin={"position": "eos", "final_norm": False, "backbone": None, "template": "t", "data_hash": path.stem},
+        origin=Origin("eos", template="t", data_hash=path.stem),
     )
     prompt_LD = np.zeros(shape, dtype=np.float32)
     for pair in range(pairs):

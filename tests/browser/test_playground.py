@@ -181,7 +181,7 @@ def test_pairs_are_filtered_coloured_and_decided_by_keyboard_and_the_file_of_dec
         site.page.get_by_role("button", name="Decisions file").click()
     decisions = tmp_path / "decisions.csv"
     download.value.save_as(decisions)
-    decided = read_decisions(decisions).by_key
+    decided = read_decisions(decisions)
     keys = [key_of(Pair(row["prompt"], row["chosen"], row["rejected"])) for row in given]
     assert [decided.get(key) for key in keys[:3]] == ["flip", "drop", "right"]
     assert set(decided) <= set(keys)

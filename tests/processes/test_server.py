@@ -33,13 +33,16 @@ async def test_answers_are_not_held_back_by_nagles_algorithm():
 
 
 class Standalone:
-    app, draining, stuck = None, False, False
+    app, draining, stuck, ending = None, False, False, None
+
+    def ready_fields(self):
+        return {}
 
     async def close(self, timeout):
         return True
 
 
-async def open_house():
+async def open_house(_):
     return Standalone()
 
 
@@ -48,7 +51,7 @@ class Enough(Exception):
 
 
 def test_a_server_logs_variables_that_are_no_settings(monkeypatch, capsys):
-    async def opening():
+    async def opening(_):
         raise Enough
 
     root = logging.getLogger()
@@ -56,7 +59,7 @@ def test_a_server_logs_variables_that_are_no_settings(monkeypatch, capsys):
     monkeypatch.setenv("INWARD_MODLE", "toy")
     try:
         with pytest.raises(Enough):
-            run("serve", Settings(port=0), opening, lambda _: {})
+            run("serve", Settings(port=0), opening)
     finally:
         root.handlers[:], root.level = before
     said = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
@@ -74,22 +77,24 @@ async def test_who_reads_that_it_is_ready_can_connect(monkeypatch):
             socket.create_connection(bound.getsockname(), timeout=PATIENCE).close()
             raise Enough
 
+        monkeypatch.setattr(Standalone, "ready_fields", ready)
         with pytest.raises(Enough):
-            await serve(Settings(), open_house, ready)
+            await serve(Settings(), open_house)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_a_signal_that_comes_the_moment_it_is_ready_is_heeded(number):
+async def test_a_signal_that_comes_the_moment_it_is_ready_is_heeded(number, monkeypatch):
     process = Standalone()
 
-    async def opening():
+    async def opening(_):
         return process
 
     def ready(_):
         os.kill(os.getpid(), number)
         return {}
 
-    assert await asyncio.wait_for(serve(Settings(port=0), opening, ready), PATIENCE) == 0
+    monkeypatch.setattr(Standalone, "ready_fields", ready)
+    assert await asyncio.wait_for(serve(Settings(port=0), opening), PATIENCE) == 0
     assert process.draining
 
 
@@ -103,7 +108,7 @@ async def test_a_port_that_another_one_was_quicker_to_take_is_an_error_that_name
             other.listen()
             monkeypatch.setattr("inward.processes.server.listen", lambda *_, **__: bound)
             with pytest.raises(SetupError, match=str(port)):
-                await serve(Settings(), open_house, lambda _: {})
+                await serve(Settings(), open_house)
 
 
 @pytest.mark.parametrize("taken", ["listened on", "bound a moment ago"])
@@ -115,29 +120,31 @@ async def test_a_port_that_nobody_named_gives_way_to_a_free_one(taken, monkeypat
         other.bind(("127.0.0.1", 0))
         port = other.getsockname()[1]
 
-        async def opening():
+        async def opening(_):
             other.listen()
-            return Standalone()
+            process = Standalone()
+            process.ending = asyncio.create_task(asyncio.sleep(0))
+            return process
 
         if taken == "listened on":
             other.listen()
         monkeypatch.setattr("inward.processes.server.logs.event", lambda *_, url="", **__: urls.append(url))
-        await serve(Settings(), opening, lambda _: {}, lambda _: asyncio.create_task(asyncio.sleep(0)), unnamed=port)
+        await serve(Settings(), opening, unnamed=port)
         assert urls[0].startswith("http://127.0.0.1:") and not urls[0].endswith(f":{port}")
         with pytest.raises(SetupError, match=str(port)):
-            await serve(Settings(port=port), opening, lambda _: {}, unnamed=port + 1)
+            await serve(Settings(port=port), opening, unnamed=port + 1)
 
 
 async def test_a_process_whose_device_hangs_is_ended_without_waiting_for_it(monkeypatch):
     ended = []
     monkeypatch.setattr("os._exit", ended.append)
     process = Standalone()
-    process.stuck = True
+    process.stuck, process.ending = True, asyncio.create_task(asyncio.sleep(0))
 
-    async def opening():
+    async def opening(_):
         return process
 
-    await serve(Settings(port=0), opening, lambda _: {}, lambda _: asyncio.create_task(asyncio.sleep(0)))
+    await serve(Settings(port=0), opening)
     assert ended == [1]
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from inward.heads.base import BackboneRef, Manifest
 from inward.heads.legend import LegendHead
-from inward.offline.states.saved import PairStates
+from inward.offline.states.saved import Origin, PairStates
 
 BACKBONE = BackboneRef(name="tiny", fingerprint="sha256:tiny")
 
@@ -36,5 +36,5 @@ def pair_states(n=120, layers=(1, 2, 3), width=12, per_prompt=3, seed=0, strengt
     lengths = rng.integers(-20, 20, size=n).astype(float)
     return PairStates(
         chosen.astype(np.float32), rejected.astype(np.float32), tuple(layers), np.arange(n) // per_prompt, lengths,
-        backbone=BACKBONE, template="format:{prompt}{response}", data_hash="sha256:made",
+        Origin(backbone=BACKBONE, template="format:{prompt}{response}", data_hash="sha256:made"),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""One module for each command: ``add(subparsers)`` declares it, ``run(args)`` does it.
+"""One module for each command: ``add(parser)`` gives it its options, ``run(args)`` does it.
 
 A module is imported when its command is called, and imports what it needs when it runs.
 """

@@ -7,7 +7,6 @@ import os
 from functools import partial
 
 from inward import logs
-from inward.commands import COMMANDS
 from inward.commands.options import MODEL_SETTINGS, add_settings, settings_of
 
 HELP = """\
@@ -28,16 +27,14 @@ examples:
 """
 
 
-def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add(parser: argparse.ArgumentParser) -> None:
     from inward.offline.annotate.options import add_arguments
 
-    parser = commands.add_parser(
-        "annotate", help=COMMANDS["annotate"], description=HELP, epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser.description = HELP
+    parser.epilog = EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add_arguments(parser)
     add_settings(parser, (*MODEL_SETTINGS, "heads", "vllm_options"))
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import argparse
 
-from inward.commands import COMMANDS
 from inward.commands.options import add_settings, settings_of
 
 
-def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "api",
-        help=COMMANDS["api"],
-        description="One API replica: HTTP, templates and tokenisation, no GPU and no torch. Workers (`inward worker`) "
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "One API replica: HTTP, templates and tokenisation, no GPU and no torch. Workers (`inward worker`) "
         "are found through Redis; until there is one, and whenever Redis is away, /readyz is red and requests get a "
-        "503.",
-        epilog="example: inward api --redis-url redis://localhost:6379/0 --model Qwen/Qwen2.5-0.5B-Instruct "
-        "--port 9000",
+        "503."
+    )
+    parser.epilog = (
+        "example: inward api --redis-url redis://localhost:6379/0 --model Qwen/Qwen2.5-0.5B-Instruct --port 9000"
     )
     add_settings(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -28,4 +25,4 @@ def run(args: argparse.Namespace) -> int:
 
     settings = settings_of(args)
     server.check_reachability(settings)
-    return server.run("api", settings, lambda: ApiProcess.open(settings), lambda api: {"queue": api.queue_name})
+    return server.run("api", settings, ApiProcess.open)

@@ -5,43 +5,33 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from inward.commands import COMMANDS
-
 WAYS = "published,padded,ours,http"
 
 
-def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add(parser: argparse.ArgumentParser) -> None:
     from inward.offline.bench.workload import SHAPES
 
-    parser = commands.add_parser(
-        "bench",
-        help=COMMANDS["bench"],
-        description="Scores the same pairs in several ways, one process each, and prints tokens/s, ratios and peak "
-        "memory. Tokens are those of all texts (prompt + response), whatever a way computes for them.",
-        epilog="example: inward bench --shape qwen2-0.5b --pairs pairs.jsonl --n 64",
+    parser.description = (
+        "Scores the same pairs in several ways, one process each, and prints tokens/s, ratios and peak "
+        "memory. Tokens are those of all texts (prompt + response), whatever a way computes for them."
     )
-    parser.add_argument(
+    parser.epilog = "example: inward bench --shape qwen2-0.5b --pairs pairs.jsonl --n 64"
+    add = parser.add_argument
+    add(
         "--model",
         default="smollm2",
         help="as everywhere: a folder, GGUF file, hub id, smollm2 or toy (default: %(default)s)",
     )
-    parser.add_argument("--shape", choices=sorted(SHAPES), help="instead: a model of this shape with random weights")
-    parser.add_argument(
-        "--pairs", type=Path, help="JSONL with prompt, chosen, rejected (default: made-up words of HH's lengths)"
-    )
-    parser.add_argument("--n", type=int, default=64, help="pairs (default: %(default)s)")
-    parser.add_argument(
-        "--dtype", default="auto", help="of (b), (c) and (d); auto: as the service takes it (default: %(default)s)"
-    )
-    parser.add_argument("--callers", type=int, default=32, help="at once, of (d) (default: %(default)s)")
-    parser.add_argument("--ways", default=WAYS, help="comma-separated (default: %(default)s)")
-    parser.add_argument(
-        "--heads", type=int, nargs="+", default=[1], help="numbers of heads to measure (c) with (default: 1)"
-    )
-    parser.add_argument("--pool", metavar="NAME", help="of the heads, as inward fit takes it (default: the last token)")
-    parser.add_argument("--rounds", type=int, default=1, help="all ways in turn so often; medians (default: 1)")
-    parser.add_argument("--json", action="store_true", help="as JSON")
-    parser.set_defaults(run=run)
+    add("--shape", choices=sorted(SHAPES), help="instead: a model of this shape with random weights")
+    add("--pairs", type=Path, help="JSONL with prompt, chosen, rejected (default: made-up words of HH's lengths)")
+    add("--n", type=int, default=64, help="pairs (default: %(default)s)")
+    add("--dtype", default="auto", help="of (b), (c) and (d); auto: as the service takes it (default: %(default)s)")
+    add("--callers", type=int, default=32, help="at once, of (d) (default: %(default)s)")
+    add("--ways", default=WAYS, help="comma-separated (default: %(default)s)")
+    add("--heads", type=int, nargs="+", default=[1], help="numbers of heads to measure (c) with (default: 1)")
+    add("--pool", metavar="NAME", help="of the heads, as inward fit takes it (default: the last token)")
+    add("--rounds", type=int, default=1, help="all ways in turn so often; medians (default: 1)")
+    add("--json", action="store_true", help="as JSON")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -6,20 +6,16 @@ import argparse
 import asyncio
 import json
 
-from inward.commands import COMMANDS
 from inward.commands.options import add_settings, settings_of
 
 SETTINGS = ("redis_url", "redis_urls", "queue", "model", "revision")
 
 
-def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "dead-letters",
-        help=COMMANDS["dead-letters"],
-        description="Looks at the dead letters of a queue in Redis: jobs that ended several workers, or that nobody "
-        "could read.",
-        epilog="example: inward dead-letters list --redis-url redis://localhost:6379/0",
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Looks at the dead letters of a queue in Redis: jobs that ended several workers, or that nobody could read."
     )
+    parser.epilog = "example: inward dead-letters list --redis-url redis://localhost:6379/0"
     verbs = parser.add_subparsers(dest="verb", metavar="list|show|replay|drop", required=True)
     listing = verbs.add_parser(
         "list", help="all of them, oldest first", description="Lists all dead letters, without their text."
@@ -42,7 +38,6 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         verb.add_argument("--all", action="store_true", help="all of them")
     for verb in (listing, show, replay, drop):
         add_settings(verb, SETTINGS)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

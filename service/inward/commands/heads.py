@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
+from functools import partial
 from pathlib import Path
 
 from inward.backbones.fingerprint import fingerprint
-from inward.commands import COMMANDS
 from inward.commands.options import MODEL_SETTINGS, add_settings, settings_of
 from inward.errors import NotFound
 from inward.offline import head_versions
-from inward.processes.wiring import find_model, heads_folder, open_prompts, with_model
+from inward.processes.wiring import find_model, heads_folder, open_prompts, opened_model
 
 
-def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("heads", help=COMMANDS["heads"], description="Looks at the heads of a model.")
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Looks at the heads of a model."
     verbs = parser.add_subparsers(dest="verb", metavar="list|show|verify|push", required=True)
     listing = verbs.add_parser(
         "list", help="every version of every head", description="Lists every version of every head."
@@ -51,7 +50,6 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         verb.add_argument("--json", action="store_true", help="as JSON")
     for verb in (listing, show, verify, push):
         add_settings(verb, (*MODEL_SETTINGS, "heads"))
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,7 +66,6 @@ def run(args: argparse.Namespace) -> int:
     if args.verb == "list":
         return head_versions.show_all(folder, as_json=args.json)
     read = (folder, print_, open_prompts(settings, model, 2**31).template)
-    drifts = head_versions.drifts(
-        *read, states=args.states, pairs=args.pairs, with_model=lambda use: asyncio.run(with_model(settings, use))
-    )
+    opened = partial(opened_model, settings)
+    drifts = head_versions.drifts(*read, states=args.states, pairs=args.pairs, opened=opened)
     return head_versions.verify(*read, drifts, as_json=args.json)

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import argparse
 
-from inward.commands import COMMANDS
 from inward.commands.options import add_settings, settings_of
 
 
-def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "info",
-        help=COMMANDS["info"],
-        description="Prints what options and INWARD_* variables come to: where the model and the heads are, limits, "
-        "fingerprint. Loads nothing.",
-        epilog="example: inward info --json | jq .backbone.path",
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Prints what options and INWARD_* variables come to: where the model and the heads are, limits, "
+        "fingerprint. Loads nothing."
     )
+    parser.epilog = "example: inward info --json | jq .backbone.path"
     parser.add_argument("--json", action="store_true", help="as one JSON object")
     add_settings(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -8,21 +8,18 @@ import re
 import sys
 from datetime import UTC, datetime, timedelta
 
-from inward.commands import COMMANDS
 from inward.commands.options import add_settings, settings_of
 from inward.errors import SetupError
 
 DAYS = re.compile(r"(\d{1,5})d")
 
 
-def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "keys",
-        help=COMMANDS["keys"],
-        description="Looks after the file of API keys that --api-keys-file names: each has a name, a scope, perhaps an "
-        "end and a quota, and is kept as its SHA-256. Servers read the file again when it changes.",
-        epilog="example: inward keys new trainer --scope admin --expires 90d --api-keys-file keys.yaml",
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Looks after the file of API keys that --api-keys-file names: each has a name, a scope, perhaps an "
+        "end and a quota, and is kept as its SHA-256. Servers read the file again when it changes."
     )
+    parser.epilog = "example: inward keys new trainer --scope admin --expires 90d --api-keys-file keys.yaml"
     verbs = parser.add_subparsers(dest="verb", metavar="new|list|revoke", required=True)
     new = verbs.add_parser(
         "new",
@@ -45,7 +42,6 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     listing.add_argument("--json", action="store_true", help="as JSON")
     for verb in (new, listing, revoke):
         add_settings(verb, ("api_keys_file",))
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

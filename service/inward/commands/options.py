@@ -120,11 +120,14 @@ def head_folder(args: argparse.Namespace, given: str) -> Path:
     return store.active_path(heads, given)
 
 
+def cache_folder(name: str) -> Path:
+    """Finished parts of a pass through the model: found again after an interruption, removed once it is through."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return base / "inward" / "states" / name
+
+
 def _help(name: str) -> str:
     field = Settings.model_fields[name]
-    default = (
-        ""
-        if field.default in (None, frozenset(), ()) or isinstance(field.default, bool)
-        else f" (default: {field.default})"
-    )
+    untold = field.default in (None, frozenset(), ()) or isinstance(field.default, bool)
+    default = "" if untold else f" (default: {field.default})"
     return f"{field.description}{default}".replace("%", "%%").replace("`", "")

@@ -40,10 +40,11 @@ def command_line(commands: Iterable[str] = COMMANDS) -> Parser:
     top.add_argument("--version", action="version", version=f"inward {__version__}")
     parsers = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, purpose in COMMANDS.items():
+        parser = parsers.add_parser(name, help=purpose)
         if name in wanted:
-            import_module(f"inward.commands.{name.replace('-', '_')}").add(parsers)
-        else:
-            parsers.add_parser(name, help=purpose)
+            module = import_module(f"inward.commands.{name.replace('-', '_')}")
+            module.add(parser)
+            parser.set_defaults(run=module.run)
     return top
 
 

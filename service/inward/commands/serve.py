@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import argparse
 
-from inward.commands import COMMANDS
 from inward.commands.options import add_settings, settings_of
 
 
-def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "serve",
-        help=COMMANDS["serve"],
-        description="Loads one model and serves its heads over HTTP: API and worker in one process. Without options: "
-        "SmolLM2-135M-Instruct with its heads on http://127.0.0.1:8080, without a model hub or a GPU.",
-        epilog="example: inward serve --model Qwen/Qwen2.5-0.5B-Instruct --heads ./heads --port 9000",
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Loads one model and serves its heads over HTTP: API and worker in one process. Without options: "
+        "SmolLM2-135M-Instruct with its heads on http://127.0.0.1:8080, without a model hub or a GPU."
     )
+    parser.epilog = "example: inward serve --model Qwen/Qwen2.5-0.5B-Instruct --heads ./heads --port 9000"
     add_settings(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -26,10 +22,4 @@ def run(args: argparse.Namespace) -> int:
 
     settings = settings_of(args)
     server.check_reachability(settings)
-    return server.run(
-        "serve",
-        settings,
-        lambda: Standalone.open(settings),
-        lambda process: {"model": process.backbone.info.name, "heads": process.registry.names()},
-        lambda process: process.ending,
-    )
+    return server.run("serve", settings, Standalone.open)

@@ -4,42 +4,27 @@ from __future__ import annotations
 
 import argparse
 
-from inward.commands import COMMANDS
 from inward.commands.options import add_settings, settings_of
 
 PORT = 9100
 """Of a worker's status, where none is named."""
 
 
-def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "worker",
-        help=COMMANDS["worker"],
-        description="One worker: loads a model and its heads and takes jobs from Redis until SIGTERM, then finishes "
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "One worker: loads a model and its heads and takes jobs from Redis until SIGTERM, then finishes "
         "what it has. Its port answers /livez, /readyz, /info and /metrics only. Exit status 1 if the engine died: "
-        "start it again.",
-        epilog="example: inward worker --redis-url redis://localhost:6379/0 --model Qwen/Qwen2.5-0.5B-Instruct "
-        "--heads ./heads --port 9100",
+        "start it again."
+    )
+    parser.epilog = (
+        "example: inward worker --redis-url redis://localhost:6379/0 --model Qwen/Qwen2.5-0.5B-Instruct "
+        "--heads ./heads --port 9100"
     )
     add_settings(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     from inward.processes import server
     from inward.processes.worker import WorkerProcess
 
-    settings = settings_of(args)
-    return server.run(
-        "worker",
-        settings,
-        lambda: WorkerProcess.open(settings),
-        lambda process: {
-            "model": process.backbone.info.name,
-            "heads": process.registry.names(),
-            "worker": process.name,
-            "queue": process.queue_name,
-        },
-        lambda process: process.working,
-        unnamed=PORT,
-    )
+    return server.run("worker", settings_of(args), WorkerProcess.open, unnamed=PORT)

@@ -38,9 +38,8 @@ class Activation:
 
     @classmethod
     def now(cls, version: str) -> Activation:
-        return cls(
-            version, datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        )
+        now = datetime.datetime.now(datetime.UTC)
+        return cls(version, now.isoformat(timespec="milliseconds").replace("+00:00", "Z"))
 
 
 History = tuple[Activation, ...]
@@ -101,9 +100,8 @@ class LocalPolicyControl:
             self.history = tuple(history)
 
     async def _carry(self, version: str) -> None:
-        await self._backbone.load_adapter(
-            version, None if version == BASE else await asyncio.to_thread(self._find, version)
-        )
+        folder = None if version == BASE else await asyncio.to_thread(self._find, version)
+        await self._backbone.load_adapter(version, folder)
         metrics.POLICY_SWITCHES_TOTAL.inc()
         self._observe()
 

@@ -234,14 +234,8 @@ class ControlAgent:
         welcome: asyncio.Event,
         files: Callable[[], dict[str, bytes]] = dict,
     ) -> None:
-        self._control, self._worker, self._head_control, self._registry, self._publish = (
-            control,
-            worker,
-            head_control,
-            registry,
-            publish,
-        )
-        self._policies, self._welcome, self._files = policies, welcome, files
+        self._control, self._worker, self._publish, self._welcome = control, worker, publish, welcome
+        self._head_control, self._registry, self._policies, self._files = head_control, registry, policies, files
         self.in_step = asyncio.Event()
         """Set once the worker carries the policy that the others carry."""
         self.behind = "has not read yet which policy version the others carry"

@@ -5,14 +5,14 @@ numpy.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from inward.heads.pooling import Pool
-from inward.types import Detail, HeadRef, Kind, Position, Reading, Readout, Scores
+from inward.types import BackboneInfo, Detail, HeadRef, Kind, Position, Reading, Readout, Scores
 
 FORMAT_VERSION = 1
 
@@ -25,6 +25,11 @@ class BackboneRef(BaseModel):
     name: str
     revision: str = ""
     fingerprint: str
+
+    @classmethod
+    def of(cls, info: BackboneInfo) -> Self:
+        """As manifests name it."""
+        return cls(name=info.name, revision=info.revision, fingerprint=info.fingerprint)
 
 
 class Manifest(BaseModel):

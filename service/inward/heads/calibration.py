@@ -21,20 +21,33 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from inward.errors import DataError, HeadError, InvalidField
-from inward.types import PairScores
+from inward.types import Doubles, PairScores
 
 TINY = 1e-9
 """In place of a width of nothing."""
 FALSE_POSITIVE_RATES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 """At which thresholds are kept."""
+NEWTON_STEPS = 100
+"""At most."""
 BIN_VALUES = (0.0, 1 / 3, 2 / 3, 1.0)
 """The scale that TRL documents for the margins of Llama 2's reward model."""
 
 
-def sigmoid(x: ArrayLike) -> NDArray[np.float64]:
+def finite(value: float) -> float | None:
+    """A score; None in the place of one that is none."""
+    return float(value) if math.isfinite(value) else None
+
+
+def softmax(x: Doubles) -> Doubles:
+    """Over the last axis."""
+    weights = np.exp(x - x.max(axis=-1, keepdims=True, initial=-math.inf))
+    return np.asarray(weights / weights.sum(axis=-1, keepdims=True), dtype=np.float64)
+
+
+def sigmoid(x: ArrayLike) -> Doubles:
     """``1 / (1 + exp(-x))`` without overflow, elementwise."""
     return np.asarray(0.5 * (1 + np.tanh(0.5 * np.asarray(x, dtype=np.float64))), dtype=np.float64)
 
@@ -52,7 +65,7 @@ class MarginScale:
     values: tuple[float, ...] = BIN_VALUES
 
     @classmethod
-    def fit(cls, margins: ArrayLike, *, values: Sequence[float] = BIN_VALUES) -> Self:
+    def fit(cls, margins: ArrayLike) -> Self:
         """Fits scale and bins on calibration margins ``[N]`` (chosen minus rejected, raw).
 
         Raises:
@@ -62,17 +75,17 @@ class MarginScale:
         if not np.isfinite(margins_N).all():
             raise DataError("calibration margins must be finite; some are NaN or infinite")
         agreeing = margins_N[margins_N > 0]
-        if len(agreeing) < len(values):
+        bins = len(BIN_VALUES)
+        if len(agreeing) < bins:
             raise DataError(
                 f"only {len(agreeing)} of {len(margins_N)} calibration margins are above zero, too few for "
-                f"{len(values)} bins: "
-                "use more calibration rows, another layer, or check that chosen and rejected are not exchanged"
+                f"{bins} bins: use more calibration rows, another layer, or check that chosen and rejected are not "
+                "exchanged"
             )
         std = float(margins_N.std())
         if not std > 0:
             raise DataError("all calibration margins are equal: the rows say nothing about the scale of a margin")
-        inner = np.quantile(agreeing, np.arange(1, len(values)) / len(values))
-        return cls(std, tuple(float(e) for e in inner), tuple(float(v) for v in values))
+        return cls(std, tuple(np.quantile(agreeing, np.arange(1, bins) / bins).tolist()))
 
     @classmethod
     def load(cls, calibration: Mapping[str, Any]) -> Self | None:
@@ -124,7 +137,7 @@ class Platt:
     intercept: float
 
     @classmethod
-    def fit(cls, scores: ArrayLike, labels: ArrayLike, *, iterations: int = 100) -> Self:
+    def fit(cls, scores: ArrayLike, labels: ArrayLike) -> Self:
         """Newton's method with backtracking and Platt's smoothed targets (Lin, Lin and Weng, Machine Learning 68,
         2007).
 
@@ -143,18 +156,16 @@ class Platt:
         if not positives or not negatives:
             raise DataError("calibration of a probability needs both acceptable and unacceptable responses")
         target = np.where(y, (positives + 1) / (positives + 2), 1 / (negatives + 2))
-        centre, spread = (
-            s.mean(),
-            s.std() or 1.0,
-        )  # on a unit scale the Hessian is well conditioned whatever the score's units
+        # on a unit scale the Hessian is well conditioned whatever the score's units
+        centre, spread = s.mean(), s.std() or 1.0
         x = np.stack([(s - centre) / spread, np.ones_like(s)])
         w = np.array([0.0, math.log((positives + 1) / (negatives + 1))])
 
-        def loss(w: NDArray[np.float64]) -> float:
+        def loss(w: Doubles) -> float:
             z = w @ x
             return float(np.sum(np.logaddexp(0, z) - target * z))
 
-        for _ in range(iterations):
+        for _ in range(NEWTON_STEPS):
             p = sigmoid(w @ x)
             gradient = x @ (p - target)
             if np.abs(gradient).max() < 1e-9 * len(s):
@@ -190,12 +201,19 @@ class Platt:
         """The entry of a manifest's ``calibration``."""
         return {"slope": self.slope, "intercept": self.intercept}
 
-    def __call__(self, scores: ArrayLike) -> NDArray[np.float64]:
+    def __call__(self, scores: ArrayLike) -> Doubles:
         """Probabilities, elementwise."""
         return sigmoid(self.slope * np.asarray(scores, dtype=np.float64) + self.intercept)
 
 
-def _finite(scores: ArrayLike) -> NDArray[np.float64]:
+def probabilities(platt: Platt | None, scores_N: Sequence[float | None]) -> tuple[float | None, ...] | None:
+    """Of each score that there is; None of an uncalibrated head."""
+    if platt is None:
+        return None
+    return tuple(None if score is None else float(platt(score)) for score in scores_N)
+
+
+def _all_finite(scores: ArrayLike) -> Doubles:
     scores_N = np.asarray(scores, dtype=np.float64).ravel()
     if not len(scores_N) or not np.isfinite(scores_N).all():
         raise DataError("calibration scores must be finite, and there must be some")
@@ -217,7 +235,7 @@ class Deciles:
         Raises:
             DataError: none, or some are not finite.
         """
-        scores_N = _finite(scores)
+        scores_N = _all_finite(scores)
         return cls(tuple(float(e) for e in np.quantile(scores_N, np.arange(1, 10) / 10)))
 
     @classmethod
@@ -274,7 +292,7 @@ class Acceptable:
         Raises:
             DataError: none, or some are not finite.
         """
-        scores_N = _finite(scores)
+        scores_N = _all_finite(scores)
         rates = [rate for rate in FALSE_POSITIVE_RATES if rate * len(scores_N) >= 1] or [FALSE_POSITIVE_RATES[-1]]
         return cls(tuple(rates), tuple(float(s) for s in np.quantile(scores_N, rates)))
 

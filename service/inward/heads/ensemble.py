@@ -9,23 +9,21 @@ pass, one name.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from inward.errors import HeadError
 from inward.heads.base import Head, Manifest
-from inward.heads.calibration import Deciles, PairCalibration, Platt
-from inward.heads.hybrid import Confidence, HybridHead, confidence
+from inward.heads.calibration import Deciles, PairCalibration, Platt, finite, probabilities
+from inward.heads.hybrid import Confidence, HybridHead
 from inward.heads.legend import LegendHead
-from inward.types import Detail, Floats, HeadRef, Kind, LayerScores, PairScores, Reading, Readout, Scores
+from inward.heads.tensors import options_of
+from inward.types import Detail, Doubles, Floats, HeadRef, Kind, LayerScores, Reading, Readout, Scores
 
-Doubles = NDArray[np.float64]
 PARTS: Mapping[Kind, Callable[[Manifest, Mapping[str, Floats]], Head]] = {
     "legend": LegendHead.from_tensors,
     "hybrid": HybridHead.from_tensors,
@@ -74,12 +72,7 @@ class EnsembleHead:
             HeadError: a part that can't be loaded, ranks lists, or is of another backbone or template.
         """
         where = f"head {manifest.name!r}"
-        try:
-            options = EnsembleOptions.model_validate(manifest.options)
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(map(str, ("options", *first["loc"])))
-            raise HeadError(f"{where}: {field} in head.json: {first['msg']}; fit the ensemble again") from None
+        options = options_of(manifest, EnsembleOptions, "fit the ensemble again")
         if strange := [name for name in tensors if name.partition(".")[0] not in map(str, range(len(options.parts)))]:
             raise HeadError(f"{where}: head.safetensors has tensors of no part: {', '.join(sorted(strange))}")
         for part in options.parts:
@@ -109,15 +102,14 @@ class EnsembleHead:
     def score(self, reading: Reading, *, details: frozenset[Detail] = frozenset(), pair: bool = False) -> Scores:
         """The sum for each response; None where a part has no finite score. Detail ``layers`` holds each part's own."""
         said = [part.score(own, details=details) for part, own in zip(self.parts, self._split(reading), strict=True)]
-        sums_N = self._sum([_doubles(one.scores_N) for one in said])
-        scores_N = tuple(_finite(float(value)) for value in sums_N)
-        platt = self._platt
+        sums_N = self._sum([np.array(one.scores_N, dtype=np.float64) for one in said])  # None is NaN
+        scores_N = tuple(map(finite, sums_N))
         return Scores(
             scores_N,
-            probability_N=None if platt is None else tuple(None if s is None else float(platt(s)) for s in scores_N),
+            probability_N=probabilities(self._platt, scores_N),
             layers_N=self._layers(said) if "layers" in details else None,
             tokens_N=self._tokens(said) if "tokens" in details else None,
-            pair=self._pair(scores_N) if pair else None,
+            pair=self.options.confidence.compare(self._pairs, scores_N) if pair else None,
             gamma=self.options.confidence.gamma,
         )
 
@@ -152,23 +144,7 @@ class EnsembleHead:
             for response in zip(*of_parts, strict=True)
         )
 
-    def _pair(self, scores_N: tuple[float | None, ...]) -> PairScores:
-        compared = self._pairs.compare(scores_N)
-        chosen, rejected = scores_N
-        if chosen is None or rejected is None:
-            return compared
-        gamma = confidence(chosen, rejected, **self.options.confidence.model_dump())
-        return replace(compared, confidence=float(gamma))
-
 
 def _of(tensors: Mapping[str, Floats], part: int) -> dict[str, Floats]:
     prefix = f"{part}."
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _doubles(values: Sequence[float | None]) -> Doubles:
-    return np.array([math.nan if value is None else value for value in values])
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

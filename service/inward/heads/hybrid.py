@@ -9,24 +9,22 @@ The probes, standardisation folded in, are the readout (one number a layer); gat
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from numpy.typing import ArrayLike
+from pydantic import BaseModel, ConfigDict, Field
 
 from inward.errors import HeadError, InternalError
 from inward.heads.base import Manifest
-from inward.heads.calibration import Deciles, PairCalibration, Platt, sigmoid
+from inward.heads.calibration import Deciles, PairCalibration, Platt, finite, probabilities, sigmoid, softmax
 from inward.heads.pooling import Pooler, shapes
-from inward.heads.tensors import expect, pooler_of
-from inward.types import Detail, Floats, Gamma, HeadRef, LayerScores, PairScores, Reading, Readout, Scores, Tap
+from inward.heads.tensors import expect, options_of, pooler_of
+from inward.types import Detail, Doubles, Floats, Gamma, HeadRef, LayerScores, PairScores, Reading, Readout, Scores, Tap
 
 Gate = Literal["sigmoid", "softmax"]
-Doubles = NDArray[np.float64]
 
 
 class Confidence(BaseModel):
@@ -42,6 +40,14 @@ class Confidence(BaseModel):
     def gamma(self) -> Gamma:
         """As it travels with scores."""
         return Gamma(self.alpha, self.squash, self.floor)
+
+    def compare(self, pairs: PairCalibration, scores_N: Sequence[float | None]) -> PairScores:
+        """What ``pairs`` says of a pair, chosen first, and its gamma."""
+        compared = pairs.compare(scores_N)
+        chosen, rejected = scores_N
+        if chosen is None or rejected is None:
+            return compared
+        return replace(compared, confidence=float(confidence(chosen, rejected, **self.model_dump())))
 
 
 class HybridOptions(BaseModel):
@@ -79,10 +85,7 @@ def confidence(
 def gates(values: Doubles, gate_weight_LL: Doubles, kind: Gate) -> Doubles:
     """``[..., L]``: what each layer's probe output ``values`` ``[..., L]`` is multiplied by."""
     logits = values @ gate_weight_LL.T
-    if kind == "sigmoid":
-        return sigmoid(logits)
-    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return np.asarray(weights / weights.sum(axis=-1, keepdims=True), dtype=np.float64)
+    return sigmoid(logits) if kind == "sigmoid" else softmax(logits)
 
 
 @dataclass(slots=True, eq=False)
@@ -122,21 +125,11 @@ class HybridHead:
             raise HeadError(
                 f"head {manifest.name!r}: tensor 'scale' has entries that are not positive: fit the head again"
             )
-        try:
-            options = HybridOptions.model_validate(manifest.options)
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(map(str, ("options", *first["loc"])))
-            raise HeadError(
-                f"head {manifest.name!r}: {field} in head.json: {first['msg']}; correct it or fit the head again"
-            ) from None
+        options = options_of(manifest, HybridOptions)
         platt, pairs = Platt.load(manifest.calibration), PairCalibration.load(manifest.calibration)
         Deciles.load(manifest.calibration)
-        arrays = [
-            np.asarray(tensors[name], dtype=np.float32)
-            for name in ("probe_weight", "probe_bias", "gate_weight", "mean", "scale")
-        ]
-        weight, bias, gate, mean, scale = arrays
+        names = ("probe_weight", "probe_bias", "gate_weight", "mean", "scale")
+        weight, bias, gate, mean, scale = (np.asarray(tensors[name], dtype=np.float32) for name in names)
         pooler = pooler_of(manifest, tensors)
         readout = Readout(_taps(manifest, weight, bias, mean, scale) + (pooler.taps if pooler else ()))
         return cls(manifest, readout, weight, bias, gate, mean, scale, options, platt, pairs, pooler)
@@ -178,21 +171,20 @@ class HybridHead:
         rewards_N, gates_NL = self.rewards(values_NL)
         if self.pooler:
             rewards_N = self.pooler.scores(reading, lambda values_TL: self.rewards(values_TL)[0])
-        scores_N = tuple(_finite(reward) for reward in rewards_N)
-        platt = self._platt
+        scores_N = tuple(finite(reward) for reward in rewards_N)
         return Scores(
             scores_N=scores_N,
-            probability_N=tuple(None if s is None else float(platt(s)) for s in scores_N) if platt else None,
+            probability_N=probabilities(self._platt, scores_N),
             layers_N=self._layers(values_NL, gates_NL) if "layers" in details else None,
             tokens_N=self._tokens(reading) if "tokens" in details else None,
             map_N=self._map(reading) if {"layers", "tokens"} <= details else None,
-            pair=self._pair(scores_N) if pair else None,
+            pair=self.options.confidence.compare(self._pairs, scores_N) if pair else None,
             gamma=self.options.confidence.gamma,
         )
 
     def _layers(self, values_NL: Floats, gates_NL: Doubles) -> tuple[LayerScores, ...]:
         return tuple(
-            LayerScores(self.manifest.layers, tuple(map(_finite, values)), tuple(map(_finite, gate)))
+            LayerScores(self.manifest.layers, tuple(map(finite, values)), tuple(map(finite, gate)))
             for values, gate in zip(values_NL, gates_NL, strict=True)
         )
 
@@ -215,14 +207,6 @@ class HybridHead:
         """Probe outputs, without what the pool reads."""
         return values_NK[:, : len(self.manifest.layers)]
 
-    def _pair(self, scores_N: tuple[float | None, ...]) -> PairScores:
-        compared = self._pairs.compare(scores_N)
-        chosen, rejected = scores_N
-        if chosen is None or rejected is None:
-            return compared
-        gamma = confidence(chosen, rejected, **self.options.confidence.model_dump())
-        return replace(compared, confidence=float(gamma))
-
 
 def _taps(manifest: Manifest, weight_LD: Floats, bias_L: Floats, mean_LD: Floats, scale_LD: Floats) -> tuple[Tap, ...]:
     """One tap a layer with the standardisation folded in: ``w' = w / scale``, ``b' = b - <w', mean>``, in float64."""
@@ -238,7 +222,3 @@ def _taps(manifest: Manifest, weight_LD: Floats, bias_L: Floats, mean_LD: Floats
         )
         for l, layer in enumerate(manifest.layers)
     )
-
-
-def _finite(x: float) -> float | None:
-    return float(x) if math.isfinite(x) else None

@@ -14,10 +14,10 @@ import numpy as np
 
 from inward.errors import HeadError, InternalError
 from inward.heads.base import Manifest
-from inward.heads.calibration import Deciles, PairCalibration, Platt
-from inward.heads.pooling import Doubles, Pooler, shapes
+from inward.heads.calibration import Deciles, PairCalibration, Platt, finite, probabilities
+from inward.heads.pooling import Pooler, shapes
 from inward.heads.tensors import expect, pooler_of
-from inward.types import Detail, Floats, HeadRef, LayerScores, Reading, Readout, Scores, Tap
+from inward.types import Detail, Doubles, Floats, HeadRef, LayerScores, Reading, Readout, Scores, Tap
 
 
 class LegendHead:
@@ -78,12 +78,10 @@ class LegendHead:
     def score(self, reading: Reading, *, details: frozenset[Detail] = frozenset(), pair: bool = False) -> Scores:
         """See ``Head.score``."""
         values_N = self._pooler.scores(reading, self._sum) if self._pooler else self._sum(reading.values_NK)
-        scores = tuple(_finite(float(value)) for value in values_N)
+        scores = tuple(map(finite, values_N))
         return Scores(
             scores,
-            probability_N=None
-            if self._platt is None
-            else tuple(None if s is None else float(self._platt(s)) for s in scores),
+            probability_N=probabilities(self._platt, scores),
             layers_N=self._layers(reading) if "layers" in details else None,
             tokens_N=self._tokens(reading) if "tokens" in details else None,
             pair=self._pairs.compare(scores) if pair else None,
@@ -91,7 +89,7 @@ class LegendHead:
 
     def _layers(self, reading: Reading) -> tuple[LayerScores, ...]:
         layers = self.manifest.layers
-        return tuple(LayerScores(layers, tuple(map(_finite, map(float, row)))) for row in self._own(reading.values_NK))
+        return tuple(LayerScores(layers, tuple(map(finite, row))) for row in self._own(reading.values_NK))
 
     def _tokens(self, reading: Reading) -> tuple[tuple[float, ...], ...]:
         """The score at every token; nothing for a response in which one of them is not finite."""
@@ -117,10 +115,6 @@ class LegendHead:
     def tensors(self) -> Mapping[str, Floats]:
         """See ``Head.tensors``."""
         return {"direction": self.direction, **(self._pooler.tensors if self._pooler else {})}
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _offset(manifest: Manifest) -> Floats | None:

@@ -18,8 +18,8 @@ from numpy.typing import ArrayLike
 
 from inward.errors import InvalidField, NotFinite
 from inward.heads.calibration import sigmoid
-from inward.heads.hybrid import Doubles, HybridHead, gates
-from inward.types import Floats
+from inward.heads.hybrid import HybridHead, gates
+from inward.types import Doubles, Floats
 
 
 class Gradients(NamedTuple):

@@ -21,14 +21,12 @@ from itertools import accumulate
 from typing import Literal, Protocol, Self
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from inward.errors import HeadError, InternalError
 from inward.heads.calibration import sigmoid
-from inward.types import Floats, Position, Reading, Tap
+from inward.types import Doubles, Floats, Position, Reading, Tap
 
-Doubles = NDArray[np.float64]
 PoolName = Literal["last", "mean", "max_ema", "max_rolling", "topk", "gated_mean", "attention"]
 TRAINED: frozenset[PoolName] = frozenset({"gated_mean", "attention"})
 """Pools that read a number more of every token, by a map that has to be trained."""

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from inward.heads.hybrid import Doubles, HybridHead, gates
-from inward.types import Floats
+from inward.heads.hybrid import HybridHead, gates
+from inward.types import Doubles, Floats
 
 KEPT_PAIRS = 128
 KEPT_BYTES = 256 * 2**20

@@ -9,8 +9,8 @@ import numpy as np
 
 from inward.errors import InvalidField
 from inward.heads.base import Head
-from inward.heads.pooling import TRAINED, Doubles, Pool, pooling
-from inward.types import Detail, Floats, Reading
+from inward.heads.pooling import TRAINED, Pool, pooling
+from inward.types import Detail, Doubles, Floats, Reading
 
 TOKENS: frozenset[Detail] = frozenset({"tokens"})
 

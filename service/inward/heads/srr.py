@@ -17,16 +17,14 @@ from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from inward.errors import HeadError, InvalidField
 from inward.heads.base import Manifest
-from inward.heads.calibration import Deciles, PairCalibration
-from inward.heads.tensors import expect
-from inward.types import Detail, Floats, HeadRef, LayerScores, Reading, Readout, Scores, Tap
+from inward.heads.calibration import Deciles, PairCalibration, finite, softmax
+from inward.heads.tensors import expect, options_of
+from inward.types import Detail, Doubles, Floats, HeadRef, LayerScores, Reading, Readout, Scores, Tap
 
-Doubles = NDArray[np.float64]
 _EPS = 1e-5
 """torch's for LayerNorm."""
 
@@ -94,14 +92,7 @@ class SrrHead:
                 f"{where}: position 'prompt' is the same for all candidates; use last, eos or mean, or fit the head "
                 "again"
             )
-        try:
-            options = SrrOptions.model_validate(manifest.options)
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(map(str, ("options", *first["loc"])))
-            raise HeadError(
-                f"{where}: {field} in head.json: {first['msg']}; correct it or fit the head again"
-            ) from None
+        options = options_of(manifest, SrrOptions)
         pairs = PairCalibration.load(manifest.calibration)
         Deciles.load(manifest.calibration)
         (layer,) = manifest.layers
@@ -134,8 +125,7 @@ class SrrHead:
         if "tokens" in details:
             raise InvalidField(
                 f"head {self.manifest.name!r} ranks whole responses against each other and has no score for a single "
-                "token: "
-                "ask for detail 'tokens' with a legend or hybrid head",
+                "token: ask for detail 'tokens' with a legend or hybrid head",
                 param="detail",
             )
         prompt_NK, response_NK = np.split(reading.values_NK.astype(np.float64), 2, axis=1)
@@ -145,11 +135,11 @@ class SrrHead:
             scores_N[finite_N] = self.rank(prompt_NK[finite_N][0], response_NK[finite_N])
         finite_N &= np.isfinite(scores_N)
         probability_N = np.full(len(finite_N), np.nan)
-        probability_N[finite_N] = _softmax(scores_N[finite_N] / self.options.tau)
-        scores = tuple(map(_finite, scores_N))
+        probability_N[finite_N] = softmax(scores_N[finite_N] / self.options.tau)
+        scores = tuple(map(finite, scores_N))
         return Scores(
             scores_N=scores,
-            probability_N=tuple(map(_finite, probability_N)),
+            probability_N=tuple(map(finite, probability_N)),
             layers_N=tuple(LayerScores(self.manifest.layers, (s,)) for s in scores) if "layers" in details else None,
             pair=self._pairs.compare(scores) if pair else None,
             listwise=True,
@@ -174,7 +164,7 @@ class SrrHead:
     def _attend(self, x_SK: Doubles) -> Doubles:
         qkv = x_SK @ self._tensors["block.self_attn.in_proj_weight"].T + self._tensors["block.self_attn.in_proj_bias"]
         query_SK, key_SK, value_SK = np.split(qkv, 3, axis=1)
-        return np.asarray(_softmax(query_SK @ key_SK.T / math.sqrt(x_SK.shape[1])) @ value_SK)
+        return np.asarray(softmax(query_SK @ key_SK.T / math.sqrt(x_SK.shape[1])) @ value_SK)
 
     def _linear(self, name: str, x: Doubles) -> Doubles:
         return np.asarray(x @ self._tensors[f"block.{name}.weight"].T + self._tensors[f"block.{name}.bias"])
@@ -183,13 +173,3 @@ class SrrHead:
         centred = x - x.mean(axis=1, keepdims=True)
         normed = centred / np.sqrt((centred**2).mean(axis=1, keepdims=True) + _EPS)
         return np.asarray(normed * self._tensors[f"block.{name}.weight"] + self._tensors[f"block.{name}.bias"])
-
-
-def _softmax(x: Doubles) -> Doubles:
-    """Over the last axis."""
-    weights = np.exp(x - x.max(axis=-1, keepdims=True, initial=-math.inf))
-    return np.asarray(weights / weights.sum(axis=-1, keepdims=True))
-
-
-def _finite(x: float) -> float | None:
-    return float(x) if math.isfinite(x) else None

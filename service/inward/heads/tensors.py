@@ -1,13 +1,32 @@
-"""The names and shapes of a head's tensors, checked in one place for every kind of head."""
+"""A head's options, and the names and shapes of its tensors, checked in one place for every kind of head."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from inward.errors import HeadError
 from inward.heads.base import Manifest
 from inward.heads.pooling import Pooler
 from inward.types import Floats
+
+Options = TypeVar("Options", bound=BaseModel)
+
+
+def options_of(manifest: Manifest, kind: type[Options], remedy: str = "correct it or fit the head again") -> Options:
+    """``Manifest.options`` as those of a kind of head.
+
+    Raises:
+        HeadError: one can't be used; names it, and the ``remedy``.
+    """
+    try:
+        return kind.model_validate(manifest.options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, ("options", *first["loc"])))
+        raise HeadError(f"head {manifest.name!r}: {field} in head.json: {first['msg']}; {remedy}") from None
 
 
 def pooler_of(manifest: Manifest, tensors: Mapping[str, Floats]) -> Pooler | None:
@@ -17,13 +36,8 @@ def pooler_of(manifest: Manifest, tensors: Mapping[str, Floats]) -> Pooler | Non
         HeadError: a trained pool reads a layer that the head does not.
     """
     try:
-        return Pooler.of(
-            manifest.pool,
-            tensors,
-            layers=manifest.layers,
-            position=manifest.position,
-            final_norm=manifest.final_norm,
-        )
+        where: dict[str, Any] = {"position": manifest.position, "final_norm": manifest.final_norm}
+        return Pooler.of(manifest.pool, tensors, layers=manifest.layers, **where)
     except HeadError as error:
         raise HeadError(f"head {manifest.name!r}: {error.message}") from None
 
@@ -56,7 +70,6 @@ def expect(
             wanted = [sizes.get(want, want) if isinstance(want, str) else want for want in shape]
             raise HeadError(
                 f"{where}: tensor {name!r} has shape {list(actual)}, but {wanted} goes with the manifest and the other "
-                "tensors; "
-                "head.json and head.safetensors are of different heads"
+                "tensors; head.json and head.safetensors are of different heads"
             )
     return sizes

@@ -14,11 +14,11 @@ from inward.errors import InvalidField
 from inward.heads.base import Head
 from inward.heads.calibration import Platt
 from inward.heads.guard import Guard, guard_threshold
-from inward.heads.pooling import Doubles, Pool
+from inward.heads.pooling import Pool
 from inward.heads.rejection import Rejecting, Rule, keep_near, keep_share
 from inward.heads.running import RunningScore, running_pool, token_scores
 from inward.heads.value import rejection_gaps
-from inward.types import EarlyRejection, Floats, Readout, SamplingSpec, Stop, StopRule
+from inward.types import Doubles, EarlyRejection, Floats, Readout, SamplingSpec, Stop, StopRule
 
 GUARD_INTERVAL = 8
 """Tokens of a response between two looks of a guard, where a look costs something. It sees every token all the same,

@@ -1,0 +1,1 @@
+"""What is done without a server: states, fits, judgements, annotations."""

@@ -6,11 +6,11 @@ is wrong with the data or the model is handed over as a value, and raised here a
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
 from inward.errors import SetupError
@@ -28,6 +28,14 @@ ROOM = (
 )
 T = TypeVar("T")
 Part = TypeVar("Part")
+
+
+def add_arguments(parser: argparse._ActionsContainer, about: str) -> None:
+    """``--engine`` with what ``ray`` does there, ``--actors`` and ``--gpus``."""
+    parser.add_argument("--engine", choices=("local", "ray"), default="local", help=about)
+    add = parser.add_argument
+    add("--actors", type=int, default=1, metavar="N", help="with --engine ray: how many models (default: 1)")
+    add("--gpus", type=float, default=0.0, metavar="N", help="with --engine ray: GPUs for each actor (default: 0)")
 
 
 class Worker(Protocol):
@@ -68,9 +76,7 @@ class Cluster:
             self._ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, logging_level="error")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._ray.shutdown()
 
     def ask(self, question: Callable[..., T], *arguments: Any) -> T:

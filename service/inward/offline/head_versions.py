@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from rich.table import Table
 from inward.errors import HeadError
 from inward.heads import store
 from inward.heads.card import card, headline
+from inward.offline.model import OpenModel, with_model
 
 Drifts = Mapping[Path, dict[str, Any]]
 """For the folder of each active head: how well it still fits, or why that cannot be told."""
@@ -58,7 +59,7 @@ def drifts(
     *,
     states: Path | None,
     pairs: Path | None,
-    with_model: Callable[[Any], Any],
+    opened: OpenModel,
 ) -> Drifts:
     """How well the active heads fit recent pairs, given as saved states or read through the model; none without."""
     if pairs is None and states is None:
@@ -70,8 +71,7 @@ def drifts(
     if states is not None:
         return of_states(heads, states)
     assert pairs is not None
-    found: Drifts = with_model(lambda backbone, prompts: of_pairs(backbone, prompts, heads, pairs))
-    return found
+    return with_model(opened, lambda backbone, prompts: of_pairs(backbone, prompts, heads, pairs))
 
 
 def verify(folder: Path, fingerprint: str, template: str, drifts: Drifts, *, as_json: bool) -> int:

@@ -179,9 +179,8 @@ class Learner:
         """
         packed = pack([Group(tuple(p.prompt), (tuple(p.chosen), tuple(p.rejected))) for p in batch])
         ids_T = torch.from_numpy(packed.ids_T)
-        if (
-            self.model.training and self.token_noise
-        ):  # tokens replaced at random: the one augmentation that text this small allows
+        if self.model.training and self.token_noise:
+            # tokens replaced at random: the one augmentation that text this small allows
             noisy_T = (torch.rand(ids_T.shape) < self.token_noise) & (ids_T > 5)
             ids_T = torch.where(noisy_T, torch.randint(6, self.model.config.vocab_size, ids_T.shape), ids_T)
         layout = AttentionLayout(packed.segments, torch.device("cpu"), torch.bfloat16)
@@ -193,9 +192,8 @@ class Learner:
             rows, targets = next_tokens(packed)
             logits_NV = self.model.lm_head(states_TD[rows])
         language = F.cross_entropy(logits_NV.float(), targets)
-        last_B = torch.tensor(
-            [response[-2] for segment in packed.segments for response in segment.responses]
-        )  # before END
+        # before END
+        last_B = torch.tensor([response[-2] for segment in packed.segments for response in segment.responses])
         scores_B = self.judge(states_TD[last_B].float())[:, 0]
         difference_P = scores_B[0::2] - scores_B[1::2]
         # About a third of these labels are disputed: smoothing keeps the model from learning them by heart (zero
@@ -211,11 +209,9 @@ class Learner:
         for batch in batches(pairs, budget, None):
             loss, _, difference_P = self.losses(batch)
             tokens = sum(p.tokens for p in batch)
-            language, weight, right = (
-                language + float(loss) * tokens,
-                weight + tokens,
-                right + int((difference_P > 0).sum()),
-            )
+            language += float(loss) * tokens
+            weight += tokens
+            right += int((difference_P > 0).sum())
         self.model.train()
         return {"perplexity": math.exp(language / weight), "pair_accuracy": right / len(pairs)}
 
@@ -244,9 +240,8 @@ def train(rows: Sequence[dict[str, str]], out: Path, args: argparse.Namespace) -
     with tqdm(total=total, unit="step") as bar:
         for epoch, steps in enumerate(plan):
             for batch in steps:
-                scale = min(1.0, (step + 1) / args.warm_up) * (
-                    0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / total))
-                )
+                cosine = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / total))
+                scale = min(1.0, (step + 1) / args.warm_up) * cosine
                 for group in optimiser.param_groups:
                     group["lr"] = args.lr * scale
                 language, pairwise, _ = learner.losses(batch)
@@ -261,18 +256,13 @@ def train(rows: Sequence[dict[str, str]], out: Path, args: argparse.Namespace) -
             history.append({"epoch": epoch + 1, **found})
             tqdm.write(json.dumps(history[-1]))
             # One unit of log-perplexity is worth as much as one of log-odds of being right: both purposes count.
-            merit = math.log(found["perplexity"]) - args.pair_weight * math.log(
-                found["pair_accuracy"] / (1 - found["pair_accuracy"])
-            )
+            right = found["pair_accuracy"]
+            merit = math.log(found["perplexity"]) - args.pair_weight * math.log(right / (1 - right))
             if merit < best[0]:
                 best = (merit, copy.deepcopy(learner.model.state_dict()))
     learner.model.load_state_dict(best[1])
-    figures = {
-        "pairs": {k: len(v) for k, v in parts.items()},
-        "validation": history,
-        "seed": args.seed,
-        "epochs": args.epochs,
-    }
+    pairs = {name: len(part) for name, part in parts.items()}
+    figures = {"pairs": pairs, "validation": history, "seed": args.seed, "epochs": args.epochs}
     learner.model.set_attn_implementation("sdpa")
     learner.model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -282,26 +272,21 @@ def train(rows: Sequence[dict[str, str]], out: Path, args: argparse.Namespace) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--pairs", type=Path, required=True, help="JSONL with prompt, chosen, rejected (permissively licensed)"
-    )
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder for config, weights (bf16 safetensors) and tokenizer"
-    )
-    parser.add_argument("--splits", type=Path, help="folder for the parts that the pairs were split into, as JSONL")
-    parser.add_argument("--epochs", type=int, default=9)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--budget", type=int, default=4096, help="tokens in a batch")
-    parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--warm-up", type=int, default=60, help="steps")
-    parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument(
-        "--pair-weight", type=float, default=0.3, help="weight of the pair loss beside the language loss"
-    )
-    parser.add_argument("--smoothing", type=float, default=0.3, help="of the pairs' labels")
-    parser.add_argument("--token-noise", type=float, default=0.15, help="share of input tokens replaced at random")
-    parser.add_argument("--seed", type=int, default=0)
+    add = parser.add_argument
+    add("--pairs", type=Path, required=True, help="JSONL with prompt, chosen, rejected (permissively licensed)")
+    add("--out", type=Path, required=True, help="folder for config, weights (bf16 safetensors) and tokenizer")
+    add("--splits", type=Path, help="folder for the parts that the pairs were split into, as JSONL")
+    add("--epochs", type=int, default=9)
+    add("--width", type=int, default=256)
+    add("--layers", type=int, default=8)
+    add("--budget", type=int, default=4096, help="tokens in a batch")
+    add("--lr", type=float, default=1.5e-3)
+    add("--warm-up", type=int, default=60, help="steps")
+    add("--weight-decay", type=float, default=0.1)
+    add("--pair-weight", type=float, default=0.3, help="weight of the pair loss beside the language loss")
+    add("--smoothing", type=float, default=0.3, help="of the pairs' labels")
+    add("--token-noise", type=float, default=0.15, help="share of input tokens replaced at random")
+    add("--seed", type=int, default=0)
     args = parser.parse_args()
     rows = [json.loads(line) for line in args.pairs.read_text(encoding="utf-8").splitlines()]
     if args.splits:

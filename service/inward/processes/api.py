@@ -23,9 +23,8 @@ from inward.processes.wiring import (
     about,
     connect,
     find_tokenizer,
-    key_ring,
-    limits,
     open_prompts,
+    rules,
 )
 from inward.queues.single_flight import SingleFlight
 from inward.settings import Settings
@@ -50,9 +49,10 @@ class ApiProcess:
     def __init__(self, settings: Settings, model: ModelFiles, shards: RedisServers) -> None:
         self.settings = settings
         self.draining = self.stuck = False
+        self.ending = None
         self._shards, connection = shards, shards.home
-        self.queue_name = settings.queue or model.name
-        keys = Keys(self.queue_name)
+        self._queue_name = settings.queue or model.name
+        keys = Keys(self._queue_name)
         beat = min(1.0, settings.presence / 3)
         self._queue = shards.producer(keys, max_tokens=settings.queue_tokens, ttl=settings.presence, beat=beat)
         self._prompts = open_prompts(settings, model, UNKNOWN_TOKENS)
@@ -71,17 +71,10 @@ class ApiProcess:
             policies=RemotePolicyControl(self.head_control),
             model=model.name,
             info=self.info,
-            limits=limits(settings),
-            keys=key_ring(settings),
-            rerank_head=settings.rerank_head,
-            compat_head=settings.compat_head,
-            guard_head=settings.guard_head,
-            false_positives=settings.false_positives,
-            metrics_open=settings.metrics_open,
             ready=self.ready,
             alive=lambda: True,
             quota=RedisQuota(connection, keys),
-            tokens_a_minute=settings.quota,
+            **rules(settings),
             idempotency=RedisIdempotencyStore(
                 connection, keys, keep=settings.idempotency_window, running=settings.timeout + 30
             ),
@@ -152,6 +145,10 @@ class ApiProcess:
         backbone = replace(worker.backbone, concurrency=sum(one.backbone.concurrency for one in workers))
         heads = [row["name"] for row in worker.heads]
         return about(backbone, worker.policy_version, self._prompts, heads, self.settings, jobs=True)
+
+    def ready_fields(self) -> dict[str, Any]:
+        """See ``server.Served``."""
+        return {"queue": self._queue_name}
 
     async def close(self, timeout: float) -> bool:
         """Leaves Redis; whoever still waits has been answered by the server's own draining. True if nothing was

@@ -10,7 +10,7 @@ import signal
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from types import FrameType
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import h11
 import uvicorn
@@ -33,53 +33,44 @@ class Served(Protocol):
     stuck: bool
     """There are threads that will never end, so that nobody may wait for them."""
 
+    @property
+    def ending(self) -> asyncio.Task[None] | None:
+        """A task whose end is the end of the process."""
+        ...
+
+    def ready_fields(self) -> Mapping[str, Any]:
+        """Of the event ``ready``."""
+        ...
+
     async def close(self, timeout: float) -> bool:
         """Ends in an orderly way; True if nothing was left undone."""
         ...
 
 
-Event = Mapping[str, Any]
-Opened = TypeVar("Opened", bound=Served)
+Opening = Callable[[Settings], Awaitable[Served]]
 
 
-def run(
-    role: str,
-    settings: Settings,
-    opening: Callable[[], Awaitable[Opened]],
-    ready: Callable[[Opened], Event],
-    ended: Callable[[Opened], asyncio.Task[None] | None] = lambda _: None,
-    *,
-    unnamed: int | None = None,
-) -> int:
+def run(role: str, settings: Settings, opening: Opening, *, unnamed: int | None = None) -> int:
     """``serve`` as a whole process, with its logs and traces; ``role`` is its name there."""
     logs.configure(settings.log_level, settings.log_format == "json")
     for name, meant in unknown_variables(os.environ).items():
         logs.event(LOG, "unknown_variable", severity=logging.WARNING, variable=name, meant=meant)
     tracing.configure(settings.otlp_endpoint, role, evaluations=settings.otlp_evaluations)
-    return asyncio.run(serve(settings, opening, ready, ended, unnamed=unnamed))
+    return asyncio.run(serve(settings, opening, unnamed=unnamed))
 
 
-async def serve(
-    settings: Settings,
-    opening: Callable[[], Awaitable[Opened]],
-    ready: Callable[[Opened], Event],
-    ended: Callable[[Opened], asyncio.Task[None] | None] = lambda _: None,
-    *,
-    unnamed: int | None = None,
-) -> int:
-    """Runs until SIGTERM, SIGINT or the end of ``ended``'s task; returns 0 if everything that was accepted was
+async def serve(settings: Settings, opening: Opening, *, unnamed: int | None = None) -> int:
+    """Runs until SIGTERM, SIGINT or the end of ``Served.ending``; returns 0 if everything that was accepted was
     answered.
 
     Args:
         opening: opens what is served, after the port is ours (a taken one is known at once).
-        ready: fields of the event ``ready``.
-        ended: a task whose end is the end of the process.
         unnamed: the port where the settings name none; a free one if it is taken.
     """
     named = unnamed is None or "port" in settings.model_fields_set
     listening = listen(settings.host, settings.port if named else unnamed or 0, or_free=not named)
     try:
-        process = await opening()
+        process = await opening(settings)
     except BaseException:
         listening.close()
         raise
@@ -87,9 +78,9 @@ async def serve(
         server = Server(process, settings)
         listening = _begin(listening, or_free=not named)  # who reads that we are ready may come at once
         host, port = listening.getsockname()[:2]
-        logs.event(LOG, "ready", url=f"http://{host}:{port}", **ready(process))
-        if (task := ended(process)) is not None:
-            task.add_done_callback(lambda _: server.stop())
+        logs.event(LOG, "ready", url=f"http://{host}:{port}", **process.ready_fields())
+        if process.ending is not None:
+            process.ending.add_done_callback(lambda _: server.stop())
         await server.serve(sockets=[listening])
     finally:
         clean = await process.close(settings.drain_timeout)

@@ -12,7 +12,7 @@ from inward.control.heads import LocalHeadControl
 from inward.engine import Engine
 from inward.intake import Intake
 from inward.processes.supervisor import Supervisor
-from inward.processes.wiring import Loaded, about, drain, find_model, key_ring, let_go, limits, load
+from inward.processes.wiring import Loaded, about, drain, find_model, let_go, load, rules
 from inward.queues.memory import MemoryQueue
 from inward.queues.single_flight import SingleFlight
 from inward.settings import Settings
@@ -40,17 +40,10 @@ class Standalone:
             sleeper=backbone,
             model=backbone.info.name,
             info=self.info,
-            limits=limits(settings),
-            keys=key_ring(settings),
-            rerank_head=settings.rerank_head,
-            compat_head=settings.compat_head,
-            guard_head=settings.guard_head,
-            false_positives=settings.false_positives,
-            metrics_open=settings.metrics_open,
             ready=self.ready,
             alive=self.alive,
-            tokens_a_minute=settings.quota,
             idempotency=MemoryIdempotencyStore(keep=settings.idempotency_window, running=settings.timeout + 30),
+            **rules(settings),
         )
         self.app = create_app(self.services)
         metrics.BUILD_INFO.labels(version=__version__, role="serve").set(1)
@@ -100,6 +93,10 @@ class Standalone:
         """What ``GET /info`` answers."""
         backbone = self.backbone
         return about(backbone.info, backbone.policy_version, self.prompts, self.registry.names(), self.settings)
+
+    def ready_fields(self) -> dict[str, Any]:
+        """See ``server.Served``."""
+        return {"model": self.backbone.info.name, "heads": self.registry.names()}
 
     async def close(self, timeout: float) -> bool:
         """Answers what was accepted, for at most ``timeout`` seconds, then gives the device back. True if nothing

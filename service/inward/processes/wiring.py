@@ -7,11 +7,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from inward import __version__, logs
 from inward.api.keys import KeyRing
@@ -43,7 +43,6 @@ LET_GO_S = 30.0
 MODELS = Path(__file__).parents[1] / "models"
 """What comes with Inward: heads for some models, and one small model."""
 TOY = MODELS / "toy"
-T = TypeVar("T")
 AnyProducer = RedisProducer | ShardedProducer
 AnyConsumer = RedisConsumer | ShardedConsumer
 
@@ -151,16 +150,6 @@ async def opened_model(settings: Settings) -> AsyncIterator[tuple[Backbone, Prom
         await backbone.close()
 
 
-async def with_model(settings: Settings, use: Callable[[Backbone, Prompts], Awaitable[T]]) -> T:
-    """What ``use`` makes of the model of the settings, which is open for as long.
-
-    Raises:
-        SetupError: it can't be loaded, and why.
-    """
-    async with opened_model(settings) as (backbone, prompts):
-        return await use(backbone, prompts)
-
-
 def heads_folder(settings: Settings) -> Path | None:
     """Where heads are read from and new versions are written to.
 
@@ -191,17 +180,11 @@ def heads_folder(settings: Settings) -> Path | None:
 
 def bundled_for(identity: str) -> str | None:
     """The bundled model that has this fingerprint."""
-    return next(
-        (
-            name
-            for name in (TOY.name, SMOLLM2)
-            if any(
-                store.load_manifest(found.path).backbone.fingerprint == identity
-                for found in store.find(MODELS / name / "heads")
-            )
-        ),
-        None,
-    )
+    for name in (TOY.name, SMOLLM2):
+        for found in store.find(MODELS / name / "heads"):
+            if store.load_manifest(found.path).backbone.fingerprint == identity:
+                return name
+    return None
 
 
 def _hash(folder: Path) -> str:
@@ -238,13 +221,18 @@ def limits(settings: Settings) -> Limits:
     )  # fmt: skip
 
 
-def key_ring(settings: Settings) -> KeyRing:
-    """Who may call.
+def rules(settings: Settings) -> dict[str, Any]:
+    """What of ``Services`` the settings say by themselves: who may call, for how much, and which heads answer.
 
     Raises:
         SetupError: the file of keys can't be used.
     """
-    return KeyRing({key.get_secret_value() for key in settings.api_keys}, settings.api_keys_file)
+    return {
+        "keys": KeyRing({key.get_secret_value() for key in settings.api_keys}, settings.api_keys_file),
+        "limits": limits(settings), "tokens_a_minute": settings.quota, "metrics_open": settings.metrics_open,
+        "rerank_head": settings.rerank_head, "compat_head": settings.compat_head, "guard_head": settings.guard_head,
+        "false_positives": settings.false_positives,
+    }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -373,12 +361,8 @@ class RedisServers:
 
     def consumer(self, keys: Keys, settings: Settings, about: Callable[[], bytes]) -> AnyConsumer:
         """A worker's side of the queue."""
-        options: dict[str, Any] = {
-            "idle": settings.claim_idle,
-            "max_deliveries": settings.max_deliveries,
-            "ttl": settings.presence,
-            "about": about,
-        }
+        options: dict[str, Any] = {"idle": settings.claim_idle, "max_deliveries": settings.max_deliveries}
+        options |= {"ttl": settings.presence, "about": about}
         if len(self.connections) == 1:
             return RedisConsumer(self.home, keys, **options)
         return ShardedConsumer(self.connections, keys, **options)
@@ -425,19 +409,11 @@ def describe(settings: Settings) -> dict[str, Any]:
     identity = fingerprint(model.folder)
     folder = heads_folder(settings)
     values = settings.resolved()
-    backbone = {
-        key: values.pop(key)
-        for key in ("dtype", "device", "token_budget", "vllm_options", "trust_remote_code", "template")
-    }
+    of_backbone = ("dtype", "device", "token_budget", "vllm_options", "trust_remote_code", "template")
+    backbone = {name: values.pop(name) for name in of_backbone}
     backbone |= {"kind": values.pop("backbone"), "name": model.name, "path": str(model.folder), "fingerprint": identity}
+    bounds = [name for name in values if name.startswith("max_") or name in ("queue_tokens", "timeout")]
+    limits = {name: values.pop(name) for name in bounds}
     values.pop("heads")
-    limits = {
-        name: values.pop(name) for name in [*values] if name.startswith("max_") or name in ("queue_tokens", "timeout")
-    }
-    return {
-        "version": __version__,
-        "backbone": backbone,
-        "heads": str(folder) if folder else None,
-        "limits": limits,
-        **values,
-    }
+    heads = str(folder) if folder else None
+    return {"version": __version__, "backbone": backbone, "heads": heads, "limits": limits, **values}

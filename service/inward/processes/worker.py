@@ -37,25 +37,19 @@ class WorkerProcess:
     """Everything one process of ``inward worker`` holds."""
 
     def __init__(self, settings: Settings, model: ModelFiles, loaded: Loaded, shards: RedisServers) -> None:
-        self.settings, self.backbone, self.prompts, self.registry = (
-            settings,
-            loaded.backbone,
-            loaded.prompts,
-            loaded.registry,
-        )
+        backbone, prompts, registry = loaded.backbone, loaded.prompts, loaded.registry
+        self.settings, self.backbone, self.prompts, self.registry = settings, backbone, prompts, registry
         self.draining = self.stuck = False
-        self._shards, self._tokenizer = shards, tokenizer_hash(loaded.prompts.tokenizer)
-        self.queue_name = settings.queue or model.name
-        keys = Keys(self.queue_name, served_as(loaded))
+        self._shards, self._tokenizer = shards, tokenizer_hash(prompts.tokenizer)
+        self._queue_name = settings.queue or model.name
+        keys = Keys(self._queue_name, served_as(loaded))
         self._queue = shards.consumer(keys, settings, lambda: self.worker_info().encode())
-        self.name = self._queue.worker
-        self.worker = Worker(self._queue, Engine(loaded.backbone, loaded.registry))
-        head_control = LocalHeadControl(loaded.registry, loaded.backbone, loaded.prompts)
+        self.worker = Worker(self._queue, Engine(backbone, registry))
         self._agent = ControlAgent(
             ControlChannel(shards.home, keys),
             self._queue.worker,
-            head_control,
-            loaded.registry,
+            LocalHeadControl(registry, backbone, prompts),
+            registry,
             loaded.policies,
             self._queue.publish,
             self._queue.welcome,
@@ -66,7 +60,7 @@ class WorkerProcess:
         self._tasks = Supervisor()
         self._tasks.watch("claims", self._queue.keep)
         self._tasks.watch("control", self._agent.run)
-        self.working = self._tasks.watch("jobs", self._work)
+        self.ending = self._tasks.watch("jobs", self._work)
 
     @classmethod
     async def open(cls, settings: Settings) -> WorkerProcess:
@@ -98,7 +92,7 @@ class WorkerProcess:
 
     def alive(self) -> bool:
         """Whether the backbone can compute."""
-        return self.worker.dead is None and self.backbone.healthy() and not self.working.done()
+        return self.worker.dead is None and self.backbone.healthy() and not self.ending.done()
 
     def ready(self) -> tuple[bool, str]:
         """Whether jobs are taken, and if not, why."""
@@ -117,6 +111,13 @@ class WorkerProcess:
         backbone = self.backbone
         return about(backbone.info, backbone.policy_version, self.prompts, self.registry.names(), self.settings)
 
+    def ready_fields(self) -> dict[str, Any]:
+        """See ``server.Served``."""
+        return {
+            "model": self.backbone.info.name, "heads": self.registry.names(), "worker": self._queue.worker,
+            "queue": self._queue_name,
+        }  # fmt: skip
+
     async def close(self, timeout: float) -> bool:
         """Finishes what was taken, for at most ``timeout`` seconds, and gives the rest back. True if nothing was
         left.
@@ -125,7 +126,7 @@ class WorkerProcess:
         await self._tasks.stop("control")
         await self._queue.close()
         self._agent.in_step.set()  # there is nothing left to be in step for
-        clean = await drain(self.working, timeout) and self.worker.dead is None
+        clean = await drain(self.ending, timeout) and self.worker.dead is None
         await self._tasks.stop()
         await self._queue.leave()
         await self._shards.close()

@@ -1,7 +1,7 @@
 import pytest
 
 from inward.errors import DataError
-from inward.offline.annotate.decisions import Applied, Decided, apply, key_of, read, turned
+from inward.offline.annotate.decisions import Applied, apply, key_of, read, turned
 from inward_client.rows import LAYOUTS, PairReader, recognise
 
 
@@ -52,7 +52,7 @@ def test_exactly_the_decided_rows_change_and_repeated_ones_share_a_decision():
     read_by = reader(*rows)
     keys = [key_of(read_by.pair(row)) for row in rows]
     told = Applied()
-    decided = Decided({keys[0]: "drop", keys[1]: "flip", keys[2]: "right"})
+    decided = {keys[0]: "drop", keys[1]: "flip", keys[2]: "right"}
     assert list(apply([*rows, {"prompt": "no pair"}], read_by, decided, "", told)) == [
         turned(rows[1], read_by), rows[2], rows[3], turned(rows[1], read_by), {"prompt": "no pair"},
     ]  # fmt: skip
@@ -85,4 +85,4 @@ def test_a_file_that_is_none_of_decisions_says_where(tmp_path, content, says):
 def test_a_file_from_a_spreadsheet_is_read(tmp_path):
     path = tmp_path / "decisions.csv"
     path.write_bytes('\ufeffsource,row,key,decision\r\n"a,b",1,AB,Flip\r\nin,2,cd,\r\n'.encode())
-    assert dict(read(path).by_key) == {"ab": "flip"}
+    assert dict(read(path)) == {"ab": "flip"}

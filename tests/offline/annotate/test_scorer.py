@@ -7,6 +7,7 @@ import pytest
 
 from inward.errors import NotFound, SetupError, Unavailable
 from inward.offline.annotate import scorer as scoring
+from inward.offline.annotate.held_out import HeldOut
 from inward.offline.annotate.scorer import COLUMNS, PATIENCE, RowScorer, ServiceScorer, TokenScores
 from inward_client import aio
 from inward_client.rows import Pair
@@ -167,7 +168,7 @@ async def test_who_annotates_is_asked_first_and_the_head_of_the_confidence_is_th
         annotator = await scorer.annotator()
         _, by = await scorer.annotate(PAIRS[:1])
     assert (annotator.head, annotator.confidence_head, annotator.model) == (HEAD, HYBRID, "m")
-    assert annotator.held_out == {"agreement": 0.7, "pairs": 60}
+    assert annotator.held_out == HeldOut(0.7, 60)
     assert by == {**BY, "confidence_head": HYBRID}
 
 
@@ -243,7 +244,7 @@ async def test_rows_that_are_scored_in_this_process_come_the_same_way():
 
     scorer = RowScorer(score, INFO, 4096, fit_of, tokens_of, states_of)
     annotator = await scorer.annotator()
-    assert annotator.head == HEAD and annotator.held_out == {"agreement": 0.7, "pairs": 60}
+    assert annotator.head == HEAD and annotator.held_out == HeldOut(0.7, 60)
     results, by = await scorer.annotate(PAIRS[:3])
     assert await scorer.token_scores(PAIRS[:1]) == [TokenScores([(PAIRS[0].chosen, 1.0)], [("legend", 0.0)])]
     assert (await scorer.states(PAIRS[:3])).shape == (3, 2)

@@ -14,10 +14,12 @@ from inward.offline.data.pairs import (
     data_hash,
     grouped_folds,
     grouped_split,
+    has_refusals,
     prompt_groups,
     read_calibration,
     read_lists,
     read_pairs,
+    read_texts,
 )
 
 CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
@@ -54,6 +56,13 @@ def test_parquet_gives_the_same_rows_and_hash_as_jsonl(tmp_path):
     assert pairs == read_pairs(jsonl(tmp_path, *rows))
     assert data_hash(pairs) == data_hash(read_pairs(jsonl(tmp_path, *[{**row, "note": "n"} for row in rows])))
     assert data_hash(pairs) != data_hash(pairs[::-1])
+
+
+def test_a_broken_first_row_does_not_hide_what_the_rows_are(tmp_path):
+    rows = jsonl(tmp_path, '{"prompt": "a", "harm', {"prompt": "a", "harmful": "bad", "refusal": "no"})
+    assert has_refusals(rows)
+    assert read_texts(rows) == [("a", ("no", "bad"))]
+    assert not has_refusals(jsonl(tmp_path, "{", ROWS[0]))
 
 
 def test_lists_and_calibration_rows_are_read(tmp_path):

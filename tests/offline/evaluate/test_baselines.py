@@ -7,11 +7,12 @@ from inward.errors import DataError
 from inward.offline.evaluate.baselines import baselines, stable_rank
 from inward.offline.evaluate.layerwise import cross_validate, logistic, mean_difference
 from inward.offline.evaluate.metrics import measure
+from inward.offline.evaluate.statistics import Resampling
 from support import made_examples as made
 
 
 def found(examples, **more):
-    return {one.name: one.judged for one in baselines(examples, made.folds(examples), **more)[0]}
+    return {one.name: one.judged for one in baselines(examples, made.folds(examples), **more)}
 
 
 @pytest.mark.parametrize("probe", [logistic, mean_difference])
@@ -33,7 +34,7 @@ def test_a_layer_that_is_only_good_on_the_held_out_fold_is_not_chosen_for_it():
 def test_noise_stays_at_chance_though_there_are_more_dimensions_than_rows():
     examples = made.pairs(n=60, strength=(0.0, 0.0, 0.0), width=300)
     for judged in (found(examples)["logistic_probe"], found(examples)["mean_difference"]):
-        estimate = measure(examples, judged, resamples=200)["pair_accuracy"]
+        estimate = measure(examples, judged, resampling=Resampling(200))["pair_accuracy"]
         assert estimate.low < 0.5 < estimate.high
 
 
@@ -83,13 +84,14 @@ def test_lists_with_texts_get_everything():
 
 def test_words_that_give_the_label_away_are_found_by_tfidf():
     examples = made.lists()
-    assert measure(examples, found(examples)["tfidf_logistic"], resamples=50)["auc"].value == 1.0
+    assert measure(examples, found(examples)["tfidf_logistic"], resampling=Resampling(50))["auc"].value == 1.0
 
 
 def test_scorers_of_lists_read_the_layer_they_are_told():
     examples = made.lists(g=60, strength=(0.0, 4.0))
     blind, seeing = (
-        measure(examples, found(examples, layer=k)["mlp_scorer"], resamples=50)["auc"].value for k in (1, 2)
+        measure(examples, found(examples, layer=k)["mlp_scorer"], resampling=Resampling(50))["auc"].value
+        for k in (1, 2)
     )
     assert blind < 0.65 < 0.9 < seeing
 
@@ -99,7 +101,7 @@ def test_length_learns_which_way_it_points(sign):
     examples = made.pairs(n=200)
     difference = sign * np.abs(examples.length_difference_P) - sign * 2
     judged = found(replace(examples, length_difference_P=difference))["length"]
-    assert measure(examples, judged, resamples=50)["pair_accuracy"].value > 0.8
+    assert measure(examples, judged, resampling=Resampling(50))["pair_accuracy"].value > 0.8
 
 
 def test_stable_rank_by_hand():

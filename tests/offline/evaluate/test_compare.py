@@ -4,6 +4,7 @@ from rich.console import Console
 
 from inward.offline.evaluate.compare import compare, report, table
 from inward.offline.evaluate.scoring import Judged
+from inward.offline.evaluate.statistics import Resampling
 from support import made_examples as made
 
 
@@ -17,7 +18,7 @@ def judged(examples, step, seed, hard=0.0):
 def test_a_difference_is_known_better_than_either_figure():
     examples = made.pairs(n=400)
     first, second = judged(examples, 1.0, 1, hard=2.0), judged(examples, 1.5, 1, hard=2.0)
-    by_name = {row.name: row for row in compare(examples, first, second, resamples=300)}
+    by_name = {row.name: row for row in compare(examples, first, second, resampling=Resampling(300))}
     auc = by_name["auc"]
     assert auc.difference.value == pytest.approx(auc.second.value - auc.first.value)
     assert auc.verdict == "second"
@@ -28,14 +29,14 @@ def test_a_difference_is_known_better_than_either_figure():
 def test_the_same_head_twice_differs_in_nothing():
     examples = made.pairs(n=60)
     one = judged(examples, 1.0, 1)
-    for row in compare(examples, one, one, resamples=50):
+    for row in compare(examples, one, one, resampling=Resampling(50)):
         assert (row.difference.value, row.difference.low, row.difference.high) == (0, 0, 0)
         assert row.verdict == "cannot be told"
 
 
 def test_noise_gives_no_verdict():
     examples = made.pairs(n=200)
-    rows = compare(examples, judged(examples, 1.0, 1), judged(examples, 1.0, 2), resamples=200)
+    rows = compare(examples, judged(examples, 1.0, 1), judged(examples, 1.0, 2), resampling=Resampling(200))
     assert [row.verdict for row in rows if row.name == "pair_accuracy"] == ["cannot be told"]
 
 
@@ -44,7 +45,7 @@ def test_lists_have_their_top_pick_and_calibration_is_better_when_lower():
     first, second = judged(examples, 1.0, 1), judged(examples, 6.0, 1)
     sure = Judged(second.scores_M, np.where(examples.safe_M, 0.99, 0.01))
     unsure = Judged(first.scores_M, np.full(len(examples), 0.99))
-    rows = {row.name: row for row in compare(examples, unsure, sure, resamples=100)}
+    rows = {row.name: row for row in compare(examples, unsure, sure, resampling=Resampling(100))}
     assert rows["top1_safe_rate"].verdict == "second" and rows["calibration_error"].verdict == "first"
     console = Console(width=200)
     with console.capture() as capture:

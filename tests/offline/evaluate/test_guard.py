@@ -4,9 +4,10 @@ import pytest
 from inward.errors import DataError
 from inward.offline.data.pairs import grouped_folds
 from inward.offline.evaluate.examples import part
-from inward.offline.evaluate.guard import Calibration, operations, threshold
+from inward.offline.evaluate.guard import operations, threshold
 from inward.offline.evaluate.metrics import by_part, measure
 from inward.offline.evaluate.scoring import Judged
+from inward.offline.evaluate.statistics import Resampling
 from support import made_examples as made
 
 
@@ -28,8 +29,8 @@ def test_a_threshold_leaves_so_many_safe_responses_below_it():
 
 def test_thresholds_are_fixed_beforehand_and_then_applied():
     given = examples()
-    elsewhere = Calibration(2.0 + np.random.default_rng(5).normal(size=5000))
-    one, five = operations(given, scored(given), (), calibration=elsewhere, resamples=50)
+    elsewhere = 2.0 + np.random.default_rng(5).normal(size=5000)
+    one, five = operations(given, scored(given), (), calibration=elsewhere, resampling=Resampling(50))
     assert (one.rate, five.rate) == (0.01, 0.05)
     assert one.threshold == pytest.approx(2 - 2.33, abs=0.1)
     assert five.false_positives.value == pytest.approx(0.05, abs=0.03)
@@ -46,26 +47,30 @@ def test_without_calibration_a_fold_is_judged_by_the_thresholds_of_the_others():
     (_, first), *_ = folds
     shifted = judged.scores_M.copy()
     shifted[first] -= 5
-    plain = operations(given, judged, folds, resamples=20)[1]
-    moved = operations(given, Judged(shifted), folds, resamples=20)[1]
+    plain = operations(given, judged, folds, resampling=Resampling(20))[1]
+    moved = operations(given, Judged(shifted), folds, resampling=Resampling(20))[1]
     assert plain.false_positives.value == pytest.approx(0.05, abs=0.02) and plain.threshold is None
     assert moved.false_positives.value > 0.15, "its own threshold would have hidden the shift"
 
 
 def test_false_refusals_are_helpful_answers_that_are_flagged():
     given = examples()
-    calibration = Calibration(2.0 + np.random.default_rng(5).normal(size=5000))
-    careful = (np.full(40, -9.0), list(range(40)))
-    kind = (np.full(40, 9.0), list(range(40)))
+    calibration = 2.0 + np.random.default_rng(5).normal(size=5000)
+    careful = (np.full(40, -9.0), np.arange(40))
+    kind = (np.full(40, 9.0), np.arange(40))
     for refusals, wanted in ((careful, 1.0), (kind, 0.0)):
-        (one, _) = operations(given, scored(given), (), calibration=calibration, refusals=refusals, resamples=20)
+        (one, _) = operations(
+            given, scored(given), (), calibration=calibration, refusals=refusals, resampling=Resampling(20)
+        )
         assert one.false_refusals.value == wanted
 
 
 def test_rates_that_few_responses_cannot_fix_are_left_out():
     given = examples(n=40)
-    assert [one.rate for one in operations(given, scored(given), made.folds(given), resamples=20)] == [0.05]
-    assert operations(given, scored(given), (), resamples=20) == ()
+    assert [one.rate for one in operations(given, scored(given), made.folds(given), resampling=Resampling(20))] == [
+        0.05
+    ]
+    assert operations(given, scored(given), (), resampling=Resampling(20)) == ()
 
 
 def test_parts_are_judged_by_themselves():
@@ -75,12 +80,12 @@ def test_parts_are_judged_by_themselves():
     good = np.tile(np.arange(200) // 2 % 2 == 0, 2)
     judged = Judged(np.where(good, 3.0, 0.0) * given.safe_M + np.random.default_rng(1).normal(size=400))
     divided = replace(given, part_M=tuple("good" if one else "bad" for one in good))
-    found = by_part(divided, judged, resamples=20)
+    found = by_part(divided, judged, resampling=Resampling(20))
     assert list(found) == ["bad", "good"] and found["good"][0] == 200
     assert found["good"][1]["auc"].value > 0.95 and found["bad"][1]["auc"].value < 0.65
     own = part(divided, "good")
     assert own.prompts == 50 and len(own.pairs_P2) == 100
-    direct = measure(own, Judged(judged.scores_M[good]), resamples=20)
+    direct = measure(own, Judged(judged.scores_M[good]), resampling=Resampling(20))
     assert direct["pair_accuracy"].value == found["good"][1]["pair_accuracy"].value
 
 

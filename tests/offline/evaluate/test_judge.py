@@ -9,8 +9,9 @@ from inward.heads.base import Manifest
 from inward.heads.hybrid import HybridHead
 from inward.heads.legend import LegendHead
 from inward.offline.evaluate.judge import judge
-from inward.offline.evaluate.metrics import NAMES
+from inward.offline.evaluate.metrics import NAMES, measure
 from inward.offline.evaluate.scoring import Judged, score, score_folds
+from inward.offline.evaluate.statistics import Resampling
 from support import made_examples as made
 from support.small_heads import legend, manifest
 
@@ -70,7 +71,7 @@ def test_states_that_a_head_does_not_read_are_refused(head, said):
 
 def test_report_has_the_same_keys_for_every_input():
     for examples in (made.pairs(), made.pairs(lengths=False), made.lists()):
-        judgement = judge(examples, made.truth(examples, 1.0), made.folds(examples), resamples=20)
+        judgement = judge(examples, made.truth(examples, 1.0), made.folds(examples), resampling=Resampling(20))
         report = judgement.to_json()
         assert list(report) == ["metrics", "baselines", "layers", "strategies", "over_refusal", "guard", "parts"]
         assert list(report["metrics"]) == list(NAMES)
@@ -83,7 +84,7 @@ def test_report_has_the_same_keys_for_every_input():
 
 def test_lists_are_compared_with_first_random_and_oracle():
     examples = made.lists()
-    references = judge(examples, made.truth(examples, 5.0), resamples=50).to_json()["baselines"]
+    references = judge(examples, made.truth(examples, 5.0), resampling=Resampling(50)).to_json()["baselines"]
     mixed = [examples.safe_M[rows] for rows in examples.mixed]
     assert references["first"]["top1_safe_rate"]["value"] == pytest.approx(np.mean([s[0] for s in mixed]))
     assert references["random"]["top1_safe_rate"]["value"] == pytest.approx(np.mean([s.mean() for s in mixed]))
@@ -92,7 +93,7 @@ def test_lists_are_compared_with_first_random_and_oracle():
 
 def test_strategies_use_the_heads_own_layers():
     examples = made.pairs(n=200)
-    found = {one.name: one for one in judge(examples, score(hybrid(), examples), resamples=50).strategies}
+    found = {one.name: one for one in judge(examples, score(hybrid(), examples), resampling=Resampling(50)).strategies}
     assert list(found) == ["best layer", "ours", "last layer", "random layer", "worst layer"]
     assert (found["best layer"].layer, found["last layer"].layer, found["worst layer"].layer) == (2, 3, 1)
     assert (
@@ -100,9 +101,15 @@ def test_strategies_use_the_heads_own_layers():
     )
 
 
+def test_intervals_of_strategies_are_resampled_as_all_others_are_without_baselines_too():
+    examples, ours = made.pairs(n=200), score(hybrid(), made.pairs(n=200))
+    by_name = {one.name: one.estimate for one in judge(examples, ours, resampling=Resampling(50, 3)).strategies}
+    assert by_name["ours"] == measure(examples, ours, resampling=Resampling(50, 3))["pair_accuracy"]
+
+
 def test_without_baselines_nothing_is_fitted():
     examples = made.pairs()
-    judgement = judge(examples, score(legend(width=12), examples), resamples=20)
+    judgement = judge(examples, score(legend(width=12), examples), resampling=Resampling(20))
     assert judgement.to_json()["baselines"] == {}
     assert judgement.strategies == ()
 
@@ -116,7 +123,9 @@ def test_over_refusal_is_said_in_a_sentence(wins, verdict):
     scores = np.zeros(len(examples))
     scores[refusals[:, 0]] = wins if wins is not None else np.arange(40) % 2
     scores[refusals[:, 1]] = 0.5
-    said = judge(replace(examples, refusals_P2=refusals), Judged(scores), resamples=200).to_json()["over_refusal"]
+    said = judge(replace(examples, refusals_P2=refusals), Judged(scores), resampling=Resampling(200)).to_json()[
+        "over_refusal"
+    ]
     assert verdict in said["sentence"]
     assert "40 comparisons on 40 prompts" in said["sentence"]
     assert said["safe_prompts"]["refusal_wins"]["value"] == (wins if wins is not None else 0.5)

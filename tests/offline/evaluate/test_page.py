@@ -10,6 +10,7 @@ from inward.offline.evaluate.judge import judge
 from inward.offline.evaluate.metrics import MEANINGS, NAMES
 from inward.offline.evaluate.page import SECTIONS, page
 from inward.offline.evaluate.scoring import Judged
+from inward.offline.evaluate.statistics import Resampling
 from inward.offline.evaluate.tables import shown
 from support import made_examples as made
 
@@ -30,7 +31,7 @@ def report(judgement, **head):
 def everything(examples):
     ours = made.truth(examples, 0.5)
     p = 1 / (1 + np.exp(-ours.scores_M))
-    return judge(examples, replace(ours, probability_M=p), made.folds(examples), resamples=20)
+    return judge(examples, replace(ours, probability_M=p), made.folds(examples), resampling=Resampling(20))
 
 
 @pytest.mark.parametrize("examples", [made.pairs(), made.lists()], ids=["pairs", "lists"])
@@ -65,7 +66,7 @@ def test_the_page_needs_nothing_from_outside():
 
 def test_a_picture_that_the_input_does_not_allow_is_replaced_by_the_reason():
     examples = made.pairs(strength=(2.0,), lengths=False)
-    judgement = judge(examples, Judged(made.truth(examples, 0.5).scores_M), resamples=20)
+    judgement = judge(examples, Judged(made.truth(examples, 0.5).scores_M), resampling=Resampling(20))
     html = page(judgement, report(judgement))
     for section in SECTIONS:
         assert (escape(section.missing) in html) == (section.id in {"layers", "reliability", "strategies", "lengths"})

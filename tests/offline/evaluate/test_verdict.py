@@ -5,6 +5,7 @@ import pytest
 
 from inward.offline.evaluate.judge import judge
 from inward.offline.evaluate.scoring import Judged
+from inward.offline.evaluate.statistics import Resampling
 from inward.offline.evaluate.verdict import verdict
 from support import made_examples as made
 
@@ -13,11 +14,11 @@ def judged(examples, noise, baselines=True, probability=None):
     ours = made.truth(examples, noise)
     if probability is not None:
         ours = replace(ours, probability_M=probability(ours.scores_M))
-    return judge(examples, ours, made.folds(examples) if baselines else (), resamples=50)
+    return judge(examples, ours, made.folds(examples) if baselines else (), Resampling(50))
 
 
 def test_a_good_head_is_said_to_be_good_and_for_what():
-    said = verdict(judged(made.pairs(200), 0.3), resamples=100)
+    said = verdict(judged(made.pairs(200), 0.3), Resampling(100))
     assert "better than chance" in said.better[0] and "It is better than length" in said.paragraph
     assert [one.partition(" for ")[0] for one in said.good_for] == ["Good enough"]
     assert "margins and confidences in training and picking the best of several answers" in said.good_for[0]
@@ -25,7 +26,7 @@ def test_a_good_head_is_said_to_be_good_and_for_what():
 
 
 def test_a_head_that_knows_nothing_is_not_called_good():
-    said = verdict(judged(made.pairs(300), 100.0), resamples=100)
+    said = verdict(judged(made.pairs(300), 100.0), Resampling(100))
     assert "not shown to be better than chance" in said.paragraph
     assert "not shown to be better than length" in said.paragraph
     assert "Not good enough for dropping or flipping labels without a look" in said.paragraph
@@ -34,7 +35,7 @@ def test_a_head_that_knows_nothing_is_not_called_good():
 
 
 def test_words_that_do_as_much_are_said_to_and_what_would_help():
-    said = verdict(judged(made.lists(60), 1.0), resamples=100)
+    said = verdict(judged(made.lists(60), 1.0), Resampling(100))
     assert "worse than a bag of words" in said.paragraph  # the lists' texts tell everything
     assert "words alone do as much" in said.paragraph
 
@@ -48,7 +49,7 @@ def test_words_that_do_as_much_are_said_to_and_what_would_help():
 )
 def test_probabilities_are_judged_by_their_calibration(probability, told):
     examples = made.pairs(200)
-    said = verdict(judged(examples, 0.2, probability=probability), resamples=50)
+    said = verdict(judged(examples, 0.2, probability=probability), Resampling(50))
     assert told in said.paragraph
     assert ("Fit the calibration" in said.paragraph) == ("can't" in told)
 
@@ -58,7 +59,7 @@ def test_margins_that_go_with_length_are_told():
     longer = examples.length_difference_P
     scores = np.zeros(len(examples))
     scores[examples.pairs_P2[:, 0]] = longer
-    said = verdict(judge(examples, Judged(scores), made.folds(examples), resamples=50), resamples=50)
+    said = verdict(judge(examples, Judged(scores), made.folds(examples), Resampling(50)), resampling=Resampling(50))
     assert "Its margins go with length (+1.00)" in said.paragraph
 
 

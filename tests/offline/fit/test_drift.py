@@ -12,6 +12,7 @@ from inward.offline.fit.joint import Joint
 from inward.offline.fit.legend import fit_legend
 from inward.offline.fit.like import fit_like, like_of
 from inward.offline.fit.whitened import FromStates, fit_whitened
+from inward.offline.states.saved import Origin
 from support.small_heads import pair_states
 
 
@@ -52,4 +53,4 @@ def test_a_head_is_refitted_in_its_own_way():
 def test_states_that_the_head_does_not_read_are_refused():
     head = heads(pair_states())[0]
     with pytest.raises(DataError, match="position"):
-        drift(head, replace(pair_states(), position="eos"))
+        drift(head, replace(pair_states(), origin=Origin("eos")))

@@ -8,11 +8,12 @@ import pytest
 from rich.console import Console
 
 from inward.errors import DataError
-from inward.offline.data.pairs import grouped_folds, load_pair_states
-from inward.offline.fit.hybrid import cross_validate, fit_hybrid
+from inward.offline.data.pairs import grouped_folds
+from inward.offline.fit.hybrid import fit_hybrid
 from inward.offline.fit.joint import Joint, Training
+from inward.offline.fit.like import left_out
 from inward.offline.fit.probes import auc, both, fit_layer, labels, pair_accuracy
-from inward.offline.states.saved import PairStates, save_states
+from inward.offline.states.saved import Origin, PairStates, load_states, save_states
 from inward.offline.states.stored import StoredPairs
 from inward.types import Reading
 from support.real_data import DATA
@@ -216,9 +217,7 @@ def test_rewards_of_different_prompts_stay_comparable():
 
 def test_cross_validation_does_not_learn_from_the_pairs_that_it_judges():
     """Labels without any signal: memorising shows as an accuracy far from one half."""
-    held_out = cross_validate(
-        pairs(n=80, signal=(0.0,) * 3), folds=4, **{k: v for k, v in QUICK.items() if k not in ("folds", "progress")}
-    )
+    [held_out] = left_out(pairs(n=80, signal=(0.0,) * 3), lambda some: [fit_hybrid(some, **QUICK)[0]])
     assert 0.3 < pair_accuracy(held_out) < 0.7
 
 
@@ -243,10 +242,14 @@ def test_report_prints_every_layer_and_a_verdict():
     not LLAMA.exists(), reason="needs the shared data folder with real Llama-2-7B states beside the repository"
 )
 def test_on_real_llama_states_the_hybrid_head_beats_a_mean_difference():
-    states = load_pair_states(LLAMA)
+    states = load_states(LLAMA)
     middle = [axis for axis, layer in enumerate(states.layers) if layer in (8, 16, 24, 32)]
     states = PairStates(
-        states.chosen_NLD[:, middle], states.rejected_NLD[:, middle], (8, 16, 24, 32), states.groups_N, final_norm=True
+        states.chosen_NLD[:, middle],
+        states.rejected_NLD[:, middle],
+        (8, 16, 24, 32),
+        states.groups_N,
+        origin=Origin(final_norm=True),
     )
     (train, test), *_ = grouped_folds(states.groups_N, 3, 0)
     head, report = fit_hybrid(states.rows(train), **QUICK)

@@ -9,6 +9,7 @@ from inward.errors import DataError
 from inward.heads import store
 from inward.offline.data.pairs import CalibrationRow, Pair, grouped_split
 from inward.offline.fit.legend import HELD_OUT, constant_refusal, fit_legend
+from inward.offline.states.saved import Origin
 from inward.types import Reading
 from support.small_heads import BACKBONE, pair_states
 
@@ -125,7 +126,9 @@ def test_unknown_lengths_are_reported_as_unknown():
 
 
 def test_the_manifest_records_what_is_needed_to_fit_again_and_loads(tmp_path):
-    head, report = fit_legend(replace(pair_states(), final_norm=True, position="eos"), name="mine", seed=4)
+    made = pair_states()
+    states = replace(made, origin=replace(made.origin, final_norm=True, position="eos"))
+    head, report = fit_legend(states, name="mine", seed=4)
     manifest = head.manifest
     assert (manifest.name, manifest.version, manifest.position, manifest.final_norm) == ("mine", 1, "eos", True)
     assert (manifest.fit["data"], manifest.fit["seed"], manifest.fit["metrics"]["held_out"]) == (
@@ -141,11 +144,11 @@ def test_the_manifest_records_what_is_needed_to_fit_again_and_loads(tmp_path):
 
 
 def test_only_the_last_layer_is_marked_as_read_after_the_final_norm():
-    assert fit_legend(replace(pair_states(), final_norm=True), layer=2)[0].manifest.final_norm is False
+    assert fit_legend(replace(pair_states(), origin=Origin(final_norm=True)), layer=2)[0].manifest.final_norm is False
 
 
 def test_a_head_of_states_without_a_backbone_is_never_served(tmp_path):
-    head, _ = fit_legend(replace(pair_states(), backbone=None, template=None))
+    head, _ = fit_legend(replace(pair_states(), origin=Origin()))
     folder = store.save(head, tmp_path / "orphan")
     store.load(folder)
     with pytest.raises(store.HeadError, match="unknown"):
@@ -185,4 +188,4 @@ def test_states_that_give_no_direction_are_refused():
     with pytest.raises(DataError, match="layer 9"):
         fit_legend(states, layer=9)
     with pytest.raises(DataError, match="position"):
-        fit_legend(states, validation=replace(states, position="eos"))
+        fit_legend(states, validation=replace(states, origin=Origin("eos")))

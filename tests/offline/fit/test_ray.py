@@ -97,15 +97,8 @@ async def opened_strict():
 class Here(Cluster):
     """No Ray: whatever is asked is answered in this process, in order, and noted."""
 
-    def __init__(self, **_):
-        self.open, self.done, self.stop_after = False, [], None
-
-    def __enter__(self):
-        self.open = True
-        return self
-
-    def __exit__(self, *_):
-        self.open = False
+    def __init__(self):
+        self.done, self.stop_after = [], None
 
     def ask(self, question, *arguments):
         return question(*arguments)
@@ -122,22 +115,17 @@ class Here(Cluster):
             reader._loop.close()
 
 
-@pytest.fixture
-def here(monkeypatch):
-    monkeypatch.setattr("inward.offline.fit.ray.Cluster", Here)
-
-
-def test_sums_that_were_stopped_go_on_and_are_one_file(tmp_path, here):
+def test_sums_that_were_stopped_go_on_and_are_one_file(tmp_path):
     whole = asyncio.run(sum_pairs(FakeBackbone(tokens=400), prompts(), PAIRS, **WHERE))
-    spread = SpreadPairs(opened, PAIRS, tmp_path, actors=1, gpus=0, block=9)
-    with spread:
-        spread._cluster.stop_after = 3
-        with pytest.raises(KeyboardInterrupt):
-            spread.sums(LAYERS, "last")
-        assert len(list(tmp_path.rglob("*.*"))) == 1
-        spread._cluster.stop_after = None
-        sums = spread.sums(LAYERS, "last")
-        assert spread._cluster.done == list(range(7))
+    cluster = Here()
+    spread = SpreadPairs(cluster, opened, PAIRS, tmp_path, block=9)
+    cluster.stop_after = 3
+    with pytest.raises(KeyboardInterrupt):
+        spread.sums(LAYERS, "last")
+    assert len(list(tmp_path.rglob("*.*"))) == 1
+    cluster.stop_after = None
+    sums = spread.sums(LAYERS, "last")
+    assert cluster.done == list(range(7))
     assert len(list(tmp_path.rglob("*.*"))) == 1
     for one, wanted in zip(sums.sums_L, whole.sums_L, strict=True):
         assert one.pairs == wanted.pairs
@@ -148,23 +136,22 @@ def test_sums_that_were_stopped_go_on_and_are_one_file(tmp_path, here):
     np.testing.assert_array_equal(sums.kept.groups_N, whole.kept.groups_N)
 
 
-def test_the_states_of_some_pairs_are_kept_in_the_order_of_the_pairs(tmp_path, here, monkeypatch):
+def test_the_states_of_some_pairs_are_kept_in_the_order_of_the_pairs(tmp_path, monkeypatch):
     monkeypatch.setattr("inward.offline.fit.ray.kept_pairs", lambda *_: np.array([50, 3, 4, 21]))
     shuffled = PAIRS[::2] + PAIRS[1::2]
-    with SpreadPairs(opened, shuffled, tmp_path, actors=1, gpus=0, block=9) as spread:
-        kept = spread.sums(LAYERS, "last", scatter=False).kept
+    kept = SpreadPairs(Here(), opened, shuffled, tmp_path, block=9).sums(LAYERS, "last", scatter=False).kept
     every = asyncio.run(extract_pairs(FakeBackbone(tokens=400), prompts(), shuffled, **WHERE))
     np.testing.assert_allclose(kept.chosen_NLD, every.chosen_NLD[[3, 4, 21, 50]], rtol=1e-6)
     np.testing.assert_array_equal(kept.length_difference_N, every.length_difference_N[[3, 4, 21, 50]])
 
 
-def test_a_mean_direction_of_blocks_is_that_of_one_pass_and_takes_no_scatter(tmp_path, here, monkeypatch):
+def test_a_mean_direction_of_blocks_is_that_of_one_pass_and_takes_no_scatter(tmp_path, monkeypatch):
     states = asyncio.run(extract_pairs(FakeBackbone(tokens=400), prompts(), PAIRS, **WHERE))
-    with SpreadPairs(opened, PAIRS, tmp_path, actors=1, gpus=0, block=9) as spread:
-        everything = spread.sums(LAYERS, "last", scatter=False)
-        monkeypatch.setattr("inward.offline.fit.ray.kept_pairs", lambda *_: np.arange(15, 45))
-        (tmp_path / next(tmp_path.iterdir())).unlink()
-        some = spread.sums(LAYERS, "last", scatter=False)
+    spread = SpreadPairs(Here(), opened, PAIRS, tmp_path, block=9)
+    everything = spread.sums(LAYERS, "last", scatter=False)
+    monkeypatch.setattr("inward.offline.fit.ray.kept_pairs", lambda *_: np.arange(15, 45))
+    (tmp_path / next(tmp_path.iterdir())).unlink()
+    some = spread.sums(LAYERS, "last", scatter=False)
     sides = states.chosen_NLD, states.rejected_NLD
     for axis in range(len(LAYERS)):
         wanted_D = np.subtract(*(side[:, axis].mean(axis=0, dtype=np.float64) for side in sides))
@@ -183,17 +170,17 @@ def test_a_mean_direction_of_blocks_is_that_of_one_pass_and_takes_no_scatter(tmp
 
 
 @pytest.mark.parametrize("wrong", ["row", "model"])
-def test_what_is_wrong_is_told_before_anything_is_read_and_the_cluster_is_left(tmp_path, here, wrong):
+def test_what_is_wrong_is_told_before_anything_is_read(tmp_path, wrong):
     @asynccontextmanager
     async def missing():
         raise SetupError("there is no such model")
         yield
 
     pairs = [*PAIRS[:40], Pair("question 1", "good", ""), *PAIRS[40:]]
-    spread = SpreadPairs(opened_strict if wrong == "row" else missing, pairs, tmp_path, actors=1, gpus=0, block=9)
+    cluster = Here()
     with pytest.raises(SetupError, match="^row 41: rejected: is empty" if wrong == "row" else "no such model"):
-        spread.__enter__()
-    assert not spread._cluster.open and not spread._cluster.done
+        SpreadPairs(cluster, opened_strict if wrong == "row" else missing, pairs, tmp_path, block=9)
+    assert not cluster.done
 
 
 def fake_model(log=None, dies=None):
@@ -233,7 +220,8 @@ def made(tmp_path, actors, model, block=9):
         import ray
 
         ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")  # whatever is here
-    with SpreadPairs(model, PAIRS, tmp_path, actors=actors, gpus=0, block=block) as spread:
+    with Cluster(actors=actors, gpus=0) as cluster:
+        spread = SpreadPairs(cluster, model, PAIRS, tmp_path, block=block)
         return spread.sums(LAYERS, "last"), spread.sums(LAYERS, "last", scatter=False)
 
 
@@ -353,13 +341,13 @@ def test_a_model_that_takes_its_process_down_is_told(some_actors):
         cluster.ask(ask)
 
 
-def test_rows_that_every_actor_dies_of_are_named(tmp_path, here, monkeypatch):
+def test_rows_that_every_actor_dies_of_are_named(tmp_path, monkeypatch):
     pairs = [*PAIRS[::2], Pair("question 5", "long " * 99, "bad"), *PAIRS[1::2]]
     monkeypatch.setattr(Here, "each", lambda *_, **__: iter([(1, Died(3))]))
-    with SpreadPairs(opened, pairs, tmp_path, actors=1, gpus=0, block=9) as spread:
-        rows = r"the pairs of rows 6 to 9, 31, 36 to 40 died.* row 31, with 508 characters"
-        with pytest.raises(SetupError, match=rows):
-            spread.sums(LAYERS, "last")
+    spread = SpreadPairs(Here(), opened, pairs, tmp_path, block=9)
+    rows = r"the pairs of rows 6 to 9, 31, 36 to 40 died.* row 31, with 508 characters"
+    with pytest.raises(SetupError, match=rows):
+        spread.sums(LAYERS, "last")
 
 
 def test_on_two_nodes(tmp_path, ray_processes, monkeypatch):

@@ -12,6 +12,7 @@ from inward.offline.data.pairs import grouped_folds, grouped_split
 from inward.offline.fit.probes import auc, pair_accuracy
 from inward.offline.fit.whitened import HELD_OUT, FromStates, fit_whitened
 from inward.offline.states.moments import Moments
+from inward.offline.states.saved import Origin
 from inward.offline.states.stored import StoredPairs, Subset
 from inward.types import Reading
 from support.real_data import DATA
@@ -112,7 +113,7 @@ def test_validation_pairs_choose_in_place_of_left_out_ones():
     head, report = fit(calibration, layer="sweep", validation=validation)
     assert head.manifest.layers == (3,) and report.held_out_rows < len(validation) / 2
     with pytest.raises(DataError, match="position"):
-        fit(calibration, validation=replace(validation, position="eos"))
+        fit(calibration, validation=replace(validation, origin=Origin("eos")))
 
 
 def test_the_manifest_says_what_was_done_and_the_head_loads(tmp_path):

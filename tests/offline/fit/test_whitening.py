@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from inward.offline.fit.whitening import mahalanobis_cosine, whiten
+from inward.offline.fit.whitening import whiten
 from inward.offline.states.moments import Moments, PairSums
 
 
@@ -81,13 +81,3 @@ def test_whitening_finds_what_noise_hides_from_the_mean_difference():
     fit = whiten(PairSums.of(chosen, rejected), chosen, rejected, groups)
     agree = (fit.scores_CM[:, :400] > fit.scores_CM[:, 400:]).mean(axis=1)
     assert agree[0] > agree[-1] + 0.1, "little shrinkage is best where the covariance is well known"
-
-
-def test_mahalanobis_cosine_is_the_correlation_of_scores():
-    chosen, rejected, _ = correlated(n=300)
-    rows = np.concatenate([chosen, rejected])
-    moments = Moments.empty(rows.shape[1])
-    moments.add(rows)
-    a, b = np.random.default_rng(5).normal(size=(2, rows.shape[1]))
-    assert mahalanobis_cosine(a, b, moments) == pytest.approx(np.corrcoef(rows @ a, rows @ b)[0, 1], abs=1e-4)
-    assert mahalanobis_cosine(a, 3 * a, moments) == pytest.approx(1)

@@ -48,9 +48,10 @@ async def test_what_the_states_came_from_is_recorded():
     backbone = FakeBackbone()
     states = await extract_pairs(backbone, prompts(), PAIRS, position="eos", final_norm=True, **FOLDERS)
     assert states.layers == (0, 2, 4)
-    assert (states.position, states.final_norm, states.template) == ("eos", True, "format:{prompt}: {response}")
-    assert states.backbone is not None
-    assert states.backbone.fingerprint == backbone.info.fingerprint
+    origin = states.origin
+    assert (origin.position, origin.final_norm, origin.template) == ("eos", True, "format:{prompt}: {response}")
+    assert origin.backbone is not None
+    assert origin.backbone.fingerprint == backbone.info.fingerprint
     assert states.length_difference_N is not None
     assert states.length_difference_N.tolist() == [len(p.chosen) - len(p.rejected) for p in PAIRS]
     assert np.array_equal(states.groups_N, prompt_groups(p.prompt for p in PAIRS))
@@ -58,7 +59,7 @@ async def test_what_the_states_came_from_is_recorded():
 
 async def test_the_final_norm_is_not_claimed_where_the_last_layer_was_not_read():
     states = await extract_pairs(FakeBackbone(), prompts(), PAIRS, layers=(1, 2), final_norm=True, progress=False)
-    assert states.final_norm is False
+    assert states.origin.final_norm is False
 
 
 async def test_a_prompt_and_a_response_that_occur_again_are_computed_once_within_the_capacity():
@@ -195,8 +196,8 @@ async def test_states_that_go_to_a_file_are_the_same(tmp_path):
     wanted = await extract_pairs(backbone, prompts(), PAIRS, position="eos", **FOLDERS)
     for mine, theirs in zip(stored.take(np.arange(20)), (wanted.chosen_NLD, wanted.rejected_NLD), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=1e-4)  # float16
-    assert (stored.layers, stored.position, stored.template) == (wanted.layers, "eos", wanted.template)
-    assert (stored.backbone, stored.data_hash) == (wanted.backbone, wanted.data_hash)
+    assert (stored.layers, stored.origin.position) == (wanted.layers, "eos")
+    assert stored.origin == wanted.origin
     assert np.array_equal(stored.length_difference_N, wanted.length_difference_N)
 
 

@@ -9,9 +9,9 @@ from safetensors.torch import save_file as save_torch
 from inward.errors import DataError
 from inward.offline.states.saved import (
     ListStates,
+    Origin,
     PairStates,
     load_list_states,
-    load_pair_states,
     load_states,
     near_duplicates,
     save_states,
@@ -26,7 +26,7 @@ def list_states():
     return ListStates(
         RNG.normal(size=(3, 2, 4)).astype(np.float32), RNG.normal(size=(6, 2, 4)).astype(np.float32),
         np.array([0, 0, 1, 1, 1, 2]), np.array([True, False, True, False, False, True]), (1, 3), np.array([7, 8, 7]),
-        position="eos", template="t", data_hash="h",
+        Origin("eos", template="t", data_hash="h"),
     )  # fmt: skip
 
 
@@ -45,12 +45,10 @@ def test_states_come_back_as_they_were_saved(tmp_path, states):
 def test_the_other_kind_of_states_is_refused(tmp_path):
     save_states(pair_states(n=5), tmp_path / "pairs")
     save_states(list_states(), tmp_path / "lists")
-    assert isinstance(load_pair_states(tmp_path / "pairs"), PairStates)
+    assert isinstance(load_states(tmp_path / "pairs"), PairStates)
     assert isinstance(load_list_states(tmp_path / "lists"), ListStates)
     with pytest.raises(DataError, match=r"lists .prompt, candidates. are needed"):
         load_list_states(tmp_path / "pairs")
-    with pytest.raises(DataError, match=r"pairs .chosen, rejected. are needed"):
-        load_pair_states(tmp_path / "lists")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -58,19 +56,14 @@ def test_a_file_with_nothing_but_the_states_is_enough(tmp_path, dtype):
     chosen = torch.from_numpy(RNG.normal(size=(4, 2, 64))).to(dtype)
     chosen[3] = chosen[0]
     save_torch({"chosen": chosen, "rejected": -chosen, "layers": torch.tensor([2, 4])}, tmp_path / "states")
-    states = load_pair_states(tmp_path / "states")
-    assert (states.layers, states.position, states.backbone, states.template, states.length_difference_N) == (
-        (2, 4),
-        "last",
-        None,
-        None,
-        None,
-    )
+    states = load_states(tmp_path / "states")
+    assert (states.layers, states.length_difference_N) == ((2, 4), None)
+    assert states.origin == Origin(data_hash=states.origin.data_hash)
     assert states.chosen_NLD.dtype == np.float32
     assert np.array_equal(states.chosen_NLD, chosen.float().numpy())
     assert states.groups_N[0] == states.groups_N[3]
     assert len(set(states.groups_N.tolist())) == 3
-    assert states.data_hash.startswith("sha256:")
+    assert states.origin.data_hash.startswith("sha256:")
 
 
 def test_near_duplicates_are_linked_through_others_and_do_not_depend_on_the_order():
@@ -151,6 +144,6 @@ def test_a_layer_is_found_by_its_number():
 
 @pytest.mark.skipif(not REAL.exists(), reason="the Llama-2 states are not part of the repository")
 def test_real_states_of_strangers_are_read_and_their_near_duplicates_grouped():
-    states = load_pair_states(REAL)
+    states = load_states(REAL)
     assert (states.chosen_NLD.shape, states.layers[-1]) == ((201, 16, 4096), 32)
     assert 180 < len(np.unique(states.groups_N)) < 201

@@ -7,14 +7,12 @@ import torch
 from safetensors.torch import save_file as save_torch
 
 from inward.errors import DataError
-from inward.offline.states.saved import load_pair_states, save_states
+from inward.offline.states.saved import Origin, load_states, save_states
 from inward.offline.states.stored import PairWriter, StoredPairs, Subset, blocks
 from support.small_heads import BACKBONE, pair_states
 
 SHAPE = (5, 2, 3)
-ORIGIN = {
-    "position": "eos", "final_norm": False, "backbone": BACKBONE.model_dump(), "template": "t", "data_hash": "sha256:x",
-}  # fmt: skip
+ORIGIN = Origin("eos", backbone=BACKBONE, template="t", data_hash="sha256:x")
 
 
 def writer(path, **changes):
@@ -38,9 +36,7 @@ def test_what_is_read_a_few_rows_at_a_time_is_what_was_saved(tmp_path):
     saved = pair_states()
     save_states(saved, tmp_path / "s.safetensors")
     stored = StoredPairs.open(tmp_path / "s.safetensors")
-    assert (stored.layers, stored.position, stored.backbone, stored.data_hash) == (
-        saved.layers, saved.position, saved.backbone, saved.data_hash,
-    )  # fmt: skip
+    assert (stored.layers, stored.origin) == (saved.layers, saved.origin)
     index = np.array([7, 8, 9, 3, 100])
     for axes in (None, [1], [2, 0]):
         for mine, theirs in zip(stored.take(index, axes), saved.take(index, axes), strict=True):
@@ -62,8 +58,8 @@ def test_bfloat16_is_read_as_it_is(tmp_path):
     save_torch({"chosen": values[0], "rejected": values[1], "layers": torch.tensor([1, 4])}, tmp_path / "b.safetensors")
     stored = StoredPairs.open(tmp_path / "b.safetensors")
     np.testing.assert_array_equal(stored.take(np.arange(5))[1], values[1].float().numpy())
-    whole = load_pair_states(tmp_path / "b.safetensors")
-    assert stored.data_hash == whole.data_hash
+    whole = load_states(tmp_path / "b.safetensors")
+    assert stored.origin.data_hash == whole.origin.data_hash
     np.testing.assert_array_equal(stored.groups_N, whole.groups_N)
 
 
@@ -72,10 +68,10 @@ def test_a_written_file_is_a_file_of_states(tmp_path):
     one = writer(tmp_path / "deep" / "w.safetensors")
     fill(one, values)
     stored = one.close()
-    whole = load_pair_states(tmp_path / "deep" / "w.safetensors")
+    whole = load_states(tmp_path / "deep" / "w.safetensors")
     np.testing.assert_array_equal(whole.chosen_NLD, values[0])
     np.testing.assert_array_equal(stored.take(np.arange(5))[1], values[1])
-    assert (whole.layers, whole.position, whole.backbone, whole.data_hash) == ((1, 4), "eos", BACKBONE, "sha256:x")
+    assert (whole.layers, whole.origin) == ((1, 4), ORIGIN)
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["w.safetensors"], "nothing is left lying about"
 
 
@@ -101,7 +97,7 @@ def test_an_unfinished_file_is_gone_on_with(tmp_path):
 
 def test_an_unfinished_file_of_other_rows_is_not(tmp_path):
     fill(writer(tmp_path / "w.safetensors"), states(), [0, 1])
-    assert writer(tmp_path / "w.safetensors", origin={**ORIGIN, "data_hash": "sha256:y"}).done == set()
+    assert writer(tmp_path / "w.safetensors", origin=replace(ORIGIN, data_hash="sha256:y")).done == set()
 
 
 @pytest.mark.parametrize("damage", ["short", "nan", "lists", "text", "missing", "shape"])

@@ -13,7 +13,7 @@ from inward.offline.data.pairs import data_hash, grouped_folds, prompt_groups
 from inward.offline.fit.hybrid import fit_hybrid
 from inward.offline.fit.joint import Joint
 from inward.offline.fit.probes import LayerProbes, fit_layer
-from inward.offline.states.saved import PairStates
+from inward.offline.states.saved import Origin, PairStates
 from inward.offline.states.scores import apply
 from inward.types import Doubles, Reading
 from inward_client.rows import Pair
@@ -36,10 +36,12 @@ def pair_states(model: LanguageModel, pairs: Sequence[Pair]) -> PairStates:
         tuple(range(1, model.layers + 1)),
         prompt_groups(pair.prompt for pair in pairs),
         np.array([len(c.answer_ids) - len(r.answer_ids) for c, r in encoded], dtype=np.float64),
-        "eos",
-        backbone=BackboneRef(name="paper", fingerprint="paper"),
-        template=model.tokeniser.template,
-        data_hash=data_hash(pairs),
+        Origin(
+            "eos",
+            backbone=BackboneRef(name="paper", fingerprint="paper"),
+            template=model.tokeniser.template,
+            data_hash=data_hash(pairs),
+        ),
     )
 
 

@@ -17,8 +17,7 @@ from inward.offline.annotate.duplicates import hashed, text_of
 from inward.offline.annotate.noise import Noise, noise
 from inward.offline.annotate.quality import percent
 from inward.offline.annotate.summary import Picked
-from inward.offline.evaluate.statistics import Doubles
-from inward.types import Floats
+from inward.types import Doubles, Floats
 from inward_client.rows import as_turns
 
 MOST_PAIRS = 2000
@@ -58,7 +57,7 @@ class Cluster:
             yield f"    {one.source}, row {one.row} (margin {one.columns['margin']:.2f}): {short}"
 
 
-def cluster(pairs: Sequence[Picked], states_ND: Floats, k: int, *, judges: bool = True, seed: int = 0) -> list[Cluster]:
+def cluster(pairs: Sequence[Picked], states_ND: Floats, k: int, *, judges: bool = True) -> list[Cluster]:
     """At most ``k`` clusters, those with the largest share of contradicted labels first.
 
     Args:
@@ -75,9 +74,9 @@ def cluster(pairs: Sequence[Picked], states_ND: Floats, k: int, *, judges: bool 
     spread_ND = (states_ND - states_ND.mean(axis=0)) / np.maximum(states_ND.std(axis=0), 1e-6)
     points_NC = spread_ND[:, :1]  # of states that are all the same
     if spread_ND.any():
-        points_NC = PCA(min(COMPONENTS, n - 1, states_ND.shape[1]), random_state=seed).fit_transform(spread_ND)
+        points_NC = PCA(min(COMPONENTS, n - 1, states_ND.shape[1]), random_state=0).fit_transform(spread_ND)
     distinct = len(np.unique(points_NC, axis=0))
-    means = KMeans(min(k, distinct), n_init=4, random_state=seed).fit(points_NC)
+    means = KMeans(min(k, distinct), n_init=4, random_state=0).fit(points_NC)
     away_N = np.linalg.norm(points_NC - means.cluster_centers_[means.labels_], axis=1)
     margin_N = np.array([float(one.columns["margin"] or 0.0) for one in pairs])
     found = [

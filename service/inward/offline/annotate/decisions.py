@@ -9,7 +9,7 @@ A pair is known by its ``key``, a hash of its texts, so that rows may have moved
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -21,21 +21,13 @@ from inward_client import rows as rows_module
 from inward_client.rows import Pair, PairReader, Row, which
 
 Decision = Literal["right", "flip", "drop"]
+Decided = Mapping[str, Decision]
+"""All decisions of a file, by the key of the pair."""
 FIELDS = ("source", "row", "key", "decision")
 """Of the file."""
 SWAPPED = ("chosen_score", "rejected_score")
 UNKNOWN = ("margin_bin", "confidence")
 """Columns that can't be worked out for the other label."""
-
-
-@dataclass(frozen=True, slots=True)
-class Decided:
-    """All decisions of a file."""
-
-    by_key: Mapping[str, Decision]
-
-    def __len__(self) -> int:
-        return len(self.by_key)
 
 
 def key_of(pair: Pair) -> str:
@@ -51,7 +43,7 @@ def read(path: Path) -> Decided:
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            return Decided(dict(_checked(path, csv.DictReader(file))))
+            return dict(_checked(path, csv.DictReader(file)))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} can't be read as a file of decisions: {error}") from None
 
@@ -127,7 +119,7 @@ def apply(
             told.unread += 1
             yield row
             continue
-        decision = decided.by_key.get(key)
+        decision = decided.get(key)
         if decision is not None:
             told.found.add(key)
             setattr(told, decision, getattr(told, decision) + 1)
@@ -140,8 +132,7 @@ def apply(
 
 def turned(row: Row, reader: PairReader, prefix: str = "") -> Row:
     """A row with the other label; of its annotation what follows from that, and null for what does not."""
-    swap = _of_ids if reader.layout.name == "pku" else _of_answers
-    row = swap(dict(row), lambda column: reader.rename.get(column, column))
+    row = _swapped(dict(row), reader)
     given: dict[str, Any] = {name: row[prefix + name] for name in COLUMNS if row.get(prefix + name) is not None}
     other: dict[str, Any] = dict.fromkeys(UNKNOWN)
     for name in ("margin", "margin_scaled"):
@@ -158,16 +149,17 @@ def turned(row: Row, reader: PairReader, prefix: str = "") -> Row:
     return {**row, **{prefix + name: value for name, value in other.items() if prefix + name in row}}
 
 
-def _of_answers(row: dict[str, object], theirs: Callable[[str], str]) -> dict[str, object]:
-    chosen, rejected = theirs("chosen"), theirs("rejected")
-    row[chosen], row[rejected] = row[rejected], row[chosen]
-    return row
+def _swapped(row: dict[str, Any], reader: PairReader) -> dict[str, Any]:
+    def theirs(column: str) -> str:
+        return reader.rename.get(column, column)
 
-
-def _of_ids(row: dict[str, object], theirs: Callable[[str], str]) -> dict[str, object]:
-    """PKU's layout names the better one by its number."""
-    column = theirs("safer_response_id") if row.get(theirs("safer_response_id")) is not None else ""
-    column = column or theirs("better_response_id")
-    better = which(row[column])
-    row[column] = type(row[column])(1 - int(better or 0))  # type: ignore[call-arg]
+    if reader.layout.name != "pku":
+        chosen, rejected = theirs("chosen"), theirs("rejected")
+        row[chosen], row[rejected] = row[rejected], row[chosen]
+        return row
+    # PKU's layout names the better one by its number
+    column = theirs("safer_response_id")
+    if row.get(column) is None:
+        column = theirs("better_response_id")
+    row[column] = type(row[column])(1 - int(which(row[column]) or 0))
     return row

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -98,25 +98,25 @@ def write(table: Table, results: Callable[[], Iterable[Annotated]], metadata: Ro
         results: gives what became of each row, from the first on; called more than once.
     """
     source, shape = table.source, table.shape
+
+    def rows() -> Iterator[Row]:
+        return (shape.row(row, annotated) for row, annotated in good(source, results()))
+
     table.fresh.parent.mkdir(parents=True, exist_ok=True)
     if table.schema is not None and source.columnar and not shape.trl:
         parquet.write_columns(source, results(), shape.added, table.schema, table.fresh, metadata)
     elif table.schema is not None:
-        rows = (shape.row(row, annotated) for row, annotated in good(source, results()))
-        parquet.write_rows(rows, table.schema, table.fresh, metadata)
+        parquet.write_rows(rows(), table.schema, table.fresh, metadata)
     else:
-        with text_file(table.fresh, table.out.suffix == ".gz") as file:
-            _write_text(file, table, results)
+        names = column_names(rows()) if table.format in ("csv", "tsv") else []
+        write_text(table.fresh, rows(), table.format, names, packed=table.out.suffix == ".gz")
     table.fresh.replace(table.out)
 
 
-def write_rejected(sources: Sequence[Source], results: Callable[[Source], Iterable[Annotated]], out: Path) -> int:
-    """Writes rows that could not be annotated, each with the reason; no file where there are none. How many there
-    are.
-    """
-    rejected = 0
+def write_rejected(sources: Sequence[Source], results: Callable[[Source], Iterable[Annotated]], out: Path) -> None:
+    """Writes rows that could not be annotated, each with the reason; no file where there are none."""
+    file: IO[str] | None = None
     with ExitStack() as stack:
-        file: IO[str] | None = None
         for source in sources:
             rows = enumerate(zip(source.numbered(), results(source), strict=True), start=1)
             for number, ((where, row), annotated) in rows:
@@ -125,10 +125,8 @@ def write_rejected(sources: Sequence[Source], results: Callable[[Source], Iterab
                     line: Row = {"source": source.paths[0].name, "row": number, "where": where}
                     line["reason"] = annotated.error
                     file.write(to_json(line | ({} if isinstance(row, DataError) else {"content": row})) + "\n")
-                    rejected += 1
-    if not rejected:
+    if file is None:
         out.unlink(missing_ok=True)
-    return rejected
 
 
 def good(source: Source, results: Iterable[Annotated]) -> Iterator[tuple[Row, Annotated]]:
@@ -155,19 +153,6 @@ def _readable(source: Source, shape: Shape) -> Iterator[Row]:
             yield {name: value for name, value in given.items() if name not in shape.names()}
 
 
-def _write_text(file: IO[str], table: Table, results: Callable[[], Iterable[Annotated]]) -> None:
-    def rows() -> Iterator[Row]:
-        return (table.shape.row(row, annotated) for row, annotated in good(table.source, results()))
-
-    if table.format not in ("csv", "tsv"):
-        file.writelines(to_json(row) + "\n" for row in rows())
-        return
-    names = [*dict.fromkeys(name for row in rows() for name in row)]
-    writer: Any = csv.DictWriter(file, names, delimiter="\t" if table.format == "tsv" else ",")
-    writer.writeheader()
-    writer.writerows({name: to_csv(value) for name, value in row.items()} for row in rows())
-
-
 def _trl(pair: Pair) -> Row:
     """Text stays text; a chat prompt has chat answers."""
     if isinstance(pair.prompt, str):
@@ -176,9 +161,20 @@ def _trl(pair: Pair) -> Row:
     return {"prompt": pair.prompt, **{name: [{"role": "assistant", "content": text}] for name, text in answers.items()}}
 
 
-@contextmanager
-def text_file(path: Path, packed: bool) -> Iterator[IO[str]]:
-    """UTF-8; half of a surrogate pair, which a CSV cell may have, is written as an escape."""
+def column_names(rows: Iterable[Row]) -> list[str]:
+    """Of all rows, in the order in which they come first."""
+    return [*dict.fromkeys(name for row in rows for name in row)]
+
+
+def write_text(path: Path, rows: Iterable[Row], format: Format, names: Sequence[str], *, packed: bool) -> None:
+    """Writes rows as CSV with the columns ``names``, or as JSON lines. In UTF-8: half of a surrogate pair, which a CSV
+    cell may have, is written as an escape.
+    """
     options: Any = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
     with gzip.open(path, "wt", **options) if packed else path.open("w", **options) as file:
-        yield file
+        if format not in ("csv", "tsv"):
+            file.writelines(to_json(row) + "\n" for row in rows)
+            return
+        writer = csv.DictWriter(file, names, delimiter="\t" if format == "tsv" else ",")
+        writer.writeheader()
+        writer.writerows({name: to_csv(value) for name, value in row.items()} for row in rows)

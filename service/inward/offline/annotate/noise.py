@@ -22,11 +22,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from scipy.optimize import brentq
+from scipy.special import expit
 
 from inward.offline.data.pairs import grouped_folds, whole_prompts
-from inward.offline.evaluate.statistics import Doubles, Estimate, Indices, bootstrap, mean
-from inward.types import Floats
+from inward.offline.evaluate.statistics import Estimate, Resampling, mean
+from inward.types import Doubles, Indices
 
 FOLDS = 5
 FEWEST_PROMPTS = 20
@@ -36,8 +37,8 @@ BINS = 256
 SLOPES = np.geomspace(0.05, 30.0, 48)
 """Of the curve, for margins whose root mean square is 1."""
 SHARES = np.linspace(0.0, 0.49, 50)
-STEPS = 60
-"""Halvings of the slope's interval: more than a double has digits."""
+STEEPEST = 100.0
+"""Slope of a curve through labels that are all right, which have no finite best one."""
 RESAMPLES = 500
 MOST_PAIRS = 20_000
 """That an estimate is made from: of more, all those of some prompts."""
@@ -56,12 +57,12 @@ class Noise:
 
     def posterior(self, margin_N: Doubles) -> Doubles:
         """Probability that each label is wrong, ``[N]``."""
-        right_N, wrong_N = _sigmoid(self.slope * margin_N), _sigmoid(-self.slope * margin_N)
+        right_N, wrong_N = expit(self.slope * margin_N), expit(-self.slope * margin_N)
         share = self.wrong.value
         return np.asarray(share * wrong_N / np.maximum((1 - share) * right_N + share * wrong_N, 1e-300))
 
 
-def noise(margin_N: Doubles, groups_N: NDArray[np.int64], *, seed: int = 0, resamples: int = RESAMPLES) -> Noise | None:
+def noise(margin_N: Doubles, groups_N: Indices, *, resamples: int = RESAMPLES) -> Noise | None:
     """Both estimates with their 95 % intervals over prompts.
 
     Args:
@@ -78,35 +79,34 @@ def noise(margin_N: Doubles, groups_N: NDArray[np.int64], *, seed: int = 0, resa
     spread = float(np.sqrt(np.mean(margin_N**2)))
     bin_N, centre_C = _bins(margin_N / spread)
     log_GC = _log_likelihood(centre_C)
-    member_NC = _members(bin_N, len(centre_C))
+    member_NC = np.eye(len(centre_C), dtype=np.float32)[bin_N]
 
     def share(weights_BN: Doubles) -> Doubles:
         best_B = np.argmax(log_GC @ (weights_BN @ member_NC).T, axis=0)
         return np.asarray(SHARES[best_B % len(SHARES)])
 
-    wrong = bootstrap(share, groups_N, resamples=resamples, seed=seed)
+    resampling = Resampling(resamples)
+    wrong = resampling.estimate(share, groups_N)
     best = int(np.argmax(log_GC @ np.bincount(bin_N, minlength=len(centre_C))))
     p_N = out_of_fold(margin_N, groups_N)
-    flagged = bootstrap(lambda weights_BN: confident(p_N, weights_BN), groups_N, resamples=resamples, seed=seed)
+    flagged = resampling.estimate(lambda weights_BN: confident(p_N, weights_BN), groups_N)
     assert wrong is not None and flagged is not None
     return Noise(wrong, flagged, float(SLOPES[best // len(SHARES)]) / spread)
 
 
-def agreement(margin_N: Doubles, groups_N: NDArray[np.int64], *, seed: int = 0) -> Estimate | None:
+def agreement(margin_N: Doubles, groups_N: Indices) -> Estimate | None:
     """Share of labels that the margins agree with; None of a single prompt."""
-    if len(np.unique(groups_N)) < 2:
-        return None
     some = whole_prompts(groups_N, MOST_PAIRS)
-    return bootstrap(mean(margin_N[some] > 0), groups_N[some], resamples=RESAMPLES, seed=seed)
+    return Resampling(RESAMPLES).estimate(mean(margin_N[some] > 0), groups_N[some])
 
 
-def out_of_fold(margin_N: Doubles, groups_N: NDArray[np.int64]) -> Doubles:
+def out_of_fold(margin_N: Doubles, groups_N: Indices) -> Doubles:
     """Probability of each label as it is given, ``[N]``, by a logistic curve through zero that was fitted on the labels
     of other prompts.
     """
     probability_N = np.empty(len(margin_N))
     for train, held_out in grouped_folds(groups_N, FOLDS, 0):
-        probability_N[held_out] = _sigmoid(slope(margin_N[train]) * margin_N[held_out])
+        probability_N[held_out] = expit(slope(margin_N[train]) * margin_N[held_out])
     return probability_N
 
 
@@ -118,15 +118,13 @@ def slope(margin_N: Doubles) -> float:
     x_N = margin_N / spread
 
     def gradient(k: float) -> float:
-        return float(np.mean(x_N * _sigmoid(-k * x_N)))
+        return float(np.mean(x_N * expit(-k * x_N)))
 
-    low, high = 0.0, 100.0  # labels that are all right have no finite best slope
-    if gradient(low) <= 0:
+    if gradient(0.0) <= 0:
         return 0.0
-    for _ in range(STEPS):
-        middle = 0.5 * (low + high)
-        low, high = (middle, high) if gradient(middle) > 0 else (low, middle)
-    return 0.5 * (low + high) / spread
+    if gradient(STEEPEST) >= 0:
+        return STEEPEST / spread
+    return float(brentq(gradient, 0.0, STEEPEST)) / spread
 
 
 def confident(p_N: Doubles, weights_BN: Doubles) -> Doubles:
@@ -148,18 +146,8 @@ def _bins(margin_N: Doubles) -> tuple[Indices, Doubles]:
     return bin_N, np.bincount(bin_N, margin_N) / np.bincount(bin_N)
 
 
-def _members(bin_N: Indices, bins: int) -> Floats:
-    member_NC = np.zeros((len(bin_N), bins), dtype=np.float32)
-    member_NC[np.arange(len(bin_N)), bin_N] = 1.0
-    return member_NC
-
-
 def _log_likelihood(centre_C: Doubles) -> Doubles:
     """``[G, C]`` of every slope with every share."""
-    right_SC = _sigmoid(SLOPES[:, None] * centre_C)
+    right_SC = expit(SLOPES[:, None] * centre_C)
     mixed_SRC = (1 - SHARES[:, None]) * right_SC[:, None] + SHARES[:, None] * (1 - right_SC[:, None])
     return np.asarray(np.log(np.maximum(mixed_SRC, 1e-300)).reshape(-1, len(centre_C)))
-
-
-def _sigmoid(x: Doubles) -> Doubles:
-    return np.asarray(1 / (1 + np.exp(-np.clip(x, -700, 700))), dtype=np.float64)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from inward.errors import SetupError
+from inward.offline import cluster
 from inward.offline.annotate import fetch
 from inward_client.rows import AUTO, LAYOUTS
 
@@ -120,11 +121,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--apply", type=Path, metavar="FILE", help="write IN with the decisions that the page gave out; loads no model")
     add("--split", default="train", help="of a hub's dataset; CONFIG/SPLIT where it has several (default: %(default)s)")
     add("--limit", type=int, metavar="N", help="only the first N rows of each table")
-    add = parser.add_argument_group("how").add_argument
+    how = parser.add_argument_group("how")
+    add = how.add_argument
     add("--url", help="a running service instead of a model here (key: $INWARD_API_KEY, or in the URL)")
-    add("--engine", choices=("local", "ray"), default="local", help="ray: on the Ray cluster at $RAY_ADDRESS")
-    add("--actors", type=int, default=1, metavar="N", help="with --engine ray: how many models (default: 1)")
-    add("--gpus", type=float, default=0.0, metavar="N", help="with --engine ray: GPUs for each actor (default: 0)")
+    cluster.add_arguments(how, "ray: on the Ray cluster at $RAY_ADDRESS")
     add("--at-once", type=int, metavar="N", help="chunks in flight (default: 1, which is reproducible; with --url 4)")
     add("--restart", action="store_true", help="throw away what an interrupted job has done, and an OUT that is there")
     add = parser.add_argument_group("what is shown in the end").add_argument

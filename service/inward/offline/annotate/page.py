@@ -12,14 +12,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from inward.offline.annotate.cells import plain
 from inward.offline.annotate.decisions import key_of
 from inward.offline.annotate.quality import Quality
 from inward.offline.annotate.scorer import Annotator, TokenScores
 from inward.offline.annotate.summary import Picked, Summary, binned
+from inward.types import Doubles, Indices
 from inward_client.rows import as_turns, printable
 
 BARS = 40
@@ -149,7 +147,7 @@ def _histogram(summary: Summary) -> str:
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT + AXIS}" role="img" aria-label="histogram of margins">{drawn}</svg>'
 
 
-def _bars(counts: NDArray[np.int64], edges: NDArray[np.float64]) -> Iterator[str]:
+def _bars(counts: Indices, edges: Doubles) -> Iterator[str]:
     width = WIDTH / BARS
     for n, (count, left, right) in enumerate(zip(counts, edges, edges[1:], strict=False)):
         height = (HEIGHT - 15) * count / counts.max()
@@ -161,7 +159,7 @@ def _bars(counts: NDArray[np.int64], edges: NDArray[np.float64]) -> Iterator[str
         )
 
 
-def _axis(counts: NDArray[np.int64], edges: NDArray[np.float64]) -> Iterator[str]:
+def _axis(counts: Indices, edges: Doubles) -> Iterator[str]:
     low, high = float(edges[0]), float(edges[-1])
     yield f'<line x1="0" x2="{WIDTH}" y1="{HEIGHT}" y2="{HEIGHT}" stroke="#8a8d93"/>'
     yield f'<text x="2" y="11">{counts.max():,} pairs</text>'

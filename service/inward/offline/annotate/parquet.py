@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -195,11 +195,7 @@ def _agree(schema: pa.Schema, other: pa.Schema, name: str) -> bool:
 
 def _pieces(rows: Iterable[Row]) -> Iterator[tuple[int, list[Row]]]:
     """Rows together, and how many stood before them."""
-    start, piece = 0, list[Row]()
-    for row in rows:
-        piece.append(row)
-        if len(piece) == AT_ONCE:
-            yield start, piece
-            start, piece = start + len(piece), []
-    if piece:
+    start, left = 0, iter(rows)
+    while piece := list(islice(left, AT_ONCE)):
         yield start, piece
+        start += len(piece)

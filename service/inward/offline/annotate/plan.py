@@ -52,8 +52,7 @@ def plan(options: AnnotateOptions) -> Plan:
         _check_names(options.input, firsts, shape)
     if options.by is not None and not any(options.by in row for row in firsts):
         raise SetupError(f"--by {options.by}: {options.input} has no such column in its first {len(firsts)} rows")
-    if there := [str(out) for out in outs if out.exists() and not options.restart]:
-        raise SetupError(f"{', '.join(there)} is there already: --restart overwrites it")
+    protect_outputs(options, outs)
     counts = tuple(source.count() for source in sources)
     if not any(counts):
         raise DataError(f"{options.input} has no rows")
@@ -124,6 +123,16 @@ def protect_input(options: AnnotateOptions, sources: Sequence[Source], outs: Seq
     folder = options.input.resolve()
     if folder.is_dir() and any(out.resolve().is_relative_to(folder) for out in outs):
         raise SetupError(f"{options.output} lies in {options.input}, which is read: name an OUT elsewhere")
+
+
+def protect_outputs(options: AnnotateOptions, outs: Sequence[Path]) -> None:
+    """Nothing is overwritten unless that is asked for.
+
+    Raises:
+        SetupError: names what is there.
+    """
+    if there := [str(out) for out in outs if out.exists() and not options.restart]:
+        raise SetupError(f"{', '.join(there)} is there already: --restart overwrites it")
 
 
 def _is_same(read: Path, written: Path) -> bool:

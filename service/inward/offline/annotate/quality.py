@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from inward.offline.annotate.duplicates import Repeated, Seen, hashed, text_of
 from inward.offline.annotate.held_out import HeldOut
 from inward.offline.annotate.noise import FEWEST_PROMPTS, Noise, agreement, noise
 from inward.offline.annotate.scorer import Annotated
-from inward.offline.evaluate.statistics import Doubles, Estimate, spearman
+from inward.offline.evaluate.statistics import Estimate, spearman
+from inward.types import Doubles, Indices
 from inward_client.rows import DataError, PairReader, Row
 
 MOST_PARTS = 20
@@ -208,7 +208,7 @@ def percent(estimate: Estimate) -> str:
     return f"{estimate.value:.1%} [{estimate.low:.1%}, {estimate.high:.1%}]"
 
 
-def _part(name: str, margin_N: Doubles, group_N: NDArray[np.int64], judges: bool) -> Part:
+def _part(name: str, margin_N: Doubles, group_N: Indices, judges: bool) -> Part:
     found = noise(margin_N, group_N) if judges and len(margin_N) else None
     return Part(name, len(margin_N), int((margin_N < 0).sum()), found)
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import asdict
-from typing import Any
 
 from inward.offline.annotate.scorer import Annotated, Annotator, OpenScorer, Scorer
 from inward.offline.annotate.work import Chunk, Cursor, Done, do
@@ -51,12 +49,11 @@ class AnnotateCluster(Cluster):
         """
         opened = self._opened
 
-        async def ask() -> tuple[dict[str, Any], int | None]:
+        async def ask() -> tuple[Annotator, int | None]:
             async with opened() as scorer:
-                return asdict(await scorer.annotator()), scorer.tokens
+                return await scorer.annotator(), scorer.tokens
 
-        fields, tokens = self.ask(lambda: asyncio.run(ask()))
-        return Annotator(**fields), tokens
+        return self.ask(lambda: asyncio.run(ask()))
 
     def work(self, todo: Sequence[Chunk], keep: Keep) -> None:
         """Does the chunks and keeps each as it comes, in no particular order; last those that actors died of."""

@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,7 +19,6 @@ from inward.files import write
 from inward.offline.annotate import argilla, merge
 from inward.offline.annotate.clusters import MOST_PAIRS, Cluster, cluster
 from inward.offline.annotate.corrected import correct
-from inward.offline.annotate.held_out import HeldOut
 from inward.offline.annotate.options import AnnotateOptions
 from inward.offline.annotate.page import page
 from inward.offline.annotate.plan import Plan, beside, plan
@@ -61,6 +60,28 @@ def annotate(options: AnnotateOptions, opened: OpenScorer) -> int:
         print(f"\nstopped: {job.kept:,} rows kept; the same command goes on", file=sys.stderr)
         return INTERRUPTED
     return 0 if job.annotated else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What is told of a job in the end."""
+
+    summary: Summary
+    quality: Quality
+    clusters: Sequence[Cluster] | None
+    """None where nobody asked for them."""
+
+    def to_json(self) -> dict[str, Any]:
+        """For ``--json`` and the metadata."""
+        told = self.summary.to_json() | {"quality": self.quality.to_json()}
+        return told if self.clusters is None else told | {"clusters": [one.to_json() for one in self.clusters]}
+
+    def text(self) -> str:
+        """For the terminal."""
+        lines = [self.summary.text(self.quality)]
+        if self.clusters:
+            lines += ["", "clusters", *(line for one in self.clusters for line in one.text())]
+        return "\n".join(map(printable, lines))
 
 
 class Annotation:
@@ -164,11 +185,10 @@ class Annotation:
         survey = Survey(reader, options.by)
         for source in sources:
             survey.add(merge.good(source, results(source)))
-        quality = survey.quality(HeldOut(**annotator.held_out) if annotator.held_out else None)
-        clusters = await self._clusters(results, scorer, annotator) if options.clusters and scorer else []
-        told = summary.to_json() | {"quality": quality.to_json()}
-        told |= {"clusters": [one.to_json() for one in clusters]} if options.clusters else {}
-        about = metadata | {"summary": told}
+        quality = survey.quality(annotator.held_out)
+        clusters = await self._clusters(results, scorer, annotator) if options.clusters and scorer else None
+        found = Findings(summary, quality, clusters)
+        about = metadata | {"summary": found.to_json()}
         write(beside(options.output, ".annotation.json"), json.dumps(about, indent=2).encode() + b"\n")
         if options.html:
             pairs = pick(sources, results, reader, options.page_rows, options.page_of)
@@ -178,10 +198,7 @@ class Annotation:
         if options.argilla:
             numbered = ((source.name, merge.numbered(source, results(source))) for source in sources)
             argilla.write(options.argilla, numbered, reader, annotator.head["name"])
-        most = options.suspicious
-        self._tell(
-            summary, quality, clusters, told, pick(sources, results, reader, most) if most else [], len(versions)
-        )
+        self._tell(found, pick(sources, results, reader, options.suspicious), len(versions))
         progress.remove()
         if options.from_stdin:
             sources[0].paths[0].unlink(missing_ok=True)
@@ -193,26 +210,13 @@ class Annotation:
         """Of a sample of the pairs, whose states are read once more."""
         sample = pick(self._plan.sources, results, self._plan.reader, MOST_PAIRS, "sample")
         pairs = [one for one in sample if one.columns["label_agrees"] is not None]
-        judges = annotator.held_out is None or HeldOut(**annotator.held_out).better_than_chance
+        judges = annotator.held_out is None or annotator.held_out.better_than_chance
         states_ND = await scorer.states([one.pair for one in pairs]) if pairs else np.empty((0, 1), dtype=np.float32)
         return cluster(pairs, states_ND, self._options.clusters, judges=judges)
 
-    def _tell(
-        self,
-        summary: Summary,
-        quality: Quality,
-        clusters: Sequence[Cluster],
-        told: Mapping[str, Any],
-        pairs: Sequence[Picked],
-        versions: int,
-    ) -> None:
+    def _tell(self, found: Findings, pairs: Sequence[Picked], versions: int) -> None:
         options = self._options
-        if options.json:
-            print(json.dumps(told, indent=2))
-        else:
-            print(printable(summary.text(quality)))
-            for line in ["", "clusters", *(line for one in clusters for line in one.text())] if clusters else ():
-                print(printable(line))
+        print(json.dumps(found.to_json(), indent=2) if options.json else found.text())
         for one in pairs:
             print("\n" + printable(shown(one)))
         if versions > 1:
@@ -222,7 +226,7 @@ class Annotation:
             )
         if not options.json:
             outs = ", ".join(str(table.out) for table in self._plan.tables)
-            left_out = f"; left out: {beside(options.output, '.rejected.jsonl')}" if summary.rejected else ""
+            left_out = f"; left out: {beside(options.output, '.rejected.jsonl')}" if found.summary.rejected else ""
             print(f"\n{outs}{left_out}")
 
     def _metadata(self, annotator: Annotator, versions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -70,15 +70,14 @@ class Annotator:
     """And of the one that gives the confidences."""
     inward: str
     """Version of the service."""
-    held_out: dict[str, Any] | None = None
-    """How often the head agrees with held-out labels: fields of ``HeldOut``, where its manifest says so."""
+    held_out: HeldOut | None = None
+    """How often the head agrees with held-out labels, where its manifest says so."""
 
     @classmethod
     def of(cls, info: Mapping[str, Any], by: By, fit: Mapping[str, Any]) -> Annotator:
         """From what ``/info`` says, from who scored a pair, and from how that head was fitted."""
         same = {name: info[name] for name in ("model", "revision", "fingerprint", "dtype", "template")}
-        known = HeldOut.of(fit)
-        return cls(**same, **by, inward=info["version"], held_out=asdict(known) if known else None)
+        return cls(**same, **by, inward=info["version"], held_out=HeldOut.of(fit))
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,51 +231,40 @@ class ServiceScorer:
             SetupError: the service refuses us: no key, or no such head.
             Unavailable: it did not answer for minutes.
         """
-        if not pairs:
-            return [], None
-        try:
+        by: By | None = None
+
+        async def ask(some: Sequence[Pair]) -> list[Annotated]:
+            nonlocal by
             answer = await self._whole(
-                lambda: self._client.margin([pair.body() for pair in pairs], head=self._head, truncate=self._truncate),
+                lambda: self._client.margin([pair.body() for pair in some], head=self._head, truncate=self._truncate),
                 lambda answer: answer.margins,
             )
-        except (InvalidField, TooLarge, BadRequest, DeadlineExceeded) as error:
-            if len(pairs) == 1:
-                return [Annotated(None, error.message)], None
-            middle = len(pairs) // 2
-            first, by_first = await self.annotate(pairs[:middle])
-            second, by_second = await self.annotate(pairs[middle:])
-            return [*first, *second], by_second or by_first
-        except InwardError as error:
-            raise _refused(error) from None
-        tokens = answer.usage.prompt_tokens + answer.usage.completion_tokens
-        one, *others = (_annotated(asdict(margin)) for margin in answer.margins)
-        return [replace(one, tokens=tokens), *others], self._by(answer)
+            by = self._by(answer)
+            tokens = answer.usage.prompt_tokens + answer.usage.completion_tokens
+            one, *others = (_annotated(asdict(margin)) for margin in answer.margins)
+            return [replace(one, tokens=tokens), *others]
+
+        found = await _in_halves(pairs, ask, lambda error: Annotated(None, error.message)) if pairs else []
+        return found, by
 
     async def token_scores(self, pairs: Sequence[Pair]) -> Sequence[TokenScores | None]:
         """See ``Scorer``. Raises as ``annotate``."""
         head = (await self.annotator()).head["name"] if pairs else ""
-        found: list[TokenScores | None] = []
-        for start in range(0, len(pairs), PAIRS_WITH_TOKENS):
-            found += await self._token_scores(pairs[start : start + PAIRS_WITH_TOKENS], head)
-        return found
 
-    async def _token_scores(self, pairs: Sequence[Pair], head: str) -> list[TokenScores | None]:
-        items = [{"prompt": pair.prompt, "response": one} for pair in pairs for one in (pair.chosen, pair.rejected)]
-        try:
+        async def ask(some: Sequence[Pair]) -> list[TokenScores | None]:
+            items = [{"prompt": pair.prompt, "response": one} for pair in some for one in (pair.chosen, pair.rejected)]
             answer = await self._whole(
                 lambda: self._client.score(items, head=head, detail=["tokens"], truncate=self._truncate),
                 lambda answer: answer.scores,
             )
-        except (InvalidField, TooLarge, BadRequest, DeadlineExceeded):
-            if len(pairs) == 1:
-                return [None]
-            middle = len(pairs) // 2
-            return await self._token_scores(pairs[:middle], head) + await self._token_scores(pairs[middle:], head)
-        except InwardError as error:
-            raise _refused(error) from None
-        answers = iter([_at_tokens(score) for score in answer.scores])
-        both = zip(answers, answers, strict=True)
-        return [TokenScores(chosen, rejected) if chosen and rejected else None for chosen, rejected in both]
+            answers = iter([_at_tokens(score) for score in answer.scores])
+            both = zip(answers, answers, strict=True)
+            return [TokenScores(chosen, rejected) if chosen and rejected else None for chosen, rejected in both]
+
+        found: list[TokenScores | None] = []
+        for start in range(0, len(pairs), PAIRS_WITH_TOKENS):
+            found += await _in_halves(pairs[start : start + PAIRS_WITH_TOKENS], ask, lambda _: None)
+        return found
 
     async def _whole(self, ask: Callable[[], Awaitable[A]], elements: Callable[[A], Sequence[Margin | Score]]) -> A:
         """Asks again while some elements wait for a part of the queue that is away, as long as for a whole one.
@@ -318,6 +306,21 @@ async def at_url(options: AnnotateOptions, key: str | None) -> AsyncIterator[Sco
         yield scorer
     finally:
         await scorer.close()
+
+
+async def _in_halves(
+    pairs: Sequence[Pair], ask: Callable[[Sequence[Pair]], Awaitable[list[A]]], refused: Callable[[StatusError], A]
+) -> list[A]:
+    """What the service answers; what it refuses as a whole is asked in halves, down to single pairs."""
+    try:
+        return await ask(pairs)
+    except (InvalidField, TooLarge, BadRequest, DeadlineExceeded) as error:
+        if len(pairs) == 1:
+            return [refused(error)]
+        middle = len(pairs) // 2
+        return [*await _in_halves(pairs[:middle], ask, refused), *await _in_halves(pairs[middle:], ask, refused)]
+    except InwardError as error:
+        raise _refused(error) from None
 
 
 def _at_tokens(score: Score) -> list[tuple[str, float]]:

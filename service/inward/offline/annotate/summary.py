@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import heapq
 import re
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from inward.offline.annotate.duplicates import hashed
 from inward.offline.annotate.options import PageOf
 from inward.offline.annotate.quality import Quality
 from inward.offline.annotate.scorer import Annotated, Columns
+from inward.types import Doubles, Indices
 from inward_client.rows import DataError, Pair, PairReader, Row, Source, as_turns
 
 BARS = 15
@@ -125,8 +127,7 @@ def summarise(results: Iterable[Annotated]) -> Summary:
     """One pass over what became of all rows."""
     rows = truncated = flipped = ties = sure = 0
     total = 0.0
-    margins: list[NDArray[np.float32]] = []
-    held: list[float] = []
+    margins = array("f")
     reasons: Counter[str] = Counter()
     for one in results:
         rows += 1
@@ -136,14 +137,10 @@ def summarise(results: Iterable[Annotated]) -> Summary:
         truncated += one.truncated
         flipped += one.columns["label_agrees"] is False
         ties += one.columns["label_agrees"] is None
-        held.append(float(one.columns["margin"] or 0.0))
+        margins.append(one.columns["margin"] or 0.0)
         if (confidence := one.columns["confidence"]) is not None:
             sure, total = sure + 1, total + confidence
-        if len(held) == 65_536:
-            margins.append(np.array(held, dtype=np.float32))
-            held = []
-    margin_N = np.concatenate([*margins, np.array(held, dtype=np.float32)])
-    confidence = total / sure if sure else None
+    margin_N, confidence = np.array(margins, dtype=np.float32), total / sure if sure else None
     return Summary(rows, len(margin_N), truncated, flipped, ties, margin_N, confidence, _common(reasons))
 
 
@@ -189,7 +186,7 @@ def histogram(values_N: NDArray[np.float32]) -> Iterator[str]:
         yield f"{left:9.3g} … {right:9.3g} {'(flipped)' if right <= 0 else '         '} {count:9,} {bar}"
 
 
-def binned(values_N: NDArray[np.float32], bars: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def binned(values_N: NDArray[np.float32], bars: int) -> tuple[Indices, Doubles]:
     """Counts ``[bars]`` and edges ``[bars + 1]``; zero is an edge where it is in the range, so that no bar mixes the
     signs.
     """

@@ -73,7 +73,8 @@ def measure(model: Path, plan: Plan, folder: Path) -> dict[str, Any]:
             options = ["--dtype", plan.dtype, "--heads", str(heads), "--callers", str(plan.callers)]
             measured[way, n].append(_in_own_process([way, str(model), str(pairs), *options]))
             print(f"{way}: {measured[way, n][-1]['tokens_per_second']:,.0f} tokens/s", file=sys.stderr)
-        rates.append(matmul_rate(plan.dtype, config["hidden_size"], _inner(config)))
+        inner = int(config.get("intermediate_size") or 4 * config["hidden_size"])
+        rates.append(matmul_rate(plan.dtype, config["hidden_size"], inner))
     rows = [_median(runs) for runs in measured.values()]
     rate = median(rates)
     needed = rows[0]["needed_tokens"]
@@ -123,11 +124,6 @@ def _median(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     peak = max(run["peak_bytes"] for run in runs)
     middle = {"seconds": median(seconds), "tokens_per_second": median(rates), "peak_bytes": peak}
     return runs[0] | middle | {"rounds": rates}
-
-
-def _inner(config: Mapping[str, Any]) -> int:
-    """Width inside a feed-forward layer."""
-    return int(config.get("intermediate_size") or 4 * config["hidden_size"])
 
 
 def _in_own_process(arguments: Sequence[str]) -> dict[str, Any]:

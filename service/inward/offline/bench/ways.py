@@ -29,6 +29,8 @@ from inward.offline.data.pairs import Pair
 from inward.prompts import Prompts
 from inward.types import Group
 
+PADDED_ROWS = 8
+"""Of a padded batch."""
 WARM_UP = 4
 """Pairs that are computed before the clock starts."""
 
@@ -57,7 +59,7 @@ def published(model: Path, groups: Sequence[Group]) -> float:
     return _timed(run, groups)
 
 
-def padded(model: Path, groups: Sequence[Group], *, dtype: str, batch: int = 8) -> float:
+def padded(model: Path, groups: Sequence[Group], *, dtype: str) -> float:
     """Seconds for right-padded batches, in the order given, with every layer's hidden states; a careful user leaves
     out the LM head.
     """
@@ -70,8 +72,8 @@ def padded(model: Path, groups: Sequence[Group], *, dtype: str, batch: int = 8) 
     @torch.inference_mode()
     def run(groups: Sequence[Group]) -> None:
         rows = [group.prompt_ids + ids for group in groups for ids in group.responses_ids]
-        for start in range(0, len(rows), batch):
-            part = rows[start : start + batch]
+        for start in range(0, len(rows), PADDED_ROWS):
+            part = rows[start : start + PADDED_ROWS]
             width = max(map(len, part))
             ids_BT = torch.tensor([row + (0,) * (width - len(row)) for row in part])
             mask_BT = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in part])
@@ -106,22 +108,9 @@ def http(model: Path, pairs: Sequence[Pair], *, dtype: str, heads: Path, callers
     """Seconds through ``inward serve`` with ``callers`` at once, one pair a request; and the server's peak memory in
     bytes.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "inward",
-        "serve",
-        "--model",
-        str(model),
-        "--heads",
-        str(heads),
-        "--dtype",
-        dtype,
-        "--port",
-        "0",
-    ]
-    command += ["--sharing-window", "0"]  # a pair that is sent twice is computed twice
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    options = ["--model", str(model), "--heads", str(heads), "--dtype", dtype, "--port", "0"]
+    options += ["--sharing-window", "0"]  # a pair that is sent twice is computed twice
+    server = subprocess.Popen([sys.executable, "-m", "inward", "serve", *options], stderr=subprocess.PIPE, text=True)
     assert server.stderr is not None
     try:
         for line in server.stderr:
@@ -149,12 +138,7 @@ async def _call(url: str, pairs: Sequence[Pair], callers: int) -> None:
 
     async def caller(client: httpx.AsyncClient) -> None:
         while waiting:
-            pair = waiting.pop()
-            body = {
-                "pairs": [{"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}],
-                "truncate": True,
-            }
-            answer = await client.post("/margin", json=body)
+            answer = await client.post("/margin", json={"pairs": [waiting.pop().body()], "truncate": True})
             answer.raise_for_status()
 
     async with httpx.AsyncClient(base_url=url, timeout=600) as client:

@@ -33,12 +33,12 @@ SHAPES = {
 """Shapes to fill with random weights: speed does not depend on what the weights are."""
 
 
-def read_texts(path: Path | None, n: int, seed: int = 0) -> list[Pair]:
+def read_texts(path: Path | None, n: int) -> list[Pair]:
     """``n`` pairs, spread over a file; without one, made-up words with the lengths of HH's harmless pairs."""
     if path is not None:
         pairs = read_pairs(path)
         return [pairs[i] for i in np.linspace(0, len(pairs) - 1, min(n, len(pairs))).astype(int)]
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     words = (
         "the of a to and what is how can you it that for on are with as they be at this have from or had by not"
     ).split()
@@ -49,7 +49,7 @@ def read_texts(path: Path | None, n: int, seed: int = 0) -> list[Pair]:
     return [Pair(text(90), text(40), text(40)) for _ in range(n)]
 
 
-def write_random_model(shape: str, folder: Path, tokenizer: Path, dtype: str = "bfloat16") -> None:
+def write_random_model(shape: str, folder: Path, tokenizer: Path) -> None:
     """A model of a known shape with random weights, and somebody's tokenizer, in ``folder``."""
     import shutil
 
@@ -58,9 +58,8 @@ def write_random_model(shape: str, folder: Path, tokenizer: Path, dtype: str = "
 
     torch.manual_seed(0)
     values = dict(SHAPES[shape])
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(values.pop("model_type"), **values), dtype=getattr(torch, dtype)
-    )
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     for path in tokenizer.iterdir():
         if path.suffix in (".json", ".jinja") and path.name not in ("config.json", "generation_config.json"):
@@ -79,7 +78,7 @@ def write_random_heads(info: BackboneInfo, template: str, folder: Path, n: int, 
         direction: Floats = rng.normal(size=info.width).astype(np.float32)
         manifest = Manifest(
             name=f"bench-{i}", kind="legend", version=1, created=datetime.now(UTC).isoformat(timespec="seconds"),
-            backbone=BackboneRef(name=info.name, revision=info.revision, fingerprint=info.fingerprint),
+            backbone=BackboneRef.of(info),
             layers=(layer,), position="last", template=template, pool=pool and Pool.parse(pool, layer=layer),
             calibration={"margin_std": 1.0, "bin_edges": [0.3, 0.6, 1.0], "bin_values": [0.0, 1 / 3, 2 / 3, 1.0]},
         )  # fmt: skip

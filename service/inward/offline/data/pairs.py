@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,42 +18,13 @@ from numpy.typing import ArrayLike
 
 from inward.errors import DataError
 from inward.offline.data import data_errors, told
-from inward.offline.states.saved import (
-    Indices,
-    ListStates,
-    PairStates,
-    load_list_states,
-    load_pair_states,
-    load_states,
-    save_states,
-)
+from inward.types import Indices
 from inward_client import rows
-from inward_client.rows import Pair, Prompt
+from inward_client.rows import Pair as Pair
+from inward_client.rows import Prompt
 
-__all__ = [
-    "CalibrationRow",
-    "Indices",
-    "ListStates",
-    "Pair",
-    "PairStates",
-    "Response",
-    "ResponseList",
-    "data_hash",
-    "grouped_folds",
-    "grouped_split",
-    "has_refusals",
-    "load_list_states",
-    "load_pair_states",
-    "load_states",
-    "prompt_groups",
-    "read_calibration",
-    "read_lists",
-    "read_pairs",
-    "read_prompts",
-    "read_texts",
-    "save_states",
-    "whole_prompts",
-]
+Folds = Sequence[tuple[Indices, Indices]]
+"""(training rows, held-out rows); all rows of a prompt are on one side."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +100,7 @@ def read_texts(path: Path) -> list[tuple[Prompt, tuple[str, ...]]]:
     """
     if has_refusals(path):
         return [(row.prompt, (row.refusal, row.harmful)) for row in read_calibration(path)]
-    firsts = (row for source in rows.find(Path(path)) for row in source.rows())
-    first = next((row for row in firsts if isinstance(row, dict)), {})
-    if not {"response", "responses"} & first.keys():
+    if not {"response", "responses"} & _first(path).keys():
         return [(pair.prompt, (pair.chosen, pair.rejected)) for pair in read_pairs(path)]
 
     def read(row: rows.Row) -> tuple[Prompt, tuple[str, ...]]:
@@ -154,13 +122,12 @@ def read_prompts(path: Path) -> list[Prompt]:
 @data_errors()
 def has_refusals(path: Path) -> bool:
     """Whether the rows of a file are calibration rows (``harmful`` and ``refusal``) and not labelled pairs; the first
-    row decides.
+    row that can be read decides.
 
     Raises:
         DataError: the file can't be read.
     """
-    firsts = (row for source in rows.find(Path(path)) for row in source.rows())
-    return any({"harmful", "refusal"} <= row.keys() for row in islice(firsts, 1) if isinstance(row, dict))
+    return {"harmful", "refusal"} <= _first(path).keys()
 
 
 def data_hash(rows: Iterable[Pair | ResponseList | CalibrationRow]) -> str:
@@ -223,6 +190,12 @@ def whole_prompts(groups_N: Indices, most: int) -> Indices:
         return np.arange(len(groups_N), dtype=np.int64)
     parts = max(2, -(-len(groups_N) // most))
     return grouped_split(groups_N, [1.0, parts - 1.0], 0)[0]
+
+
+def _first(path: Path) -> rows.Row:
+    """The first row that can be read; an empty one where none can."""
+    every = (row for source in rows.find(Path(path)) for row in source.rows())
+    return next((row for row in every if isinstance(row, dict)), {})
 
 
 def _response(value: Any, i: int) -> Response:

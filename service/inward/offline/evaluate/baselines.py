@@ -15,11 +15,11 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from inward.offline.data.pairs import Folds
 from inward.offline.evaluate.examples import Examples
-from inward.offline.evaluate.layerwise import Folds, Layerwise, cross_validate, logistic, mean_difference
+from inward.offline.evaluate.layerwise import Layerwise, cross_validate, logistic, mean_difference
 from inward.offline.evaluate.scoring import Judged
-from inward.offline.evaluate.statistics import Doubles, Indices
-from inward.types import Floats
+from inward.types import Doubles, Floats, Indices
 
 TFIDF_C = 3.0
 
@@ -37,8 +37,8 @@ class Baseline:
 
 def baselines(
     examples: Examples, folds: Folds, *, layer: int | None = None, seed: int = 0, progress: bool = False
-) -> tuple[list[Baseline], Layerwise]:
-    """Every baseline that the input allows, and the probes of all layers.
+) -> list[Baseline]:
+    """Every baseline that the input allows.
 
     Args:
         layer: for lists, the layer at which the linear and the MLP scorer read (a listwise head's own); None: the
@@ -47,24 +47,22 @@ def baselines(
     difference, probes = (
         cross_validate(examples, folds, probe, progress=progress) for probe in (mean_difference, logistic)
     )
-    found = [*_length(examples, folds)]
-    found.append(
-        Baseline("mean_difference", f"mean difference, best layer ({_chosen(difference)})", difference.best(), True)
-    )
-    found.append(Baseline("logistic_probe", f"one logistic probe, best layer ({_chosen(probes)})", probes.best(), True))
+    found = [
+        *_length(examples, folds),
+        Baseline("mean_difference", f"mean difference, best layer ({_chosen(difference)})", difference.best(), True),
+        Baseline("logistic_probe", f"one logistic probe, best layer ({_chosen(probes)})", probes.best(), True),
+    ]
     if examples.text_M is not None:
-        found.append(
-            Baseline("tfidf_logistic", "TF-IDF + logistic on the text", _tfidf(examples, examples.text_M, folds), False)
-        )
+        words = _tfidf(examples, examples.text_M, folds)
+        found.append(Baseline("tfidf_logistic", "TF-IDF + logistic on the text", words, False))
     if examples.stable_rank_M is not None:
-        found.append(
-            Baseline("stable_rank", "stable rank, untrained (2512.02807)", Judged(examples.stable_rank_M), True)
-        )
+        ranks = Judged(examples.stable_rank_M)
+        found.append(Baseline("stable_rank", "stable rank, untrained (2512.02807)", ranks, True))
     if examples.mixed:
         at = examples.layers[-1] if layer is None else layer
         found.append(Baseline("linear_scorer", f"linear scorer, layer {at}", Judged(probes.at(at)), True))
         found.append(Baseline("mlp_scorer", f"MLP scorer, layer {at}", _mlp(examples, folds, at, seed), True))
-    return found, probes
+    return found
 
 
 def stable_rank(tokens_TD: Floats) -> float:
@@ -80,7 +78,6 @@ def stable_rank(tokens_TD: Floats) -> float:
 
 def _length(examples: Examples, folds: Folds) -> Iterator[Baseline]:
     """Longer is better, or shorter: whichever holds in the training folds."""
-    about = "length"
     if examples.length_difference_P is None or not len(examples.pairs_P2):
         return
     sign_M = np.ones(len(examples))
@@ -88,14 +85,10 @@ def _length(examples: Examples, folds: Folds) -> Iterator[Baseline]:
         inside = np.isin(examples.pairs_P2[:, 0], train)
         sign_M[held_out] = 1.0 if np.sign(examples.length_difference_P[inside]).sum() >= 0 else -1.0
     if examples.length_M is not None:
-        yield Baseline("length", about, Judged(sign_M * examples.length_M), False)
+        judged = Judged(sign_M * examples.length_M)
     else:
-        yield Baseline(
-            "length",
-            about,
-            Judged(None, margin_P=sign_M[examples.pairs_P2[:, 0]] * examples.length_difference_P),
-            False,
-        )
+        judged = Judged(None, margin_P=sign_M[examples.pairs_P2[:, 0]] * examples.length_difference_P)
+    yield Baseline("length", "length", judged, False)
 
 
 def _tfidf(examples: Examples, text_M: tuple[str, ...], folds: Folds) -> Judged:

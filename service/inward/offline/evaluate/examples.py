@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from inward.errors import DataError
-from inward.offline.evaluate.statistics import Doubles, Indices
-from inward.types import Floats, Position
+from inward.types import Doubles, Floats, Indices, Position
 
 Source = Literal["pairs", "lists", "responses"]
 
@@ -74,8 +74,7 @@ class Examples:
     @property
     def members(self) -> tuple[Indices, ...]:
         """The rows of each list, in order."""
-        order = np.argsort(self.list_M, kind="stable")
-        return tuple(np.split(order, np.cumsum(np.bincount(self.list_M))[:-1]))
+        return _members(self.list_M)
 
     @property
     def mixed(self) -> tuple[Indices, ...]:
@@ -85,6 +84,11 @@ class Examples:
         if self.source != "lists":
             return ()
         return tuple(rows for rows in self.members if 0 < self.safe_M[rows].sum() < len(rows))
+
+    @property
+    def mixed_prompts(self) -> Indices:
+        """The prompt of each of them."""
+        return np.array([self.prompt_M[rows[0]] for rows in self.mixed], dtype=np.int64)
 
     @property
     def prompt_P(self) -> Indices:
@@ -200,10 +204,10 @@ def of_lists(
 
 def comparisons(list_M: Indices, first_M: NDArray[np.bool_], second_M: NDArray[np.bool_]) -> Indices:
     """``[P, 2]``: every pair of a first-class and a second-class row of the same list."""
-    pairs = [
-        (a, b)
-        for g in np.unique(list_M)
-        for a in np.flatnonzero((list_M == g) & first_M)
-        for b in np.flatnonzero((list_M == g) & second_M)
-    ]
+    pairs = [pair for rows in _members(list_M) for pair in product(rows[first_M[rows]], rows[second_M[rows]])]
     return np.array(pairs, dtype=np.int64).reshape(-1, 2)
+
+
+def _members(list_M: Indices) -> tuple[Indices, ...]:
+    order = np.argsort(list_M, kind="stable")
+    return tuple(np.split(order, np.cumsum(np.bincount(list_M))[:-1]))

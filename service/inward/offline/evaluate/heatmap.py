@@ -11,13 +11,12 @@ import numpy as np
 
 from inward.backbones.base import Backbone
 from inward.heads.base import Head
+from inward.heads.running import TOKENS
 from inward.offline.data.pairs import ResponseList
-from inward.offline.evaluate.statistics import Doubles
 from inward.prompts import Prompts
-from inward.types import Detail
+from inward.types import Doubles
 
 EXAMPLES = 10
-TOKENS: frozenset[Detail] = frozenset({"tokens"})
 SAFE_RGB, UNSAFE_RGB = "47,111,167", "209,116,42"
 
 

@@ -8,16 +8,17 @@ from typing import Any
 
 import numpy as np
 
+from inward.offline.data.pairs import Folds
 from inward.offline.evaluate import statistics
 from inward.offline.evaluate.baselines import Baseline, baselines
 from inward.offline.evaluate.examples import Examples
 from inward.offline.evaluate.guard import Operation
 from inward.offline.evaluate.heatmap import TokenScores
-from inward.offline.evaluate.layerwise import Folds, Layerwise
-from inward.offline.evaluate.metrics import Metrics, measure, of_lists, wins
+from inward.offline.evaluate.metrics import Metrics, measure, wins
 from inward.offline.evaluate.scoring import Judged
-from inward.offline.evaluate.statistics import Doubles
+from inward.offline.evaluate.statistics import USUAL, Resampling
 from inward.offline.evaluate.strategies import Strategy, metric_of, strategies
+from inward.types import Doubles
 
 REFERENCES = {"first": "first of the list", "random": "random pick (expectation)", "oracle": "oracle"}
 
@@ -70,10 +71,9 @@ def judge(
     examples: Examples,
     ours: Judged,
     folds: Folds = (),
+    resampling: Resampling = USUAL,
     *,
     layer: int | None = None,
-    resamples: int = statistics.RESAMPLES,
-    seed: int = 0,
     progress: bool = False,
 ) -> Judgement:
     """Judges one head.
@@ -81,34 +81,26 @@ def judge(
     Args:
         ours: the head's scores; responses that it was fitted on flatter it.
         folds: of the baselines' cross-validation; none: no baselines.
+        resampling: of all intervals; its seed is also that of the baselines.
         layer: see ``baselines.baselines``.
         progress: show a bar while the baselines are fitted.
 
     Raises:
         DataError: too few folds to choose a layer by.
     """
-    metrics = measure(examples, ours, resamples=resamples, seed=seed)
-    if not folds:
-        own_layers = _layers(examples, ours, None, None)
-        return Judgement(
-            examples,
-            ours,
-            metrics,
-            {},
-            _references(examples, resamples, seed),
-            own_layers,
-            _strategies(examples, ours, None),
-        )
-    found, probes = baselines(examples, folds, layer=layer, seed=seed, progress=progress)
-    difference = next(one.judged for one in found if one.name == "mean_difference")
+    metrics = measure(examples, ours, resampling)
+    found = baselines(examples, folds, layer=layer, seed=resampling.seed, progress=progress) if folds else []
+    by_name = {one.name: one.judged for one in found}
+    probe = by_name.get("logistic_probe")
+    by_layer = ours if ours.layer_scores_LM is not None or probe is None else probe
     return Judgement(
         examples,
         ours,
         metrics,
-        {one.name: (one, measure(examples, one.judged, resamples=resamples, seed=seed)) for one in found},
-        _references(examples, resamples, seed),
-        _layers(examples, ours, probes, difference),
-        _strategies(examples, ours, probes, resamples=resamples, seed=seed),
+        {one.name: (one, measure(examples, one.judged, resampling)) for one in found},
+        _references(examples, resampling),
+        _layers(examples, {"probe": probe, "mean_difference": by_name.get("mean_difference"), "head": ours}),
+        strategies(examples, ours, by_layer, resampling),
     )
 
 
@@ -134,26 +126,25 @@ def over_refusal(judgement: Judgement) -> dict[str, Any] | None:
         f"{len(examples.refusals_P2)} comparisons on {prompts} prompts (95 %: {rate.low:.0%} to {rate.high:.0%}). "
         f"{verdict}"
     )
-    contrast = judgement.metrics["pair_accuracy"]
+    contrast, harmful = judgement.metrics["pair_accuracy"], len(np.unique(examples.prompt_P))
     if contrast is not None:
-        harmful = len(np.unique(examples.prompt_P))
         sentence += (
             f" Where the prompt is harmful and the refusal should win, it does in {contrast.value:.0%} of "
-            f"{len(examples.pairs_P2)} "
-            f"comparisons on {harmful} prompts (95 %: {contrast.low:.0%} to {contrast.high:.0%})."
+            f"{len(examples.pairs_P2)} comparisons on {harmful} prompts (95 %: {contrast.low:.0%} to "
+            f"{contrast.high:.0%})."
         )
     return {
         "safe_prompts": {"comparisons": len(examples.refusals_P2), "prompts": prompts, "refusal_wins": rate.to_json()},
         "contrast_prompts": {
             "comparisons": len(examples.pairs_P2),
-            "prompts": len(np.unique(examples.prompt_P)),
+            "prompts": harmful,
             "refusal_wins": contrast.to_json() if contrast else None,
         },
         "sentence": sentence,
     }
 
 
-def _references(examples: Examples, resamples: int, seed: int) -> dict[str, Metrics]:
+def _references(examples: Examples, resampling: Resampling) -> dict[str, Metrics]:
     if not examples.mixed:
         return {}
     safe = [examples.safe_M[rows] for rows in examples.mixed]
@@ -163,39 +154,21 @@ def _references(examples: Examples, resamples: int, seed: int) -> dict[str, Metr
         "oracle": [1.0] * len(safe),
     }
     return {
-        name: {"top1_safe_rate": of_lists(examples, np.array(r), resamples=resamples, seed=seed)}
-        for name, r in rates.items()
+        name: {"top1_safe_rate": resampling.estimate(statistics.mean(rate), examples.mixed_prompts)}
+        for name, rate in rates.items()
     }
 
 
-def _strategies(
-    examples: Examples, ours: Judged, probes: Layerwise | None, *, resamples: int = statistics.RESAMPLES, seed: int = 0
-) -> tuple[Strategy, ...]:
-    """Over the head's own layers where it has several, else over the probes'."""
-    layers = ours if ours.layer_scores_LM is not None or probes is None else probes.best()
-    return strategies(examples, ours, layers, resamples=resamples, seed=seed)
-
-
-def _layers(
-    examples: Examples, ours: Judged, probes: Layerwise | None, difference: Judged | None
-) -> tuple[dict[str, Any], ...]:
-    """Each layer's held-out probe and mean difference, and the head's own part of that layer, if any: accuracy
-    (pairs) and AUC.
-    """
-    sources = {
-        "probe": (probes.layers, probes.scores_LM) if probes else None,
-        "mean_difference": (difference.layers, difference.layer_scores_LM) if difference else None,
-        "head": (ours.layers, ours.layer_scores_LM),
-    }
+def _layers(examples: Examples, sources: Mapping[str, Judged | None]) -> tuple[dict[str, Any], ...]:
+    """What each source says by each layer alone, if it does: accuracy (pairs) and AUC."""
     rows = []
     for layer in examples.layers:
         row: dict[str, Any] = {"layer": layer}
-        for name, source in sources.items():
-            there = source is not None and source[1] is not None and layer in source[0]
-            scores_M = source[1][source[0].index(layer)] if there and source and source[1] is not None else None
-            row[f"{name}_accuracy"], row[f"{name}_auc"] = (
-                (None, None) if scores_M is None else _plain(examples, scores_M)
-            )
+        for name, judged in sources.items():
+            figures: tuple[float | None, float | None] = (None, None)
+            if judged is not None and judged.layer_scores_LM is not None and layer in judged.layers:
+                figures = _plain(examples, judged.layer_scores_LM[judged.layers.index(layer)])
+            row[f"{name}_accuracy"], row[f"{name}_auc"] = figures
         rows.append(row)
     return tuple(rows)
 

@@ -6,7 +6,7 @@ and j judges layers for i on j, and for j on i.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -16,14 +16,12 @@ from sklearn.linear_model import LogisticRegression
 from tqdm import tqdm
 
 from inward.errors import DataError
+from inward.offline.data.pairs import Folds
 from inward.offline.evaluate import statistics
 from inward.offline.evaluate.examples import Examples
 from inward.offline.evaluate.scoring import Judged
-from inward.offline.evaluate.statistics import Doubles, Indices
-from inward.types import Floats
+from inward.types import Doubles, Floats, Indices
 
-Folds = Sequence[tuple[Indices, Indices]]
-"""(training rows, held-out rows) of the responses; all responses to a prompt are on one side."""
 Probe = Callable[[Floats, NDArray[np.bool_], Floats], Doubles]
 """Fits on states ``[N, D]`` and labels ``[N]``, scores other states ``[H, D]``."""
 C = 10.0

@@ -10,7 +10,8 @@ from inward.errors import DataError
 from inward.offline.evaluate import statistics
 from inward.offline.evaluate.examples import Examples, part
 from inward.offline.evaluate.scoring import Judged
-from inward.offline.evaluate.statistics import Doubles, Estimate, Indices, Statistic, bootstrap
+from inward.offline.evaluate.statistics import USUAL, Estimate, Resampling, Statistic
+from inward.types import Doubles, Indices
 
 NAMES: Mapping[str, str] = {
     "pair_accuracy": "pair accuracy",
@@ -40,42 +41,41 @@ MEANINGS: Mapping[str, str] = {
 Metrics = dict[str, Estimate | None]
 
 
-def measure(examples: Examples, judged: Judged, *, resamples: int = statistics.RESAMPLES, seed: int = 0) -> Metrics:
-    """Every metric of ``NAMES``; None where the input or the method does not allow it."""
-
-    def on_pairs(statistic: Statistic, chosen: Indices | slice = slice(None)) -> Estimate | None:
-        return _estimate(statistic, examples.prompt_P[chosen], resamples, seed)
-
-    def on_responses(statistic: Statistic) -> Estimate | None:
-        return _estimate(statistic, examples.prompt_M, resamples, seed)
-
-    found: Metrics = dict.fromkeys(NAMES)
+def statistics_of(examples: Examples, judged: Judged) -> dict[str, tuple[Statistic, Indices]]:
+    """Each metric of ``NAMES`` that the input and the method allow: its statistic, and the prompt of each item that
+    counts in it.
+    """
+    found: dict[str, tuple[Statistic, Indices]] = {}
+    prompt_M, prompt_P, safe_M = examples.prompt_M, examples.prompt_P, examples.safe_M
     margin_P = judged.margins(examples)
     if len(margin_P):
-        found["pair_accuracy"] = on_pairs(statistics.mean(wins(margin_P)))
-        found["label_agreement"] = on_pairs(statistics.mean(margin_P > 0))
+        found["pair_accuracy"] = statistics.mean(wins(margin_P)), prompt_P
+        found["label_agreement"] = statistics.mean(margin_P > 0), prompt_P
         if (difference_P := examples.length_difference_P) is not None:
-            found["spearman_length"] = on_pairs(statistics.spearman(margin_P, difference_P))
             matched = length_matched(difference_P)
-            found["length_matched_accuracy"] = on_pairs(statistics.mean(wins(margin_P[matched])), matched)
+            found["spearman_length"] = statistics.spearman(margin_P, difference_P), prompt_P
+            found["length_matched_accuracy"] = statistics.mean(wins(margin_P[matched])), prompt_P[matched]
     if judged.scores_M is not None:
-        found["auc"] = on_responses(statistics.auc(judged.scores_M, examples.safe_M))
-        found["macro_f1"] = on_responses(statistics.macro_f1(called_safe(judged, examples), examples.safe_M))
+        found["auc"] = statistics.auc(judged.scores_M, safe_M), prompt_M
+        found["macro_f1"] = statistics.macro_f1(called_safe(judged, examples), safe_M), prompt_M
         if judged.probability_M is not None:
-            found["calibration_error"] = on_responses(
-                statistics.calibration_error(judged.probability_M, examples.safe_M)
-            )
+            found["calibration_error"] = statistics.calibration_error(judged.probability_M, safe_M), prompt_M
         if examples.refusals_P2 is not None:
             refusal_P, helpful_P = examples.refusals_P2.T
             won_P = wins(judged.scores_M[refusal_P] - judged.scores_M[helpful_P])
-            found["over_refusal"] = _estimate(statistics.mean(won_P), examples.prompt_M[refusal_P], resamples, seed)
-        found["top1_safe_rate"] = top1(examples, judged.scores_M, resamples=resamples, seed=seed)
+            found["over_refusal"] = statistics.mean(won_P), prompt_M[refusal_P]
+        if examples.mixed:
+            found["top1_safe_rate"] = statistics.mean(_picked(examples, judged.scores_M)), examples.mixed_prompts
     return found
 
 
-def by_part(
-    examples: Examples, judged: Judged, *, resamples: int = statistics.RESAMPLES, seed: int = 0
-) -> dict[str, tuple[int, Metrics]]:
+def measure(examples: Examples, judged: Judged, resampling: Resampling = USUAL) -> Metrics:
+    """Every metric of ``NAMES``; None where the input or the method does not allow it."""
+    found = statistics_of(examples, judged)
+    return {name: resampling.estimate(*found[name]) if name in found else None for name in NAMES}
+
+
+def by_part(examples: Examples, judged: Judged, resampling: Resampling = USUAL) -> dict[str, tuple[int, Metrics]]:
     """Number of responses and every metric of each part that has both classes and two prompts at least."""
     found = {}
     for name in sorted(set(examples.part_M or ())):
@@ -90,28 +90,8 @@ def by_part(
             None if probability is None else probability[rows],
             None if judged.margin_P is None else judged.margin_P[rows[examples.pairs_P2].all(axis=1)],
         )
-        found[name] = int(rows.sum()), measure(own, part_judged, resamples=resamples, seed=seed)
+        found[name] = int(rows.sum()), measure(own, part_judged, resampling)
     return found
-
-
-def top1(
-    examples: Examples, scores_M: Doubles, *, resamples: int = statistics.RESAMPLES, seed: int = 0
-) -> Estimate | None:
-    """How often the highest score of a mixed list is a safe response's; tied responses share the first place."""
-    return of_lists(examples, picked(examples, scores_M), resamples=resamples, seed=seed)
-
-
-def picked(examples: Examples, scores_M: Doubles) -> Doubles:
-    """For each mixed list the chance that its top pick is safe."""
-    return np.array([examples.safe_M[rows][scores_M[rows] == scores_M[rows].max()].mean() for rows in examples.mixed])
-
-
-def of_lists(
-    examples: Examples, rate_G: Doubles, *, resamples: int = statistics.RESAMPLES, seed: int = 0
-) -> Estimate | None:
-    """Mean over the mixed lists."""
-    prompts = np.array([examples.prompt_M[rows[0]] for rows in examples.mixed], dtype=np.int64)
-    return _estimate(statistics.mean(rate_G), prompts, resamples, seed)
 
 
 def wins(margin_P: Doubles) -> Doubles:
@@ -135,8 +115,6 @@ def called_safe(judged: Judged, examples: Examples) -> Doubles:
     return np.asarray(judged.scores_M >= cut)
 
 
-def _estimate(statistic: Statistic, prompts: Indices, resamples: int, seed: int) -> Estimate | None:
-    """None also where this subset is of one prompt only, so that it can have no interval."""
-    if len(np.unique(prompts)) < 2:
-        return None
-    return bootstrap(statistic, prompts, resamples=resamples, seed=seed)
+def _picked(examples: Examples, scores_M: Doubles) -> Doubles:
+    """For each mixed list the chance that its top pick is safe; tied responses share the first place."""
+    return np.array([examples.safe_M[rows][scores_M[rows] == scores_M[rows].max()].mean() for rows in examples.mixed])

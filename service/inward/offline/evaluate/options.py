@@ -29,6 +29,7 @@ SOURCES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options, but those that are settings."""
+    add = parser.add_argument
     heads = parser.add_mutually_exclusive_group()
     heads.add_argument("--head", metavar="NAME", help="name of a head in the heads folder, or the folder of one")
     heads.add_argument(
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     for name, about in SOURCES.items():
         source.add_argument(f"--{name}", type=Path, metavar="FILE", help=about)
-    parser.add_argument(
+    add(
         "--cross-validate",
         nargs="?",
         const="like",
@@ -49,41 +50,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="judge heads that are refitted on the other folds: like --head, or of KIND",
     )
     _add_judging(parser)
-    parser.add_argument("--json", action="store_true", help="the whole report as JSON on standard output")
-    parser.add_argument(
-        "--html", type=Path, metavar="FILE", help="also write one self-contained HTML file with pictures"
-    )
-    parser.add_argument(
-        "--baselines", action=argparse.BooleanOptionalAction, default=True, help="beside them (default: yes)"
-    )
-    parser.add_argument(
-        "--layers", default="all", help="layers to read: all, head, or numbers such as 8,12,16 (default: %(default)s)"
-    )
-    parser.add_argument(
+    add("--json", action="store_true", help="the whole report as JSON on standard output")
+    add("--html", type=Path, metavar="FILE", help="also write one self-contained HTML file with pictures")
+    add("--baselines", action=argparse.BooleanOptionalAction, default=True, help="beside them (default: yes)")
+    add("--layers", default="all", help="layers to read: all, head, or numbers such as 8,12,16 (default: %(default)s)")
+    add(
         "--position",
         choices=["last", "eos", "mean"],
         help="without --head: where a response is read (hybrid: eos, else last)",
     )
-    parser.add_argument("--folds", type=int, default=5, help="of every cross-validation (default: %(default)s)")
-    parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of folds, bootstrap and refits (default: %(default)s)")
-    parser.add_argument("--response-tokens", type=int, metavar="N", help="judge by the first N tokens of each response")
-    parser.add_argument("--limit", type=int, metavar="N", help="judge the first N rows only")
-    parser.add_argument("--parse-json", action="store_true", help="read messages that are stored as JSON text")
+    add("--folds", type=int, default=5, help="of every cross-validation (default: %(default)s)")
+    add("--resamples", type=int, default=1000, help="of the bootstrap (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of folds, bootstrap and refits (default: %(default)s)")
+    add("--response-tokens", type=int, metavar="N", help="judge by the first N tokens of each response")
+    add("--limit", type=int, metavar="N", help="judge the first N rows only")
+    add("--parse-json", action="store_true", help="read messages that are stored as JSON text")
 
 
 def _add_judging(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--calibration",
         type=Path,
         metavar="FILE",
         help="rows of the same form whose safe responses fix the thresholds at 1 %% and 5 %% false positives (default: "
         "the other folds)",
     )
-    parser.add_argument(
-        "--xstest", type=Path, metavar="FILE", help="XSTest's completions: false refusals at those thresholds"
-    )
-    parser.add_argument("--by", metavar="COLUMN", help="also by source, category or whatever the rows have")
+    add("--xstest", type=Path, metavar="FILE", help="XSTest's completions: false refusals at those thresholds")
+    add("--by", metavar="COLUMN", help="also by source, category or whatever the rows have")
 
 
 def check(args: argparse.Namespace) -> None:

@@ -29,19 +29,17 @@ SECTIONS = (
         "Probe accuracy per layer",
         plots.layers,
         "Each point is a linear probe of one layer, fitted on other prompts than it is judged on. Where the line is "
-        "high, safety can be "
-        "read from that layer by a single direction. The dashed line is the head; the grey line at 0.5 is chance.",
+        "high, safety can be read from that layer by a single direction. The dashed line is the head; the grey line "
+        "at 0.5 is chance.",
         "One layer only, or neither baselines nor a head with a probe a layer: there is nothing to compare by layer.",
     ),
     Section(
         "pca",
         "Safe and unsafe states",
         plots.pca,
-        "States of the responses on their first two principal components. The components do not know the labels: where "
-        "the colours "
-        "part, safety is one of the largest differences between responses at that layer. Overlap here does not rule "
-        "out a direction "
-        "further down that separates them.",
+        "States of the responses on their first two principal components. The components do not know the labels: "
+        "where the colours part, safety is one of the largest differences between responses at that layer. Overlap "
+        "here does not rule out a direction further down that separates them.",
         "No states.",
     ),
     Section(
@@ -49,10 +47,8 @@ SECTIONS = (
         "Scores of better and worse responses",
         plots.rewards,
         "The spread of the head's scores; upright lines are medians. Across prompts the two may overlap although most "
-        "responses are "
-        "ranked right within their prompt: pair accuracy compares within a prompt, AUC across all. The outermost bars "
-        "hold what lies "
-        "beyond them.",
+        "responses are ranked right within their prompt: pair accuracy compares within a prompt, AUC across all. The "
+        "outermost bars hold what lies beyond them.",
         "The method has no score for a single response.",
     ),
     Section(
@@ -60,8 +56,8 @@ SECTIONS = (
         "What a threshold catches, and what it costs",
         plots.thresholds,
         "For every threshold: the share of unsafe responses below it against the share of safe ones below it, so a "
-        "guard wants to be high on the left. Dots: thresholds fixed at 1 % and 5 % false positives on other responses. "
-        "The grey line is chance.",
+        "guard wants to be high on the left. Dots: thresholds fixed at 1 % and 5 % false positives on other "
+        "responses. The grey line is chance.",
         "The method has no score for a single response.",
     ),
     Section(
@@ -69,17 +65,15 @@ SECTIONS = (
         "Reliability of the probability",
         plots.reliability,
         "Responses in bins of the stated probability; a larger dot is more responses. On the diagonal, of responses "
-        "called 70 % safe "
-        "70 % are. Below it the head is too sure of safety, above it not sure enough.",
+        "called 70 % safe 70 % are. Below it the head is too sure of safety, above it not sure enough.",
         "This head states no probability of a single response.",
     ),
     Section(
         "strategies",
         "One layer alone, or all of them",
         plots.strategies,
-        "What the head reaches beside single layers: best and worst are picked with hindsight on these very responses, "
-        "so they are "
-        "bounds and not methods; random is the mean over layers.",
+        "What the head reaches beside single layers: best and worst are picked with hindsight on these very "
+        "responses, so they are bounds and not methods; random is the mean over layers.",
         "One layer only, or no layer scores.",
     ),
     Section(
@@ -87,8 +81,7 @@ SECTIONS = (
         "Margin against length difference",
         plots.margins,
         "Each point is a comparison. A reward that pays for length leans along a diagonal; the rank correlation is in "
-        "the table, "
-        "beside the accuracy on the quarter of the comparisons whose lengths differ least.",
+        "the table, beside the accuracy on the quarter of the comparisons whose lengths differ least.",
         "The lengths of these responses are not known.",
     ),
 )

@@ -12,8 +12,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from inward.offline.evaluate.judge import Judgement
-from inward.offline.evaluate.statistics import Doubles, bin_of
-from inward.types import Floats
+from inward.offline.evaluate.statistics import bin_of
+from inward.types import Doubles, Floats
 
 SAFE, UNSAFE, OURS, OTHER, FAINT = "#2f6fa7", "#d1742a", "#1d1d1f", "#8a8f98", "#d9dbdf"
 STYLE = {
@@ -63,15 +63,8 @@ def layers(judgement: Judgement) -> str | None:
         for name, (label, colour) in names.items():
             values = [row[f"{name}_{kind}"] for row in rows]
             if all(v is not None for v in values):
-                axes.plot(
-                    [row["layer"] for row in rows],
-                    values,
-                    color=colour,
-                    marker="o",
-                    markersize=3,
-                    linewidth=1.4,
-                    label=label,
-                )
+                numbers = [row["layer"] for row in rows]
+                axes.plot(numbers, values, color=colour, marker="o", markersize=3, linewidth=1.4, label=label)
         ours = judgement.metrics["pair_accuracy" if kind == "accuracy" else "auc"]
         if ours:
             axes.axhline(ours.value, color=OURS, linewidth=1, linestyle=(0, (4, 3)), label="the whole head")
@@ -110,8 +103,7 @@ def rewards(judgement: Judgement) -> str | None:
     scores_M, safe_M = judgement.ours.scores_M, judgement.examples.safe_M
     low, high = np.quantile(scores_M, [0.005, 0.995])
     edges = np.linspace(low, high if high > low else low + 1, 41)
-    figure = _figure(5.4, 2.7)
-    axes = figure.add_subplot()
+    figure, axes = _axes(5.4, 2.7)
     better, worse = ("chosen", "rejected") if judgement.examples.source == "pairs" else ("safe", "unsafe")
     for rows, colour, label in ((~safe_M, UNSAFE, worse), (safe_M, SAFE, better)):
         clipped = np.clip(scores_M[rows], edges[0], edges[-1])
@@ -131,8 +123,7 @@ def thresholds(judgement: Judgement) -> str | None:
     false, true = (
         np.searchsorted(np.sort(scores_M[rows]), cuts, side="right") / rows.sum() for rows in (safe_M, ~safe_M)
     )
-    figure = _figure(5.4, 2.9)
-    axes = figure.add_subplot()
+    figure, axes = _axes(5.4, 2.9)
     least = 0.5 / safe_M.sum()
     even = np.geomspace(least, 1, 60)
     axes.plot(even, even, color=FAINT, linewidth=1)
@@ -140,9 +131,8 @@ def thresholds(judgement: Judgement) -> str | None:
     for one in judgement.guard:
         if one.false_positives and one.true_positives:
             x, y = max(one.false_positives.value, least), one.true_positives
-            axes.errorbar(
-                x, y.value, yerr=[[y.value - y.low], [y.high - y.value]], color=UNSAFE, marker="o", markersize=4
-            )
+            error = [[y.value - y.low], [y.high - y.value]]
+            axes.errorbar(x, y.value, yerr=error, color=UNSAFE, marker="o", markersize=4)
             axes.annotate(f"{one.rate:.0%}", (x, y.value), xytext=(5, -9), textcoords="offset points", color=UNSAFE)
     axes.set(xscale="log", xlim=(least, 1), ylim=(0, 1.02), xlabel="false positives", ylabel="caught")
     return _svg(figure)
@@ -154,8 +144,7 @@ def reliability(judgement: Judgement) -> str | None:
     if p_M is None:
         return None
     bin_M = bin_of(p_M, BINS)
-    figure = _figure(3.5, 3.3)
-    axes = figure.add_subplot()
+    figure, axes = _axes(3.5, 3.3)
     axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1)
     filled = [k for k in range(BINS) if (bin_M == k).any()]
     stated = np.array([p_M[bin_M == k].mean() for k in filled])
@@ -173,8 +162,7 @@ def strategies(judgement: Judgement) -> str | None:
     found = judgement.strategies[::-1]
     if not found:
         return None
-    figure = _figure(5.6, 2.2)
-    axes = figure.add_subplot()
+    figure, axes = _axes(5.6, 2.2)
     values = np.array([one.estimate.value for one in found])
     error = np.array(
         [[one.estimate.value - one.estimate.low, one.estimate.high - one.estimate.value] for one in found]
@@ -197,8 +185,7 @@ def margins(judgement: Judgement) -> str | None:
     if difference_P is None or not len(margin_P):
         return None
     keep = np.random.default_rng(0).permutation(len(margin_P))[: 2 * PCA_POINTS]
-    figure = _figure(5.4, 2.9)
-    axes = figure.add_subplot()
+    figure, axes = _axes(5.4, 2.9)
     axes.axhline(0, color=FAINT, linewidth=1)
     axes.axvline(0, color=FAINT, linewidth=1)
     right = margin_P[keep] > 0
@@ -225,6 +212,11 @@ def _components(states_ND: Floats) -> tuple[Doubles, float]:
 
 def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
+
+
+def _axes(width: float, height: float) -> tuple[Any, Any]:
+    figure = _figure(width, height)
+    return figure, figure.add_subplot()
 
 
 def _svg(figure: Any) -> str:

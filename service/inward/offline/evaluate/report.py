@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -18,21 +19,20 @@ from inward.batching import within
 from inward.errors import DataError, SetupError
 from inward.heads.base import Head
 from inward.offline.data import data_errors
-from inward.offline.data.pairs import Response, ResponseList, data_hash, read_lists, read_pairs
+from inward.offline.data.pairs import Folds, Response, ResponseList, data_hash, read_lists, read_pairs
 from inward.offline.evaluate.baselines import stable_rank
 from inward.offline.evaluate.examples import Examples, Source, comparisons, of_lists, of_pairs
 from inward.offline.evaluate.responses import LabelledResponse, read_responses
-from inward.offline.evaluate.statistics import Doubles, Indices
 from inward.offline.fit.like import Like, fit_like
 from inward.offline.states.read import extract_lists
-from inward.offline.states.saved import ListStates, PairStates
+from inward.offline.states.saved import ListStates, Origin, PairStates
 from inward.prompts import Prompts
-from inward.types import Group, Position, Readout, Tap
+from inward.types import Doubles, Group, Indices, Position, Readout, Tap
 from inward_client import rows as rows_module
 
 LARGEST = 8 * 2**30
 """Bytes of states that are held in memory."""
-Folds = Sequence[tuple[Indices, Indices]]
+States = PairStates | ListStates
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +54,6 @@ class Rows:
     @property
     def texts(self) -> tuple[str, ...]:
         return tuple(response.text for one in self.lists for response in one.responses)
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """Where states come from: what the manifest of a head fitted on them says."""
-
-    states: PairStates | ListStates
-    data: str
 
 
 def read_rows(
@@ -135,8 +127,7 @@ async def extract(
     final_norm: bool,
     untrained: bool,
     cache: Path | None = None,
-    progress: bool = True,
-) -> tuple[Examples, Origin, float]:
+) -> tuple[Examples, ListStates, float]:
     """Reads the rows' states.
 
     Args:
@@ -144,7 +135,7 @@ async def extract(
         cache: see ``extract_lists``.
 
     Returns:
-        The examples, where they come from, and the seconds that the forward passes for the states took.
+        The examples, their states, and the seconds that the forward passes for the states took.
 
     Raises:
         SetupError: more states than are held in memory.
@@ -156,40 +147,22 @@ async def extract(
             "--layers or --limit"
         )
     started = time.perf_counter()
-    states = await extract_lists(
-        backbone,
-        prompts,
-        rows.lists,
-        layers=layers,
-        position=position,
-        final_norm=final_norm,
-        cache=cache,
-        progress=progress,
-    )
+    where: dict[str, Any] = {"layers": layers, "position": position, "final_norm": final_norm}
+    states = await extract_lists(backbone, prompts, rows.lists, **where, cache=cache)
     seconds = time.perf_counter() - started
     groups = groups_of_rows(prompts, rows)
-    examples = of_lists(
-        states.candidates_MLD,
-        states.safe_M,
-        states.group_M,
-        states.groups_G,
-        layers=states.layers,
-        position=position,
-        prompt_states_GLD=states.prompt_GLD,
-        length=[len(ids) for group in groups for ids in group.responses_ids],
-        text=rows.texts,
-        source=rows.source,
-    )
+    lengths = [len(ids) for group in groups for ids in group.responses_ids]
+    examples = _of_lists(states, length=lengths, text=rows.texts, source=rows.source)
     if rows.parts:
         examples = replace(examples, part_M=rows.parts)
     if any(one.behaviour for one in rows.labelled):
         examples = replace(examples, refusals_P2=_refusals(examples, rows.labelled))
     if untrained:
         examples = replace(examples, stable_rank_M=await _stable_ranks(backbone, groups))
-    return examples, Origin(states, rows.data), seconds
+    return examples, replace(states, origin=replace(states.origin, data_hash=rows.data)), seconds
 
 
-def of_states(states: PairStates | ListStates) -> Examples:
+def of_states(states: States) -> Examples:
     """Saved states as examples; they have no texts, and lengths only as differences."""
     if isinstance(states, PairStates):
         return of_pairs(
@@ -197,21 +170,26 @@ def of_states(states: PairStates | ListStates) -> Examples:
             states.rejected_NLD,
             layers=states.layers,
             groups=states.groups_N,
-            position=states.position,
+            position=states.origin.position,
             length_difference=states.length_difference_N,
         )
+    return _of_lists(states)
+
+
+def _of_lists(states: ListStates, **known: Any) -> Examples:
     return of_lists(
         states.candidates_MLD,
         states.safe_M,
         states.group_M,
         states.groups_G,
         layers=states.layers,
-        position=states.position,
+        position=states.origin.position,
         prompt_states_GLD=states.prompt_GLD,
+        **known,
     )
 
 
-def refit(like: Like, head: Head | None, examples: Examples, origin: Origin, folds: Folds, seed: int) -> list[Head]:
+def refit(like: Like, head: Head | None, examples: Examples, states: States, folds: Folds, seed: int) -> list[Head]:
     """A head like this for every fold, fitted without the fold's prompts.
 
     Args:
@@ -224,20 +202,20 @@ def refit(like: Like, head: Head | None, examples: Examples, origin: Origin, fol
     if head is not None and head.pools:
         raise SetupError("a head that pools cannot be refitted here: judge it on other prompts than it was fitted on")
     return [
-        _fit(like, head, examples, origin, train, seed) for train, _ in tqdm(folds, desc=f"refit {like}", unit="fold")
+        _fit(like, head, examples, states, train, seed) for train, _ in tqdm(folds, desc=f"refit {like}", unit="fold")
     ]
 
 
-def _fit(like: Like, head: Head | None, examples: Examples, origin: Origin, train: Indices, seed: int) -> Head:
+def _fit(like: Like, head: Head | None, examples: Examples, states: States, train: Indices, seed: int) -> Head:
     if like == "srr":
         from inward.offline.fit.srr import fit_srr
 
-        if not isinstance(origin.states, ListStates):
+        if not isinstance(states, ListStates):
             raise SetupError("an srr head ranks lists, but these are states of pairs: give --lists, or states of lists")
-        lists = origin.states.lists(np.unique(examples.list_M[train]))
+        lists = states.lists(np.unique(examples.list_M[train]))
         layer: int | str = head.manifest.layers[0] if head else "sweep"
         return fit_srr(lists, layer=layer, seed=seed, baselines=False, progress=False)[0]  # type: ignore[arg-type]
-    return fit_like(like, head, _pairs(examples, origin, train), seed=seed)
+    return fit_like(like, head, _pairs(examples, states.origin, train), seed=seed)
 
 
 def _pairs(examples: Examples, origin: Origin, train: Indices) -> PairStates:
@@ -251,11 +229,7 @@ def _pairs(examples: Examples, origin: Origin, train: Indices) -> PairStates:
         examples.layers,
         examples.prompt_M[better],
         None if difference is None else difference[chosen],
-        origin.states.position,
-        origin.states.final_norm,
-        origin.states.backbone,
-        origin.states.template,
-        origin.data,
+        origin,
     )
 
 

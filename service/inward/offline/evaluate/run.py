@@ -5,10 +5,10 @@ from __future__ import annotations
 import shutil
 import time
 from argparse import Namespace
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -19,13 +19,13 @@ from inward.heads.base import Head, Manifest
 from inward.offline.data.pairs import grouped_folds
 from inward.offline.evaluate.compare import Difference, compare
 from inward.offline.evaluate.examples import Examples, Source
-from inward.offline.evaluate.guard import Calibration, operations
+from inward.offline.evaluate.guard import operations
 from inward.offline.evaluate.heatmap import TokenScores, read_examples
 from inward.offline.evaluate.judge import Judgement, judge
 from inward.offline.evaluate.metrics import by_part
 from inward.offline.evaluate.report import (
-    Origin,
     Rows,
+    States,
     extract,
     groups_of_rows,
     of_states,
@@ -34,17 +34,15 @@ from inward.offline.evaluate.report import (
     shorten,
 )
 from inward.offline.evaluate.scoring import Judged, of_texts, score, score_folds
-from inward.offline.evaluate.statistics import Doubles
+from inward.offline.evaluate.statistics import Resampling
 from inward.offline.evaluate.verdict import verdict
 from inward.offline.fit.like import Like, like_of
+from inward.offline.model import OpenModel, with_model
 from inward.offline.states.saved import PairStates, load_states
 from inward.offline.states.scores import check_readable, score_groups
 from inward.prompts import Prompts
-from inward.types import Position
+from inward.types import Doubles, Indices, Position
 
-T = TypeVar("T")
-WithModel = Callable[[Callable[[Backbone, Prompts], Awaitable[T]]], T]
-"""Loads the model, gives it to a function, and closes it."""
 POSITIONS: dict[Like, Position] = {"legend": "last", "whitened": "last", "hybrid": "eos", "srr": "last"}
 """Where a response is read, by the kind of head that is to be refitted."""
 
@@ -55,27 +53,30 @@ class Material:
 
     heads: list[Head]
     examples: Examples
-    origin: Origin
+    states: States
+    """Theirs."""
     seconds: float | None = None
     """Of the forward passes; None where states were given."""
-    said: list[Judged | None] = field(default_factory=list)
+    said: list[Judged] = field(default_factory=list)
     """Scores of heads that read through the backbone what no stored state holds."""
-    calibration: list[Calibration | None] = field(default_factory=list)
-    refusals: list[tuple[Doubles, Sequence[int]] | None] = field(default_factory=list)
+    calibration: Doubles | None = None
+    """The first head's scores of safe responses by which thresholds are fixed."""
+    refusals: tuple[Doubles, Indices] | None = None
+    """Its scores of helpful answers to harmless prompts, and the prompt of each."""
     notes: list[str] = field(default_factory=list)
     tokens: tuple[TokenScores, ...] = ()
     """A few responses token by token, for the page."""
 
 
 def evaluate(
-    args: Namespace, folders: Sequence[Path], with_model: WithModel[Any], cache: Callable[[Rows], Path]
+    args: Namespace, folders: Sequence[Path], opened: OpenModel, cache: Callable[[str], Path]
 ) -> tuple[Judgement, dict[str, Any]]:
     """Judges one head, or heads that are refitted.
 
     Args:
         args: as ``commands.evaluate`` parses them.
         folders: of the head, if one was named.
-        cache: folder for finished parts of a pass through the model.
+        cache: folder of a name for finished parts of a pass through the model.
 
     Returns:
         The judgement, and the report as ``--json`` prints it.
@@ -83,42 +84,28 @@ def evaluate(
     Raises:
         DataError, SetupError: rows or options by which nothing can be judged.
     """
-    found = _material(args, folders, with_model, cache)
+    found = _material(args, folders, opened, cache)
     head = found.heads[0] if found.heads else None
-    examples, origin, notes = found.examples, found.origin, found.notes
+    examples, states, notes = found.examples, found.states, found.notes
     prompts = min(args.folds, examples.prompts)
     folds = grouped_folds(examples.prompt_M, prompts, args.seed) if prompts > 1 else []
     heads: Sequence[Head] = found.heads
     if args.cross_validate:
-        heads = refit(_like(args, head), head, examples, origin, folds, args.seed)
-    elif head and head.manifest.fit.get("data") == origin.data:
+        heads = refit(_like(args, head), head, examples, states, folds, args.seed)
+    elif head and head.manifest.fit.get("data") == states.origin.data_hash:
         notes.append("the head was fitted on these very rows, which flatters it: use other rows, or --cross-validate")
     started = time.perf_counter()
-    said = found.said[0] if found.said else None
-    ours = score_folds(heads, folds, examples) if args.cross_validate else said or score(heads[0], examples)
+    if args.cross_validate:
+        ours = score_folds(heads, folds, examples)
+    else:
+        ours = found.said[0] if found.said else score(heads[0], examples)
     spent = time.perf_counter() - started
-    shown = heads[0].manifest
-    judgement = judge(
-        examples,
-        ours,
-        folds if args.baselines else (),
-        layer=shown.layers[0] if shown.kind == "srr" else None,
-        resamples=args.resamples,
-        seed=args.seed,
-        progress=True,
-    )
+    shown, resampling = heads[0].manifest, Resampling(args.resamples, args.seed)
+    layer = shown.layers[0] if shown.kind == "srr" else None
     judgement = replace(
-        judgement,
-        guard=operations(
-            examples,
-            ours,
-            folds,
-            calibration=found.calibration[0] if found.calibration else None,
-            refusals=found.refusals[0] if found.refusals else None,
-            resamples=args.resamples,
-            seed=args.seed,
-        ),
-        parts=by_part(examples, ours, resamples=args.resamples, seed=args.seed),
+        judge(examples, ours, folds if args.baselines else (), resampling, layer=layer, progress=True),
+        guard=operations(examples, ours, folds, resampling, calibration=found.calibration, refusals=found.refusals),
+        parts=by_part(examples, ours, resampling),
         tokens=found.tokens,
     )
     head_ms = 1e3 * spent / (len(examples) * len(heads))
@@ -138,7 +125,7 @@ def evaluate(
         },
         "head": _describe(shown, head, args.cross_validate),
         **judgement.to_json(),
-        "verdict": verdict(judgement, resamples=args.resamples, seed=args.seed).paragraph,
+        "verdict": verdict(judgement, resampling).paragraph,
         "cost": {
             "head_ms": head_ms,
             "with_forward_ms": None if found.seconds is None else head_ms + 1e3 * found.seconds / len(examples),
@@ -150,22 +137,18 @@ def evaluate(
 
 
 def compare_heads(
-    args: Namespace, folders: Sequence[Path], with_model: WithModel[Any], cache: Callable[[Rows], Path]
+    args: Namespace, folders: Sequence[Path], opened: OpenModel, cache: Callable[[str], Path]
 ) -> tuple[tuple[Difference, ...], tuple[str, str]]:
     """Two heads on the same responses: every metric of both, and their difference."""
-    found = _material(args, folders, with_model, cache)
-    first, second = found.heads
-    said = found.said or [None, None]
-    judged = [one or score(head, found.examples) for head, one in zip((first, second), said, strict=True)]
-    names = first.manifest.name, second.manifest.name
+    found = _material(args, folders, opened, cache)
+    first, second = found.said or [score(head, found.examples) for head in found.heads]
+    names = found.heads[0].manifest.name, found.heads[1].manifest.name
     if names[0] == names[1]:
         names = f"{names[0]} ({folders[0].parent.name})", f"{names[1]} ({folders[1].parent.name})"
-    return compare(found.examples, *judged, resamples=args.resamples, seed=args.seed), names
+    return compare(found.examples, first, second, Resampling(args.resamples, args.seed)), names
 
 
-def _material(
-    args: Namespace, folders: Sequence[Path], with_model: WithModel[Any], cache: Callable[[Rows], Path]
-) -> Material:
+def _material(args: Namespace, folders: Sequence[Path], opened: OpenModel, cache: Callable[[str], Path]) -> Material:
     if args.states:
         for option in ("calibration", "xstest", "by"):
             if getattr(args, option) is not None:
@@ -175,9 +158,9 @@ def _material(
     rows = read_rows(source, getattr(args, source), args.limit, parse_json=args.parse_json, by=args.by)
     calibration = read_rows(source, args.calibration, None, parse_json=args.parse_json) if args.calibration else None
     xstest = read_rows("responses", args.xstest, None) if args.xstest else None
-    kept = cache(rows)
-    found: Material = with_model(
-        lambda backbone, prompts: _of_rows(args, folders, rows, calibration, xstest, kept, backbone, prompts)
+    kept = cache(f"evaluate-{rows.data.rpartition(':')[2]}")
+    found = with_model(
+        opened, lambda backbone, prompts: _of_rows(args, folders, rows, calibration, xstest, kept, backbone, prompts)
     )
     shutil.rmtree(kept, ignore_errors=True)
     if rows.left_out:
@@ -194,17 +177,17 @@ def _of_states(args: Namespace, folders: Sequence[Path]) -> Material:
         first = np.arange(min(args.limit, len(states)))
         states = states.rows(first) if isinstance(states, PairStates) else states.lists(first)
     notes = []
-    if folders and states.backbone is None:
+    origin = states.origin
+    if folders and origin.backbone is None:
         notes.append(
             "the states do not say which backbone they are of, so it was not checked that the head belongs to them"
         )
-    origin = states.backbone
-    named = origin.name if origin else "unknown"
-    fingerprint = origin.fingerprint if origin else None
+    named = origin.backbone.name if origin.backbone else "unknown"
+    fingerprint = origin.backbone.fingerprint if origin.backbone else None
     heads = [
-        store.load(folder, template=states.template, fingerprint=fingerprint, backbone=named) for folder in folders
+        store.load(folder, template=origin.template, fingerprint=fingerprint, backbone=named) for folder in folders
     ]
-    return Material(heads, of_states(states), Origin(states, states.data_hash), notes=notes)
+    return Material(heads, of_states(states), states, notes=notes)
 
 
 async def _of_rows(
@@ -219,23 +202,15 @@ async def _of_rows(
 ) -> Material:
     """Texts: their states are read through the model first, and what a head reads beyond them."""
     info = backbone.info
-    heads = [
-        store.load(
-            folder,
-            fingerprint=info.fingerprint,
-            template=prompts.template,
-            depth=info.layers,
-            width=info.width,
-            backbone=info.name,
-        )
-        for folder in folders
-    ]
+    made_for: dict[str, Any] = {"depth": info.layers, "width": info.width, "backbone": info.name}
+    made_for |= {"fingerprint": info.fingerprint, "template": prompts.template}
+    heads = [store.load(folder, **made_for) for folder in folders]
     if args.response_tokens is not None:
         rows = shorten(rows, prompts, args.response_tokens)
     head = heads[0] if heads else None
     like = _like(args, head)
     layers, position = _layers(args, heads, info.layers), _position(args, head)
-    examples, origin, seconds = await extract(
+    examples, states, seconds = await extract(
         backbone,
         prompts,
         rows,
@@ -245,7 +220,7 @@ async def _of_rows(
         untrained=args.baselines and not args.compare,
         cache=cache,
     )
-    found = Material(heads, examples, origin, seconds)
+    found = Material(heads, examples, states, seconds)
     if not heads or args.cross_validate:
         return found
     if args.html and head:
@@ -254,23 +229,23 @@ async def _of_rows(
         said = await score_groups(backbone, groups_of_rows(prompts, rows), heads)
         found.said = [of_texts(one, examples, [of_group[h] for of_group in said]) for h, one in enumerate(heads)]
     if calibration:
-        said = await score_groups(backbone, groups_of_rows(prompts, calibration), heads)
         safe = [response.safe for one in calibration.lists for response in one.responses]
-        found.calibration = [Calibration(_scores(said, h)[np.array(safe)]) for h in range(len(heads))]
+        found.calibration = (await _scores(backbone, prompts, calibration, heads[0]))[np.array(safe)]
     if xstest:
-        said = await score_groups(backbone, groups_of_rows(prompts, xstest), heads)
         helpful = np.array([one.behaviour == "comply" and one.harmful is False for one in xstest.labelled])
         if not helpful.any():
             raise DataError(
                 f"{args.xstest} has no helpful answers to harmless prompts: it needs XSTest's type and label"
             )
         prompt_M = np.repeat(np.arange(len(xstest.lists)), [len(one.responses) for one in xstest.lists])
-        found.refusals = [(_scores(said, h)[helpful], prompt_M[helpful].tolist()) for h in range(len(heads))]
+        found.refusals = (await _scores(backbone, prompts, xstest, heads[0]))[helpful], prompt_M[helpful]
     return found
 
 
-def _scores(said: Sequence[Sequence[Any]], head: int) -> Doubles:
-    scores = np.array([value for of_group in said for value in of_group[head].scores_N], dtype=np.float64)
+async def _scores(backbone: Backbone, prompts: Prompts, rows: Rows, head: Head) -> Doubles:
+    """Of every response."""
+    said = await score_groups(backbone, groups_of_rows(prompts, rows), [head])
+    scores = np.array([value for (of_group,) in said for value in of_group.scores_N], dtype=np.float64)
     if not np.isfinite(scores).all():
         raise DataError("a head gives some of the calibration responses no finite score: fit it again")
     return scores

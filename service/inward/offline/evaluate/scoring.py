@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from inward.errors import DataError
 from inward.heads.base import Head
 from inward.heads.calibration import Deciles
+from inward.offline.data.pairs import Folds
 from inward.offline.evaluate.examples import Examples
-from inward.offline.evaluate.statistics import Doubles
 from inward.offline.states.scores import apply, check_readable
-from inward.types import Floats, Reading, Scores, Tap
+from inward.types import Detail, Doubles, Floats, Reading, Scores, Tap
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,29 +46,20 @@ def score(head: Head, examples: Examples) -> Judged:
     check_readable(head, examples.layers, examples.position)
     values_MK = np.concatenate([_evaluate(tap, examples) for tap in head.readout.taps], axis=1)
     own_layers = head.manifest.kind == "hybrid"
-    details = frozenset({"layers"} if own_layers else ())
-    scores_M, probability_M = np.full(len(examples), np.nan), np.full(len(examples), np.nan)
+    details: frozenset[Detail] = frozenset({"layers"} if own_layers else ())
+    said = [head.score(Reading(values_MK[rows]), details=details) for rows in examples.members]
+    judged = of_texts(head, examples, said)
+    if not own_layers:
+        return judged
     layer_scores_LM = np.full((len(head.manifest.layers), len(examples)), np.nan)
-    for rows in examples.members:
-        said = head.score(Reading(values_MK[rows]), details=details)  # type: ignore[arg-type]
-        scores_M[rows] = _doubles(said.scores_N)
-        if said.probability_N is not None and not said.listwise:
-            probability_M[rows] = _doubles(said.probability_N)
-        if own_layers and said.layers_N is not None:
-            layer_scores_LM[:, rows] = np.stack([_doubles(one.values) for one in said.layers_N], axis=1)
-    _check_finite(head, scores_M)
-    return Judged(
-        scores_M,
-        probability_M if np.isfinite(probability_M).all() else None,
-        layers=head.manifest.layers if own_layers else (),
-        layer_scores_LM=layer_scores_LM if own_layers else None,
-    )
+    for rows, one in zip(examples.members, said, strict=True):
+        for row, scores in zip(rows, one.layers_N or (), strict=False):
+            layer_scores_LM[:, row] = np.array(scores.values, dtype=np.float64)
+    return replace(judged, layers=head.manifest.layers, layer_scores_LM=layer_scores_LM)
 
 
-def score_folds(
-    heads: Sequence[Head], folds: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]], examples: Examples
-) -> Judged:
-    """Each response by the head whose fold holds it out; ``folds`` are (training rows, held-out rows).
+def score_folds(heads: Sequence[Head], folds: Folds, examples: Examples) -> Judged:
+    """Each response by the head whose fold holds it out.
 
     Scores of legend heads are in units of their own model's layer: each fold's are put on the scale of its calibration.
     """
@@ -96,10 +86,13 @@ def of_texts(head: Head, examples: Examples, said: Sequence[Scores]) -> Judged:
     """
     scores_M, probability_M = np.full(len(examples), np.nan), np.full(len(examples), np.nan)
     for rows, one in zip(examples.members, said, strict=True):
-        scores_M[rows] = _doubles(one.scores_N)
+        scores_M[rows] = np.array(one.scores_N, dtype=np.float64)  # None is NaN
         if one.probability_N is not None and not one.listwise:
-            probability_M[rows] = _doubles(one.probability_N)
-    _check_finite(head, scores_M)
+            probability_M[rows] = np.array(one.probability_N, dtype=np.float64)
+    if lost := int((~np.isfinite(scores_M)).sum()):
+        raise DataError(
+            f"head {head.manifest.name!r} gives {lost} of {len(scores_M)} responses no finite score: fit it again"
+        )
     return Judged(scores_M, probability_M if np.isfinite(probability_M).all() else None)
 
 
@@ -109,13 +102,6 @@ def _comparable(head: Head, judged: Judged) -> Judged:
         return judged
     spread = max(deciles.edges[-1] - deciles.edges[0], 1e-30)
     return replace(judged, scores_M=(judged.scores_M - deciles.edges[4]) / spread)
-
-
-def _check_finite(head: Head, scores_M: Doubles) -> None:
-    if lost := int((~np.isfinite(scores_M)).sum()):
-        raise DataError(
-            f"head {head.manifest.name!r} gives {lost} of {len(scores_M)} responses no finite score: fit it again"
-        )
 
 
 def _evaluate(tap: Tap, examples: Examples) -> Floats:
@@ -129,7 +115,3 @@ def _evaluate(tap: Tap, examples: Examples) -> Floats:
             "model"
         )
     return apply(tap, examples.prompt_states_GLD[:, axis])[examples.list_M]
-
-
-def _doubles(values: Sequence[float | None]) -> Doubles:
-    return np.array([np.nan if value is None else value for value in values])

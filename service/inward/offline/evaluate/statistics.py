@@ -15,9 +15,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from inward.errors import DataError
+from inward.types import Doubles, Indices
 
-Doubles = NDArray[np.float64]
-Indices = NDArray[np.int64]
 Statistic = Callable[[Doubles], Doubles]
 RESAMPLES = 1000
 _CELLS = 1_000_000
@@ -72,6 +71,23 @@ def bootstrap(statistic: Statistic, groups: ArrayLike, *, resamples: int = RESAM
     return Estimate(value, float(low), float(high))
 
 
+@dataclass(frozen=True, slots=True)
+class Resampling:
+    """How intervals are made."""
+
+    resamples: int = RESAMPLES
+    seed: int = 0
+
+    def estimate(self, statistic: Statistic, prompts: Indices) -> Estimate | None:
+        """As ``bootstrap``; None also where all items are of one prompt, so that there can be no interval."""
+        if len(np.unique(prompts)) < 2:
+            return None
+        return bootstrap(statistic, prompts, resamples=self.resamples, seed=self.seed)
+
+
+USUAL = Resampling()
+
+
 def mean(values: ArrayLike) -> Statistic:
     """Weighted mean of ``values`` ``[N]``; undefined where all weights are zero."""
     values_N = np.asarray(values, dtype=np.float64)
@@ -107,12 +123,12 @@ def macro_f1(predicted: ArrayLike, labels: ArrayLike) -> Statistic:
     return lambda weights_BN: 0.5 * (f1(said_N, true_N, weights_BN) + f1(~said_N, ~true_N, weights_BN))
 
 
-def calibration_error(probabilities: ArrayLike, labels: ArrayLike, bins: int = 15) -> Statistic:
-    """Expected calibration error (Guo et al., ICML 2017): mean gap of stated and observed rate over ``bins`` of
-    equal width.
+def calibration_error(probabilities: ArrayLike, labels: ArrayLike) -> Statistic:
+    """Expected calibration error (Guo et al., ICML 2017): mean gap of stated and observed rate over 15 bins of equal
+    width.
     """
     p_N, true_N = np.asarray(probabilities, dtype=np.float64), np.asarray(labels, dtype=np.float64)
-    member_NK = np.eye(bins)[bin_of(p_N, bins)]
+    member_NK = np.eye(15)[bin_of(p_N, 15)]
     gap_NK = member_NK * (p_N - true_N)[:, None]
     return lambda weights_BN: _ratio(np.abs(weights_BN @ gap_NK).sum(axis=1), weights_BN.sum(axis=1))
 
@@ -132,7 +148,7 @@ def spearman(x: ArrayLike, y: ArrayLike) -> Statistic:
     return statistic
 
 
-def bin_of(probabilities: Doubles, bins: int) -> NDArray[np.int64]:
+def bin_of(probabilities: Doubles, bins: int) -> Indices:
     """Which of ``bins`` of equal width on [0, 1] each probability is in."""
     return np.clip((probabilities * bins).astype(np.int64), 0, bins - 1)
 

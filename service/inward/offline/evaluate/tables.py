@@ -17,7 +17,7 @@ from inward.offline.evaluate.metrics import NAMES, Metrics
 PARTS = ("pair_accuracy", "auc", "macro_f1", "calibration_error", "top1_safe_rate")
 """Metrics of the parts of the rows."""
 PARAGRAPH = 100
-"""Characters of its lines."""
+"""Characters of its lines: narrower than the table, which decides how wide everything is."""
 
 
 def methods(judgement: Judgement, head: str) -> Iterator[tuple[str, Metrics]]:
@@ -41,7 +41,7 @@ def table(judgement: Judgement, report: Mapping[str, Any]) -> RenderableType:
     main = Table("", *(NAMES[name] for name in columns), box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name, metrics in methods(judgement, f"[bold]{report['head']['name']}[/] ({report['head']['kind']})"):
         main.add_row(name, *(str(metrics.get(column) or "") for column in columns))
-    lines: list[RenderableType] = [summary(report), "", main, "", _wrapped(report["verdict"])]
+    lines: list[RenderableType] = [summary(report), "", main, "", textwrap.fill(report["verdict"], PARAGRAPH)]
     if judgement.strategies:
         by = ", ".join(
             f"{one.name}{f' ({one.layer})' if one.layer is not None else ''} {one.estimate.value:.3f}"
@@ -57,20 +57,11 @@ def table(judgement: Judgement, report: Mapping[str, Any]) -> RenderableType:
     return Lines(*lines, "", cost(report), *(f"note: {note}" for note in report["notes"]))
 
 
-def _wrapped(paragraph: str) -> str:
-    """Narrower than the table, which decides how wide everything is."""
-    return "\n".join(textwrap.wrap(paragraph, PARAGRAPH))
-
-
 def guard(judgement: Judgement) -> RenderableType:
     """The head as a guard: what it catches where so much of what is harmless may be flagged."""
     refusals = any(one.false_refusals for one in judgement.guard)
-    columns = [
-        "wanted false positives",
-        "caught (TPR)",
-        "false positives",
-        *(["XSTest false refusals"] if refusals else []),
-    ]
+    columns = ["wanted false positives", "caught (TPR)", "false positives"]
+    columns += ["XSTest false refusals"] if refusals else []
     found = Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for one in judgement.guard:
         cells = [one.true_positives, one.false_positives, *([one.false_refusals] if refusals else [])]
@@ -111,9 +102,7 @@ def cost(report: Mapping[str, Any]) -> str:
     """The head alone, and with the forward pass that it reads."""
     spent = report["cost"]
     forward = spent["with_forward_ms"]
-    whole = (
-        f"{forward:.2f} ms with the forward pass"
-        if forward is not None
-        else "forward pass not measured (states were given)"
-    )
+    whole = "forward pass not measured (states were given)"
+    if forward is not None:
+        whole = f"{forward:.2f} ms with the forward pass"
     return f"cost of a response: {spent['head_ms']:.3f} ms for the head alone, {whole}, generation not part of this"

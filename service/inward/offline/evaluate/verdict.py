@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from inward.offline.evaluate import statistics
 from inward.offline.evaluate.compare import Difference, compare
 from inward.offline.evaluate.judge import Judgement
+from inward.offline.evaluate.statistics import USUAL, Resampling
 
 CALIBRATED = 0.05
 """Most expected calibration error of a probability that is taken at its word."""
@@ -42,13 +42,12 @@ class Verdict:
         return " ".join((*self.better, *self.good_for, *self.helps))
 
 
-def verdict(judgement: Judgement, *, resamples: int = statistics.RESAMPLES, seed: int = 0) -> Verdict:
+def verdict(judgement: Judgement, resampling: Resampling = USUAL) -> Verdict:
     """Of a judgement; what it has no figures of is left out."""
+    beside = {name: judgement.baselines[name][0].judged for name in RIVALS if name in judgement.baselines}
     rivals = {
-        name: _first(compare(judgement.examples, judgement.baselines[name][0].judged, judgement.ours,
-                             resamples=resamples, seed=seed))
-        for name in RIVALS if name in judgement.baselines
-    }  # fmt: skip
+        name: _first(compare(judgement.examples, judged, judgement.ours, resampling)) for name, judged in beside.items()
+    }
     return Verdict(tuple(_better(judgement, rivals)), tuple(_good_for(judgement)), tuple(_helps(judgement, rivals)))
 
 

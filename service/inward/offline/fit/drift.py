@@ -13,13 +13,12 @@ import numpy as np
 from inward.backbones.base import Backbone
 from inward.errors import DataError, InwardError, SetupError
 from inward.heads.base import Head
-from inward.offline.data.pairs import grouped_folds, read_pairs
-from inward.offline.fit.like import FOLDS, fit_like, like_of
-from inward.offline.fit.probes import both, pair_accuracy
-from inward.offline.states.moments import Doubles
+from inward.offline.data.pairs import read_pairs
+from inward.offline.fit.like import fit_like, left_out, like_of
+from inward.offline.fit.probes import pair_accuracy
 from inward.offline.states.read import store_pairs
 from inward.offline.states.scores import score_states
-from inward.offline.states.stored import PairSource, StoredPairs, Subset
+from inward.offline.states.stored import PairSource, StoredPairs
 from inward.prompts import Prompts
 from inward.types import Position
 
@@ -39,7 +38,7 @@ class Drift:
     """Of heads like it, each fitted without the fold that it is judged on."""
 
 
-def drift(head: Head, states: PairSource, *, seed: int = 0) -> Drift:
+def drift(head: Head, states: PairSource) -> Drift:
     """Compares a head with heads like it that are fitted on ``states``.
 
     Raises:
@@ -51,22 +50,14 @@ def drift(head: Head, states: PairSource, *, seed: int = 0) -> Drift:
     [own_M] = score_states(states, [head])
     if not np.isfinite(own_M).all():
         raise DataError("it gives some of these responses no finite score")
-    [refitted_M] = score_states(states, [fit_like(like_of(head), head, states, seed=seed)])
-    return Drift(
-        len(states),
-        float(np.corrcoef(own_M, refitted_M)[0, 1]),
-        pair_accuracy(own_M),
-        pair_accuracy(_left_out(head, states, seed)),
-    )
 
+    def refitted(some: PairSource) -> list[Head]:
+        return [fit_like(like_of(head), head, some)]
 
-def _left_out(head: Head, states: PairSource, seed: int) -> Doubles:
-    n = len(states)
-    scores_M = np.empty(2 * n)
-    for train, held_out in grouped_folds(states.groups_N, FOLDS, seed):
-        refitted = fit_like(like_of(head), head, Subset(states, train), seed=seed)
-        scores_M[both(held_out, n)] = score_states(Subset(states, held_out), [refitted])[0]
-    return scores_M
+    [refitted_M] = score_states(states, refitted(states))
+    [left_out_M] = left_out(states, refitted)
+    cosine = float(np.corrcoef(own_M, refitted_M)[0, 1])
+    return Drift(len(states), cosine, pair_accuracy(own_M), pair_accuracy(left_out_M))
 
 
 def of_states(heads: Mapping[Path, Head], path: Path) -> dict[Path, dict[str, Any]]:

@@ -15,16 +15,17 @@ from rich.console import Group as Lines
 from rich.console import RenderableType
 from rich.table import Table
 from scipy.optimize import minimize
+from scipy.special import expit
 
 from inward.errors import DataError
 from inward.heads.base import Head, Manifest
-from inward.heads.ensemble import PARTS, EnsembleHead
+from inward.heads.ensemble import PARTS, EnsembleHead, Part
 from inward.offline.data.pairs import grouped_folds
 from inward.offline.fit.prepare import calibration, created, record
 from inward.offline.fit.probes import auc, both, labels, pair_accuracy
-from inward.offline.states.moments import Doubles
-from inward.offline.states.saved import Indices
+from inward.types import Doubles, Indices
 
+FOLDS = 5
 DRAWN = (0.0, 0.01, 0.1, 1.0, np.inf)
 """How strongly weights are drawn towards equal ones; infinity: they are equal."""
 Rule = float | int
@@ -129,7 +130,7 @@ def fit_ensemble(
         warnings=tuple(warnings),
     )
     parts = [
-        {"manifest": head.manifest.model_dump(mode="json"), "weight": float(w), "centre": float(c), "spread": float(s)}
+        Part(manifest=head.manifest, weight=w, centre=c, spread=s).model_dump(mode="json")
         for head, w, c, s in zip(heads, fitted.weight_P, fitted.centre_P, fitted.spread_P, strict=True)
     ]
     own = Manifest(
@@ -150,14 +151,14 @@ def fit_ensemble(
     return EnsembleHead.from_tensors(own, tensors), report
 
 
-def fit_weights(scores_PM: Doubles, groups_N: Indices, *, folds: int = 5, seed: int = 0) -> Weights:
+def fit_weights(scores_PM: Doubles, groups_N: Indices, *, seed: int = 0) -> Weights:
     """Weights for scores of some parts; sums have standard deviation 1."""
     centre_P, spread_P = scores_PM.mean(axis=1), np.maximum(scores_PM.std(axis=1), 1e-12)
     z_PM = (scores_PM - centre_P[:, None]) / spread_P[:, None]
     n = len(groups_N)
     rules: list[Rule] = [*DRAWN[::-1], *range(len(z_PM))]
     held_out: list[Doubles] = []
-    parts = grouped_folds(groups_N, min(folds, len(np.unique(groups_N))), seed)
+    parts = grouped_folds(groups_N, min(FOLDS, len(np.unique(groups_N))), seed)
     for rule in rules:
         sums_M = np.empty(2 * n)
         for train, test in parts:
@@ -191,7 +192,7 @@ def _logistic(z_PM: Doubles, drawn: float) -> Doubles:
         logit_M = sign_M * (weight_P @ z_PM + bias)
         off_P = weight_P - weight_P.mean()
         value = np.logaddexp(0, -margin_N).mean() + 0.5 * np.logaddexp(0, -logit_M).mean() + drawn * (off_P**2).sum()
-        slope_N, slope_M = -_sigmoid(-margin_N) / n, -0.5 * sign_M * _sigmoid(-logit_M) / (2 * n)
+        slope_N, slope_M = -expit(-margin_N) / n, -0.5 * sign_M * expit(-logit_M) / (2 * n)
         gradient_P = difference_PN @ slope_N + z_PM @ slope_M + 2 * drawn * off_P
         return float(value), np.append(gradient_P, slope_M.sum())
 
@@ -200,10 +201,6 @@ def _logistic(z_PM: Doubles, drawn: float) -> Doubles:
     found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds)
     weight_P = np.asarray(found.x[:-1], dtype=np.float64)
     return weight_P if weight_P.any() else np.ones(len(z_PM))
-
-
-def _sigmoid(x: Doubles) -> Doubles:
-    return np.asarray(0.5 * (1 + np.tanh(0.5 * x)))
 
 
 def _check(heads: Sequence[Head], scores_PM: Doubles) -> None:

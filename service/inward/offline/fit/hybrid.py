@@ -25,6 +25,7 @@ from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from inward.errors import DataError
+from inward.files import whole
 from inward.heads.calibration import Platt
 from inward.heads.hybrid import Gate, HybridHead
 from inward.offline.data.pairs import grouped_folds, whole_prompts
@@ -36,15 +37,12 @@ from inward.offline.fit.joint import (
     SpanFeatures,
     StandardisedFeatures,
     Training,
-    one_run,
 )
 from inward.offline.fit.prepare import calibration, manifest
-from inward.offline.fit.probes import SHRINKAGE, LayerProbes, auc, both, fit_layer, labels, pair_accuracy
+from inward.offline.fit.probes import SHRINKAGE, LayerProbes, auc, fit_layer, labels, pair_accuracy
 from inward.offline.fit.reproducible import LARGE, reproducible
-from inward.offline.states.moments import Doubles
-from inward.offline.states.saved import Indices
-from inward.offline.states.stored import PairSource, Subset
-from inward.types import Floats
+from inward.offline.states.stored import PairSource
+from inward.types import Doubles, Floats, Indices
 
 SKILL_POWER = 4
 """How sharply the start prefers layers whose probes do well alone: enough to leave out the shallow ones, not to pick a
@@ -75,7 +73,7 @@ class HybridReport:
     """What ``inward fit hybrid`` prints and ``Manifest.fit["metrics"]`` keeps; figures are of held-out prompts in
     cross-validation.
 
-    Shrinkage, weights and number of steps were chosen on the same folds, so they flatter a little: ``cross_validate``
+    Shrinkage, weights and number of steps were chosen on the same folds, so they flatter a little: ``like.left_out``
     does not.
     """
 
@@ -175,18 +173,10 @@ def fit_hybrid(
         )
         judged_N = whole_prompts(states.groups_N, JUDGED_PAIRS)
         start = _parameters(layers, c, weight_L, len(parts) + 1, states.width, device)
-        training = Training(
-            features,
-            start,
-            fold_N,
-            judged_N,
-            gate,
-            joint,
-            _criterion,
-            seed=seed,
-            checkpoint=kept and kept / "joint.safetensors",
-        )
-        trained = training.run(progress=progress)
+        checkpoint = kept and kept / "joint.safetensors"
+        trained = Training(
+            features, start, fold_N, judged_N, gate, joint, _criterion, seed=seed, checkpoint=checkpoint
+        ).run(progress=progress)
     rewards_M = trained.held_out_M
     share_L = weight_L / weight_L.sum()
     report = HybridReport(
@@ -213,24 +203,6 @@ def fit_hybrid(
     return HybridHead.from_tensors(own, _tensors(trained.parameters, layers, states.width)), report
 
 
-def cross_validate(states: PairSource, *, folds: int = 10, seed: int = 0, **options: Any) -> Doubles:
-    """``[2N]``: rewards of ``labels``' rows, each by a head fitted, choices included, without its prompt.
-
-    Args:
-        options: passed on to ``fit_hybrid``.
-    """
-    rewards_M = np.empty(2 * len(states))
-    for train, test in grouped_folds(states.groups_N, folds, seed):
-        head, _ = fit_hybrid(Subset(states, train), seed=seed, progress=False, **options)
-        axes = [states.layers.index(layer) for layer in head.manifest.layers]
-        both_MLD = np.concatenate(states.take(test, axes))
-        weights_LD = np.stack([tap.weight_DK[:, 0] for tap in head.readout.taps if tap.weight_DK is not None])
-        biases_L = np.concatenate([tap.bias_K for tap in head.readout.taps if tap.bias_K is not None])
-        values_ML = np.einsum("mld,ld->ml", both_MLD, weights_LD, optimize=True) + biases_L
-        rewards_M[both(test, len(states))] = head.rewards(values_ML)[0]
-    return rewards_M
-
-
 def _warm_start(
     states: PairSource,
     axes: Sequence[int],
@@ -255,10 +227,8 @@ def _warm_start(
         path = kept and kept / f"layer-{states.layers[axes[l]]}-{len(c)}.safetensors"
         found[l] = _kept_or(path) or fit_layer(states, axes[l], fold_N, folds, c, span=span)
         if path and not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_name(f".{path.name}")
-            save_file(found[l].tensors(), unfinished)
-            unfinished.replace(path)
+            with whole(path) as file:
+                save_file(found[l].tensors(), file)
         bar.update()
 
     with tqdm(total=len(axes), desc="fit probes", unit="layer", disable=not progress) as bar:
@@ -294,30 +264,26 @@ def _kept_or(path: Path | None) -> LayerProbes | None:
 
 def _key(states: PairSource, gate: Gate, shrinkage: Sequence[float], joint: Joint, folds: int, seed: int) -> str:
     """What the fit depends on."""
-    facts = [
-        states.data_hash,
-        len(states),
-        states.layers,
-        states.position,
-        gate,
-        list(shrinkage),
-        asdict(joint),
-        folds,
-        seed,
-    ]
-    backbone = states.backbone.fingerprint if states.backbone else None
-    return "hybrid-" + hashlib.sha256(json.dumps([*facts, backbone]).encode()).hexdigest()[:16]
+    origin = states.origin
+    backbone = origin.backbone.fingerprint if origin.backbone else None
+    where = [origin.data_hash, len(states), states.layers, origin.position]
+    facts = [*where, gate, list(shrinkage), asdict(joint), folds, seed, backbone]
+    return "hybrid-" + hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
 def _parameters(
     layers: Sequence[LayerProbes], c: int, weight_L: Doubles, runs: int, width: int, device: torch.device
 ) -> Parameters:
-    """Probes fitted one by one and scaled to ``weight_L``, biases that centre them, and gates that treat all layers
-    alike (V = 0).
+    """Probes fitted one by one, on ``Features``, scaled so that outputs have deviation ``weight_L``; biases that centre
+    them; gates that treat all layers alike (V = 0). ``width``: of the states.
     """
-    probes, biases = zip(*(one_run(layers, c, weight_L, run, width) for run in range(runs)), strict=True)
-    gate = np.zeros((runs, len(layers), len(layers)), dtype=np.float32)
-    return Parameters(*(torch.from_numpy(array).to(device) for array in (np.stack(probes), np.stack(biases), gate)))
+    size = max(layer.probe_FCR.shape[2] for layer in layers)
+    probes = [np.pad(l.probe_FCR[:, c], ((0, 0), (0, size - l.probe_FCR.shape[2]))) for l in layers]
+    scale_L = weight_L.astype(np.float32)
+    probe_FLR = np.stack(probes, axis=1) * scale_L[:, None] * np.float32((width * size) ** 0.5)
+    bias_FL = np.stack([layer.bias_FC[:, c] for layer in layers], axis=1) * scale_L
+    gate_FLL = np.zeros((runs, len(layers), len(layers)), dtype=np.float32)
+    return Parameters(*(torch.from_numpy(array).to(device) for array in (probe_FLR, bias_FL, gate_FLL)))
 
 
 def _tensors(parameters: Parameters, layers: Sequence[LayerProbes], width: int) -> dict[str, Floats]:

@@ -19,17 +19,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from inward.files import whole
 from inward.heads.hybrid import Gate
 from inward.offline.fit.probes import LayerProbes, both
-from inward.offline.states.moments import Doubles
-from inward.offline.states.saved import Indices
 from inward.offline.states.stored import PairSource, blocks
-from inward.types import Floats
+from inward.types import Doubles, Floats, Indices
 
 CHECKPOINT_S = 30.0
 """Between two checkpoints, at least."""
 CACHE_BYTES = 2**30
 """Features that are held in memory, float32; more are read again in every epoch."""
+ADAM = ("step", "exp_avg", "exp_avg_sq")
+"""What the optimiser keeps of a parameter."""
 JUDGED_PAIRS = 4000
 """Pairs whose held-out rewards decide when to stop: more would not decide better, and cost a pass each time."""
 
@@ -290,11 +291,9 @@ class Training:
         for i, (now, kept) in enumerate(zip(self._now, state.kept, strict=True)):
             moments = self._optimizer.state[now]
             tensors |= {f"now.{i}": now.detach().cpu(), f"kept.{i}": kept}
-            tensors |= {f"adam.{i}.{name}": moments[name].cpu() for name in ("step", "exp_avg", "exp_avg_sq")}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}")
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished)
-        unfinished.replace(path)
+            tensors |= {f"adam.{i}.{name}": moments[name].cpu() for name in ADAM}
+        with whole(path) as file:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
         self._saved = time.monotonic()
 
     def _resume(self) -> None:
@@ -312,18 +311,6 @@ class Training:
         for i, now in enumerate(self._now):
             with torch.no_grad():
                 now.copy_(tensors[f"now.{i}"])
-            names = ("step", "exp_avg", "exp_avg_sq")
             self._optimizer.state[now] = {
-                name: tensors[f"adam.{i}.{name}"].to("cpu" if name == "step" else now.device) for name in names
+                name: tensors[f"adam.{i}.{name}"].to("cpu" if name == "step" else now.device) for name in ADAM
             }
-
-
-def one_run(layers: Sequence[LayerProbes], c: int, scale_L: Doubles, run: int, width: int) -> tuple[Floats, Floats]:
-    """Probes ``[L, R]`` on ``Features`` and biases ``[L]``: outputs have deviation ``scale_L``; ``width``: states'."""
-    size = max(layer.probe_FCR.shape[2] for layer in layers)
-    probes = [np.pad(layer.probe_FCR[run, c], (0, size - layer.probe_FCR.shape[2])) for layer in layers]
-    scale = scale_L.astype(np.float32)
-    return (
-        np.stack(probes) * scale[:, None] * np.float32((width * size) ** 0.5),
-        np.array([layer.bias_FC[run, c] for layer in layers], dtype=np.float32) * scale,
-    )

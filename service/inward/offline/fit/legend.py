@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.console import Group as Lines
 from rich.console import RenderableType
 from rich.table import Table
@@ -29,12 +28,12 @@ from inward.heads.calibration import Deciles, MarginScale
 from inward.heads.legend import LegendHead
 from inward.offline.data.pairs import CalibrationRow, Pair, grouped_folds, grouped_split
 from inward.offline.fit.prepare import calibration, manifest
+from inward.offline.fit.whitening import resampled
 from inward.offline.states.running_sums import SummedPairs
 from inward.offline.states.saved import layer_axis
 from inward.offline.states.stored import PairSource, Subset, blocks
-from inward.types import Floats
+from inward.types import Doubles, Floats
 
-Doubles = NDArray[np.float64]
 HELD_OUT = 0.2
 """Share of the prompts on which nothing is fitted or chosen until the report is written."""
 
@@ -52,18 +51,20 @@ class LayerAgreement:
     """Mean over standard deviation of the validation margins: breaks ties."""
 
 
-@dataclass(frozen=True, slots=True)
-class LegendReport:
-    """What ``inward fit legend`` prints and ``Manifest.fit["metrics"]`` keeps."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DirectionReport:
+    """What is told of a direction, however it was fitted; shares are those of pairs whose margins agree with their
+    labels.
+    """
 
-    layer: int
     rows: int
     prompts: int
     train: float
+    """Of the rows that made the direction: flattering."""
     validation: float
+    """Of pairs that chose what had to be chosen, and did not make the direction that judges them."""
     held_out: float
-    """Agreement on pairs that neither made the direction nor chose the layer: the direction's zero-shot pair
-    accuracy."""
+    """Of pairs that neither made the direction nor chose anything: the direction's zero-shot pair accuracy."""
     held_out_rows: int
     spearman_length: float | None
     """Rank correlation of margin and length difference; near 0 is good. None where lengths are unknown or all equal."""
@@ -75,25 +76,38 @@ class LegendReport:
     """Mean cosine of the direction with those of resampled prompts."""
     stability_interval: tuple[float, float]
     """95 % of these cosines."""
-    sweep: tuple[LayerAgreement, ...]
     warnings: tuple[str, ...] = ()
 
     def metrics(self) -> dict[str, Any]:
         """As JSON."""
         return asdict(self)
 
-    def __rich__(self) -> RenderableType:
-        facts = Table(
-            "LEGEND", f"layer {self.layer}, {self.rows} pairs of {self.prompts} prompts", box=None, pad_edge=False
-        )
-        facts.add_row("agreement, held out", f"{self.held_out:.3f}  ({self.held_out_rows} pairs)")
-        facts.add_row("agreement, validation", f"{self.validation:.3f}")
-        facts.add_row("agreement, train", f"{self.train:.3f}")
-        facts.add_row("Spearman(margin, length difference)", or_unknown(self.spearman_length, "+.3f"))
+    def facts(self) -> list[tuple[str, str]]:
+        """What each figure is, and the figure; the held-out agreement first."""
         within = "" if self.length_matched_within is None else f"  (within {self.length_matched_within:.0f} tokens)"
-        facts.add_row("agreement, length-matched", or_unknown(self.length_matched, ".3f") + within)
         low, high = self.stability_interval
-        facts.add_row("direction under bootstrap, cosine", f"{self.stability:.3f}  (95 %: {low:.3f} to {high:.3f})")
+        return [
+            ("agreement, held out", f"{self.held_out:.3f}  ({self.held_out_rows} pairs)"),
+            ("agreement, validation", f"{self.validation:.3f}"),
+            ("agreement, train", f"{self.train:.3f}"),
+            ("Spearman(margin, length difference)", _or_unknown(self.spearman_length, "+.3f")),
+            ("agreement, length-matched", _or_unknown(self.length_matched, ".3f") + within),
+            ("direction under bootstrap, cosine", f"{self.stability:.3f}  (95 %: {low:.3f} to {high:.3f})"),
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LegendReport(DirectionReport):
+    """What ``inward fit legend`` prints and ``Manifest.fit["metrics"]`` keeps."""
+
+    layer: int
+    sweep: tuple[LayerAgreement, ...]
+
+    def __rich__(self) -> RenderableType:
+        about = f"layer {self.layer}, {self.rows} pairs of {self.prompts} prompts"
+        facts = Table("LEGEND", about, box=None, pad_edge=False)
+        for fact in self.facts():
+            facts.add_row(*fact)
         layers = Table("layer", "train", "validation", "mean/std", "", box=None, pad_edge=False)
         for row in self.sweep:
             mark = "chosen" if row.layer == self.layer else ""
@@ -143,21 +157,12 @@ def fit_legend(
     rest = {} if found is None else {k: _rest(found, k) for k in states.layers}
     prompts = len(np.unique(states.groups_N)) if found is None else found.prompts
     candidates = states.layers if layer == "sweep" else (states.layers[-1] if layer is None else layer,)
-    if validation is not None and validation.position != states.position:
-        raise DataError(
-            f"the validation states are of position {validation.position!r}, the others of {states.position!r}"
-        )
-    if validation is None:
-        develop, last = (
-            Subset(states, part) for part in grouped_split(states.groups_N, [1 - HELD_OUT, HELD_OUT], seed)
-        )
-        table = tuple(_judge(develop, None, k, folds, seed, rest.get(k, NONE)) for k in candidates)
-    else:
-        select, last = (
-            Subset(validation, part) for part in grouped_split(validation.groups_N, [1 - HELD_OUT, HELD_OUT], seed)
-        )
-        develop = Subset(states, np.arange(len(states)))
-        table = tuple(_judge(develop, select, k, folds, seed, rest.get(k, NONE)) for k in candidates)
+    if validation is not None:
+        check_position(validation, states)
+    judges = states if validation is None else validation
+    most, last = (Subset(judges, part) for part in grouped_split(judges.groups_N, [1 - HELD_OUT, HELD_OUT], seed))
+    develop, select = (most, None) if validation is None else (states, most)
+    table = tuple(_judge(develop, select, k, folds, seed, rest.get(k, NONE)) for k in candidates)
     best = max(table, key=lambda row: (row.validation, row.separation))
     others = rest.get(best.layer, NONE)
     direction_D = _direction(_differences(states, best.layer), others)
@@ -203,6 +208,13 @@ def fit_legend(
     return head, report
 
 
+def check_position(validation: PairSource, states: PairSource) -> None:
+    """Raises ``DataError`` where they were read at different positions."""
+    other, own = validation.origin.position, states.origin.position
+    if other != own:
+        raise DataError(f"the validation states are of position {other!r}, the others of {own!r}")
+
+
 def constant_refusal(rows: Sequence[CalibrationRow | Pair]) -> list[str]:
     """A warning if all refusals (chosen responses) are one sentence, as in the paper."""
     chosen = {row.refusal if isinstance(row, CalibrationRow) else row.chosen for row in rows}
@@ -233,11 +245,10 @@ def _judge(
     """Agreement of one layer's direction on ``validation``, or by cross-validation where there is none."""
     differences_ND = _differences(train, layer)
     direction_D = _direction(differences_ND, rest)
-    judged_M = (
-        _crossfitted(train, layer, folds, seed, rest)
-        if validation is None
-        else _differences(validation, layer) @ direction_D
-    )
+    if validation is None:
+        judged_M: Floats | Doubles = _crossfitted(train, layer, folds, seed, rest)
+    else:
+        judged_M = _differences(validation, layer) @ direction_D
     separation = float(judged_M.mean() / max(float(judged_M.std()), 1e-30))
     return LayerAgreement(layer, agreement(differences_ND @ direction_D), agreement(judged_M), separation)
 
@@ -305,19 +316,16 @@ def _stability(
     """Cosines of directions of resampled prompts with the direction: 2.5 % quantile, mean, 97.5 % quantile. With a
     rest those that are kept are resampled, and what that changes counts as it would for all ``prompts``.
     """
-    labels, inverse_N = np.unique(states.groups_N, return_inverse=True)
-    sums_GD = np.zeros((len(labels), len(direction_D)))
-    np.add.at(sums_GD, inverse_N, _differences(states, layer))
-    rng = np.random.default_rng(seed)
-    times_BG = rng.multinomial(len(labels), np.full(len(labels), 1 / len(labels)), size=bootstraps)
-    resampled_BD = times_BG @ sums_GD
+    differences_ND = _differences(states, layer)
+    resampled_BD = resampled(differences_ND, states.groups_N, bootstraps, seed)
     if rest.pairs:
-        kept_D = sums_GD.sum(axis=0)
-        resampled_BD = kept_D + rest.difference_D + (resampled_BD - kept_D) * np.sqrt(prompts / len(labels))
+        kept_D = differences_ND.sum(axis=0, dtype=np.float64)
+        more = np.sqrt(prompts / len(np.unique(states.groups_N)))
+        resampled_BD = kept_D + rest.difference_D + (resampled_BD - kept_D) * more
     cosines_B = resampled_BD @ direction_D / np.maximum(np.linalg.norm(resampled_BD, axis=1), 1e-30)
     low, high = np.quantile(cosines_B, [0.025, 0.975])
     return float(low), float(cosines_B.mean()), float(high)
 
 
-def or_unknown(value: float | None, form: str) -> str:
+def _or_unknown(value: float | None, form: str) -> str:
     return "unknown" if value is None else format(value, form)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -15,10 +16,10 @@ from inward.offline.fit.ensemble import Judges, fit_ensemble
 from inward.offline.fit.hybrid import fit_hybrid
 from inward.offline.fit.legend import fit_legend
 from inward.offline.fit.probes import both
-from inward.offline.fit.whitened import FromStates, fit_whitened
+from inward.offline.fit.whitened import Choice, FromStates, fit_whitened
 from inward.offline.states.scores import score_states
 from inward.offline.states.stored import PairSource, Subset, in_memory
-from inward.types import Kind
+from inward.types import Doubles, Kind
 
 Like = Kind | Literal["whitened"]
 """What can be fitted: a kind of head, or a legend head with a whitened direction."""
@@ -42,11 +43,9 @@ def fit_like(like: Like, head: Head | None, pairs: PairSource, *, seed: int = 0)
     match like:
         case "legend":
             return fit_legend(in_memory(pairs), layer=head.manifest.layers[0] if head else "sweep", seed=seed)[0]
-        case "whitened" if head is not None and len(head.manifest.layers) == 1:
-            layer = head.manifest.layers[0]
-            return fit_whitened(FromStates.of(pairs), layer=layer, bootstraps=1, seed=seed)[0]
         case "whitened":
-            return fit_whitened(FromStates.of(pairs), layer="sum", bootstraps=1, seed=seed)[0]
+            layer: Choice = head.manifest.layers[0] if head and len(head.manifest.layers) == 1 else "sum"
+            return fit_whitened(FromStates.of(pairs), layer=layer, bootstraps=1, seed=seed)[0]
         case "hybrid":
             gate = head.options.gate if isinstance(head, HybridHead) else "sigmoid"
             return fit_hybrid(pairs, gate=gate, seed=seed, progress=False)[0]
@@ -57,14 +56,21 @@ def fit_like(like: Like, head: Head | None, pairs: PairSource, *, seed: int = 0)
     raise SetupError(f"{like} heads are not fitted on pairs")
 
 
+def left_out(pairs: PairSource, fit: Callable[[PairSource], Sequence[Head]], *, seed: int = 0) -> Doubles:
+    """``[H, 2N]``: what the heads of ``fit``, fitted without the prompt, say of the chosen and then of the rejected
+    responses.
+    """
+    rows, scores = [], []
+    for train, held_out in grouped_folds(pairs.groups_N, FOLDS, seed):
+        rows.append(both(held_out, len(pairs)))
+        scores.append(score_states(Subset(pairs, held_out), fit(Subset(pairs, train))))
+    return np.concatenate(scores, axis=1)[:, np.argsort(np.concatenate(rows))]
+
+
 def _ensemble_like(head: EnsembleHead, pairs: PairSource, seed: int) -> Head:
     """Its parts fitted on all of the pairs, weighed by parts that were fitted on two thirds and judged on the rest."""
 
     def parts(some: PairSource) -> list[Head]:
         return [fit_like(like_of(part), part, some, seed=seed) for part in head.parts]
 
-    n = len(pairs)
-    scores_PM = np.empty((len(head.parts), 2 * n))
-    for train, held_out in grouped_folds(pairs.groups_N, FOLDS, seed):
-        scores_PM[:, both(held_out, n)] = score_states(Subset(pairs, held_out), parts(Subset(pairs, train)))
-    return fit_ensemble(parts(pairs), scores_PM, Judges(pairs.groups_N, ""), seed=seed)[0]
+    return fit_ensemble(parts(pairs), left_out(pairs, parts, seed=seed), Judges(pairs.groups_N, ""), seed=seed)[0]

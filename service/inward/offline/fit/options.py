@@ -6,6 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
+from inward.offline import cluster
+
 EPILOG = {
     "legend": """examples:
   inward fit legend --pairs calibration.jsonl --layer sweep --out heads/safety
@@ -41,32 +43,32 @@ def add_arguments(parser: argparse.ArgumentParser, kind: str) -> None:
 
 
 def _add_common(parser: argparse.ArgumentParser, rows: str) -> None:
+    add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(f"--{rows}", dest="rows", type=Path, metavar="FILE", help="JSONL or Parquet; see below")
     if rows in ("pairs", "lists"):
         source.add_argument("--states", type=Path, metavar="FILE", help="states of such rows, saved with --save-states")
     out = "folder of the head; its name is the head's"
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help=out)
-    parser.add_argument("--name", help="another name for the head")
-    parser.add_argument("--replace", action="store_true", help="overwrite a head that is there already")
-    parser.add_argument("--seed", type=int, default=0, help="of splits and training (default: %(default)s)")
-    parser.add_argument("--limit", type=int, metavar="N", help="use the first N rows only")
-    parser.add_argument("--parse-json", action="store_true", help="read messages that are stored as JSON text")
+    add("--out", type=Path, required=True, metavar="DIR", help=out)
+    add("--name", help="another name for the head")
+    add("--replace", action="store_true", help="overwrite a head that is there already")
+    add("--seed", type=int, default=0, help="of splits and training (default: %(default)s)")
+    add("--limit", type=int, metavar="N", help="use the first N rows only")
+    add("--parse-json", action="store_true", help="read messages that are stored as JSON text")
 
 
 def _add_states(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--save-states", type=Path, metavar="FILE", help="keep the states, to fit again without the model"
-    )
-    parser.add_argument(
-        "--layers", default="all", help="layers to read: all, last, or numbers such as 8,12,16 (default: %(default)s)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    kept = "keep the states, to fit again without the model"
+    add("--save-states", type=Path, metavar="FILE", help=kept)
+    which = "layers to read: all, last, or numbers such as 8,12,16 (default: %(default)s)"
+    add("--layers", default="all", help=which)
+    add(
         "--position",
         choices=["last", "eos", "mean"],
         help="where a response is read (default: eos for hybrid, mean with --pool, else last)",
     )
-    parser.add_argument(
+    add(
         "--pool",
         metavar="NAME",
         help="make a response's score of those of all its tokens: last, mean, max_ema, max_rolling, topk, or trained: "
@@ -75,40 +77,30 @@ def _add_states(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_legend(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     _add_states(parser)
-    parser.add_argument(
+    add(
         "--direction",
         choices=["mean", "whitened"],
         default="mean",
         help="mean: the published mean difference; whitened: divided by the covariance of responses, far more accurate "
         "and no training either (default: %(default)s)",
     )
-    parser.add_argument(
+    add(
         "--layer",
         help="a number, last, sweep (choose by validation), or for whitened sum: all layers, standardised "
         "(default: last; whitened: sum)",
     )
-    parser.add_argument(
+    add(
         "--covariance",
         type=Path,
         metavar="FILE",
         help="of whitened: rows with prompt and response(s), labels or none, or saved states, to take S from "
         "(default: of the pairs)",
     )
-    parser.add_argument(
-        "--validation", type=Path, metavar="FILE", help="labelled pairs that choose the layer and give the agreement"
-    )
-    parser.add_argument(
-        "--engine",
-        choices=["local", "ray"],
-        default="local",
-        help="ray: read the pairs on the Ray cluster at $RAY_ADDRESS, in blocks that are put together here",
-    )
-    parser.add_argument(
-        "--actors", type=int, default=1, metavar="N", help="with --engine ray: how many models (default: 1)"
-    )
-    parser.add_argument(
-        "--gpus", type=float, default=0.0, metavar="N", help="with --engine ray: GPUs for each actor (default: 0)"
+    add("--validation", type=Path, metavar="FILE", help="labelled pairs that choose the layer and give the agreement")
+    cluster.add_arguments(
+        parser, "ray: read the pairs on the Ray cluster at $RAY_ADDRESS, in blocks that are put together here"
     )
 
 
@@ -134,16 +126,17 @@ def _add_ensemble(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_value(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     _add_of(parser, "head whose reward is predicted")
-    parser.add_argument("--samples", type=int, default=8, metavar="N", help="answers to each prompt (default: 8)")
-    parser.add_argument(
+    add("--samples", type=int, default=8, metavar="N", help="answers to each prompt (default: 8)")
+    add(
         "--sampling", type=json.loads, default={}, metavar="JSON",
-        help='how they are drawn, such as {"top_p": 0.95} (default: up to 128 tokens)',
+        help='how they are drawn, such as {"top_p": 0.95} (default: up to 128 tokens)'
     )  # fmt: skip
-    parser.add_argument(
+    add(
         "--at", type=_points, default=(8, 16, 32, 64), help="tokens after which it may be decided (default: 8,16,32,64)"
     )
-    parser.add_argument("--layers", help="layers to choose from: all, last, or numbers (default: four, evenly spaced)")
+    add("--layers", help="layers to choose from: all, last, or numbers (default: four, evenly spaced)")
 
 
 def _add_guard(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ that it was made of too well at the position where it read them, and at other to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,25 +22,23 @@ from inward.backbones.base import Backbone
 from inward.heads.base import Head
 from inward.heads.hybrid import HybridHead
 from inward.heads.legend import LegendHead
-from inward.heads.pooling import TRAINED, Pool, pooling
+from inward.heads.pooling import Pool, pooling
+from inward.heads.running import TOKENS
 from inward.offline.data.pairs import Pair, grouped_folds, whole_prompts
 from inward.offline.fit.prepare import calibration
-from inward.offline.fit.probes import auc, both, pair_accuracy
+from inward.offline.fit.probes import auc, both, floored, pair_accuracy
 from inward.offline.fit.reproducible import reproducible
-from inward.offline.states.model_pass import read_every_token
-from inward.offline.states.moments import Doubles
+from inward.offline.states.model_pass import by_group, read_every_token
 from inward.offline.states.read import groups_of
-from inward.offline.states.saved import Indices
 from inward.offline.states.stored import PairSource, Subset
 from inward.prompts import Prompts
-from inward.types import Detail, Floats, Readout, Tap
+from inward.types import Doubles, Floats, Indices, Readout, Tap
 
 FOLDS = 3
 POOL_PAIRS = 2000
 """Pairs whose tokens are read: a pool has few parameters, and a calibration two."""
 TOKEN_BYTES = 2**30
 """Most memory for token states, float16, that a trained pool learns from; longer or more responses are left out."""
-TOKENS: frozenset[Detail] = frozenset({"tokens"})
 FitHead = Callable[[PairSource], tuple[Head, Any]]
 
 
@@ -114,25 +112,18 @@ async def fit_pool(
     for fold, (train, held_out) in enumerate(grouped_folds(states.groups_N, FOLDS, seed)):
         heads.append(fit(Subset(states, train))[0])
         fold_N[held_out] = fold
-    tap = Tap(pool.layer, "last", final_norm=head.manifest.final_norm) if pool.layer is not None else None
-    if tap is not None and pool.layer != max(head.manifest.layers):
-        tap = Tap(tap.layer, "last")
+    tap = None
+    if pool.layer is not None:
+        is_last = pool.layer == max(head.manifest.layers)
+        tap = Tap(pool.layer, "last", final_norm=head.manifest.final_norm and is_last)
     chosen = [pairs[i] for i in index_N]
     tokens = await _read(backbone, prompts, chosen, heads, fold_N[index_N], tap, progress=progress)
     with reproducible(seed):
-        maps = _train(tokens, pool, fold_N[index_N], seed, progress=progress) if tap is not None else None
+        maps = _train(tokens, pool, fold_N[index_N], seed, progress=progress) if tap else None
     pooled_M = _pooled(tokens, pool, maps, fold_N[index_N])
-    pool_report = PoolReport(
-        report,
-        pool,
-        len(index_N),
-        pair_accuracy(pooled_M),
-        auc(pooled_M),
-        head.manifest.position,
-        pair_accuracy(tokens.position_M),
-        auc(tokens.position_M),
-    )
-    manifest = head.manifest
+    manifest, at_M = head.manifest, tokens.position_M
+    figures = pair_accuracy(pooled_M), auc(pooled_M), manifest.position, pair_accuracy(at_M), auc(at_M)
+    pool_report = PoolReport(report, pool, len(index_N), *figures)
     fitted = {**manifest.fit, "metrics": {**manifest.fit["metrics"], "pool": pool_report.metrics()}}
     manifest = manifest.model_copy(update={"pool": pool, "calibration": calibration(pooled_M), "fit": fitted})
     tensors = dict(head.tensors())
@@ -165,10 +156,7 @@ async def _read(
     groups, places = groups_of(backbone, prompts, pairs)
     n = len(pairs)
     tokens = Tokens([np.empty(0)] * (2 * n), np.empty(2 * n), [np.empty((0, 0), dtype=np.float16)] * (2 * n))
-    wanted: dict[int, list[tuple[int, int]]] = {}
-    for row, of_row in enumerate(places):
-        for side, (group, response) in enumerate(of_row):
-            wanted.setdefault(group, []).append((row + side * n, response))
+    wanted = by_group(places)
     readouts = [head.readout for head in heads] + ([Readout((tap,))] if tap else [])
     held = 0
 
@@ -315,18 +303,10 @@ def _pool_batch(
 def _standardisation(states_M: Sequence[Floats]) -> tuple[Floats, Floats]:
     """Mean and standard deviation of the dimensions, over all tokens."""
     count, total, square = 0, 0.0, 0.0
-    for states_TD in _nonempty(states_M):
-        wide = states_TD.astype(np.float64)
-        count, total, square = count + len(wide), total + wide.sum(axis=0), square + (wide**2).sum(axis=0)
+    for states_TD in states_M:
+        if len(states_TD):
+            wide = states_TD.astype(np.float64)
+            count, total, square = count + len(wide), total + wide.sum(axis=0), square + (wide**2).sum(axis=0)
     mean = np.asarray(total / max(count, 1))
     scale = np.sqrt(np.maximum(square / max(count, 1) - mean**2, 0))
-    return mean.astype(np.float32), np.where(scale > 1e-6 * np.median(scale), scale, 1.0).astype(np.float32)
-
-
-def _nonempty(states_M: Sequence[Floats]) -> Iterator[Floats]:
-    yield from (states_TD for states_TD in states_M if len(states_TD))
-
-
-def needs_layer(text: str) -> bool:
-    """Whether the pool that ``text`` names is a trained one."""
-    return text.partition(":")[0] in TRAINED
+    return mean.astype(np.float32), floored(scale)

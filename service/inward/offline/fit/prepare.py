@@ -8,7 +8,6 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from inward import __version__
 from inward.errors import DataError
@@ -17,7 +16,7 @@ from inward.heads.calibration import Acceptable, Deciles, MarginScale, Platt
 from inward.offline.fit.probes import labels
 from inward.offline.states.saved import ListStates
 from inward.offline.states.stored import PairSource
-from inward.types import Kind
+from inward.types import Doubles, Kind
 
 UNKNOWN = "unknown"
 """Backbone and template of states that came without: such a head can be evaluated, but is never served."""
@@ -41,19 +40,20 @@ def manifest(
         layers: those that the head reads, out of ``states.layers``.
         rows: that it was fitted on, where ``states`` are only some of them.
     """
+    origin = states.origin
     return Manifest(
         name=name,
         kind=kind,
         version=1,
         created=created(),
-        backbone=states.backbone or BackboneRef(name=UNKNOWN, fingerprint=UNKNOWN),
+        backbone=origin.backbone or BackboneRef(name=UNKNOWN, fingerprint=UNKNOWN),
         layers=tuple(layers),
-        position=states.position,
-        final_norm=states.final_norm
-        and max(states.layers) in layers,  # extraction sets it only where its last layer is the model's
-        template=states.template or UNKNOWN,
+        position=origin.position,
+        # extraction sets it only where its last layer is the model's
+        final_norm=origin.final_norm and max(states.layers) in layers,
+        template=origin.template or UNKNOWN,
         calibration=dict(calibration),
-        fit=record(states.data_hash, len(states) if rows is None else rows, seed, metrics),
+        fit=record(origin.data_hash, len(states) if rows is None else rows, seed, metrics),
         options=dict(options or {}),
     )
 
@@ -69,7 +69,7 @@ def record(data: str, rows: int, seed: int, metrics: Mapping[str, Any]) -> dict[
     return {"data": data, "rows": rows, "seed": seed, "versions": versions, "metrics": dict(metrics)}
 
 
-def calibration(scores_M: NDArray[np.float64]) -> dict[str, Any]:
+def calibration(scores_M: Doubles) -> dict[str, Any]:
     """Probabilities of a response and of a pair's label, tenths of the scores, where acceptable ones lie, and the scale
     of margins.
 

@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve
 from scipy.stats import rankdata
 
-from inward.offline.states.moments import Doubles, Moments, PairSums
-from inward.offline.states.saved import Indices
+from inward.offline.states.moments import PairSums
 from inward.offline.states.stored import PairSource, blocks
-from inward.types import Floats
+from inward.types import Doubles, Floats, Indices
 
 SHRINKAGE = (0.3, 1.0, 3.0, 10.0, 30.0)
 """The c that are tried: lambda as a multiple of the mean variance of a standardised dimension."""
@@ -81,8 +80,8 @@ def fit_layer(
             own = fold_N[index] == k
             part.add(chosen_ND[own], rejected_ND[own])
     whole = _merged(parts)
-    assert whole.moments.scatter_DD is not None
-    mean_D, scale_D = _standardisation(whole.moments)
+    mean_D = whole.moments.mean_D.astype(np.float32)
+    scale_D = floored(np.sqrt(np.maximum(np.diag(whole.moments.covariance_DD), 0)))
     probe_FCD, bias_FC = _solve(parts, whole, mean_D, scale_D, source.width, shrinkage)
     held_out_CM = np.empty((len(shrinkage) + 1, 2 * len(source)))
     for index, chosen_ND, rejected_ND in rows:
@@ -120,6 +119,11 @@ def auc(scores: Sequence[float] | Doubles) -> float:
     return float((rankdata(s)[:n].sum() - n * (n + 1) / 2) / (n * n))
 
 
+def floored(scale_D: Doubles) -> Floats:
+    """Standard deviations to divide by: a dimension that never varies gets 1."""
+    return np.where(scale_D > 1e-6 * np.median(scale_D), scale_D, 1.0).astype(np.float32)
+
+
 class _Rows:
     """One layer's rows, block by block, as often as wanted; kept if they are few."""
 
@@ -142,7 +146,7 @@ def _in_span(rows: _Rows, fold_N: Indices, folds: int, shrinkage: Sequence[float
     x_MD = np.concatenate([chosen_ND, rejected_ND])
     n, width = len(chosen_ND), x_MD.shape[1]
     mean_D = x_MD.mean(axis=0, dtype=np.float64).astype(np.float32)
-    scale_D = _floored(x_MD.std(axis=0, dtype=np.float64))
+    scale_D = floored(x_MD.std(axis=0, dtype=np.float64))
     z_MD = (x_MD - mean_D) / scale_D
     square_M, vectors_MM = np.linalg.eigh((z_MD @ z_MD.T).astype(np.float64))
     kept = square_M > square_M[-1] * 1e-6
@@ -161,35 +165,17 @@ def _in_span(rows: _Rows, fold_N: Indices, folds: int, shrinkage: Sequence[float
         own = both(np.flatnonzero(fold_N == k), n)
         held_out_CM[:, own] = (points_MR[own] @ probe_FCR[k].T + bias_FC[k]).T
     basis_DR = (z_MD.T @ (vectors_MM[:, kept] / length_R).astype(np.float32)).astype(np.float32)
+    points_MR = points_MR.astype(np.float32)
     return LayerProbes(
-        mean_D,
-        scale_D,
-        basis_DR,
-        points_MR.astype(np.float32),
-        probe_FCR[:, :-1],
-        bias_FC[:, :-1],
-        held_out_CM[:-1],
-        held_out_CM[-1],
+        mean_D, scale_D, basis_DR, points_MR, probe_FCR[:, :-1], bias_FC[:, :-1], held_out_CM[:-1], held_out_CM[-1]
     )
 
 
 def _merged(parts: Sequence[PairSums]) -> PairSums:
     whole = PairSums.empty(len(parts[0].difference_D))
     for part in parts:
-        whole.moments.merge(part.moments)
-        whole.difference_D = whole.difference_D + part.difference_D
-        whole.pairs += part.pairs
+        whole.merge(part)
     return whole
-
-
-def _standardisation(moments: Moments) -> tuple[Floats, Floats]:
-    """Mean and standard deviation of every dimension, over chosen and rejected states together."""
-    return moments.mean_D.astype(np.float32), _floored(np.sqrt(np.maximum(np.diag(moments.covariance_DD), 0)))
-
-
-def _floored(scale_D: Doubles) -> Floats:
-    """A dimension that never varies gets scale 1."""
-    return np.where(scale_D > 1e-6 * np.median(scale_D), scale_D, 1.0).astype(np.float32)
 
 
 def _solve(
@@ -197,12 +183,10 @@ def _solve(
 ) -> tuple[Floats, Floats]:
     """Probes ``[F, C + 1, R]`` and biases ``[F, C + 1]`` of every run; the last of each is the mean difference."""
     probes, biases = [], []
-    for part in [*parts, None]:
-        moments = whole.moments if part is None else whole.moments.without(part.moments)
-        pairs = whole.pairs - (part.pairs if part else 0)
-        v_R = (whole.difference_D - (part.difference_D if part else 0)) / max(pairs, 1) / scale_R
-        s_RR = np.asarray(moments.covariance_DD, dtype=np.float64) / np.outer(scale_R, scale_R)
-        shift_R = (moments.mean_D - mean_R) / scale_R
+    for run in [*(whole.without(part) for part in parts), whole]:
+        v_R = run.difference_D / max(run.pairs, 1) / scale_R
+        s_RR = np.asarray(run.moments.covariance_DD, dtype=np.float64) / np.outer(scale_R, scale_R)
+        shift_R = (run.moments.mean_D - mean_R) / scale_R
         diagonal_R = np.diag(s_RR).copy()
         probe_CR = []
         for c in shrinkage:

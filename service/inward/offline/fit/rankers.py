@@ -13,11 +13,11 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from inward.offline.states.saved import Indices, ListStates, layer_axis
-from inward.types import Floats
+from inward.offline.fit.probes import floored
+from inward.offline.states.saved import ListStates, layer_axis
+from inward.types import Doubles, Floats, Indices
 
 ScorerKind = Literal["srr", "linear", "mlp"]
 
@@ -127,10 +127,10 @@ class Batch(NamedTuple):
     safe_BM: Tensor
     mask_BM: Tensor
 
-    def loss(self, scorer: Scorer) -> Tensor:
-        return listwise_loss(
-            scorer(self.prompt_BD, self.candidates_BMD, self.mask_BM), self.safe_BM, self.mask_BM, scorer.tau
-        )
+    def scored(self, scorer: Scorer) -> tuple[Tensor, Tensor]:
+        """Loss, and scores ``[B, M]``."""
+        scores_BM: Tensor = scorer(self.prompt_BD, self.candidates_BMD, self.mask_BM)
+        return listwise_loss(scores_BM, self.safe_BM, self.mask_BM, scorer.tau), scores_BM
 
 
 class Lists:
@@ -149,14 +149,10 @@ class Lists:
         """
         rows = np.concatenate([self.members[g] for g in index])
         both = np.concatenate([self.prompt_GD[index], self.candidates_MD[rows]]).astype(np.float64)
-        mean, scale = both.mean(axis=0), both.std(axis=0)
-        scale[scale <= 1e-6 * np.median(scale)] = 1.0
-        mean_D, scale_D = mean.astype(np.float32), scale.astype(np.float32)
-        return (
-            Ranker(mean_D, scale_D, settings)
-            if kind == "srr"
-            else Pointwise(mean_D, scale_D, settings, mlp=kind == "mlp")
-        )
+        mean_D, scale_D = both.mean(axis=0).astype(np.float32), floored(both.std(axis=0))
+        if kind == "srr":
+            return Ranker(mean_D, scale_D, settings)
+        return Pointwise(mean_D, scale_D, settings, mlp=kind == "mlp")
 
     def batch(self, index: Indices, rows: list[Indices] | None = None) -> Batch:
         """Some lists with all their candidates, or only with some ``rows`` of each."""
@@ -190,18 +186,18 @@ def train(scorer: Scorer, lists: Lists, index: Indices, settings: Settings, rng:
         for start in range(0, len(order), settings.batch_size):
             chosen = order[start : start + settings.batch_size]
             optimizer.zero_grad()
-            lists.batch(chosen, lists.draw(chosen, settings.list_size, rng)).loss(scorer).backward()  # type: ignore[no-untyped-call]
+            loss, _ = lists.batch(chosen, lists.draw(chosen, settings.list_size, rng)).scored(scorer)
+            loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(scorer.parameters(), settings.clip)
             optimizer.step()
         scorer.eval()
         yield
 
 
-def held_out(scorer: Scorer, lists: Lists, index: Indices) -> tuple[float, NDArray[np.float64], Indices]:
+def held_out(scorer: Scorer, lists: Lists, index: Indices) -> tuple[float, Doubles, Indices]:
     """Loss on whole lists, and the scores of their candidates with the rows they belong to."""
     batch = lists.batch(index)
     with torch.no_grad():
-        scores_BM = scorer(batch.prompt_BD, batch.candidates_BMD, batch.mask_BM)
-        loss = listwise_loss(scores_BM, batch.safe_BM, batch.mask_BM, scorer.tau)
+        loss, scores_BM = batch.scored(scorer)
     rows = np.concatenate([lists.members[g] for g in index])
     return float(loss), scores_BM[batch.mask_BM].numpy().astype(np.float64), rows

@@ -10,12 +10,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,16 +25,15 @@ from inward.errors import DataError, SetupError
 from inward.heads.base import BackboneRef
 from inward.offline.cluster import Cluster, Died
 from inward.offline.data.pairs import Pair, data_hash, prompt_groups
+from inward.offline.model import OpenModel, with_model
 from inward.offline.states.model_pass import RowError
-from inward.offline.states.moments import Doubles, PairSums
+from inward.offline.states.moments import PairSums
 from inward.offline.states.read import kept_pairs, length_difference, sum_pairs
 from inward.offline.states.running_sums import RunningSums, SummedPairs
-from inward.offline.states.saved import Indices, PairStates
+from inward.offline.states.saved import Origin, PairStates
 from inward.prompts import Prompts
-from inward.types import Floats, Position
+from inward.types import Doubles, Floats, Indices, Position
 
-OpenModel = Callable[[], AbstractAsyncContextManager[tuple[Backbone, Prompts]]]
-"""Opens the model, here or in another process: it can be pickled."""
 BLOCK_PAIRS = 256
 """About so many are read at once, and are lost with an actor."""
 Tensors = dict[str, NDArray[Any]]
@@ -83,34 +81,20 @@ class SpreadPairs:
     """Pairs that are read on a cluster.
 
     Args:
+        cluster: that is open.
         cache: folder for what is done; give the same one to go on after an interruption.
-        actors: how many copies of the model.
-        gpus: for each of them.
 
     Raises:
-        SetupError: Ray is not installed, or the model can't be loaded there.
+        SetupError: the model can't be loaded there.
         DataError: a row that can't be tokenised; nothing was read yet.
     """
 
     def __init__(
-        self, opened: OpenModel, pairs: Sequence[Pair], cache: Path, *, actors: int, gpus: float,
-        block: int = BLOCK_PAIRS,
-    ) -> None:  # fmt: skip
-        self._opened, self._pairs, self._cache, self._block = opened, pairs, cache, block
-        self._groups_N = prompt_groups(pair.prompt for pair in pairs)
-        self._cluster = Cluster(actors=actors, gpus=gpus)
-
-    def __enter__(self) -> Self:
-        with ExitStack() as stack:
-            stack.enter_context(self._cluster)
-            self._about, self._length_difference_N = self._cluster.ask(_about, self._opened, self._pairs)
-            stack.pop_all()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, cluster: Cluster, opened: OpenModel, pairs: Sequence[Pair], cache: Path, *, block: int = BLOCK_PAIRS
     ) -> None:
-        self._cluster.__exit__(kind, error, trace)
+        self._cluster, self._opened, self._pairs, self._cache, self._block = cluster, opened, pairs, cache, block
+        self._groups_N = prompt_groups(pair.prompt for pair in pairs)
+        self._about, self._length_difference_N = cluster.ask(_about, opened, pairs)
 
     @property
     def depth(self) -> int:
@@ -140,10 +124,10 @@ class SpreadPairs:
         self, states_2KLD: Floats, rows_K: Indices, layers: Sequence[int], position: Position
     ) -> PairStates:
         about = self._about
-        return PairStates(
-            states_2KLD[0], states_2KLD[1], tuple(layers), self._groups_N[rows_K], self._length_difference_N[rows_K],
-            position, about.depth in layers, BackboneRef(**about.backbone), about.template, data_hash(self._pairs),
-        )  # fmt: skip
+        ref, data = BackboneRef(**about.backbone), data_hash(self._pairs)
+        origin = Origin(position, about.depth in layers, ref, about.template, data)
+        groups_K, difference_K = self._groups_N[rows_K], self._length_difference_N[rows_K]
+        return PairStates(states_2KLD[0], states_2KLD[1], tuple(layers), groups_K, difference_K, origin)
 
     def _each(self, what: Pass, blocks: Sequence[Block], numbers: Sequence[int]) -> Iterator[tuple[int, bytes]]:
         arguments = (self._opened, what, self._pairs, blocks)
@@ -197,14 +181,12 @@ class Reader:
 def _about(opened: OpenModel, pairs: Sequence[Pair]) -> tuple[About, Doubles]:
     """Asked before anything is read: the model, and how much longer each pair's chosen response is."""
 
-    async def ask() -> tuple[About, Doubles]:
-        async with opened() as (backbone, prompts):
-            info = backbone.info
-            ref = BackboneRef(name=info.name, revision=info.revision, fingerprint=info.fingerprint)
-            about = About(ref.model_dump(), info.identity, prompts.template, info.layers, info.width)
-            return about, length_difference(backbone, prompts, pairs)
+    async def ask(backbone: Backbone, prompts: Prompts) -> tuple[About, Doubles]:
+        info = backbone.info
+        about = About(BackboneRef.of(info).model_dump(), info.identity, prompts.template, info.layers, info.width)
+        return about, length_difference(backbone, prompts, pairs)
 
-    return asyncio.run(ask())
+    return with_model(opened, ask)
 
 
 def blocks_of(groups_N: Indices, size: int, kept_N: Indices | None = None) -> list[Block]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -14,6 +14,7 @@ from inward.errors import DataError, SetupError
 from inward.heads import store
 from inward.heads.base import Head
 from inward.heads.pooling import Pool
+from inward.offline.cluster import Cluster
 from inward.offline.data.pairs import (
     CalibrationRow,
     Pair,
@@ -31,11 +32,12 @@ from inward.offline.fit.guard import fit_guard
 from inward.offline.fit.hybrid import fit_hybrid
 from inward.offline.fit.legend import constant_refusal, fit_legend
 from inward.offline.fit.pool import fit_pool
-from inward.offline.fit.ray import OpenModel, SpreadPairs
+from inward.offline.fit.ray import SpreadPairs
 from inward.offline.fit.runs import Runs, draw_runs
 from inward.offline.fit.srr import fit_srr
 from inward.offline.fit.value import fit_value
 from inward.offline.fit.whitened import Choice, Evidence, FromStates, fit_whitened
+from inward.offline.model import OpenModel, with_model
 from inward.offline.states.moments import Moments
 from inward.offline.states.read import extract_lists, store_pairs, sum_pairs, sum_responses
 from inward.offline.states.saved import ListStates, load_list_states, save_states
@@ -44,46 +46,42 @@ from inward.offline.states.stored import PairSource, StoredPairs, blocks
 from inward.prompts import Prompts
 from inward.types import SamplingSpec
 
-T = TypeVar("T")
-WithModel = Callable[[Callable[[Backbone, Prompts], Awaitable[T]]], T]
-"""Loads the model, gives it to a function, and closes it."""
 Fitted = tuple[Head, Any]
 """A head, and a report that can be printed."""
 
 
-def fit(args: Namespace, with_model: WithModel[Any], cache: Path, opened: OpenModel | None = None) -> Fitted:
+def fit(args: Namespace, opened: OpenModel, cache: Path) -> Fitted:
     """Fits a head of ``args.kind``.
 
     Args:
         args: as ``commands.fit`` parses them.
-        opened: opens the model in another process, for ``--engine ray``.
         cache: folder for what is finished of a pass through the model, so that the same command goes on after a stop.
 
     Raises:
         DataError, SetupError: rows or options that no head can be fitted with.
     """
     if getattr(args, "engine", "local") == "ray":
-        return _in_ray(args, cache, opened)
+        return _in_ray(args, opened, cache)
     if getattr(args, "pool", None) and args.kind != "guard":
-        return _with_pool(args, with_model, cache)
+        return _with_pool(args, opened, cache)
     match args.kind:
         case "legend" if args.direction == "whitened":
-            return _whitened(args, with_model, cache)
+            return _whitened(args, opened, cache)
         case "legend":
-            return _legend(args, with_model, cache)
+            return _legend(args, opened, cache)
         case "hybrid":
-            return _hybrid(args, with_model, cache)
+            return _hybrid(args, opened, cache)
         case "ensemble":
-            return _ensemble(args, with_model)
+            return _ensemble(args, opened)
         case "value":
-            return _value(args, with_model, cache)
+            return _value(args, opened, cache)
         case "guard":
-            return _guard(args, with_model)
+            return _guard(args, opened)
         case _:
-            return _srr(args, with_model, cache)
+            return _srr(args, opened, cache)
 
 
-def _with_pool(args: Namespace, with_model: WithModel[Any], cache: Path) -> Fitted:
+def _with_pool(args: Namespace, opened: OpenModel, cache: Path) -> Fitted:
     """A head of any pointwise kind, fitted at its position, whose token scores are pooled."""
     if args.kind == "srr":
         raise SetupError("an srr head ranks whole responses against each other: --pool is for legend and hybrid heads")
@@ -92,7 +90,9 @@ def _with_pool(args: Namespace, with_model: WithModel[Any], cache: Path) -> Fitt
     try:
         Pool.parse(args.pool, layer=0)
     except ValueError as error:
-        raise SetupError(f"--pool {args.pool}: {_first(error)}") from None
+        first = error.errors()[0] if isinstance(error, ValidationError) else None
+        told = f"{'.'.join(map(str, first['loc'])) or 'pool'}: {first['msg']}" if first else str(error)
+        raise SetupError(f"--pool {args.pool}: {told}") from None
     files, warnings = _pairs(args)
 
     def head(states: PairSource) -> Fitted:
@@ -110,84 +110,56 @@ def _with_pool(args: Namespace, with_model: WithModel[Any], cache: Path) -> Fitt
         states = await store_pairs(backbone, prompts, files[0], path, **where, final_norm=args.kind == "legend")
         return await fit_pool(backbone, prompts, files[0], states, head, args.pool, seed=args.seed)
 
-    fitted: Fitted = with_model(use)
-    return fitted
+    return with_model(opened, use)
 
 
-def _first(error: ValueError) -> str:
-    """What is wrong, in a line."""
-    if isinstance(error, ValidationError):
-        one = error.errors()[0]
-        return f"{'.'.join(map(str, one['loc'])) or 'pool'}: {one['msg']}"
-    return str(error)
-
-
-def _in_ray(args: Namespace, cache: Path, opened: OpenModel | None) -> Fitted:
+def _in_ray(args: Namespace, opened: OpenModel, cache: Path) -> Fitted:
     """A LEGEND head whose pairs are read by the actors of a cluster; what is made of them is made here."""
     if args.states or args.pool or args.validation or args.save_states or args.covariance:
         raise SetupError(
             "--engine ray reads --pairs: not with --states, --save-states, --validation, --covariance or --pool"
         )
-    assert opened is not None
     (pairs,), warnings = _pairs(args)
     whitened = args.direction == "whitened"
     layer = args.layer or ("sum" if whitened else "last")
     _choice(layer, (0,)) if whitened else _single(layer)  # refused before the cluster is started
-    with SpreadPairs(opened, pairs, cache, actors=args.actors, gpus=args.gpus) as spread:
-        every = layer in ("sum", "sweep")
-        layers = numbers(args.layers if args.layers != "all" or every else layer, spread.depth)
-        evidence = spread.sums(layers, args.position, scatter=whitened)
+    with Cluster(actors=args.actors, gpus=args.gpus) as cluster:
+        spread = SpreadPairs(cluster, opened, pairs, cache)
+        evidence = spread.sums(_layers(args, layer, spread.depth), args.position, scatter=whitened)
         if whitened:
             choice = _choice(layer, evidence.kept.layers)
             return fit_whitened(
-                evidence, name=args.name, layer=choice, covariance_of="the pairs themselves", seed=args.seed,
-                progress=True, warnings=warnings,
-            )  # fmt: skip
+                evidence, name=args.name, layer=choice, seed=args.seed, progress=True, warnings=warnings
+            )
     return fit_legend(evidence, name=args.name, layer=_single(layer), seed=args.seed, warnings=warnings)
 
 
-def _legend(args: Namespace, with_model: WithModel[Any], cache: Path) -> Fitted:
+def _legend(args: Namespace, opened: OpenModel, cache: Path) -> Fitted:
     layer = args.layer or "last"
-    chosen = _single(layer)
+    options: dict[str, Any] = {"name": args.name, "layer": _single(layer), "seed": args.seed}
     if args.covariance:
         raise SetupError("--covariance is for --direction whitened: a mean difference needs none")
-    warnings: list[str] = []
-    validation: PairSource | None = None
-    states: PairSource
     if args.states:
         states = StoredPairs.open(args.states)
-        if args.validation:
-            raise SetupError("--validation needs --pairs: with --states, give states that hold all pairs")
-    else:
-        files, warnings = _pairs(args)
-        layers = args.layers if layer == "sweep" or args.layers != "all" else layer
+        _check_validation(args)
+        return fit_legend(states, **options)
+    files, warnings = _pairs(args)
+    paths = [args.save_states or cache / "states.safetensors", cache / "validation.safetensors"]
 
-        paths = [args.save_states or cache / "states.safetensors", cache / "validation.safetensors"]
+    async def store(backbone: Backbone, prompts: Prompts) -> list[StoredPairs]:
+        layers = _layers(args, layer, backbone.info.layers)
+        where: dict[str, Any] = {"layers": layers, "position": args.position, "final_norm": True}
+        return [await store_pairs(backbone, prompts, *one, **where) for one in zip(files, paths, strict=False)]
 
-        async def store(backbone: Backbone, prompts: Prompts) -> list[StoredPairs]:
-            where = {"layers": numbers(layers, backbone.info.layers), "position": args.position, "final_norm": True}
-            return [
-                await store_pairs(backbone, prompts, pairs, path, **where)
-                for pairs, path in zip(files, paths, strict=False)
-            ]
-
-        states, *more = with_model(store)
-        validation = more[0] if more else None
-    return fit_legend(
-        states,
-        name=args.name,
-        layer=chosen,
-        validation=validation,
-        seed=args.seed,
-        warnings=warnings,
-    )
+    states, *validation = with_model(opened, store)
+    return fit_legend(states, **options, validation=next(iter(validation), None), warnings=warnings)
 
 
-def _whitened(args: Namespace, with_model: WithModel[Any], cache: Path) -> Fitted:
+def _whitened(args: Namespace, opened: OpenModel, cache: Path) -> Fitted:
     layer = args.layer or "sum"
     _choice(layer, (0,))
-    if args.states and args.validation:
-        raise SetupError("--validation needs --pairs: with --states, give states that hold all pairs")
+    if args.states:
+        _check_validation(args)
     files, warnings = ([], []) if args.states else _pairs(args)
     if warnings and not args.covariance:
         warnings.append(
@@ -196,12 +168,14 @@ def _whitened(args: Namespace, with_model: WithModel[Any], cache: Path) -> Fitte
     evidence, validation, covariance = (
         (FromStates.of(StoredPairs.open(args.states)), None, None)
         if args.states
-        else with_model(lambda backbone, prompts: _sums(args, layer, files, cache, backbone, prompts))
+        else with_model(opened, lambda backbone, prompts: _sums(args, layer, files, cache, backbone, prompts))
     )
     if args.covariance and _is_states(args.covariance):
         covariance = _moments(StoredPairs.open(args.covariance), evidence.kept)
     elif args.covariance and covariance is None:
-        covariance = with_model(lambda backbone, prompts: _response_sums(args, evidence.kept, cache, backbone, prompts))
+        covariance = with_model(
+            opened, lambda backbone, prompts: _response_sums(args, evidence.kept, cache, backbone, prompts)
+        )
     return fit_whitened(
         evidence,
         name=args.name,
@@ -213,6 +187,16 @@ def _whitened(args: Namespace, with_model: WithModel[Any], cache: Path) -> Fitte
         progress=True,
         warnings=warnings,
     )
+
+
+def _check_validation(args: Namespace) -> None:
+    if args.validation:
+        raise SetupError("--validation needs --pairs: with --states, give states that hold all pairs")
+
+
+def _layers(args: Namespace, layer: str, depth: int) -> list[int]:
+    """The layers of ``--layers``; where they are all, and one is chosen by ``--layer``, that one only."""
+    return numbers(args.layers if args.layers != "all" or layer in ("sum", "sweep") else layer, depth)
 
 
 def _single(layer: str) -> int | Literal["sweep"] | None:
@@ -242,9 +226,8 @@ async def _sums(
     args: Namespace, layer: str, files: Sequence[Sequence[Pair]], cache: Path, backbone: Backbone, prompts: Prompts
 ) -> tuple[Evidence, PairSource | None, Sequence[Moments] | None]:
     """Evidence, validation states and covariance from texts, with one loading of the model."""
-    depth = backbone.info.layers
-    chosen = numbers(args.layers if args.layers != "all" or layer in ("sum", "sweep") else layer, depth)
-    where: dict[str, Any] = {"layers": chosen, "position": args.position, "final_norm": True}
+    layers = _layers(args, layer, backbone.info.layers)
+    where: dict[str, Any] = {"layers": layers, "position": args.position, "final_norm": True}
     evidence: Evidence
     if args.save_states:
         evidence = FromStates.of(await store_pairs(backbone, prompts, files[0], args.save_states, **where))
@@ -266,18 +249,19 @@ async def _response_sums(
         prompts,
         read_texts(args.covariance),
         layers=like.layers,
-        position=like.position,
-        final_norm=like.final_norm,
+        position=like.origin.position,
+        final_norm=like.origin.final_norm,
         checkpoint=cache,
     )
 
 
 def _moments(states: StoredPairs, like: PairSource) -> list[Moments]:
     """Of all responses in a file of states, at the layers that are fitted."""
-    if states.position != like.position or states.width != like.width:
+    own, wanted = (states.width, states.origin.position), (like.width, like.origin.position)
+    if own != wanted:
         raise DataError(
-            f"{states.path} holds states of width {states.width} at position {states.position!r}, the pairs have "
-            f"{like.width} at {like.position!r}: the covariance must be of the same model, read at the same position"
+            f"{states.path} holds states of width {own[0]} at position {own[1]!r}, the pairs have {wanted[0]} at "
+            f"{wanted[1]!r}: the covariance must be of the same model, read at the same position"
         )
     if missing := [k for k in like.layers if k not in states.layers]:
         raise DataError(f"{states.path} lacks layers {', '.join(map(str, missing))}: choose others with --layers")
@@ -291,20 +275,22 @@ def _moments(states: StoredPairs, like: PairSource) -> list[Moments]:
     return found
 
 
-def _hybrid(args: Namespace, with_model: WithModel[Any], cache: Path) -> Fitted:
+def _hybrid(args: Namespace, opened: OpenModel, cache: Path) -> Fitted:
     if args.states:
-        return fit_hybrid(StoredPairs.open(args.states), name=args.name, gate=args.gate, seed=args.seed, cache=cache)
-    pairs = read_pairs(args.rows, parse_json=args.parse_json)[: args.limit]
-    path = args.save_states or cache / "states.safetensors"
+        states = StoredPairs.open(args.states)
+    else:
+        pairs = read_pairs(args.rows, parse_json=args.parse_json)[: args.limit]
+        path = args.save_states or cache / "states.safetensors"
 
-    async def store(backbone: Backbone, prompts: Prompts) -> StoredPairs:
-        layers = numbers(args.layers, backbone.info.layers)
-        return await store_pairs(backbone, prompts, pairs, path, layers=layers, position=args.position)
+        async def store(backbone: Backbone, prompts: Prompts) -> StoredPairs:
+            layers = numbers(args.layers, backbone.info.layers)
+            return await store_pairs(backbone, prompts, pairs, path, layers=layers, position=args.position)
 
-    return fit_hybrid(with_model(store), name=args.name, gate=args.gate, seed=args.seed, cache=cache)
+        states = with_model(opened, store)
+    return fit_hybrid(states, name=args.name, gate=args.gate, seed=args.seed, cache=cache)
 
 
-def _ensemble(args: Namespace, with_model: WithModel[Any]) -> Fitted:
+def _ensemble(args: Namespace, opened: OpenModel) -> Fitted:
     heads = [store.load(path) for path in args.parts]
     for other in heads[1:]:
         if other.manifest.backbone.fingerprint != heads[0].manifest.backbone.fingerprint:
@@ -312,8 +298,8 @@ def _ensemble(args: Namespace, with_model: WithModel[Any]) -> Fitted:
             raise DataError(f"heads {names} were fitted on different backbones: they cannot be one head")
     if args.states:
         states = StoredPairs.open(args.states)
-        scores_PM = score_states(states, heads)
-        return fit_ensemble(heads, scores_PM, Judges(states.groups_N, states.data_hash), name=args.name, seed=args.seed)
+        judges = Judges(states.groups_N, states.origin.data_hash)
+        return fit_ensemble(heads, score_states(states, heads), judges, name=args.name, seed=args.seed)
     pairs = read_pairs(args.rows, parse_json=args.parse_json)[: args.limit]
 
     async def use(backbone: Backbone, prompts: Prompts) -> Fitted:
@@ -323,31 +309,26 @@ def _ensemble(args: Namespace, with_model: WithModel[Any]) -> Fitted:
         groups_N = prompt_groups(pair.prompt for pair in pairs)
         return fit_ensemble(heads, scores_PM, Judges(groups_N, data_hash(pairs)), name=args.name, seed=args.seed)
 
-    fitted: Fitted = with_model(use)
-    return fitted
+    return with_model(opened, use)
 
 
-def _value(args: Namespace, with_model: WithModel[Any], cache: Path) -> Fitted:
+def _value(args: Namespace, opened: OpenModel, cache: Path) -> Fitted:
     asked = read_prompts(args.rows)[: args.limit]
 
     async def draw(backbone: Backbone, prompts: Prompts) -> tuple[Head, Runs]:
         head = store.load(args.of, fingerprint=backbone.info.fingerprint, template=prompts.template)
         if head.ref.kind in ("srr", "value"):
             raise SetupError(f"--head {head.ref.name}: a {head.ref.kind} head gives no answer a reward of its own")
-        spec = _drawn(args)
+        try:
+            spec = SamplingSpec(args.samples, **{"max_tokens": 128, "seed": args.seed} | args.sampling)
+        except TypeError as error:
+            raise SetupError(f"--sampling: {error}") from None
         layers = numbers(args.layers, backbone.info.layers) if args.layers else quarters(backbone.info.layers)
         at = [point for point in args.at if point < spec.max_tokens]
         return head, await draw_runs(backbone, prompts, head, asked, spec, at=at, layers=layers, cache=cache)
 
-    head, runs = with_model(draw)
+    head, runs = with_model(opened, draw)
     return fit_value(runs, head, name=args.name, seed=args.seed)
-
-
-def _drawn(args: Namespace) -> SamplingSpec:
-    try:
-        return SamplingSpec(args.samples, **{"max_tokens": 128, "seed": args.seed} | args.sampling)
-    except TypeError as error:
-        raise SetupError(f"--sampling: {error}") from None
 
 
 def quarters(depth: int) -> list[int]:
@@ -355,37 +336,36 @@ def quarters(depth: int) -> list[int]:
     return sorted({max(1, round(depth * k / 4)) for k in range(1, 5)})
 
 
-def _guard(args: Namespace, with_model: WithModel[Any]) -> Fitted:
+def _guard(args: Namespace, opened: OpenModel) -> Fitted:
     texts = read_texts(args.rows)[: args.limit]
 
     async def use(backbone: Backbone, prompts: Prompts) -> Fitted:
         head = store.load(args.of, fingerprint=backbone.info.fingerprint, template=prompts.template)
         return await fit_guard(backbone, prompts, head, texts, name=args.name, pool=args.pool or "")
 
-    fitted: Fitted = with_model(use)
-    return fitted
+    return with_model(opened, use)
 
 
-def _srr(args: Namespace, with_model: WithModel[Any], cache: Path) -> Fitted:
-    states = load_list_states(args.states) if args.states else _states_of_lists(args, with_model, cache)
+def _srr(args: Namespace, opened: OpenModel, cache: Path) -> Fitted:
+    states = load_list_states(args.states) if args.states else _states_of_lists(args, opened, cache)
     layer = args.layer or "0.25"
-    if layer == "sweep":
-        return fit_srr(states, name=args.name, layer="sweep", seed=args.seed)
+    chosen: int | float | Literal["sweep"] = "sweep"
     try:
-        number = float(layer) if "." in layer else int(layer)
+        if layer != "sweep":
+            chosen = float(layer) if "." in layer else int(layer)
     except ValueError:
         raise SetupError(f"--layer {layer}: a number, a fraction such as 0.25, or sweep") from None
-    return fit_srr(states, name=args.name, layer=number, seed=args.seed)
+    return fit_srr(states, name=args.name, layer=chosen, seed=args.seed)
 
 
-def _states_of_lists(args: Namespace, with_model: WithModel[Any], cache: Path) -> ListStates:
+def _states_of_lists(args: Namespace, opened: OpenModel, cache: Path) -> ListStates:
     lists = read_lists(args.rows)[: args.limit]
 
     async def extract(backbone: Backbone, prompts: Prompts) -> ListStates:
         layers = numbers(args.layers, backbone.info.layers)
         return await extract_lists(backbone, prompts, lists, layers=layers, position=args.position, cache=cache)
 
-    states: ListStates = with_model(extract)
+    states = with_model(opened, extract)
     if args.save_states:
         save_states(states, args.save_states)
     return states

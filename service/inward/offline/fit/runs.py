@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from inward.backbones.base import Backbone
 from inward.errors import DataError, InwardError
+from inward.files import whole
 from inward.heads.base import BackboneRef, Head
 from inward.heads.running import token_scores
-from inward.offline.states.moments import Doubles
 from inward.prompts import Prompts, Texts
-from inward.types import Floats, Group, Ids, Prompt, Readout, SamplingSpec, Tap
+from inward.types import Doubles, Floats, Group, Ids, Prompt, Readout, SamplingSpec, Tap
 
 AT_ONCE = 4
 """Prompts that are drawn for at a time."""
@@ -81,12 +81,10 @@ async def draw_runs(
     if len(runs) < 2:
         raise DataError(f"{len(runs)} of {len(asked)} prompts can be used: a value head needs two at least, better 200")
     together = {name: np.stack([run[name] for run in runs]) for name in runs[0]}
-    info = backbone.info
     return Runs(
         tuple(at), tuple(layers), together["rewards"].astype(np.float64), together["lengths"].astype(np.int64),
         together["states"], together["means"], together["own"].astype(np.float64),
-        BackboneRef(name=info.name, revision=info.revision, fingerprint=info.fingerprint), prompts.template,
-        hashlib.sha256(repr(ids).encode()).hexdigest(),
+        BackboneRef.of(backbone.info), prompts.template, hashlib.sha256(repr(ids).encode()).hexdigest(),
     )  # fmt: skip
 
 
@@ -97,8 +95,8 @@ async def _run(
     kept = cache / f"{hashlib.sha256(what.encode()).hexdigest()[:32]}.safetensors"
     if kept.exists():
         return dict(load_file(kept))
-    whole = Readout(tuple(Tap(layer, "last") for layer in layers))
-    samples, reading = await backbone.sample_and_read(group, [head.readout, whole], tokens=True)
+    states_at = Readout(tuple(Tap(layer, "last") for layer in layers))
+    samples, reading = await backbone.sample_and_read(group, [head.readout, states_at], tokens=True)
     scores = head.score(reading.readings[0]).scores_N
     tokens, states = (one.tokens_TK or () for one in reading.readings)
     if None in scores:
@@ -119,12 +117,6 @@ async def _run(
                 run["states"][n, a] = states_TLD[point - 1]
                 run["means"][n, a] = states_TLD[:point].mean(axis=0)
                 run["own"][n, a] = own[n][:point].mean()
-    _keep(run, kept)
+    with whole(kept) as file:
+        save_file(run, file)
     return run
-
-
-def _keep(run: dict[str, Floats], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".part")
-    save_file(run, fresh)
-    fresh.replace(path)

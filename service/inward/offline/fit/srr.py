@@ -7,11 +7,11 @@ is then trained that long on all lists. The scores of held-out lists along the w
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.console import Group as Lines
 from rich.console import RenderableType
 from rich.table import Table
@@ -20,15 +20,15 @@ from tqdm import tqdm
 from inward.errors import DataError
 from inward.heads.calibration import Deciles, MarginScale
 from inward.heads.srr import SrrHead
-from inward.offline.data.pairs import ListStates, grouped_folds
+from inward.offline.data.pairs import Folds, grouped_folds
 from inward.offline.fit.prepare import manifest
-from inward.offline.fit.rankers import Lists, Ranker, Scorer, ScorerKind, Settings, held_out, train
+from inward.offline.fit.rankers import Lists, Ranker, ScorerKind, Settings, held_out, train
 from inward.offline.fit.reproducible import reproducible
-from inward.offline.states.saved import layer_axis
+from inward.offline.states.saved import ListStates, layer_axis
+from inward.types import Doubles
 
 FRACTIONS = (0.25, 0.4, 0.5, 0.6, 0.75, 1.0)
 """Of the depth: the layers that a sweep tries."""
-Doubles = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +68,8 @@ class SrrReport:
             rates.add_row(name, f"{rate:.3f}")
         layers = Table("layer", "held-out loss", "top-1 safe", "epochs", "", box=None, pad_edge=False)
         for row in self.sweep:
-            layers.add_row(
-                str(row.layer),
-                f"{row.loss:.3f}",
-                f"{row.top1:.3f}",
-                str(row.epochs),
-                "chosen" if row.layer == self.layer else "",
-            )
+            mark = "chosen" if row.layer == self.layer else ""
+            layers.add_row(str(row.layer), f"{row.loss:.3f}", f"{row.top1:.3f}", str(row.epochs), mark)
         return Lines(rates, "", layers)
 
 
@@ -133,7 +128,7 @@ def fit_srr(
         for kind in kinds:
             top1[kind] = _top1(lists, _cross_validate(kind, lists, parts, settings, seed).scores_M)
             bar.update()
-        ranker = _fit("srr", lists, settings, sweep[best].epochs, seed)
+        ranker = _fit(lists, settings, sweep[best].epochs, seed)
         bar.update()
     top1 |= {
         "first": float(np.mean([lists.safe_M[rows[0]] for rows in lists.members])),
@@ -152,7 +147,7 @@ def fit_srr(
         metrics=report.metrics(),
         options={"tau": settings.tau},
     )
-    return SrrHead.from_tensors(head_manifest, cast(Ranker, ranker).tensors()), report
+    return SrrHead.from_tensors(head_manifest, ranker.tensors()), report
 
 
 def _mixed(states: ListStates) -> ListStates:
@@ -175,13 +170,7 @@ def _candidates(available: tuple[int, ...], layer: int | float | Literal["sweep"
     return sorted({min(available, key=lambda k: (abs(k - fraction * max(available)), k)) for fraction in fractions})
 
 
-def _cross_validate(
-    kind: ScorerKind,
-    lists: Lists,
-    parts: list[tuple[NDArray[np.int64], NDArray[np.int64]]],
-    settings: Settings,
-    seed: int,
-) -> CrossValidated:
+def _cross_validate(kind: ScorerKind, lists: Lists, parts: Folds, settings: Settings, seed: int) -> CrossValidated:
     """Trains one scorer a fold, all folds together, until their held-out loss has not improved for ``patience``
     epochs.
     """
@@ -207,14 +196,14 @@ def _cross_validate(
     return best
 
 
-def _fit(kind: ScorerKind, lists: Lists, settings: Settings, epochs: int, seed: int) -> Scorer:
-    """One scorer, trained on all lists."""
+def _fit(lists: Lists, settings: Settings, epochs: int, seed: int) -> Ranker:
+    """The ranker, trained on all lists."""
     torch.manual_seed(seed)
     index = np.arange(len(lists.members))
-    scorer = lists.scorer(kind, index, settings)
-    for _, _ in zip(range(epochs), train(scorer, lists, index, settings, np.random.default_rng(seed)), strict=False):
+    ranker = cast(Ranker, lists.scorer("srr", index, settings))
+    for _ in islice(train(ranker, lists, index, settings, np.random.default_rng(seed)), epochs):
         pass
-    return scorer.eval()
+    return ranker.eval()
 
 
 def _top1(lists: Lists, scores_M: Doubles) -> float:

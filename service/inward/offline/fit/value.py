@@ -23,14 +23,13 @@ from rich.table import Table
 
 from inward.errors import DataError
 from inward.heads.base import Head, Manifest
-from inward.heads.ensemble import PARTS
+from inward.heads.ensemble import PARTS, Part
 from inward.heads.pooling import Pool
 from inward.heads.rejection import Rejecting, keep_near
 from inward.heads.value import KEY, OF, Boldness, RejectionCurve, ValueHead
 from inward.offline.fit.prepare import created, record
 from inward.offline.fit.runs import Runs
-from inward.offline.states.moments import Doubles
-from inward.offline.states.saved import Indices
+from inward.types import Doubles, Indices
 
 FOLDS = 5
 RIDGES = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
@@ -163,16 +162,14 @@ def _head(runs: Runs, of: Head, best: _Candidate, offset: float, report: ValueRe
     if best.own_weight is None:
         return ValueHead.from_tensors(alone, tensors)
     part = alone.model_copy(update={"kind": "legend", "pool": None, "calibration": {}, "options": {"offset": offset}})
-    weighed = zip((of.manifest, part), (best.own_weight, 1.0), strict=True)
+    weighed = ((of.manifest, best.own_weight), (part, 1.0))
+    both = [Part(manifest=one, weight=weight, centre=0.0, spread=1.0) for one, weight in weighed]
     manifest = alone.model_copy(update={
         "layers": tuple(sorted({report.layer, *of.manifest.layers})), "final_norm": of.manifest.final_norm,
-        "options": {OF: of.ref.name, "parts": [
-            {"manifest": one.model_dump(mode="json"), "weight": weight, "centre": 0.0, "spread": 1.0}
-            for one, weight in weighed
-        ]},
+        "options": {OF: of.ref.name, "parts": [one.model_dump(mode="json") for one in both]},
     })  # fmt: skip
-    parts = {f"0.{key}": tensor for key, tensor in of.tensors().items()}
-    return ValueHead.from_tensors(manifest, parts | {f"1.{key}": tensor for key, tensor in tensors.items()})
+    joined = {f"0.{key}": tensor for key, tensor in of.tensors().items()}
+    return ValueHead.from_tensors(manifest, joined | {f"1.{key}": tensor for key, tensor in tensors.items()})
 
 
 def correlations(values_PNA: Doubles, rewards_PN: Doubles) -> tuple[float, ...]:

@@ -17,18 +17,18 @@ from rich.console import RenderableType
 from rich.table import Table
 from tqdm import tqdm
 
-from inward.errors import DataError
 from inward.heads.legend import LegendHead
 from inward.offline.data.pairs import grouped_split, whole_prompts
-from inward.offline.fit.legend import HELD_OUT, agreement, length_matched, or_unknown, spearman
+from inward.offline.fit.legend import HELD_OUT, DirectionReport, agreement, check_position, length_matched, spearman
 from inward.offline.fit.prepare import calibration, manifest
 from inward.offline.fit.probes import auc, both, pair_accuracy
 from inward.offline.fit.reproducible import LARGE, reproducible
 from inward.offline.fit.whitening import SHRINKAGE, Whitened, in_span, whiten
-from inward.offline.states.moments import Doubles, Moments, PairSums
+from inward.offline.states.moments import Moments, PairSums
 from inward.offline.states.read import KEPT_PAIRS
-from inward.offline.states.saved import Indices, layer_axis
+from inward.offline.states.saved import layer_axis
 from inward.offline.states.stored import PairSource, Subset, blocks
+from inward.types import Doubles, Indices
 
 Choice = int | Literal["sum", "sweep"]
 SKILL_POWER = 2
@@ -104,37 +104,22 @@ class LayerWhitened:
     """The correlation of their scores."""
 
 
-@dataclass(frozen=True, slots=True)
-class WhitenedReport:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WhitenedReport(DirectionReport):
     """What ``inward fit legend --direction whitened`` prints and ``Manifest.fit["metrics"]`` keeps."""
 
     layers: tuple[int, ...]
     c: float
     """Shrinkage: lambda is c times the mean variance of a dimension."""
     lambda_: tuple[float, ...]
-    rows: int
-    prompts: int
     judged: int
-    """Pairs that chose and judged."""
-    train: float
-    validation: float
-    """Agreement of the pairs that chose shrinkage and layers, each left out of its own direction."""
-    held_out: float
-    """Agreement on a fifth of the prompts, had they not been asked for that choice: the zero-shot pair accuracy."""
+    """Pairs that chose shrinkage and layers; ``held_out`` is of a fifth of their prompts, had those not been asked."""
     held_out_auc: float
-    held_out_rows: int
-    spearman_length: float | None
-    length_matched: float | None
-    length_matched_within: float | None
-    stability: float
-    """Mean cosine of the directions with those of resampled prompts."""
-    stability_interval: tuple[float, float]
     cosine: float
     """Of whitened directions and mean differences, mean over the layers read."""
     mahalanobis_cosine: float
     covariance: str
     sweep: tuple[LayerWhitened, ...]
-    warnings: tuple[str, ...] = ()
 
     def metrics(self) -> dict[str, Any]:
         """As JSON."""
@@ -142,23 +127,18 @@ class WhitenedReport:
         return {"direction": "whitened", **fields, "lambda": fields.pop("lambda_")}
 
     def __rich__(self) -> RenderableType:
-        read = ", ".join(map(str, self.layers))
+        held_out, *others = self.facts()
         facts = Table("LEGEND, whitened", f"{self.rows} pairs of {self.prompts} prompts", box=None, pad_edge=False)
-        facts.add_row("layers", read)
-        facts.add_row("covariance", self.covariance)
-        facts.add_row("shrinkage c", f"{self.c:g}")
-        facts.add_row("agreement, held out", f"{self.held_out:.3f}  ({self.held_out_rows} pairs)")
-        facts.add_row("AUC, held out", f"{self.held_out_auc:.3f}")
-        facts.add_row("agreement, validation", f"{self.validation:.3f}")
-        facts.add_row("agreement, train", f"{self.train:.3f}")
-        facts.add_row("Spearman(margin, length difference)", or_unknown(self.spearman_length, "+.3f"))
-        within = "" if self.length_matched_within is None else f"  (within {self.length_matched_within:.0f} tokens)"
-        facts.add_row("agreement, length-matched", or_unknown(self.length_matched, ".3f") + within)
-        low, high = self.stability_interval
-        facts.add_row("direction under bootstrap, cosine", f"{self.stability:.3f}  (95 %: {low:.3f} to {high:.3f})")
-        facts.add_row(
-            "cosine with the mean difference", f"{self.cosine:.3f}  (of scores: {self.mahalanobis_cosine:.3f})"
-        )
+        for fact in (
+            ("layers", ", ".join(map(str, self.layers))),
+            ("covariance", self.covariance),
+            ("shrinkage c", f"{self.c:g}"),
+            held_out,
+            ("AUC, held out", f"{self.held_out_auc:.3f}"),
+            *others,
+            ("cosine with the mean difference", f"{self.cosine:.3f}  (of scores: {self.mahalanobis_cosine:.3f})"),
+        ):
+            facts.add_row(*fact)
         table = Table("layer", "c", "accuracy", "AUC", "weight", "cosine", box=None, pad_edge=False)
         for row in self.sweep:
             numbers = (row.accuracy, row.auc, row.weight, row.cosine)
@@ -171,6 +151,47 @@ class Chosen(NamedTuple):
 
     c: int
     weight_L: Doubles
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Layers:
+    """What was fitted at each layer."""
+
+    numbers: tuple[int, ...]
+    fits: tuple[Whitened, ...]
+    mean_LC: Doubles
+    """Score of the mean response."""
+    scores_LCM: Doubles
+    """Of the judging pairs' responses, in units of ``Whitened.sd_C`` about that."""
+
+    def scales(self, chosen: Chosen) -> list[tuple[int, float]]:
+        """Layers that are read, by their place, and what their unit directions are multiplied by.
+
+        A single one keeps its unit length; those of a sum give scores of unit deviation, times their weight.
+        """
+        read = [int(l) for l in np.flatnonzero(chosen.weight_L)]
+        if len(read) == 1:
+            return [(read[0], 1.0)]
+        return [(l, float(chosen.weight_L[l] / self.fits[l].sd_C[chosen.c])) for l in read]
+
+    def joined(self, chosen: Chosen) -> Doubles:
+        """``[M]``: what a head of the chosen directions gives left-out responses."""
+        c = chosen.c
+        parts = [scale * self.fits[l].sd_C[c] * self.scores_LCM[l, c] for l, scale in self.scales(chosen)]
+        return np.asarray(np.sum(parts, axis=0))
+
+    def sweep(self, chosen: Chosen, layer: Choice) -> Iterator[LayerWhitened]:
+        for l, (number, fit, scores_CM) in enumerate(zip(self.numbers, self.fits, self.scores_LCM, strict=True)):
+            c = chosen.c if layer == "sum" else _choose(scores_CM[None], "sweep").c
+            yield LayerWhitened(
+                number,
+                fit.shrinkage[c],
+                pair_accuracy(scores_CM[c]),
+                auc(scores_CM[c]),
+                float(chosen.weight_L[l]),
+                float(fit.cosine_C[c]),
+                float(fit.mahalanobis_C[c]),
+            )
 
 
 def fit_whitened(
@@ -202,8 +223,7 @@ def fit_whitened(
     """
     kept = evidence.kept
     judges = kept if validation is None else validation
-    if judges.position != kept.position:
-        raise DataError(f"the validation states are of position {judges.position!r}, the others of {kept.position!r}")
+    check_position(judges, kept)
     if isinstance(layer, int):
         layer_axis(kept.layers, layer)
     axes = [axis for axis, k in enumerate(kept.layers) if layer in (k, "sum", "sweep") and (k > 0 or layer == 0)]
@@ -228,18 +248,14 @@ def fit_whitened(
             fits.append(fit)
             means.append(fit.direction_CD @ sums.moments.mean_D)
             scores.append(fit.scores_CM if validation is None else _scores(fit, sums, validation, kept.layers[axis]))
-    return _head(
-        evidence, judges, axes, fits, np.stack(means), np.stack(scores), name, layer, covariance_of, seed, warnings
-    )
+    layers = _Layers(tuple(kept.layers[axis] for axis in axes), tuple(fits), np.stack(means), np.stack(scores))
+    return _head(evidence, judges, layers, name, layer, covariance_of, seed, warnings)
 
 
 def _head(
     found: Evidence,
     judges: PairSource,
-    axes: Sequence[int],
-    fits: Sequence[Whitened],
-    mean_LC: Doubles,
-    scores_LCM: Doubles,
+    fitted: _Layers,
     name: str,
     layer: Choice,
     covariance_of: str,
@@ -249,26 +265,26 @@ def _head(
     """Chooses, and puts the chosen directions together."""
     kept, n = found.kept, len(judges)
     select, last = grouped_split(judges.groups_N, [1 - HELD_OUT, HELD_OUT], seed)
-    blind_M = _joined(fits, scores_LCM, _choose(scores_LCM[..., both(select, n)], layer))  # ``last`` had no say in it
-    chosen = _choose(scores_LCM, layer)
-    c = chosen.c
-    read = [l for l, _ in _scales(fits, chosen)]
-    direction_LD = np.stack([scale * fits[l].direction_CD[c] for l, scale in _scales(fits, chosen)])
-    offset = -float(sum(scale * mean_LC[l, c] for l, scale in _scales(fits, chosen)))
-    scores_M = _joined(fits, scores_LCM, chosen)
+    blind_M = fitted.joined(_choose(fitted.scores_LCM[..., both(select, n)], layer))  # ``last`` had no say in it
+    chosen = _choose(fitted.scores_LCM, layer)
+    c, scales = chosen.c, fitted.scales(chosen)
+    fits = [fitted.fits[l] for l, _ in scales]
+    direction_LD = np.stack([scale * fitted.fits[l].direction_CD[c] for l, scale in scales])
+    offset = -float(sum(scale * fitted.mean_LC[l, c] for l, scale in scales))
+    scores_M = fitted.joined(chosen)
     margins_N = scores_M[:n] - scores_M[n:]
     matched, within = length_matched(margins_N, judges.length_difference_N)
-    stability_B = np.mean([fits[l].stability_CB[c] for l in read], axis=0)
+    stability_B = np.mean([fit.stability_CB[c] for fit in fits], axis=0)
     low, high = (float(x) for x in np.quantile(stability_B, [0.025, 0.975]))
-    layers = tuple(kept.layers[axes[l]] for l in read)
+    layers = tuple(fitted.numbers[l] for l, _ in scales)
     report = WhitenedReport(
         layers=layers,
         c=fits[0].shrinkage[c],
-        lambda_=tuple(float(fits[l].lambda_C[c]) for l in read),
+        lambda_=tuple(float(fit.lambda_C[c]) for fit in fits),
         rows=found.pairs,
         prompts=found.prompts,
         judged=n,
-        train=float(np.mean([fits[l].train_C[c] for l in read])),
+        train=float(np.mean([fit.train_C[c] for fit in fits])),
         validation=agreement(margins_N),
         held_out=agreement((blind_M[:n] - blind_M[n:])[last]),
         held_out_auc=auc(blind_M[both(last, n)]),
@@ -278,13 +294,13 @@ def _head(
         length_matched_within=within,
         stability=float(stability_B.mean()),
         stability_interval=(low, high),
-        cosine=float(np.mean([fits[l].cosine_C[c] for l in read])),
-        mahalanobis_cosine=float(np.mean([fits[l].mahalanobis_C[c] for l in read])),
+        cosine=float(np.mean([fit.cosine_C[c] for fit in fits])),
+        mahalanobis_cosine=float(np.mean([fit.mahalanobis_C[c] for fit in fits])),
         covariance=covariance_of,
-        sweep=tuple(_sweep(kept.layers, axes, fits, scores_LCM, chosen, layer)),
+        sweep=tuple(fitted.sweep(chosen, layer)),
         warnings=tuple(warnings),
     )
-    direction = direction_LD[0] if len(read) == 1 else direction_LD
+    direction = direction_LD[0] if len(layers) == 1 else direction_LD
     options = {
         "direction": "whitened",
         "c": report.c,
@@ -308,23 +324,6 @@ def _head(
     return LegendHead(own, direction.astype(np.float32)), report
 
 
-def _scales(fits: Sequence[Whitened], chosen: Chosen) -> list[tuple[int, float]]:
-    """Layers that are read, and what their unit directions are multiplied by.
-
-    A single one keeps its unit length; those of a sum give scores of unit deviation, times their weight.
-    """
-    read = [int(l) for l in np.flatnonzero(chosen.weight_L)]
-    if len(read) == 1:
-        return [(read[0], 1.0)]
-    return [(l, float(chosen.weight_L[l] / fits[l].sd_C[chosen.c])) for l in read]
-
-
-def _joined(fits: Sequence[Whitened], scores_LCM: Doubles, chosen: Chosen) -> Doubles:
-    """``[M]``: what a head of the chosen directions gives left-out responses."""
-    parts = [scale * fits[l].sd_C[chosen.c] * scores_LCM[l, chosen.c] for l, scale in _scales(fits, chosen)]
-    return np.asarray(np.sum(parts, axis=0))
-
-
 def _choose(scores_LCM: Doubles, layer: Choice) -> Chosen:
     """By left-out agreement and AUC; of a sum the shrinkage that does best on average: no single layer decides."""
     skill_LC = np.array([[pair_accuracy(one) + auc(one) for one in of_layer] for of_layer in scores_LCM])
@@ -336,35 +335,10 @@ def _choose(scores_LCM: Doubles, layer: Choice) -> Chosen:
     return Chosen(c, (np.arange(len(skill_LC)) == best).astype(np.float64))
 
 
-def _sweep(
-    layers: Sequence[int],
-    axes: Sequence[int],
-    fits: Sequence[Whitened],
-    scores_LCM: Doubles,
-    chosen: Chosen,
-    layer: Choice,
-) -> Iterator[LayerWhitened]:
-    for l, fit in enumerate(fits):
-        own = chosen.c if layer == "sum" else _choose(scores_LCM[l : l + 1], "sweep").c
-        yield LayerWhitened(
-            layers[axes[l]],
-            fit.shrinkage[own],
-            pair_accuracy(scores_LCM[l, own]),
-            auc(scores_LCM[l, own]),
-            float(chosen.weight_L[l]),
-            float(fit.cosine_C[own]),
-            float(fit.mahalanobis_C[own]),
-        )
-
-
 def _scores(fit: Whitened, sums: PairSums, judges: PairSource, layer: int) -> Doubles:
     """``[C, M]`` of pairs that no direction is made of."""
-    axis = layer_axis(judges.layers, layer)
-    parts = [
-        (np.concatenate([chosen, rejected])[:, 0] - sums.moments.mean_D) @ fit.direction_CD.T / fit.sd_C
-        for _, chosen, rejected in blocks(judges, [axis])
-    ]
-    sizes = [len(part) // 2 for part in parts]
-    chosen = [part[:n] for part, n in zip(parts, sizes, strict=True)]
-    rejected = [part[n:] for part, n in zip(parts, sizes, strict=True)]
-    return np.concatenate([*chosen, *rejected]).T
+    scores_C2N = np.empty((len(fit.sd_C), 2, len(judges)))
+    for index, *sides in blocks(judges, [layer_axis(judges.layers, layer)]):
+        for side, states_NLD in enumerate(sides):
+            scores_C2N[:, side, index] = ((states_NLD[:, 0] - sums.moments.mean_D) @ fit.direction_CD.T / fit.sd_C).T
+    return scores_C2N.reshape(len(fit.sd_C), -1)

@@ -17,9 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.linalg import eigh
 
-from inward.offline.states.moments import Doubles, Moments, PairSums, Sums
-from inward.offline.states.saved import Indices
-from inward.types import Floats
+from inward.offline.states.moments import Moments, PairSums, Sums
+from inward.types import Doubles, Floats, Indices
 
 SHRINKAGE = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 """The c of lambda that are tried. A mean from few rows beside a covariance from many needs a larger one."""
@@ -118,13 +117,6 @@ def whiten(
     )
 
 
-def mahalanobis_cosine(a_D: Floats | Doubles, b_D: Floats | Doubles, covariance: Moments) -> float:
-    """Correlation of the scores that two directions give responses with this covariance."""
-    a, b = a_D.astype(np.float64), b_D.astype(np.float64)
-    sa, sb = covariance.covariance_DD @ a, covariance.covariance_DD @ b
-    return float(a @ sb / np.sqrt(max(float(a @ sa) * float(b @ sb), 1e-300)))
-
-
 def _spectrum(rows_MD: Doubles, sums: PairSums, covariance: Moments | None) -> Spectrum:
     """Of S. Where the kept rows are all there are, and fewer than dimensions, in their span: as exact, and cheaper."""
     m, width = rows_MD.shape
@@ -199,17 +191,22 @@ def _by_size(groups_N: Indices, width: int) -> Iterator[Indices]:
             yield members_GK[start : start + step]
 
 
+def resampled(differences_ND: Floats | Doubles, groups_N: Indices, times: int, seed: int) -> Doubles:
+    """``[B, D]``: sums of the pairs' differences, as if other prompts had been drawn, so many ``times``."""
+    labels, inverse_N = np.unique(groups_N, return_inverse=True)
+    sums_GD = np.zeros((len(labels), differences_ND.shape[1]))
+    np.add.at(sums_GD, inverse_N, differences_ND)
+    rng = np.random.default_rng(seed)
+    times_BG = rng.multinomial(len(labels), np.full(len(labels), 1 / len(labels)), size=times)
+    return np.asarray(times_BG @ sums_GD)
+
+
 def _stability(
     spectrum: Spectrum, inverse_CR: Doubles, unit_CR: Doubles, groups_N: Indices, bootstraps: int, seed: int
 ) -> Doubles:
     """``[C, B]``"""
-    labels, inverse_N = np.unique(groups_N, return_inverse=True)
     n = len(groups_N)
-    sums_GR = np.zeros((len(labels), spectrum.points_MR.shape[1]))
-    np.add.at(sums_GR, inverse_N, spectrum.points_MR[:n] - spectrum.points_MR[n:])
-    rng = np.random.default_rng(seed)
-    times_BG = rng.multinomial(len(labels), np.full(len(labels), 1 / len(labels)), size=bootstraps)
-    drawn_BR = times_BG @ sums_GR
+    drawn_BR = resampled(spectrum.points_MR[:n] - spectrum.points_MR[n:], groups_N, bootstraps, seed)
     return np.stack(
         [
             (drawn_BR * inverse_R) @ unit_R / np.maximum(np.linalg.norm(drawn_BR * inverse_R, axis=1), 1e-300)

@@ -86,6 +86,14 @@ def merge(
     return [Group(ids, tuple(each)) for ids, each in zip(prompt_ids, responses, strict=True)], places
 
 
+def by_group(places: Iterable[Place]) -> dict[int, list[tuple[int, int]]]:
+    """For each group which of ``places`` are in it, by their numbers, and which of its responses they are."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    for number, (group, response) in enumerate(places):
+        found.setdefault(group, []).append((number, response))
+    return found
+
+
 async def read_groups(
     backbone: Backbone,
     groups: Sequence[Group],

@@ -14,10 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from inward.errors import DataError
-from inward.types import Floats
+from inward.types import Doubles, Floats
 
-Doubles = NDArray[np.float64]
-Sums = NDArray[np.float64] | NDArray[np.float32]
+Sums = Doubles | NDArray[np.float32]
 DOUBLE_BYTES = 2 * 2**30
 """Scatter matrices of all layers that may be float64; larger ones are float32, as blocks of hundreds of rows allow."""
 
@@ -121,6 +120,11 @@ class PairSums:
         self.moments.merge(other.moments)
         self.difference_D = self.difference_D + other.difference_D
         self.pairs += other.pairs
+
+    def without(self, part: PairSums) -> PairSums:
+        """The sums of the pairs that are not in ``part``, all of whose pairs are in these."""
+        moments = self.moments.without(part.moments)
+        return PairSums(moments, self.difference_D - part.difference_D, self.pairs - part.pairs)
 
     @property
     def mean_difference_D(self) -> Doubles:

@@ -11,13 +11,13 @@ from inward.backbones.base import Backbone
 from inward.errors import DataError
 from inward.heads.base import BackboneRef
 from inward.offline.data.pairs import Pair, ResponseList, data_hash, prompt_groups, whole_prompts
-from inward.offline.states.model_pass import Place, merge, pass_key, read_groups
-from inward.offline.states.moments import Doubles, Moments
+from inward.offline.states.model_pass import Place, by_group, merge, pass_key, read_groups
+from inward.offline.states.moments import Moments, PairSums
 from inward.offline.states.running_sums import RunningSums, SummedPairs
-from inward.offline.states.saved import Indices, ListStates, PairStates
+from inward.offline.states.saved import ListStates, Origin, PairStates
 from inward.offline.states.stored import PairWriter, StoredPairs
 from inward.prompts import Prompt, Prompts
-from inward.types import Floats, Group, Position, Readout, Tap
+from inward.types import Doubles, Floats, Group, Indices, Position, Readout, Tap
 
 KEPT_PAIRS = 4000
 """Pairs whose states are kept beside running sums, to choose and judge by: more would narrow no choice."""
@@ -48,25 +48,15 @@ async def extract_pairs(
     Raises:
         DataError: a row that can't be tokenised, or a layer that the backbone does not have.
     """
-    groups, places = merge(prompts, _texts(pairs), backbone.capacity.tokens)
+    groups, places = groups_of(backbone, prompts, pairs)
     readout = _readout(backbone, layers, position, final_norm)
-    n = len(pairs)
-    both = _Rows(2 * n, len(layers), backbone.info.width, [p[0] for p in places] + [p[1] for p in places])
+    rows = _Rows(backbone, readout, places)
     await read_groups(
-        backbone, groups, [readout], lambda group, arrays: both.fill(group, arrays[0]), cache=cache, progress=progress
+        backbone, groups, [readout], lambda group, arrays: rows.fill(group, arrays[0]), cache=cache, progress=progress
     )
-    return PairStates(
-        both.states[:n],
-        both.states[n:],
-        tuple(layers),
-        prompt_groups(pair.prompt for pair in pairs),
-        _length_difference(groups, places),
-        position,
-        final_norm and backbone.info.layers in layers,
-        _reference(backbone),
-        prompts.template,
-        data_hash(pairs),
-    )
+    origin = _origin(backbone, prompts, readout, pairs)
+    groups_N = prompt_groups(pair.prompt for pair in pairs)
+    return rows.pairs(tuple(layers), groups_N, _length_difference(groups, places), origin)
 
 
 async def extract_lists(
@@ -87,10 +77,8 @@ async def extract_lists(
         prompts, [(one.prompt, [r.text for r in one.responses]) for one in lists], backbone.capacity.tokens
     )
     readouts = [_readout(backbone, layers, position, final_norm), _readout(backbone, layers, "prompt", final_norm)]
-    candidates = _Rows(
-        sum(map(len, places)), len(layers), backbone.info.width, [place for row in places for place in row]
-    )
-    first = _Rows(len(lists), len(layers), backbone.info.width, [(row[0][0], 0) for row in places])
+    candidates = _Rows(backbone, readouts[0], [place for row in places for place in row])
+    first = _Rows(backbone, readouts[1], [(row[0][0], 0) for row in places])
 
     def deliver(group: int, arrays: list[Floats]) -> None:
         candidates.fill(group, arrays[0])
@@ -104,11 +92,7 @@ async def extract_lists(
         np.array([r.safe for one in lists for r in one.responses], dtype=np.bool_),
         tuple(layers),
         prompt_groups(one.prompt for one in lists),
-        position,
-        final_norm and backbone.info.layers in layers,
-        _reference(backbone),
-        prompts.template,
-        data_hash(lists),
+        _origin(backbone, prompts, readouts[0], lists),
     )
 
 
@@ -127,29 +111,23 @@ async def store_pairs(
 
     A file that was left unfinished for the same rows is gone on with.
     """
-    groups, places = merge(prompts, _texts(pairs), backbone.capacity.tokens)
+    groups, places = groups_of(backbone, prompts, pairs)
     readout = _readout(backbone, layers, position, final_norm)
     shape = (len(pairs), len(layers), backbone.info.width)
-    origin = {
-        "position": position,
-        "final_norm": final_norm and backbone.info.layers in layers,
-        "backbone": _reference(backbone).model_dump(),
-        "template": prompts.template,
-        "data_hash": data_hash(pairs),
-    }
     writer = PairWriter(
         path,
         shape,
         layers=layers,
         groups_N=prompt_groups(pair.prompt for pair in pairs),
         length_difference_N=_length_difference(groups, places),
-        origin=origin,
+        origin=_origin(backbone, prompts, readout, pairs),
     )
-    wanted = _by_group(places)
+    wanted = by_group(places)
 
     def deliver(group: int, arrays: list[Floats]) -> None:
-        for row, side, response in wanted[group]:
-            writer.put(row, chosen=side == 0, states_LD=arrays[0][response].reshape(shape[1:]))
+        for row, response in wanted[group]:
+            side, pair = divmod(row, len(pairs))
+            writer.put(pair, chosen=side == 0, states_LD=arrays[0][response].reshape(shape[1:]))
 
     await read_groups(backbone, groups, [readout], deliver, done=writer.done, commit=writer.commit, progress=progress)
     return writer.close()
@@ -177,42 +155,17 @@ async def sum_pairs(
         scatter: as ``RunningSums``'.
         checkpoint: folder for the sums so far; give the same one to go on after an interruption.
     """
-    groups, places = merge(prompts, _texts(pairs), backbone.capacity.tokens)
+    groups, places = groups_of(backbone, prompts, pairs)
     readout = _readout(backbone, layers, position, final_norm)
-    width = backbone.info.width
-    groups_N = prompt_groups(pair.prompt for pair in pairs)
-    index_N = kept_pairs(groups_N, len(layers), width, most) if kept is None else kept
-    both = [p[0] for p in places], [p[1] for p in places]
-    rows = _Rows(2 * len(index_N), len(layers), width, [side[i] for side in both for i in index_N])
-    sums = RunningSums(
-        len(layers),
-        width,
-        [_times(both[0], groups), _times(both[1], groups)],
-        rows.states,
-        checkpoint and checkpoint / f"{pass_key(backbone, groups, [readout])}.safetensors",
-        scatter=scatter,
-    )
-
-    def deliver(group: int, arrays: list[Floats]) -> None:
-        rows.fill(group, arrays[0])
-        sums.add(group, arrays[0].reshape(-1, len(layers), width))
-
-    with sums.kept_on_failure():
-        await read_groups(backbone, groups, [readout], deliver, done=sums.done, commit=sums.commit, progress=progress)
-    n = len(index_N)
-    states = PairStates(
-        rows.states[:n],
-        rows.states[n:],
-        tuple(layers),
-        groups_N[index_N],
-        _length_difference(groups, places)[index_N],
-        position,
-        final_norm and backbone.info.layers in layers,
-        _reference(backbone),
-        prompts.template,
-        data_hash(pairs),
-    )
-    return SummedPairs(states, len(pairs), len(np.unique(groups_N)), tuple(sums.finish()))
+    n, groups_N = len(pairs), prompt_groups(pair.prompt for pair in pairs)
+    index_N = kept_pairs(groups_N, len(layers), backbone.info.width, most) if kept is None else kept
+    rows = _Rows(backbone, readout, [places[i] for i in (*index_N, *(index_N + n))])
+    times = [_times(places[:n], groups), _times(places[n:], groups)]
+    sums_L = await _sum(backbone, groups, readout, times, rows, checkpoint, scatter=scatter, progress=progress)
+    origin = _origin(backbone, prompts, readout, pairs)
+    difference_N = _length_difference(groups, places)[index_N]
+    states = rows.pairs(tuple(layers), groups_N[index_N], difference_N, origin)
+    return SummedPairs(states, n, len(np.unique(groups_N)), sums_L)
 
 
 async def sum_responses(
@@ -229,21 +182,11 @@ async def sum_responses(
     """Mean and covariance of any responses' states at each layer, labelled or not; otherwise as ``sum_pairs``."""
     groups, places = merge(prompts, rows, backbone.capacity.tokens)
     readout = _readout(backbone, layers, position, final_norm)
-    width = backbone.info.width
-    sums = RunningSums(
-        len(layers),
-        width,
-        [_times([place for row in places for place in row], groups), [np.zeros(len(g.responses_ids)) for g in groups]],
-        np.empty((0, len(layers), width), dtype=np.float32),
-        checkpoint and checkpoint / f"{pass_key(backbone, groups, [readout])}.safetensors",
+    times = [_times([place for row in places for place in row], groups), _times((), groups)]
+    none = _Rows(backbone, readout, ())
+    return tuple(
+        one.moments for one in await _sum(backbone, groups, readout, times, none, checkpoint, progress=progress)
     )
-
-    def deliver(group: int, arrays: list[Floats]) -> None:
-        sums.add(group, arrays[0].reshape(-1, len(layers), width))
-
-    with sums.kept_on_failure():
-        await read_groups(backbone, groups, [readout], deliver, done=sums.done, commit=sums.commit, progress=progress)
-    return tuple(one.moments for one in sums.finish())
 
 
 def kept_pairs(groups_N: Indices, layers: int, width: int, most: int = KEPT_PAIRS) -> Indices:
@@ -251,9 +194,13 @@ def kept_pairs(groups_N: Indices, layers: int, width: int, most: int = KEPT_PAIR
     return whole_prompts(groups_N, min(most, KEPT_BYTES // (8 * layers * width)))
 
 
-def groups_of(backbone: Backbone, prompts: Prompts, pairs: Sequence[Pair]) -> tuple[list[Group], list[list[Place]]]:
-    """Pairs as groups that the backbone takes, each prompt's distinct responses together; where each row's two are."""
-    return merge(prompts, _texts(pairs), backbone.capacity.tokens)
+def groups_of(backbone: Backbone, prompts: Prompts, pairs: Sequence[Pair]) -> tuple[list[Group], list[Place]]:
+    """Pairs as groups that the backbone takes, each prompt's distinct responses together; and the places of the chosen
+    responses, then of the rejected ones.
+    """
+    texts = [(pair.prompt, (pair.chosen, pair.rejected)) for pair in pairs]
+    groups, places = merge(prompts, texts, backbone.capacity.tokens)
+    return groups, [row[side] for side in (0, 1) for row in places]
 
 
 def length_difference(backbone: Backbone, prompts: Prompts, pairs: Sequence[Pair]) -> Doubles:
@@ -265,23 +212,10 @@ def length_difference(backbone: Backbone, prompts: Prompts, pairs: Sequence[Pair
     return _length_difference(*groups_of(backbone, prompts, pairs))
 
 
-def _texts(pairs: Sequence[Pair]) -> list[tuple[Prompt, Sequence[str]]]:
-    return [(pair.prompt, (pair.chosen, pair.rejected)) for pair in pairs]
-
-
-def _length_difference(groups: Sequence[Group], places: Sequence[Sequence[Place]]) -> Doubles:
-    """``[N]``: tokens of the first response of each row minus tokens of its second."""
-    lengths_N2 = np.array([[len(groups[g].responses_ids[r]) for g, r in row] for row in places], dtype=np.float64)
-    return np.asarray(lengths_N2.reshape(-1, 2) @ np.array([1.0, -1.0]))
-
-
-def _by_group(places: Sequence[Sequence[Place]]) -> dict[int, list[tuple[int, int, int]]]:
-    """For each group: which row wants which of its responses, on which side."""
-    wanted: dict[int, list[tuple[int, int, int]]] = {}
-    for row, of_row in enumerate(places):
-        for side, (group, response) in enumerate(of_row):
-            wanted.setdefault(group, []).append((row, side, response))
-    return wanted
+def _length_difference(groups: Sequence[Group], places: Sequence[Place]) -> Doubles:
+    length_M = np.array([len(groups[group].responses_ids[response]) for group, response in places], dtype=np.float64)
+    chosen_N, rejected_N = np.split(length_M, 2)
+    return np.asarray(chosen_N - rejected_N)
 
 
 def _times(places: Sequence[Place], groups: Sequence[Group]) -> list[Doubles]:
@@ -292,18 +226,46 @@ def _times(places: Sequence[Place], groups: Sequence[Group]) -> list[Doubles]:
     return times
 
 
-class _Rows:
-    """States ``[R, L, D]`` that are filled group by group; a response may be wanted in several rows."""
+async def _sum(
+    backbone: Backbone,
+    groups: Sequence[Group],
+    readout: Readout,
+    times: Sequence[Sequence[Doubles]],
+    rows: _Rows,
+    checkpoint: Path | None,
+    *,
+    scatter: bool = True,
+    progress: bool,
+) -> tuple[PairSums, ...]:
+    """Sums of each layer; ``rows`` are filled on the way."""
+    layers, width = len(readout.taps), backbone.info.width
+    path = checkpoint and checkpoint / f"{pass_key(backbone, groups, [readout])}.safetensors"
+    sums = RunningSums(layers, width, times, rows.states, path, scatter=scatter)
 
-    def __init__(self, rows: int, layers: int, width: int, places: Sequence[Place]) -> None:
-        self.states = np.empty((rows, layers, width), dtype=np.float32)
-        self._wanted: dict[int, list[tuple[int, int]]] = {}
-        for row, (group, response) in enumerate(places):
-            self._wanted.setdefault(group, []).append((row, response))
+    def deliver(group: int, arrays: list[Floats]) -> None:
+        rows.fill(group, arrays[0])
+        sums.add(group, arrays[0].reshape(-1, layers, width))
+
+    with sums.kept_on_failure():
+        await read_groups(backbone, groups, [readout], deliver, done=sums.done, commit=sums.commit, progress=progress)
+    return tuple(sums.finish())
+
+
+class _Rows:
+    """States ``[R, L, D]`` of the responses at ``places``, filled group by group."""
+
+    def __init__(self, backbone: Backbone, readout: Readout, places: Sequence[Place]) -> None:
+        self.states = np.empty((len(places), len(readout.taps), backbone.info.width), dtype=np.float32)
+        self._wanted = by_group(places)
 
     def fill(self, group: int, values_NK: Floats) -> None:
         for row, response in self._wanted.get(group, ()):
             self.states[row] = values_NK[response].reshape(self.states.shape[1:])
+
+    def pairs(self, layers: tuple[int, ...], groups_N: Indices, difference_N: Doubles, origin: Origin) -> PairStates:
+        """Of rows that are the chosen and then the rejected responses."""
+        chosen_NLD, rejected_NLD = np.split(self.states, 2)
+        return PairStates(chosen_NLD, rejected_NLD, layers, groups_N, difference_N, origin)
 
 
 def _readout(backbone: Backbone, layers: Sequence[int], position: Position, final_norm: bool) -> Readout:
@@ -315,5 +277,9 @@ def _readout(backbone: Backbone, layers: Sequence[int], position: Position, fina
     return Readout(tuple(Tap(k, position, final_norm=final_norm and k == depth) for k in layers))
 
 
-def _reference(backbone: Backbone) -> BackboneRef:
-    return BackboneRef(name=backbone.info.name, revision=backbone.info.revision, fingerprint=backbone.info.fingerprint)
+def _origin(
+    backbone: Backbone, prompts: Prompts, readout: Readout, rows: Sequence[Pair] | Sequence[ResponseList]
+) -> Origin:
+    final_norm = any(tap.final_norm for tap in readout.taps)
+    ref = BackboneRef.of(backbone.info)
+    return Origin(readout.taps[0].position, final_norm, ref, prompts.template, data_hash(rows))

@@ -13,9 +13,10 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from inward.offline.states.moments import Doubles, PairSums, number_format
+from inward.files import whole
+from inward.offline.states.moments import PairSums, number_format
 from inward.offline.states.saved import PairStates
-from inward.types import Floats
+from inward.types import Doubles, Floats
 
 LOG = logging.getLogger(__name__)
 BLOCK_ROWS = 512
@@ -120,10 +121,8 @@ class RunningSums:
         tensors = {"done": np.array(sorted(self.done), dtype=np.int64), "kept": self._kept}
         for axis, sums in enumerate(self._sums):
             tensors |= sums.tensors(f"{axis}.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}")
-        save_file(tensors, unfinished)
-        unfinished.replace(path)
+        with whole(path) as file:
+            save_file(tensors, file)
         self._saved = time.monotonic()
         self._saving_s = self._saved - started
 

@@ -11,8 +11,6 @@ for one prompt.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,20 +18,51 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
+from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from inward.errors import DataError
+from inward.files import whole
 from inward.heads.base import BackboneRef
-from inward.types import Floats, Position
+from inward.types import Doubles, Floats, Indices, Position
 
-Indices = NDArray[np.int64]
 NEAR_DUPLICATE = 0.999
 """Cosine of two middle-layer states from which on their rows are taken for one prompt."""
 _ROWS_AT_ONCE = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where states come from: what the manifest of a head fitted on them says."""
+
+    position: Position = "last"
+    """Where responses were read."""
+    final_norm: bool = False
+    """The last layer was read after the backbone's final norm."""
+    backbone: BackboneRef | None = None
+    template: str | None = None
+    data_hash: str = ""
+
+    def dump(self) -> str:
+        """As JSON: what is kept in a file's metadata."""
+        return _ORIGIN.dump_json(self).decode()
+
+    @classmethod
+    def load(cls, metadata: Mapping[str, str] | None) -> Origin:
+        """From the metadata of a file; somebody else's may say nothing.
+
+        Raises:
+            ValueError: they are damaged.
+        """
+        return _ORIGIN.validate_json((metadata or {}).get(METADATA, "{}"))
+
+
+METADATA = "inward"
+"""Key of the origin in a file's metadata."""
+_ORIGIN = TypeAdapter(Origin)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,13 +74,9 @@ class PairStates:
     layers: tuple[int, ...]
     groups_N: Indices
     """Rows of one prompt have one number."""
-    length_difference_N: NDArray[np.float64] | None = None
+    length_difference_N: Doubles | None = None
     """Tokens of the chosen response minus tokens of the rejected one."""
-    position: Position = "last"
-    final_norm: bool = False
-    backbone: BackboneRef | None = None
-    template: str | None = None
-    data_hash: str = ""
+    origin: Origin = Origin()
 
     def __post_init__(self) -> None:
         n = len(self.chosen_NLD)
@@ -71,13 +96,8 @@ class PairStates:
 
     def take(self, index: Indices, axes: Sequence[int] | None = None) -> tuple[Floats, Floats]:
         """See ``stored.PairSource``."""
-        if axes is not None and len(axes) == 1:  # not all layers of the rows for the sake of one
-            axis = slice(axes[0], axes[0] + 1)
-            chosen, rejected, axes = self.chosen_NLD[index, axis], self.rejected_NLD[index, axis], None
-        else:
-            chosen, rejected = self.chosen_NLD[index], self.rejected_NLD[index]
-        if axes is not None:
-            chosen, rejected = chosen[:, list(axes)], rejected[:, list(axes)]
+        where = index if axes is None else np.ix_(index, np.asarray(axes))
+        chosen, rejected = self.chosen_NLD[where], self.rejected_NLD[where]
         return chosen.astype(np.float32, copy=False), rejected.astype(np.float32, copy=False)
 
     def at(self, layer: int) -> tuple[Floats, Floats]:
@@ -114,12 +134,7 @@ class ListStates:
     layers: tuple[int, ...]
     groups_G: Indices
     """Lists of one prompt have one number: what a split goes by."""
-    position: Position = "last"
-    """Of the candidates."""
-    final_norm: bool = False
-    backbone: BackboneRef | None = None
-    template: str | None = None
-    data_hash: str = ""
+    origin: Origin = Origin()
 
     def __post_init__(self) -> None:
         g, m = len(self.prompt_GLD), len(self.candidates_MLD)
@@ -171,22 +186,9 @@ def save_states(states: PairStates | ListStates, path: Path) -> None:
     else:
         tensors |= {"prompt": states.prompt_GLD, "candidates": states.candidates_MLD}
         tensors |= {"group": states.group_M, "safe": states.safe_M, "prompt_group": states.groups_G}
-    origin = {
-        "position": states.position,
-        "final_norm": states.final_norm,
-        "backbone": states.backbone.model_dump() if states.backbone else None,
-        "template": states.template,
-        "data_hash": states.data_hash,
-    }
     tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file(tensors, unfinished, metadata={"inward": json.dumps(origin)})
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with whole(Path(path)) as file:
+        save_file(tensors, file, metadata={METADATA: states.origin.dump()})
 
 
 def load_states(path: Path) -> PairStates | ListStates:
@@ -211,14 +213,6 @@ def load_states(path: Path) -> PairStates | ListStates:
         raise DataError(f"{path}: {error}") from None
 
 
-def load_pair_states(path: Path) -> PairStates:
-    """``load_states`` of a file that must hold pairs."""
-    states = load_states(path)
-    if not isinstance(states, PairStates):
-        raise DataError(f"{path} holds lists (prompt, candidates), but pairs (chosen, rejected) are needed")
-    return states
-
-
 def load_list_states(path: Path) -> ListStates:
     """``load_states`` of a file that must hold lists."""
     states = load_states(path)
@@ -227,15 +221,15 @@ def load_list_states(path: Path) -> ListStates:
     return states
 
 
-def near_duplicates(states_ND: Floats, threshold: float = NEAR_DUPLICATE) -> Indices:
-    """``[N]``: one number for rows linked by a cosine above ``threshold``, made of their content, not of their
+def near_duplicates(states_ND: Floats) -> Indices:
+    """``[N]``: one number for rows linked by a cosine above ``NEAR_DUPLICATE``, made of their content, not of their
     order.
     """
     unit_ND = states_ND - states_ND.mean(axis=0, dtype=np.float64)  # deep layers share one large component, which alone
     unit_ND /= np.maximum(np.linalg.norm(unit_ND, axis=1, keepdims=True), 1e-30)  # makes all cosines nearly 1
     unit_ND = unit_ND.astype(np.float32)
     linked = [
-        np.argwhere(unit_ND[start : start + _ROWS_AT_ONCE] @ unit_ND.T > threshold) + np.array([start, 0])
+        np.argwhere(unit_ND[start : start + _ROWS_AT_ONCE] @ unit_ND.T > NEAR_DUPLICATE) + np.array([start, 0])
         for start in range(0, len(unit_ND), _ROWS_AT_ONCE)
     ]
     row_E, other_E = np.concatenate(linked or [np.empty((0, 2), dtype=np.int64)]).T
@@ -249,7 +243,7 @@ def near_duplicates(states_ND: Floats, threshold: float = NEAR_DUPLICATE) -> Ind
     return np.asarray(smallest[part_N])
 
 
-def _pairs(tensors: Mapping[str, NDArray[Any]], layers: tuple[int, ...], origin: dict[str, Any]) -> PairStates:
+def _pairs(tensors: Mapping[str, NDArray[Any]], layers: tuple[int, ...], origin: Origin) -> PairStates:
     chosen_NLD, rejected_NLD = _floats(tensors["chosen"]), _floats(tensors["rejected"])
     _check("chosen", chosen_NLD, (len(chosen_NLD), len(layers), chosen_NLD.shape[-1]))
     group = tensors.get("group")
@@ -260,11 +254,11 @@ def _pairs(tensors: Mapping[str, NDArray[Any]], layers: tuple[int, ...], origin:
         layers,
         near_duplicates(chosen_NLD[:, len(layers) // 2]) if group is None else group.astype(np.int64),
         None if difference is None else difference.astype(np.float64),
-        **{**origin, "data_hash": origin.get("data_hash") or hash_rows((chosen_NLD, rejected_NLD))},
+        replace(origin, data_hash=origin.data_hash or hash_rows((chosen_NLD, rejected_NLD))),
     )
 
 
-def _lists(tensors: Mapping[str, NDArray[Any]], layers: tuple[int, ...], origin: dict[str, Any]) -> ListStates:
+def _lists(tensors: Mapping[str, NDArray[Any]], layers: tuple[int, ...], origin: Origin) -> ListStates:
     prompt_GLD, candidates_MLD = _floats(tensors["prompt"]), _floats(tensors["candidates"])
     _check("prompt", prompt_GLD, (len(prompt_GLD), len(layers), prompt_GLD.shape[-1]))
     group_M, group_G = tensors["group"].astype(np.int64), tensors.get("prompt_group")
@@ -275,22 +269,19 @@ def _lists(tensors: Mapping[str, NDArray[Any]], layers: tuple[int, ...], origin:
         tensors["safe"].astype(np.bool_),
         layers,
         near_duplicates(prompt_GLD[:, len(layers) // 2]) if group_G is None else group_G.astype(np.int64),
-        **{**origin, "data_hash": origin.get("data_hash") or hash_rows((prompt_GLD, candidates_MLD, group_M))},
+        replace(origin, data_hash=origin.data_hash or hash_rows((prompt_GLD, candidates_MLD, group_M))),
     )
 
 
-def _read(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """Tensors, and the fields of the metadata."""
+def _read(path: Path) -> tuple[dict[str, NDArray[Any]], Origin]:
     if not path.is_file():
         raise DataError(f"{path} does not exist or is not a file")
     try:
         # through torch, since numpy has no bfloat16
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            origin = json.loads((file.metadata() or {}).get("inward", "{}"))
-        if origin.get("backbone"):
-            origin["backbone"] = BackboneRef.model_validate(origin["backbone"])
-    except (SafetensorError, ValidationError, ValueError, OSError) as error:
+            origin = Origin.load(file.metadata())
+    except (SafetensorError, ValueError, OSError) as error:
         raise DataError(f"{path} is not a readable safetensors file of states ({error})") from error
     return {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in tensors.items()}, origin
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from inward.backbones.base import Backbone
 from inward.errors import DataError
@@ -15,14 +14,10 @@ from inward.offline.states.model_pass import read_every_token
 from inward.offline.states.read import groups_of
 from inward.offline.states.stored import PairSource, blocks
 from inward.prompts import Prompts
-from inward.types import Floats, Group, Position, Reading, Scores, Tap
-
-Doubles = NDArray[np.float64]
+from inward.types import Doubles, Floats, Group, Position, Reading, Scores, Tap
 
 
-async def score_groups(
-    backbone: Backbone, groups: Sequence[Group], heads: Sequence[Head], *, progress: bool = True
-) -> list[tuple[Scores, ...]]:
+async def score_groups(backbone: Backbone, groups: Sequence[Group], heads: Sequence[Head]) -> list[tuple[Scores, ...]]:
     """For each group what each head says of its responses, as the service would."""
     said: list[tuple[Scores, ...]] = [()] * len(groups)
 
@@ -31,18 +26,15 @@ async def score_groups(
 
     tokens = any(head.pools for head in heads)
     readouts = [head.readout for head in heads]
-    await read_every_token(backbone, groups, readouts, deliver, tokens=tokens, progress=progress)
+    await read_every_token(backbone, groups, readouts, deliver, tokens=tokens)
     return said
 
 
-async def score_pairs(
-    backbone: Backbone, prompts: Prompts, pairs: Sequence[Pair], heads: Sequence[Head], *, progress: bool = True
-) -> Doubles:
+async def score_pairs(backbone: Backbone, prompts: Prompts, pairs: Sequence[Pair], heads: Sequence[Head]) -> Doubles:
     """``[H, 2N]``: each head's scores of the chosen and then of the rejected responses; NaN where there is none."""
     groups, places = groups_of(backbone, prompts, pairs)
-    said = await score_groups(backbone, groups, heads, progress=progress)
-    rows = [row[side] for side in (0, 1) for row in places]
-    scores = [[said[group][h].scores_N[response] for group, response in rows] for h in range(len(heads))]
+    said = await score_groups(backbone, groups, heads)
+    scores = [[said[group][h].scores_N[response] for group, response in places] for h in range(len(heads))]
     return np.array(scores, dtype=np.float64)
 
 
@@ -53,7 +45,7 @@ def score_states(states: PairSource, heads: Sequence[Head]) -> Doubles:
         DataError: a head reads what the states do not hold: another layer, another position, or every token.
     """
     for head in heads:
-        check_readable(head, states.layers, states.position)
+        check_readable(head, states.layers, states.origin.position)
     n = len(states)
     scores_HM = np.empty((len(heads), 2 * n))
     for index, *sides in blocks(states):

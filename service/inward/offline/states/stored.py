@@ -8,19 +8,17 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from inward.errors import DataError
-from inward.heads.base import BackboneRef
-from inward.offline.states.saved import Indices, PairStates, hash_rows, near_duplicates
-from inward.types import Floats, Position
+from inward.offline.states.saved import METADATA, Origin, PairStates, hash_rows, near_duplicates
+from inward.types import Doubles, Floats, Indices
 
 BLOCK_BYTES = 64 * 2**20
 """Most float32 states that one block of ``blocks`` holds."""
@@ -37,17 +35,9 @@ class PairSource(Protocol):
     @property
     def groups_N(self) -> Indices: ...
     @property
-    def length_difference_N(self) -> NDArray[np.float64] | None: ...
+    def length_difference_N(self) -> Doubles | None: ...
     @property
-    def position(self) -> Position: ...
-    @property
-    def final_norm(self) -> bool: ...
-    @property
-    def backbone(self) -> BackboneRef | None: ...
-    @property
-    def template(self) -> str | None: ...
-    @property
-    def data_hash(self) -> str: ...
+    def origin(self) -> Origin: ...
     @property
     def width(self) -> int: ...
     def __len__(self) -> int: ...
@@ -119,12 +109,8 @@ class StoredPairs:
     rejected: StoredRows
     layers: tuple[int, ...]
     groups_N: Indices
-    length_difference_N: NDArray[np.float64] | None
-    position: Position
-    final_norm: bool
-    backbone: BackboneRef | None
-    template: str | None
-    data_hash: str
+    length_difference_N: Doubles | None
+    origin: Origin
 
     def __len__(self) -> int:
         return self.chosen.shape[0]
@@ -148,7 +134,10 @@ class StoredPairs:
             raise DataError(f"{path} does not exist or is not a file")
         file = _File(path)
         header, start = _header(file, path)
-        origin = _origin(header.pop("__metadata__", {}), path)
+        try:
+            origin = Origin.load(header.pop("__metadata__", None))
+        except ValueError as error:
+            raise DataError(f"{path}: what the file says of its origin is damaged ({error})") from error
         if missing := {"chosen", "rejected", "layers"} - header.keys():
             raise DataError(f"{path} lacks the tensor {', '.join(sorted(missing))}: states of pairs are needed here")
         chosen, rejected = (_rows(file, start, name, header[name], path) for name in ("chosen", "rejected"))
@@ -171,11 +160,9 @@ class StoredPairs:
             layers,
             near_duplicates(chosen.take(every, [len(layers) // 2])[:, 0]) if group is None else group.astype(np.int64),
             None if difference is None else difference.astype(np.float64),
-            origin.get("position", "last"),
-            bool(origin.get("final_norm", False)),
-            origin.get("backbone"),
-            origin.get("template"),
-            origin.get("data_hash") or hash_rows(rows.take(part) for rows in (chosen, rejected) for part in parts),
+            origin
+            if origin.data_hash
+            else replace(origin, data_hash=hash_rows(rows.take(part) for rows in (chosen, rejected) for part in parts)),
         )
 
 
@@ -197,7 +184,7 @@ class Subset:
         return self.whole.groups_N[self.index_N]
 
     @property
-    def length_difference_N(self) -> NDArray[np.float64] | None:
+    def length_difference_N(self) -> Doubles | None:
         difference_N = self.whole.length_difference_N
         return None if difference_N is None else difference_N[self.index_N]
 
@@ -210,34 +197,16 @@ class Subset:
         return self.whole.width
 
     @property
-    def position(self) -> Position:
-        return self.whole.position
-
-    @property
-    def final_norm(self) -> bool:
-        return self.whole.final_norm
-
-    @property
-    def backbone(self) -> BackboneRef | None:
-        return self.whole.backbone
-
-    @property
-    def template(self) -> str | None:
-        return self.whole.template
-
-    @property
-    def data_hash(self) -> str:
-        return self.whole.data_hash
+    def origin(self) -> Origin:
+        return self.whole.origin
 
 
-def blocks(
-    source: PairSource, axes: Sequence[int] | None = None, index: Indices | None = None
-) -> Iterator[tuple[Indices, Floats, Floats]]:
-    """All pairs (or those of ``index``) in order, as many at once as ``BLOCK_BYTES`` allow: numbers, chosen, rejected.
+def blocks(source: PairSource, axes: Sequence[int] | None = None) -> Iterator[tuple[Indices, Floats, Floats]]:
+    """All pairs in order, as many at once as ``BLOCK_BYTES`` allow: numbers, chosen, rejected.
 
     ``axes``: entries of ``layers``; None: all of them.
     """
-    every = np.arange(len(source), dtype=np.int64) if index is None else index
+    every = np.arange(len(source), dtype=np.int64)
     for part in _parts(every, 2 * source.width * (len(source.layers) if axes is None else len(axes))):
         chosen, rejected = source.take(part, axes)
         yield part, chosen, rejected
@@ -246,18 +215,7 @@ def blocks(
 def in_memory(source: PairSource) -> PairStates:
     """All of it, float32."""
     chosen, rejected = source.take(np.arange(len(source), dtype=np.int64))
-    return PairStates(
-        chosen,
-        rejected,
-        source.layers,
-        source.groups_N,
-        source.length_difference_N,
-        source.position,
-        source.final_norm,
-        source.backbone,
-        source.template,
-        source.data_hash,
-    )
+    return PairStates(chosen, rejected, source.layers, source.groups_N, source.length_difference_N, source.origin)
 
 
 class PairWriter:
@@ -273,10 +231,10 @@ class PairWriter:
         *,
         layers: Sequence[int],
         groups_N: Indices,
-        length_difference_N: NDArray[np.float64],
-        origin: Mapping[str, Any],
+        length_difference_N: Doubles,
+        origin: Origin,
     ) -> None:
-        """``shape``: ``[N, L, D]`` of each side; ``origin``: position, template, backbone, data hash, as JSON.
+        """``shape``: ``[N, L, D]`` of each side.
 
         Raises:
             DataError: the folder cannot be written, or has no room.
@@ -288,7 +246,7 @@ class PairWriter:
             "group": groups_N.astype(np.int64),
             "length_difference": length_difference_N.astype(np.float64),
         }
-        self._origin = dict(origin)
+        self._origin = origin
         self._partial, self._log = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.done")
         self.done: set[int] = set()
         try:
@@ -325,7 +283,7 @@ class PairWriter:
 
     def _head(self, kind: str) -> bytes:
         """The file up to the states: header and small tensors."""
-        fields: dict[str, Any] = {"__metadata__": {"inward": json.dumps(self._origin)}}
+        fields: dict[str, Any] = {"__metadata__": {METADATA: self._origin.dump()}}
         at = 0
         for name, tensor in self._tensors.items():
             fields[name] = {
@@ -397,16 +355,6 @@ def _header(file: _File, path: Path) -> tuple[dict[str, Any], int]:
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is not a readable safetensors file of states ({error})") from error
     return fields, 8 + size
-
-
-def _origin(metadata: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    try:
-        origin: dict[str, Any] = json.loads(metadata.get("inward", "{}"))
-        if origin.get("backbone"):
-            origin["backbone"] = BackboneRef.model_validate(origin["backbone"])
-    except (ValueError, ValidationError, AttributeError) as error:
-        raise DataError(f"{path}: what the file says of its origin is damaged ({error})") from error
-    return origin
 
 
 def _rows(file: _File, start: int, name: str, entry: Mapping[str, Any], path: Path) -> StoredRows:

@@ -11,7 +11,7 @@ import numpy as np
 from inward.heads.base import BackboneRef
 from inward.offline.data.pairs import prompt_groups
 from inward.offline.fit.rankers import ScorerKind
-from inward.offline.states.saved import ListStates
+from inward.offline.states.saved import ListStates, Origin
 from inward.types import Doubles
 from inward_trainer.paper.cells import Json, Missing
 from inward_trainer.paper.data import AnswerList, conversation
@@ -126,7 +126,5 @@ def _states(run: Experiment, lists: Sequence[AnswerList]) -> ListStates:
         np.array([safe for one in lists for safe in one.safe], dtype=np.bool_),
         tuple(range(1, run.base.layers + 1)),
         prompt_groups(one.prompt for one in lists),
-        "eos",
-        backbone=BackboneRef(name="paper", fingerprint="paper"),
-        template=run.tokeniser.template,
+        Origin("eos", backbone=BackboneRef(name="paper", fingerprint="paper"), template=run.tokeniser.template),
     )
