@@ -229,3 +229,11 @@ async def test_a_slow_command_of_a_redis_that_answers_others_is_no_silence(own_r
         await slow
     assert connection._listening is None and await connection("PING") in (b"PONG", True)
     await connection.close()
+
+
+async def test_a_read_that_waits_is_never_taken_for_silence(own_redis):
+    connection = Connection(own_redis().url, timeout=0.4)
+    for _ in range(5):
+        assert await connection("XREAD", "BLOCK", connection.block_ms(1000), "STREAMS", "nothing", "$") in (None, [])
+    assert connection._listening is None and connection.block_ms(10) == 10
+    await connection.close()

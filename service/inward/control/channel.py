@@ -98,7 +98,20 @@ class ControlChannel:
         keeps nothing of one that was taken.
         """
         stream = self._keys.requests
-        command = ("XREADGROUP", "GROUP", GROUP, worker, "COUNT", 1, "BLOCK", BLOCK_MS, "NOACK", "STREAMS", stream, ">")
+        command = (
+            "XREADGROUP",
+            "GROUP",
+            GROUP,
+            worker,
+            "COUNT",
+            1,
+            "BLOCK",
+            self._redis.block_ms(BLOCK_MS),
+            "NOACK",
+            "STREAMS",
+            stream,
+            ">",
+        )
         try:
             found = await self._redis(*command)
         except GroupLost:
@@ -159,7 +172,9 @@ class ControlChannel:
 
     async def next_news(self, after: str) -> tuple[str, bool]:
         """Waits a moment for news after the place ``after``: the place after them, and whether there were any."""
-        found = await self._redis("XREAD", "COUNT", MOST_NEWS, "BLOCK", BLOCK_MS, "STREAMS", self._keys.news, after)
+        found = await self._redis(
+            "XREAD", "COUNT", MOST_NEWS, "BLOCK", self._redis.block_ms(BLOCK_MS), "STREAMS", self._keys.news, after
+        )
         return (found[0][1][-1][0].decode(), True) if found else (after, False)
 
     async def latest_news(self) -> str:

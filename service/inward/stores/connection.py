@@ -105,6 +105,12 @@ class Connection:
         self._waiting: set[asyncio.Timeout] = set()
         self._listening: asyncio.Task[None] | None = None
 
+    def block_ms(self, wanted_ms: float) -> int:
+        """``BLOCK`` of a command that waits: at most half of ``timeout``, or an answer that Redis only holds back would
+        count as lost, and with it what it brings.
+        """
+        return max(1, math.ceil(min(wanted_ms, 500 * self.timeout)))
+
     async def __call__(self, *command: Any) -> Any:
         """One command, such as ``await connection("XLEN", key)``.
 

@@ -247,7 +247,7 @@ class BulkStore:
                 "XAUTOCLAIM", self._keys.chunks, GROUP, replica, self._idle, "0", "COUNT", 1
             )
             if not claimed:
-                command = ("XREADGROUP", "GROUP", GROUP, replica, "COUNT", 1, "BLOCK", BLOCK_MS)
+                command = ("XREADGROUP", "GROUP", GROUP, replica, "COUNT", 1, "BLOCK", self._redis.block_ms(BLOCK_MS))
                 found = await self._redis(*command, "STREAMS", self._keys.chunks, ">")
                 claimed = found[0][1] if found else []
         except GroupLost:

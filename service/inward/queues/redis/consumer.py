@@ -239,7 +239,7 @@ class RedisConsumer:
                     break
         if not self._held and self._wait:
             wait = min(self._wait, max(0.01, min(self._inherit_at, self._reclaim_at) - self._clock()))
-            await self._read(self._keys.streams, self._jobs_in(tokens), block=math.ceil(wait * 1000))
+            await self._read(self._keys.streams, self._jobs_in(tokens), block=self._redis.block_ms(1000 * wait))
 
     def _jobs_in(self, tokens: int) -> int:
         """How many jobs to ask for; what is claimed beyond ``tokens`` is held for the next round."""

@@ -153,7 +153,7 @@ class RedisProducer:
         while True:
             asked = self._outage.now()
             try:
-                await self.receive(block=BLOCK_MS)
+                await self.receive(block=self._redis.block_ms(BLOCK_MS))
             except Unavailable as error:
                 self._failed(error, asked)
                 await asyncio.sleep(self._beat / 2)
