@@ -15,7 +15,7 @@ from inward.heads.base import Head
 from inward.heads.calibration import Deciles
 from inward.heads.registry import Registry, Snapshot
 from inward.heads.watch import HeadWatch, watch
-from inward.telling import Tell, Telling, TellingEnds
+from inward.queues.telling import Tell, Telling, TellingEnds
 from inward.types import (
     Ended,
     Failed,

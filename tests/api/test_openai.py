@@ -193,7 +193,7 @@ async def test_a_stream_with_early_rejection_tells_who_was_rejected_and_gives_wh
 
 
 async def test_one_answer_is_streamed_while_it_is_drawn(monkeypatch):
-    monkeypatch.setattr("inward.telling.TELL_INTERVAL_S", 0.0)
+    monkeypatch.setattr("inward.queues.telling.TELL_INTERVAL_S", 0.0)
     whole = (await ask("/v1/completions", TEXT))["choices"][0]
     body = {**TEXT, "stream": True, "stream_options": {"include_usage": True}}
     async with serving() as (api, _):
@@ -206,7 +206,7 @@ async def test_one_answer_is_streamed_while_it_is_drawn(monkeypatch):
 
 
 async def test_a_chat_says_its_role_once(monkeypatch):
-    monkeypatch.setattr("inward.telling.TELL_INTERVAL_S", 0.0)
+    monkeypatch.setattr("inward.queues.telling.TELL_INTERVAL_S", 0.0)
     async with serving() as (api, _):
         first, *texts, end = chunks((await api.post("/v1/chat/completions", {**CHAT, "stream": True})).text)
     assert first["choices"][0]["delta"].keys() == {"role", "content"}
@@ -215,7 +215,7 @@ async def test_a_chat_says_its_role_once(monkeypatch):
 
 
 async def test_a_guard_ends_a_stream_before_what_is_not_safe(monkeypatch):
-    monkeypatch.setattr("inward.telling.TELL_INTERVAL_S", 0.0)
+    monkeypatch.setattr("inward.queues.telling.TELL_INTERVAL_S", 0.0)
     guarded = {**TEXT, "stop_when": {"below": 0.0, "pool": "last"}}
     whole = (await ask("/v1/completions", guarded))["choices"][0]
     assert whole["finish_reason"] == "content_filter"

@@ -12,7 +12,7 @@ from inward import metrics
 from inward.errors import DeadlineExceeded, InternalError, Unavailable
 from inward.intake import Intake
 from inward.queues.memory import MemoryQueue
-from inward.telling import Telling, TellingEnds
+from inward.queues.telling import Telling, TellingEnds
 from inward.types import Ended, Failed, Group, HeadRef, Piece, Sample, SamplingSpec, Scored, Scores, StopRule, Usage
 from support.corridor import corridor
 from support.waiting import PATIENCE
@@ -23,7 +23,7 @@ DRAWING = Group((1, 2, 3), sampling=SPEC)
 
 @pytest.fixture
 def at_once(monkeypatch):
-    monkeypatch.setattr("inward.telling.TELL_INTERVAL_S", 0.0)
+    monkeypatch.setattr("inward.queues.telling.TELL_INTERVAL_S", 0.0)
 
 
 async def told(c, group=DRAWING, heads=("plain",)):
@@ -46,7 +46,7 @@ async def test_the_parts_are_the_text_and_come_while_it_is_drawn(at_once):
 
 
 async def test_pieces_that_come_too_fast_are_one(monkeypatch):
-    monkeypatch.setattr("inward.telling.TELL_INTERVAL_S", PATIENCE)
+    monkeypatch.setattr("inward.queues.telling.TELL_INTERVAL_S", PATIENCE)
     async with corridor() as c:
         parts, scored = await told(c)
     assert len(parts) == 2
