@@ -2,7 +2,6 @@
 away or full."""
 
 import asyncio
-import re
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
@@ -16,6 +15,7 @@ from inward.stores.connection import Connection
 from inward.stores.keys import GROUP, Keys
 from inward.types import Piece
 from support.queues import BEATING, KEYS, REPLICA, WORKER, age, done, endless, ids, in_redis, job, living
+from support.redis_server import CLUSTERED, join
 from support.waiting import PATIENCE, until
 
 
@@ -487,11 +487,7 @@ async def connected(url):
 
 
 async def test_all_keys_of_a_queue_live_in_one_slot_of_a_cluster(own_redis):
-    server = own_redis(**{"cluster-enabled": "yes"})
-    with server.client() as client:
-        client.execute_command("CLUSTER", "ADDSLOTS", *range(16384))
-        await until(lambda: re.search(r"cluster_state\W+ok", str(client.execute_command("CLUSTER INFO"))))
-    async with in_redis(server.url.replace("redis://", "redis+cluster://").removesuffix("/0")) as q:
+    async with in_redis(join([own_redis(**CLUSTERED) for _ in range(3)])) as q:
         [wait, _] = await q.producer.submit([job("a"), job("b", priority="bulk")])
         await q.consumer.settle([done(j, "there") for j in await q.consumer.wanted(await q.consumer.take(100))])
         assert (await wait).message == "there"

@@ -6,10 +6,12 @@ import signal
 
 import pytest
 
+from inward.control.channel import ControlChannel
 from inward.errors import SetupError, Unavailable
 from inward.stores.connection import COMMANDS, Connection, GroupLost, Refused
+from inward.stores.keys import Keys
 from support.queues import BEATING, done, ids, in_redis, job
-from support.redis_server import Sentinel, find_with_tls, write_certificate
+from support.redis_server import CLUSTERED, Sentinel, find_with_tls, join, write_certificate
 from support.waiting import PATIENCE, until
 
 
@@ -38,6 +40,22 @@ def watched(own_redis, tmp_path):
     yield start
     for sentinel in sentinels:
         sentinel.kill()
+
+
+@pytest.fixture
+async def clustered(own_redis):
+    """A connection to a cluster of two, a key that is not on its default node, and the nodes: that of the key and the
+    default one.
+    """
+    servers = [own_redis(**CLUSTERED) for _ in range(2)]
+    nodes = {server.port: server for server in servers}
+    connection = Connection(join(servers), timeout=1.0)
+    await connection("GET", "any")
+    client = connection._client
+    default = client.get_default_node().port
+    key = next(key for key in "abcdefgh" if client.get_node_from_key(key).port != default)
+    yield connection, key, nodes[client.get_node_from_key(key).port], nodes[default]
+    await connection.close()
 
 
 async def goes_through(q, name):
@@ -237,3 +255,75 @@ async def test_a_read_that_waits_is_never_taken_for_silence(own_redis):
         assert await connection("XREAD", "BLOCK", connection.block_ms(1000), "STREAMS", "nothing", "$") in (None, [])
     assert connection._listening is None and connection.block_ms(10) == 10
     await connection.close()
+
+
+ECHO = "redis.call('GET', KEYS[1]) return ARGV[1]"
+
+
+async def test_of_a_cluster_a_node_that_falls_silent_stops_nobody_who_asks_another(clustered):
+    connection, key, _, default = clustered
+    default.signal(signal.SIGSTOP)
+    try:
+        await connection.check()  # asks the default node
+        for i in range(3):
+            assert await connection.script(ECHO, [key], [i]) == str(i).encode()
+        assert connection._listening is None
+    finally:
+        default.signal(signal.SIGCONT)
+
+
+async def test_of_a_cluster_the_node_of_the_queue_that_falls_silent_is_noticed_once(clustered, monkeypatch):
+    connection, key, node, _ = clustered
+    asked = []
+    execute = connection._client.execute_command
+
+    async def watched(*command):
+        asked.append(command[0])
+        return await execute(*command)
+
+    monkeypatch.setattr(connection._client, "execute_command", watched)
+    await connection.script(ECHO, [key], ["there"])
+    node.signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(Unavailable, match="TimeoutError"):
+            await connection("GET", key)
+        await asyncio.sleep(0.2)  # the others answer what they are asked
+        for _ in range(50):
+            with pytest.raises(Unavailable, match="TimeoutError"):
+                await connection("GET", key)
+        assert asked.count("GET") == 1, "the node was asked again although it was known to be silent"
+    finally:
+        node.signal(signal.SIGCONT)
+    await until(lambda: connection._listening is None)
+    assert await connection.script(ECHO, [key], ["back"]) == b"back"
+
+
+async def test_of_a_cluster_the_node_that_takes_a_silent_one_s_place_is_found(clustered, own_redis):
+    connection, key, node, default = clustered
+    with node.client() as master, default.client() as other, own_redis(**CLUSTERED).client() as replica:
+        names = [one.execute_command("CLUSTER", "MYID").decode() for one in (master, other, replica)]
+        for server in (node, default):
+            replica.execute_command("CLUSTER", "MEET", "127.0.0.1", server.port)
+        for one in (master, other, replica):
+            await until(lambda one=one: all(name in str(one.execute_command("CLUSTER NODES")) for name in names))
+        replica.execute_command("CLUSTER", "REPLICATE", names[0])
+        await until(lambda: replica.info("replication")["master_link_status"] == "up")
+        await connection.script(ECHO, [key], ["before"])
+        node.signal(signal.SIGSTOP)
+        try:
+            with pytest.raises(Unavailable, match="TimeoutError"):
+                await connection("GET", key)
+            replica.execute_command("CLUSTER", "FAILOVER", "TAKEOVER")
+            await until(lambda: connection._listening is None)
+            assert await connection.script(ECHO, [key], ["after"]) == b"after"
+        finally:
+            node.signal(signal.SIGCONT)
+
+
+async def test_who_works_at_a_queue_is_asked_of_its_own_node_of_a_cluster(clustered):
+    connection, key, _, default = clustered
+    default.signal(signal.SIGSTOP)
+    try:
+        assert await ControlChannel(connection, Keys(key)).workers() == {}
+    finally:
+        default.signal(signal.SIGCONT)

@@ -8,21 +8,26 @@ import functools
 import importlib.util
 import os
 import random
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from support.waiting import PATIENCE
+from support.waiting import PATIENCE, wait_until
 
 ONCE = Retry(NoBackoff(), 0)
+CLUSTERED = {"cluster-enabled": "yes", "cluster-node-timeout": "600000"}
+"""Options of a server that may join a cluster, where one that is frozen is not taken for dead."""
+SLOTS = 16384
+"""Of a cluster."""
 
 
 def find() -> str | None:
@@ -162,6 +167,22 @@ class Sentinel:
             self._process.kill()
             self._process.wait()
             self._process = None
+
+
+def join(servers: Sequence[RedisServer]) -> str:
+    """Makes one cluster of servers with ``CLUSTERED``, each of which has an equal part of the slots; its URL."""
+    n = len(servers)
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(server.client()) for server in servers]
+        for i, client in enumerate(clients):
+            client.execute_command("CLUSTER", "ADDSLOTS", *range(-(-SLOTS * i // n), -(-SLOTS * (i + 1) // n)))
+            client.execute_command("CLUSTER", "SET-CONFIG-EPOCH", i + 1)
+            if i:
+                client.execute_command("CLUSTER", "MEET", "127.0.0.1", servers[0].port)
+        known = re.compile(rf"cluster_state\W+ok.*cluster_known_nodes\W+{n}\b", re.DOTALL)
+        for client in clients:
+            wait_until(lambda client=client: known.search(str(client.execute_command("CLUSTER INFO"))))
+    return servers[0].url.replace("redis://", "redis+cluster://").removesuffix("/0")
 
 
 def answers(process: subprocess.Popen[bytes], client: Callable[[float], redis.Redis]) -> bool:

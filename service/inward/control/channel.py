@@ -31,6 +31,11 @@ STALE_S = 300
 RENEWALS = 3
 """Of the lock, in the time for which it is held without one."""
 
+ALIVE = """
+-- KEYS: workers.  Gives those that are alive.
+local now = redis.call('TIME')
+return redis.call('ZRANGEBYSCORE', KEYS[1], now[1] * 1000 + math.floor(now[2] / 1000), '+inf')
+"""
 ASK = """
 -- KEYS: requests.  ARGV: entry before which they are stale, seconds to keep, then the fields of a request.
 redis.call('XADD', KEYS[1], 'MINID', '=', ARGV[1], '*', unpack(ARGV, 3))
@@ -67,9 +72,7 @@ class ControlChannel:
 
     async def workers(self) -> dict[str, bytes]:
         """What each worker that is alive says of itself."""
-        seconds, micros = await self._redis("TIME")
-        now = int(seconds) * 1000 + int(micros) // 1000
-        workers = [name.decode() for name in await self._redis("ZRANGEBYSCORE", self._keys.workers, now, "+inf")]
+        workers = [name.decode() for name in await self._redis.script(ALIVE, [self._keys.workers], [])]
         infos = await self._redis("MGET", *(self._keys.worker(name) for name in workers)) if workers else []
         return {name: info for name, info in zip(workers, infos, strict=True) if info}
 

@@ -82,7 +82,7 @@ class Connection:
 
     One that falls silent (frozen, or cut off) is noticed once: as soon as one command was not answered in time, and no
     other since it was sent, all that wait are given up with it, and others fail at once until it answers a question of
-    ours again.
+    ours again. Of a cluster that is one node, since all keys of a queue live in one slot: the one that scripts run on.
 
     Args:
         url: ``redis://[user:password@]host:port/db``, ``rediss://`` for TLS, ``unix://path``,
@@ -100,6 +100,10 @@ class Connection:
         self.answered = -math.inf
         """Monotonic seconds at which a command was answered last."""
         self._client, self._sentinels = _clients(url, timeout, name)
+        self._question: tuple[str, ...] = () if isinstance(self._client, RedisCluster) else ("PING",)
+        """Which a Redis that fell silent is asked. Any node of a cluster answers a PING, and only that of the slot
+        answers for a key: none is known until a script has named one.
+        """
         self._shas: dict[str, str] = {}
         self._room = asyncio.Semaphore(COMMANDS)
         self._waiting: set[asyncio.Timeout] = set()
@@ -112,7 +116,8 @@ class Connection:
         return max(1, math.ceil(min(wanted_ms, 500 * self.timeout)))
 
     async def __call__(self, *command: Any) -> Any:
-        """One command, such as ``await connection("XLEN", key)``.
+        """One command, such as ``await connection("XLEN", key)``. It has to name a key, by which its node of a cluster
+        is found.
 
         Raises:
             Unavailable: it could not be done, or it is not known whether it was; see its kinds above.
@@ -125,6 +130,8 @@ class Connection:
         sha = self._shas.get(source) or self._shas.setdefault(
             source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
         )
+        if isinstance(self._client, RedisCluster):
+            self._question = ("EXISTS", keys[0])
         with _door():
             try:
                 return await self._send("EVALSHA", sha, len(keys), *keys, *args)
@@ -153,7 +160,7 @@ class Connection:
                 finally:
                     self._waiting.discard(limit)
         except (TimeoutError, RedisTimeoutError):  # ours, and redis-py's where there is no connection to be had
-            if self.answered < asked and time.monotonic() - asked < self.timeout + LATE_S:
+            if self._question and self.answered < asked and time.monotonic() - asked < self.timeout + LATE_S:
                 self._fall_silent()
             raise
         self.answered = time.monotonic()
@@ -173,9 +180,11 @@ class Connection:
             while True:
                 with suppress(TimeoutError, RedisTimeoutError):
                     async with asyncio.timeout(self.timeout):
-                        await self._client.execute_command("PING")
+                        await self._client.execute_command(*self._question)
                     self.answered = time.monotonic()
                     return
+                if isinstance(self._client, RedisCluster):
+                    await self._client.aclose()  # another node may have its slot by now: the next question finds out
                 await asyncio.sleep(LISTEN_S)
         except (RedisError, OSError):
             pass
@@ -189,7 +198,9 @@ class Connection:
             SetupError: it refuses us, or is too old.
         """
         try:
-            info = await self("INFO")
+            with _door():
+                async with asyncio.timeout(self.timeout):  # not by _send: any node of a cluster answers this
+                    info = await self._client.execute_command("INFO")
         except Unavailable as error:
             cause = error.__cause__
             if cause is not None and isinstance(cause.__cause__ or cause.__context__, SSLCertVerificationError):
