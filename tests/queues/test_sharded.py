@@ -178,6 +178,22 @@ async def test_what_the_others_have_no_room_to_spare_for_fails_and_their_own_goe
         assert isinstance(await own, Scored) and isinstance(await first, Scored)
 
 
+async def test_what_the_next_shard_has_no_room_for_goes_to_the_one_after_it(own_redis):
+    servers = [own_redis() for _ in range(3)]
+    async with sharded(servers, max_tokens=120, work=False) as q:
+        lost = [prompt for prompt in PROMPTS if shards_of(prompt, 3) == [1, 0, 2]]
+        servers[1].kill()
+        await until(lambda: q.producer.lost)
+        await q.producer.submit([job("own", on(0, 3)[0], response=(1,) * 15)])  # 18 of 20 that it may spare
+        waits = await q.producer.submit([job(i, prompt) for i, prompt in enumerate(lost[:3])])  # 15 tokens
+        assert q.producer.shards[2].open_jobs == 3
+        waits += await q.producer.submit([job("last", lost[3])])
+        with pytest.raises(ShardAway, match="no room to spare"):
+            await q.producer.submit([job("none", lost[4])])
+        q.run(q.work)
+        assert all(isinstance(outcome, Scored) for outcome in await asyncio.gather(*waits))
+
+
 async def test_a_frozen_shard_is_waited_for_once_and_then_its_jobs_go_elsewhere_at_once(own_redis, monkeypatch):
     servers = [own_redis(), own_redis()]
     async with sharded(servers) as q:

@@ -98,6 +98,7 @@ class _Placing:
         """Jobs that no shard takes."""
         self._shards, self._left = shards, list(jobs)
         self._order = {job.id: shards_of(job.group.prompt_ids, len(shards)) for job in jobs}
+        """Their own shard, and those that may take its place: without what was full."""
 
     def parts(self) -> dict[tuple[int, bool], list[Job]]:
         """The jobs that are to be submitted now, by shard, and whether that takes the place of their own."""
@@ -111,15 +112,16 @@ class _Placing:
         return parts
 
     def refused(self, at: tuple[int, bool], part: Sequence[Job], error: BaseException) -> None:
-        """Raises what nobody else can make good."""
+        """Raises what nobody else can make good; otherwise the part goes on to the next in order."""
         i, moved = at
         if isinstance(error, Overloaded) and moved:
-            self.lost += part
+            for job in part:
+                self._order[job.id].remove(i)
         elif isinstance(error, Unavailable) and not isinstance(error, Overloaded):
             self.errors[i] = error
-            self._left += part
         else:
             raise error
+        self._left += part
 
     def reason(self, job: Job) -> tuple[int, Unavailable]:
         """The job's own shard, and what is wrong with it."""
@@ -205,9 +207,10 @@ class ShardedProducer(_Sharded[RedisProducer]):
                 group.create_task(shard.keep_receiving())
 
     async def submit(self, jobs: Sequence[Job], hear: Hear | None = None) -> list[Awaitable[Outcome]]:
-        """As the protocol says, of the shards that are there. Jobs of one that is not go to the next as long as that
-        has room to spare. Where none has, they fail with ``ShardAway``, while the others of the request are done; those
-        that have no other beside them are refused as a whole, and so are bulk jobs, which can wait and go nowhere else.
+        """As the protocol says, of the shards that are there. Jobs of one that is not go together to the next that has
+        room to spare for them. Where none has, they fail with ``ShardAway``, while the others of the request are done;
+        those that have no other beside them are refused as a whole, and so are bulk jobs, which can wait and go nowhere
+        else.
         """
         placing = _Placing(self.shards, jobs)
         waits: dict[str, Awaitable[Outcome]] = {}
