@@ -30,6 +30,12 @@ def job(name, prompt, *, response=(1, 2), priority="interactive", **more):
     return Job(str(name), Group(prompt, (response,)), ("h",), priority=priority, **more)
 
 
+def rejections():
+    return {
+        reason: metrics.REJECTIONS_TOTAL.labels(reason=reason)._value.get() for reason in ("queue_full", "no_worker")
+    }
+
+
 class Sharded:
     """One replica and one worker around several servers."""
 
@@ -184,12 +190,14 @@ async def test_what_the_next_shard_has_no_room_for_goes_to_the_one_after_it(own_
         lost = [prompt for prompt in PROMPTS if shards_of(prompt, 3) == [1, 0, 2]]
         servers[1].kill()
         await until(lambda: q.producer.lost)
+        before = rejections()
         await q.producer.submit([job("own", on(0, 3)[0], response=(1,) * 15)])  # 18 of 20 that it may spare
         waits = await q.producer.submit([job(i, prompt) for i, prompt in enumerate(lost[:3])])  # 15 tokens
         assert q.producer.shards[2].open_jobs == 3
         waits += await q.producer.submit([job("last", lost[3])])
         with pytest.raises(ShardAway, match="no room to spare"):
             await q.producer.submit([job("none", lost[4])])
+        assert rejections() == before  # the queue is not full: it lacks a shard, which other figures say
         q.run(q.work)
         assert all(isinstance(outcome, Scored) for outcome in await asyncio.gather(*waits))
 
@@ -305,9 +313,11 @@ async def test_without_any_worker_it_is_the_worker_that_is_missed_and_no_shard(o
     connections = [Connection(own_redis().url) for _ in range(2)]
     producer = ShardedProducer(connections, KEYS, max_tokens=100)
     await producer.live()
-    for jobs in ([job("a", on(0, 2)[0])], [job("b", on(0, 2)[0]), job("c", on(1, 2)[0])]):
+    before = rejections()
+    for i, jobs in enumerate(([job("a", on(0, 2)[0])], [job("b", on(0, 2)[0]), job("c", on(1, 2)[0])]), 1):
         with pytest.raises(EngineDead, match="no worker"):
             await producer.submit(jobs)
+        assert rejections() == before | {"no_worker": before["no_worker"] + i}
     await producer.leave()
     for connection in connections:
         await connection.close()
@@ -334,9 +344,18 @@ async def test_a_request_is_admitted_by_all_its_shards_or_by_none(own_redis):
     async with sharded([own_redis(), own_redis()], max_tokens=20, work=False) as q:
         [a], [b] = on(0, 2), on(1, 2)
         await q.producer.submit([job("full", b, response=(1,) * 8)])
+        before = rejections()
         with pytest.raises(Overloaded):
             await q.producer.submit([job("x", a), job("y", b)])
         assert q.producer.open_jobs == 1
+        await q.producer.submit([job("full, too", a, response=(1,) * 8)])
+        with pytest.raises(Overloaded):
+            await q.producer.submit([job("x", a), job("y", b)])
+        assert rejections() == before | {"queue_full": before["queue_full"] + 2}
+        await q.producer.close()
+        with pytest.raises(Overloaded, match="shutting down"):
+            await q.producer.submit([job("x", a)])
+        assert rejections() == before | {"queue_full": before["queue_full"] + 2}
 
 
 async def test_what_fits_the_whole_but_not_its_shard_s_part_has_what_the_others_leave(own_redis):

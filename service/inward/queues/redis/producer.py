@@ -8,7 +8,8 @@ import asyncio
 import math
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from inward import codec, logs, metrics
@@ -66,6 +67,19 @@ def show(beat: Beat) -> None:
     for name, (lag, pending) in zip(("interactive", "bulk"), beat.streams, strict=True):
         metrics.STREAM_LAG.labels(stream=name).set(lag)
         metrics.STREAM_PENDING.labels(stream=name).set(pending)
+
+
+@contextmanager
+def door(closed: bool) -> Iterator[None]:
+    """What every request to the queue goes through once: it may be closed, and who is refused behind it is counted."""
+    if closed:
+        raise Overloaded("the server is shutting down", retry_after=1.0)
+    try:
+        yield
+    except (Overloaded, EngineDead) as error:
+        reason = "queue_full" if isinstance(error, Overloaded) else "no_worker"
+        metrics.REJECTIONS_TOTAL.labels(reason=reason).inc()
+        raise
 
 
 @dataclass(slots=True)
@@ -158,17 +172,18 @@ class RedisProducer:
                 self._failed(error, asked)
                 await asyncio.sleep(self._beat / 2)
 
-    async def submit(
-        self, jobs: Sequence[Job], hear: Hear | None = None, max_tokens: int | None = None
-    ) -> list[Awaitable[Outcome]]:
-        """As the protocol says; ``max_tokens`` for these jobs only, instead of the queue's."""
-        room = self.max_tokens if max_tokens is None else max_tokens
-        if self._closed:
-            raise Overloaded("the server is shutting down", retry_after=1.0)
+    async def submit(self, jobs: Sequence[Job], hear: Hear | None = None) -> list[Awaitable[Outcome]]:
+        """As the protocol says."""
+        with door(self._closed):
+            return await self.place(jobs, hear, self.max_tokens)
+
+    async def place(self, jobs: Sequence[Job], hear: Hear | None, room: int) -> list[Awaitable[Outcome]]:
+        """As ``submit``, with room for so many open tokens; a refusal is not counted, since it may be made good
+        elsewhere.
+        """
         if self.away is not None:
             raise Unavailable(self.away, retry_after=self._beat)
         if not self.workers:
-            metrics.REJECTIONS_TOTAL.labels(reason="no_worker").inc()
             raise EngineDead("no worker takes jobs from the queue", retry_after=5.0)
         loop = asyncio.get_running_loop()
         entries = [_Waiting(job, loop.create_future(), hear) for job in jobs]
@@ -185,7 +200,6 @@ class RedisProducer:
         if not admitted:
             self._forget(jobs)
             cost = sum(job.group.tokens for job in jobs)
-            metrics.REJECTIONS_TOTAL.labels(reason="queue_full").inc()
             raise Overloaded(
                 f"the queue holds {held} of {room} tokens and this request needs {cost} more",
                 retry_after=self.pace.seconds(min(held + cost - room, held)),

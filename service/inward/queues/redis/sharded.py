@@ -20,7 +20,7 @@ from inward.errors import Overloaded, ShardAway, Unavailable
 from inward.queues.base import Closed, Hear
 from inward.queues.redis.consumer import RedisConsumer
 from inward.queues.redis.outage import Outage
-from inward.queues.redis.producer import Beat, RedisProducer, show
+from inward.queues.redis.producer import Beat, RedisProducer, door, show
 from inward.stores.connection import Connection
 from inward.stores.keys import Keys
 from inward.types import Failed, Ids, Job, News, Outcome
@@ -167,6 +167,7 @@ class ShardedProducer(_Sharded[RedisProducer]):
         self._max_tokens = max_tokens
         self._ttl = ttl
         self._beat = beat
+        self._closed = False
         self.shards = [
             RedisProducer(
                 connection, keys, max_tokens=-(-max_tokens // len(connections)), beat=beat, ttl=ttl,
@@ -212,15 +213,30 @@ class ShardedProducer(_Sharded[RedisProducer]):
         those that have no other beside them are refused as a whole, and so are bulk jobs, which can wait and go nowhere
         else.
         """
+        with door(self._closed):
+            return await self._place(jobs, hear)
+
+    async def abandon(self, job_ids: Sequence[str]) -> None:
+        await asyncio.gather(*(shard.abandon(job_ids) for shard in self.shards))
+
+    async def close(self) -> None:
+        self._closed = True
+
+    async def leave(self) -> None:
+        """As a ``RedisProducer``'s."""
+        await self.close()
+        await asyncio.gather(*(shard.leave() for shard in self.shards))
+
+    async def _place(self, jobs: Sequence[Job], hear: Hear | None) -> list[Awaitable[Outcome]]:
         placing = _Placing(self.shards, jobs)
         waits: dict[str, Awaitable[Outcome]] = {}
         try:
             while parts := placing.parts():
-                submitting = (
-                    self.shards[i].submit(part, hear, self._spare(i) if moved else self._room(i, part))
+                asking = (
+                    self.shards[i].place(part, hear, self._spare(i) if moved else self._room(i, part))
                     for (i, moved), part in parts.items()
                 )
-                results = await asyncio.gather(*submitting, return_exceptions=True)
+                results = await asyncio.gather(*asking, return_exceptions=True)
                 for (at, part), result in zip(parts.items(), results, strict=True):
                     if isinstance(result, BaseException):
                         placing.refused(at, part, result)
@@ -233,17 +249,6 @@ class ShardedProducer(_Sharded[RedisProducer]):
             raise
         waits |= {job.id: self._failed(placing, job) for job in placing.lost}
         return [waits[job.id] for job in jobs]
-
-    async def abandon(self, job_ids: Sequence[str]) -> None:
-        await asyncio.gather(*(shard.abandon(job_ids) for shard in self.shards))
-
-    async def close(self) -> None:
-        for shard in self.shards:
-            await shard.close()
-
-    async def leave(self) -> None:
-        """As a ``RedisProducer``'s."""
-        await asyncio.gather(*(shard.leave() for shard in self.shards))
 
     def _room(self, i: int, jobs: Sequence[Job]) -> int:
         """Up to how many tokens its shard may hold with these: its part, or for those that would never fit in that,
