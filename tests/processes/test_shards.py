@@ -73,7 +73,7 @@ def test_a_service_goes_on_with_the_shards_that_are_there(own_redis, tmp_path):
     write_model(tmp_path)
     urls = ",".join(server.url for server in servers)
     pairs = [{"prompt": f"question {i}", "chosen": "yes", "rejected": "no"} for i in range(12)]
-    with Fleet(tmp_path, None, redis_urls=urls) as fleet, httpx.Client(timeout=PATIENCE) as client:
+    with Fleet(tmp_path, None, redis_urls=urls, queue="q") as fleet, httpx.Client(timeout=PATIENCE) as client:
         api, worker = fleet.api(), fleet.worker()
         fleet.wait_until_ready(api, worker)
 
@@ -90,6 +90,20 @@ def test_a_service_goes_on_with_the_shards_that_are_there(own_redis, tmp_path):
             answer = client.post(api.url + "/rerank", json=body)
             assert answer.status_code == 200, answer.text
         wait_until(lambda: "shard 2 of 2" in client.get(worker.url + "/readyz").text)
+        with servers[0].client() as home:
+            held, tokens, *_ = Keys("q").of(home.get(Keys("q").served).decode()).book
+            home.hset(held, "of others", "1 0-0 600000")
+            home.set(tokens, 600_000)  # more than half of its part of the 2,000,000
+            status, codes = margins()
+            assert status == 200 and set(codes) == {None, "shard_away"}
+            lost = [pair for pair, code in zip(pairs, codes, strict=True) if code]
+            body = {"prompt": lost[0]["prompt"], "candidates": [lost[0]["chosen"], lost[0]["rejected"]]}
+            for route, request in (("/margin", {"pairs": lost}), ("/rerank", body)):
+                answer = client.post(api.url + route, json=request)
+                assert (answer.status_code, answer.json()["error"]["code"]) == (503, "shard_away")
+                assert "shard 2 of 2" in answer.text and int(answer.headers["Retry-After"]) > 0
+            home.delete(held, tokens)
+        assert margins() == (200, [None] * 12)
         servers[1].start()
         wait_until(lambda: margins() == (200, [None] * 12))
         servers[0].signal(signal.SIGSTOP)

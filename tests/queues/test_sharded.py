@@ -206,6 +206,7 @@ async def test_a_frozen_shard_is_waited_for_once_and_then_its_jobs_go_elsewhere_
     servers = [own_redis(), own_redis()]
     async with sharded(servers) as q:
         lost, asked = on(1, 2, 20), []
+        await asyncio.gather(*await q.producer.submit([job("before", lost[0])]))  # the shard knows the script by now
         servers[1].signal(signal.SIGSTOP)
         try:
             outcomes = await asyncio.gather(*await q.producer.submit([job("first", lost[0])]))
@@ -222,9 +223,11 @@ async def test_a_frozen_shard_is_waited_for_once_and_then_its_jobs_go_elsewhere_
             assert all(isinstance(outcome, Scored) for outcome in outcomes)
             assert set(asked) <= {"PING"}
             assert q.producer.lost.startswith("shard 2 of 2 is away")
+            q.tasks.pop().cancel()  # nobody works until the shard, which may find the first job now, is told who left
         finally:
             servers[1].signal(signal.SIGCONT)
         await until(lambda: not q.producer.lost and not q.consumer.lost)
+        q.run(q.work)
         assert isinstance(*await asyncio.gather(*await q.producer.submit([job("last", lost[0])])), Scored)
         assert q.seen["first"] == 1
 
