@@ -35,7 +35,7 @@ from redis_cost import BUDGET, KEYS, TOKENS, Meter, pair, scored
 from inward.errors import Unavailable
 from inward.queues.redis.consumer import RedisConsumer
 from inward.queues.redis.producer import RedisProducer
-from inward.queues.redis.sharded import ShardedConsumer, ShardedProducer, shard_of
+from inward.queues.redis.sharded import ShardedConsumer, ShardedProducer, shards_of
 from inward.stores.connection import Connection
 from inward.types import Failed, Job, Piece
 from support.queues import living
@@ -121,7 +121,7 @@ class Flow:
         self.arrived[job.id] = self.now
         await random.choice(self.replicas).submit([job])
         if self.idle:
-            await self.begin(self.idle.popleft(), [shard_of(job.group.prompt_ids, self.n)], tokens=1)
+            await self.begin(self.idle.popleft(), shards_of(job.group.prompt_ids, self.n)[:1], tokens=1)
 
     async def beat(self, one: ShardedConsumer | ShardedProducer) -> None:
         """As often as with a presence of ten seconds."""
@@ -217,7 +217,7 @@ async def lost(how: str, rate: float, away_s: float) -> dict[str, object]:
                 said = outcome.code if isinstance(outcome, Failed) else "scored"
             except Unavailable as error:
                 said = error.code
-            told.append((sent, time.monotonic(), shard_of(job.group.prompt_ids, 3), said))
+            told.append((sent, time.monotonic(), shards_of(job.group.prompt_ids, 3)[0], said))
 
         async def load(seconds: float) -> None:
             end = time.monotonic() + seconds

@@ -11,7 +11,7 @@ import pytest
 from inward import metrics
 from inward.errors import EngineDead, Overloaded, ShardAway, Unavailable
 from inward.queues.base import Closed
-from inward.queues.redis.sharded import PATIENCE_S, ShardedConsumer, ShardedProducer, shard_of, shards_of
+from inward.queues.redis.sharded import PATIENCE_S, ShardedConsumer, ShardedProducer, shards_of
 from inward.queues.single_flight import SingleFlight
 from inward.stores.connection import Connection
 from inward.types import Failed, Group, HeadRef, Job, Piece, Scored, Scores, Usage
@@ -19,6 +19,10 @@ from support.queues import KEYS, done, endless, ids
 from support.waiting import PATIENCE, until
 
 PROMPTS = [(7, i) for i in range(400)]
+
+
+def shard_of(prompt, shards):
+    return shards_of(prompt, shards)[0]
 
 
 def on(shard, shards, n=1):

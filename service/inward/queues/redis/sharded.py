@@ -35,16 +35,12 @@ LEAVE_S = 3.0
 """For which a worker that leaves waits for a shard that is there and slow, so that what it computed is not lost."""
 
 
-def shard_of(prompt_ids: Ids, shards: int) -> int:
-    """The shard of a prompt: the one that draws the highest lot (rendezvous hashing, Thaler and Ravishankar 1996).
-    Where a shard is added at the end, just those move that it draws: one in ``shards + 1``.
-    """
-    return 0 if shards == 1 else shards_of(prompt_ids, shards)[0]
-
-
 def shards_of(prompt_ids: Ids, shards: int) -> list[int]:
-    """The shard of a prompt, and those that take its place one after the other, each where all before are away: so what
-    a shard had is shared out among all others.
+    """The shard of a prompt, and those that take its place one after the other, each where no shard before takes it.
+
+    They stand in the order of the lots that they draw (rendezvous hashing, Thaler and Ravishankar 1996). So where a
+    shard is added at the end just those prompts move that it draws, one in ``shards + 1``; and what a shard had is
+    shared out among all others.
     """
     prompt = hashlib.blake2b(struct.pack(f"<{len(prompt_ids)}q", *prompt_ids), digest_size=16)
 
