@@ -10,8 +10,7 @@ Shapes are part of names: ``values_NK`` is ``[N, K]``.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass, field
-from operator import add
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -372,7 +371,13 @@ class Usage:
     """At most so many more would have been drawn of the responses that were rejected or ended by a guard."""
 
     def __add__(self, other: Usage) -> Usage:
-        return Usage(*map(add, astuple(self), astuple(other)))
+        return Usage(
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+            self.cached_tokens + other.cached_tokens,
+            self.drawn_tokens + other.drawn_tokens,
+            self.not_drawn_tokens + other.not_drawn_tokens,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,7 +114,9 @@ async def test_scores_and_ranks_of_given_candidates_come_without_the_store_and_a
     async with httpx.AsyncClient(transport=httpx.ASGITransport(api.app), base_url="http://test") as client:
         assert (await client.post("/margin", json=PAIRS, headers=KEY)).status_code == 200
         given = {"prompt": "a", "candidates": ["b", "cc"]}
-        assert (await client.post("/rerank", json=given, headers=KEY)).status_code == 200
+        others = ({"query": "a", "documents": ["b", "cc"]}, {"query": "a", "texts": ["b", "cc"]})
+        for body in (given, *others):
+            assert (await client.post("/rerank", json=body, headers=KEY)).status_code == 200
         for body in ({"prompt": "a", "n": 2}, given | {"append_to": "s"}, [given]):
             assert (await client.post("/rerank", json=body, headers=KEY)).status_code == 503
         for content in (b"", b"{", b'{"candidates": "\xff"}'):

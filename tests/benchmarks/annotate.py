@@ -66,15 +66,16 @@ def annotate(source: Path, out: Path, *options: str) -> dict[str, float]:
 
 
 def killed(source: Path, out: Path) -> float:
-    """Kills the command when about half of the chunks are done; seconds until then."""
+    """Kills the command when about half of the rows are done; seconds until then."""
     began = time.perf_counter()
     process = subprocess.Popen(command(source, out, *DTYPE), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     with source.open("rb") as lines:
-        half = sum(1 for _ in lines) // 512
-    while len([*out.with_name(out.name + ".progress").glob("0*.jsonl")]) < half:
+        half = sum(1 for _ in lines) // 2
+    done = out.with_name(out.name + ".progress") / "done.jsonl"
+    while not done.is_file() or done.read_bytes().count(b'"margin":') < half:
         if process.poll() is not None:
             raise SystemExit("it ended before it could be killed")
-        time.sleep(0.01)
+        time.sleep(0.1)
     process.kill()
     process.wait()
     return time.perf_counter() - began

@@ -113,18 +113,23 @@ def correlations(runs: Sequence[Answers], pick: str, head: Head) -> dict[str, fl
 
 
 async def timed(at: Opened, groups: Sequence[Group], args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Seconds and tokens with and without rejection."""
+    """Seconds and tokens with and without rejection, so many prompts at once."""
     head = at.heads.resolve(args.pick)
+    room = asyncio.Semaphore(args.callers)
+
+    async def tokens(group: Group, rule: EarlyRejection | None) -> int:
+        assert group.sampling is not None
+        spec = replace(group.sampling, n=min(16, args.n), early_rejection=rule)
+        looks = watch(spec, args.pick, at.heads)
+        async with room:
+            samples, _ = await at.backbone.sample_and_read(replace(group, sampling=spec), [head.readout], watch=looks)
+        return sum(len(sample.ids) + sample.held_back for sample in samples)
+
     found: dict[str, dict[str, float]] = {}
     for name, rule in (("to the end", None), ("half at 16, 32", EarlyRejection(0.5, (16, 32)))):
-        began, tokens = time.perf_counter(), 0
-        for group in groups[: args.timed]:
-            assert group.sampling is not None
-            spec = replace(group.sampling, n=min(16, args.n), early_rejection=rule)
-            looks = watch(spec, args.pick, at.heads)
-            samples, _ = await at.backbone.sample_and_read(replace(group, sampling=spec), [head.readout], watch=looks)
-            tokens += sum(len(sample.ids) + sample.held_back for sample in samples)
-        found[name] = {"seconds": time.perf_counter() - began, "tokens": tokens}
+        began = time.perf_counter()
+        drawn = await asyncio.gather(*(tokens(group, rule) for group in groups[: args.timed]))
+        found[name] = {"seconds": time.perf_counter() - began, "tokens": sum(drawn)}
     return found
 
 
@@ -192,6 +197,7 @@ def main() -> None:
     parser.add_argument("--pick", default="hybrid")
     parser.add_argument("--judge", default="legend")
     parser.add_argument("--timed", type=int, default=0, help="prompts to draw against the clock")
+    parser.add_argument("--callers", type=int, default=1, help="of these, so many at once (default: 1)")
     asyncio.run(run(parser.parse_args()))
 
 

@@ -6,8 +6,8 @@ anything lost?
 Two API replicas and two workers of the toy stand around a Redis of their own. One of each lives all the time and is
 watched; the others are killed, or told to stop, every so often, and started again. Every score is compared with the
 first one of the same text under the same policy, and what was drawn is scored again; rows of bulk jobs, and of the
-stream that they append to, are counted. OUT.json holds the samples (it is written as they come), OUT.svg draws them.
-Ends with 1 if an answer was wrong or lost.
+stream that they append to, are counted. OUT.json holds the samples (it is written as they come) and what was logged as
+an error, OUT.svg draws the samples. Ends with 1 if an answer was wrong or lost.
 """
 
 from __future__ import annotations
@@ -36,12 +36,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from inward.processes.wiring import TOY
 from inward.stores.keys import Keys
 from support.adapters import train_adapter
-from support.fleet import Fleet
+from support.fleet import Fleet, Process
 from support.redis_server import RedisServer
 
 QUESTIONS, ROWS = 200, 100
-PATIENCE_S = 120.0
 ADAPTER = "other"
+MOST_ERRORS = 100
+"""Lines of log that are kept."""
 WORDS = "lock door river paper bread light engine sugar garden window letter market doctor bridge silver winter".split()
 
 
@@ -63,12 +64,13 @@ class Soak:
         self.fleet, self.args, self.redis = fleet, args, server.client()
         self.apis, self.workers = [fleet.api(), fleet.api()], [fleet.worker(), fleet.worker()]
         fleet.wait_until_ready(*self.apis, *self.workers)
-        self.http = httpx.AsyncClient(timeout=PATIENCE_S, limits=httpx.Limits(max_connections=None))
+        self.http = httpx.AsyncClient(timeout=args.timeout + 30, limits=httpx.Limits(max_connections=None))
         self.begun = time.monotonic()
         self.outcomes: Counter[str] = Counter()
         self.known: dict[tuple[str, str, int], float] = {}
         self.waits: list[float] = []
         self.samples: list[dict[str, float]] = []
+        self.errors: list[str] = []
         self.api_died = -math.inf
 
     @property
@@ -83,7 +85,7 @@ class Soak:
             try:
                 answer = await self.http.post(self.apis[which].url + path, json=body, **options)
             except httpx.TransportError as error:
-                died = time.monotonic() - self.api_died < PATIENCE_S and which == 1
+                died = time.monotonic() - self.api_died < self.args.timeout + 30 and which == 1
                 self.outcomes["went with its replica" if died else f"LOST: {type(error).__name__}"] += 1
                 return None
             if answer.status_code != 503:
@@ -198,13 +200,23 @@ class Soak:
             born = self.fleet.worker() if kind == "worker" else self.fleet.api()
             await asyncio.to_thread(self.fleet.wait_until_serving, born)
             there[1] = born
+            self.keep_errors(dying)
             self.outcomes[f"deaths: {kind}, {how}"] += 1
 
     async def watch(self) -> None:
         while True:
             await asyncio.sleep(self.args.sample)
             self.samples.append(await asyncio.to_thread(self.sample))
+            for process in (*self.apis, *self.workers):
+                self.keep_errors(process)
             self.write()
+
+    def keep_errors(self, process: Process) -> None:
+        """What it logged as one since the last time; the rest of its log is forgotten."""
+        said, process.log[:] = process.log[:], []
+        errors = [line for line in said if '"level": "error"' in line]
+        self.outcomes.update(f"logged: {json.loads(line)['event']}" for line in errors)
+        self.errors += errors[: MOST_ERRORS - len(self.errors)]
 
     def sample(self) -> dict[str, float]:
         """What the two that live all the time hold, Redis, and how long callers waited since the last one."""
@@ -221,7 +233,7 @@ class Soak:
         return found
 
     def write(self) -> None:
-        result = {"outcomes": dict(sorted(self.outcomes.items())), "samples": self.samples}
+        result = {"outcomes": dict(sorted(self.outcomes.items())), "samples": self.samples, "errors": self.errors}
         self.args.out.with_suffix(".json").write_text(json.dumps(result, indent=1))
 
     async def run(self) -> None:
@@ -286,6 +298,7 @@ def main() -> int:
     parser.add_argument("--rate", type=float, default=8.0, help="requests a second, of all callers (default: 8)")
     parser.add_argument("--every", type=float, default=60.0, help="seconds between bulk jobs; the rest follows them")
     parser.add_argument("--sample", type=float, default=15.0, help="seconds between two looks (default: 15)")
+    parser.add_argument("--timeout", type=float, default=90.0, help="seconds that a request may take (default: 90)")
     parser.add_argument("--out", type=Path, default=Path("soak"), help="OUT.json and OUT.svg")
     args = parser.parse_args()
     random.seed(0)
@@ -297,7 +310,7 @@ def main() -> int:
         server.start()
         settings: dict[str, Any] = {
             "queue": "soak", "heads": folder / "heads", "adapters": folder / "adapters",
-            "presence": 10, "claim_idle": 30, "drain_timeout": 20, "timeout": 90,
+            "presence": 10, "claim_idle": 30, "drain_timeout": 20, "timeout": args.timeout,
         }  # fmt: skip
         try:
             with Fleet(folder, server.url, demo=True, backbone="transformers", **settings) as fleet:

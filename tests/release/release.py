@@ -152,7 +152,12 @@ def smoke(python: Path, *, model: bool) -> None:
     Raises:
         SystemExit: it doesn't.
     """
-    home = python.parents[1]
+    with tempfile.TemporaryDirectory() as folder:
+        said = _smoke(python, Path(folder), model)
+    print(f"{said} answers as {'inward[standard]' if model else 'inward'} on {run(python, '--version').strip()}")
+
+
+def _smoke(python: Path, home: Path, model: bool) -> str:
     env = {"PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}", "HOME": str(home), "INWARD_PORT": "0"}
     env |= {"INWARD_MODEL": "toy", "INWARD_REDIS_URL": "redis://127.0.0.1:1/0", "OMP_NUM_THREADS": "1"}
     said = run(python.parent / "inward", "--version", env=env, cwd=home)
@@ -174,9 +179,7 @@ def smoke(python: Path, *, model: bool) -> None:
             status = server.wait(PATIENCE_S)
     if status:
         raise SystemExit(f"it ended with {status}: {(home / 'log').read_text()[-2000:]}")
-    print(
-        f"{said.strip()} answers as {'inward[standard]' if model else 'inward'} on {run(python, '--version').strip()}"
-    )
+    return said.strip()
 
 
 def _until_serving(server: subprocess.Popen[bytes], log: Path) -> str:

@@ -1,6 +1,8 @@
 """One version everywhere; wheels that hold what they should; lists that pip and scanners can read."""
 
+import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -82,3 +84,12 @@ def test_the_bill_of_materials_names_everything_by_purl_licence_and_hash():
             "hashes": [{"alg": "SHA-256", "content": "bb"}], "licenses": [{"license": {"name": "Apache-2.0"}}],
         },
     ]  # fmt: skip
+
+
+@pytest.mark.skipif(
+    not Path(sys.executable).with_name("inward").exists(), reason="inward is not installed in this environment"
+)
+def test_an_installation_is_tried_as_often_as_one_likes(capsys):
+    for _ in range(2):
+        release.smoke(Path(sys.executable), model=False)
+    assert capsys.readouterr().out.count(" answers as inward on Python 3.") == 2

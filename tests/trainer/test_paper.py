@@ -101,7 +101,8 @@ def test_tables_and_report(policy, data, tmp_path, monkeypatch):
 
 
 def test_where_time_is_up_rows_say_so(policy, data, tmp_path):
-    assert paper.run(options(policy, data, tmp_path, tables=["srr"], minutes=1e-9)) == 0
+    assert paper.run(options(policy, data, tmp_path, tables=["srr"], minutes=1e-9, steps=7)) == 0
+    assert json.loads((tmp_path / "setting.json").read_text())["sizes"]["steps"] == 7
     table = json.loads((tmp_path / "srr.json").read_text())
     assert not table["complete"] and all("not reached in the time" in row["reason"] for row in table["rows"])
     assert re.search(r"SRR \(not reached in the time", (tmp_path / "report.md").read_text())
@@ -112,6 +113,6 @@ def test_every_file_is_named_in_one_place(data):
 
 
 def test_workers_have_the_options_of_the_command_and_tables_of_their_own(tmp_path):
-    options = PaperOptions(out=tmp_path, data=tmp_path / "sets", quick=True, seeds=[2, 0], minutes=4, workers=3)
+    options = PaperOptions(out=tmp_path, data=tmp_path / "sets", quick=True, seeds=[2, 0], minutes=4, steps=3, workers=3)
     args = parser().parse_args(["paper", *arguments(options, ["srr", "judge"])])
     assert read_options(PaperOptions, args, {}) == options.model_copy(update={"tables": ["srr", "judge"], "workers": 1})

@@ -308,6 +308,8 @@ class PaperOptions(_Options):
     """Next to nothing of everything, to try it out; with the toy in minutes on two cores."""
     scale: float = Field(1.0, gt=0)
     """Share of the rows and prompts."""
+    steps: int | None = Field(None, ge=1)
+    """Optimiser steps of every way to align; else 48, and 4 with --quick. On a processor they take most of the time."""
     minutes: float | None = Field(None, gt=0)
     """After so many minutes nothing new is begun; rows that are missing say so."""
     workers: int = Field(1, ge=1)

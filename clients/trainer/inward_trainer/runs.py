@@ -104,7 +104,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 def connected(options: ServiceOptions, stopping: Stopping, stack: ExitStack) -> Service | None:
     """The service, for as long as ``stack`` is open; None where there is no ``--url``."""
-    if options.url is None:
+    if not options.url:
         return None
     key = options.api_key.get_secret_value() if options.api_key else None
     service = Service(options.url, api_key=key, patience=options.patience, at_once=options.at_once, stopping=stopping)

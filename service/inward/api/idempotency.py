@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inward import logs
 from inward.api.answers import JSON, refusal
+from inward.api.body import CANDIDATES
 from inward.errors import Conflict, InvalidField, InwardError, Unavailable
 from inward.stores.idempotency import IdempotencyStore
 
@@ -159,7 +160,9 @@ class _Body:
             asked = msgspec.json.decode(self._read[0].get("body", b""))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, IndexError):
             return False
-        return isinstance(asked, dict) and bool(asked.get("candidates")) and asked.get("append_to") is None
+        if not isinstance(asked, dict) or asked.get("append_to") is not None:
+            return False
+        return any(asked.get(name) for name in CANDIDATES)
 
     @property
     def digest(self) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from typing import Any
 
 from inward.commands.options import MODEL_SETTINGS, add_settings, cache_folder, head_folder, settings_of
 
@@ -28,12 +29,16 @@ def run(args: argparse.Namespace) -> int:
     from inward.offline.evaluate.options import check
     from inward.offline.evaluate.run import compare_heads, evaluate
     from inward.offline.evaluate.tables import show, table
-    from inward.processes.wiring import opened_model
 
     check(args)
     folders = [head_folder(args, given) for given in args.compare or ([args.head] if args.head else [])]
 
-    reading = (args, folders, lambda: opened_model(settings_of(args)), cache_folder)
+    def opened() -> Any:
+        from inward.processes.wiring import opened_model  # nor is a model needed where states are given
+
+        return opened_model(settings_of(args))
+
+    reading = (args, folders, opened, cache_folder)
     if args.compare:
         from inward.offline.evaluate import compare
 

@@ -83,9 +83,9 @@ class Cluster:
         """What ``question`` answers where there is a device for it.
 
         Raises:
-            SetupError: the one that it raised there, or it took the process down each time.
+            SetupError: the one that it raised there, or it took the process down ``TRIES`` times.
         """
-        asked = self._ray.remote(num_gpus=self._gpus, max_retries=0)(_said)
+        asked = self._ray.remote(num_gpus=self._gpus, max_retries=TRIES - 1)(_said)
         try:
             answer: T = _or_raise(self._ray.get(asked.remote(question, *arguments)))
         except self._ends as error:
@@ -120,7 +120,10 @@ class Cluster:
         crew.hire(copies)
         while given < len(parts):
             crew.give(min(len(parts), given + most_ahead))
-            if (error := crew.wait()) is not None:
+            made = crew.made
+            error = crew.wait()
+            self._deaths = self._deaths if crew.made == made else 0
+            if error is not None and not _taken_away(error):
                 self._died(error)
             for place in crew.turns(given) if ordered else list(crew.done):
                 try:
@@ -128,7 +131,6 @@ class Cluster:
                 except self._ends:  # the machine on which it lay is gone
                     crew.lost(place)
                     break
-                self._deaths = 0 if isinstance(data, bytes) else self._deaths
                 given += 1
                 yield parts[place], data
 
@@ -188,6 +190,8 @@ class _Crew:
         self.alone: set[int] = set()
         """Places of parts that are given to an actor which has nothing else in hand, and gets nothing beside it."""
         self._ray, self._start, self._parts, self._tries, self._ends = ray, start, parts, tries, ends
+        self.made = 0
+        """Parts that were done, those done twice counted twice."""
         self._hands: list[_Hand] = []
         self._deaths: Counter[int] = Counter()
         self._again: list[int] = []
@@ -227,7 +231,7 @@ class _Crew:
             else:
                 place = next(place for place, (said, _) in hand.places.items() if said == first)
                 _or_raise(self._ray.get(first))
-                self.done[place] = hand.places.pop(place)[1]
+                self._keep(place, hand.places.pop(place)[1])
         except self._ends as error:
             if getattr(error, "actor_init_failed", False):  # no death: it raised, and the next one would
                 raise
@@ -256,6 +260,10 @@ class _Crew:
         if not self._hands:
             self.hire(1)
 
+    def _keep(self, place: int, result: Any) -> None:
+        self.done[place] = result
+        self.made += 1
+
     def _bury(self, hand: _Hand) -> None:
         """Of several parts in hand nobody knows which it died of, since it may have done one and not said so any more:
         each is given alone from then on.
@@ -266,10 +274,10 @@ class _Crew:
         for place, (said, result) in hand.places.items():
             try:
                 _or_raise(self._ray.get(said))
-                self.done[place] = result
+                self._keep(place, result)
             except self._ends as error:
                 left.append(place)
-                if hand.alone and not getattr(error, "preempted", False):  # then the machine was taken away
+                if hand.alone and not _taken_away(error):
                     self._deaths[place] += 1
         self.alone.update(left)
         for place in left:
@@ -279,6 +287,11 @@ class _Crew:
                 self.done[place] = Died(self._tries)
         if self._again or self._sent < len(self._parts):
             self.hire(1)
+
+
+def _taken_away(error: Exception) -> bool:
+    """Whether the machine was, so that nobody died of anything."""
+    return bool(getattr(error, "preempted", False))
 
 
 class _Actor:

@@ -14,7 +14,7 @@ from safetensors.numpy import load
 
 from inward.backbones.fake import FakeBackbone
 from inward.errors import DataError, InvalidField, SetupError
-from inward.offline.cluster import TRIES, Cluster, Died
+from inward.offline.cluster import IN_HAND, TRIES, Cluster, Died
 from inward.offline.data.pairs import Pair, prompt_groups
 from inward.offline.fit.legend import fit_legend
 from inward.offline.fit.ray import BLOCK_PAIRS, Pass, Reader, SpreadPairs, blocks_of
@@ -244,7 +244,7 @@ def test_two_actors_one_of_which_is_killed_give_the_sums_of_one(tmp_path, ray_pr
     np.testing.assert_array_equal(two.kept.length_difference_N, means_of_two.kept.length_difference_N)
     read = Counter(line.split(" ", 1)[1] for line in log.read_text().splitlines())
     again = {text for text, n in read.items() if n > 2}  # twice are the two passes
-    assert len(again) <= 2, "more than the prompts beside it in its block were read again"
+    assert len(again) < IN_HAND * 3, "more was read again than the blocks, of three prompts, that it had in hand"
     before = log.stat().st_size
     same(made(tmp_path / "two", 1, fake_model(str(log)))[0], one)
     assert log.stat().st_size == before, "blocks that are kept are not read again"

@@ -4,6 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
 
 from inward.errors import DataError
@@ -100,7 +101,7 @@ def test_an_unfinished_file_of_other_rows_is_not(tmp_path):
     assert writer(tmp_path / "w.safetensors", origin=replace(ORIGIN, data_hash="sha256:y")).done == set()
 
 
-@pytest.mark.parametrize("damage", ["short", "nan", "lists", "text", "missing", "shape"])
+@pytest.mark.parametrize("damage", ["short", "nan", "lists", "text", "missing", "shape", "origin", "group"])
 def test_a_file_that_cannot_be_used_is_refused_and_named(tmp_path, damage):
     path = tmp_path / "s.safetensors"
     save_states(pair_states(), path)
@@ -119,6 +120,13 @@ def test_a_file_that_cannot_be_used_is_refused_and_named(tmp_path, damage):
         path.write_text("chosen, rejected")
     elif damage == "missing":
         path.unlink()
+    elif damage == "origin":
+        fresh = b'{"__metadata__": ["of nobody"]}'
+        path.write_bytes(len(fresh).to_bytes(8, "little") + fresh)
+    elif damage == "group":
+        two = np.array([1, 2])
+        sides = {side: np.zeros(SHAPE, np.float32) for side in ("chosen", "rejected")}
+        save_file({**sides, "layers": two, "group": two}, path)
     else:
         header = json.loads(content[8 : 8 + size])
         header["layers"]["shape"], header["layers"]["data_offsets"][1] = [2], header["layers"]["data_offsets"][0] + 16

@@ -1,4 +1,4 @@
-"""Training of all weights: one optimiser for everything that is trained here."""
+"""Training of all weights, of judges, reward models and policies alike."""
 
 from __future__ import annotations
 

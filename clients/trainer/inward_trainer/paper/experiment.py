@@ -8,6 +8,7 @@ import gc
 import json
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,8 @@ class Experiment:
 
     def __init__(self, options: PaperOptions) -> None:
         self.options = options
-        self.sizes: Sizes = (QUICK if options.quick else Sizes()).scaled(options.scale)
+        sizes = (QUICK if options.quick else Sizes()).scaled(options.scale)
+        self.sizes = sizes if options.steps is None else replace(sizes, steps=options.steps)
         self.data = Data.open(options.data, self.sizes)
         self.device = _device(options.device)
         try:

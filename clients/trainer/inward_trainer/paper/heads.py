@@ -15,9 +15,9 @@ from inward.offline.fit.joint import Joint
 from inward.offline.fit.probes import LayerProbes, fit_layer
 from inward.offline.states.saved import Origin, PairStates
 from inward.offline.states.scores import apply
-from inward.types import Doubles, Reading
+from inward.types import Doubles, Floats, Reading
 from inward_client.rows import Pair
-from inward_trainer.paper.language_model import Floats, LanguageModel
+from inward_trainer.paper.language_model import LanguageModel
 from inward_trainer.paper.texts import encode_pairs
 
 SHRINKAGE = 3.0

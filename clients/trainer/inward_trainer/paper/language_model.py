@@ -9,18 +9,16 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from inward.backbones.transformers.packing import rectangles
-from inward.types import Doubles
+from inward.types import Doubles, Floats
 from inward_trainer.paper.batches import most_tokens, most_trained, padded
 from inward_trainer.paper.texts import Ids, Text
 from inward_trainer.sources.samples import SAMPLING
 from inward_trainer.tokens import Tokeniser
 
-Floats = NDArray[np.float32]
 Position = Literal["prompt", "last", "eos"]
 CUDA_ROWS, CPU_ROWS = 1536, 64
 """Answers that are drawn at once."""

@@ -251,7 +251,7 @@ class TransformersBackbone:
         texts = [(group.prompt_ids, response) for group in groups for response in group.responses_ids]
         outputs: list[list[Floats]] = [[] for _ in texts]
         spans: list[Span] = [Span(0, range(0))] * len(texts)
-        lengths = [len(prompt) + len(response) + fused.fusion.eos for prompt, response in texts]
+        lengths = [len(prompt) + len(response) + (fused.eos_id is not None) for prompt, response in texts]
         budget = self.capacity.tokens if self.mode == "padded" else 0
         for turn, batch in enumerate(packing.rectangles(lengths, budget)):
             if turn:

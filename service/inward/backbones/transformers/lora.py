@@ -8,7 +8,7 @@ touched.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,10 +66,12 @@ class Policy:
     @contextmanager
     def carried(self) -> Iterator[None]:
         """The model computes with it inside; by one thread at a time."""
-        with ExitStack() as hooks:
-            for delta in self.deltas:
-                hooks.enter_context(delta.module.register_forward_hook(delta.add))
+        hooks = [delta.module.register_forward_hook(delta.add) for delta in self.deltas]
+        try:
             yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 def _find(model: Model, name: str, adapter: Adapter) -> Any:

@@ -57,7 +57,7 @@ def compare(
     of_first, of_second = statistics_of(examples, first), statistics_of(examples, second)
     for name in COMPARED:
         if name in of_first and name in of_second:
-            (a, prompts), (b, _) = of_first[name], of_second[name]
+            (a, prompts), (b, _) = of_first[name](), of_second[name]()
 
             def minus(weights_BN: Doubles, a: Statistic = a, b: Statistic = b) -> Doubles:
                 return b(weights_BN) - a(weights_BN)

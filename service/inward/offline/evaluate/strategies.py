@@ -38,8 +38,8 @@ def strategies(examples: Examples, ours: Judged, layers: Judged, resampling: Res
     if ours.scores_M is None or layers.layer_scores_LM is None:
         return ()
     metric = metric_of(examples)
-    whole, prompts = statistics_of(examples, Judged(ours.scores_M))[metric]
-    each = [statistics_of(examples, Judged(scores_M))[metric][0] for scores_M in layers.layer_scores_LM]
+    whole, prompts = statistics_of(examples, Judged(ours.scores_M))[metric]()
+    each = [statistics_of(examples, Judged(scores_M))[metric]()[0] for scores_M in layers.layer_scores_LM]
     once = np.ones((1, len(prompts)))
     value_L = np.array([float(one(once)[0]) for one in each])
     last, best, worst = int(np.argmax(layers.layers)), int(value_L.argmax()), int(value_L.argmin())

@@ -80,11 +80,11 @@ class PairStates:
 
     def __post_init__(self) -> None:
         n = len(self.chosen_NLD)
-        _check("chosen", self.chosen_NLD, (n, len(self.layers), self.chosen_NLD.shape[-1]))
-        _check("rejected", self.rejected_NLD, self.chosen_NLD.shape)
-        _check("group", self.groups_N, (n,))
+        check_tensor("chosen", self.chosen_NLD, (n, len(self.layers), self.chosen_NLD.shape[-1]))
+        check_tensor("rejected", self.rejected_NLD, self.chosen_NLD.shape)
+        check_tensor("group", self.groups_N, (n,))
         if self.length_difference_N is not None:
-            _check("length_difference", self.length_difference_N, (n,))
+            check_tensor("length_difference", self.length_difference_N, (n,))
 
     def __len__(self) -> int:
         return len(self.chosen_NLD)
@@ -138,11 +138,11 @@ class ListStates:
 
     def __post_init__(self) -> None:
         g, m = len(self.prompt_GLD), len(self.candidates_MLD)
-        _check("prompt", self.prompt_GLD, (g, len(self.layers), self.prompt_GLD.shape[-1]))
-        _check("candidates", self.candidates_MLD, (m, *self.prompt_GLD.shape[1:]))
-        _check("group", self.group_M, (m,))
-        _check("safe", self.safe_M, (m,))
-        _check("prompt_group", self.groups_G, (g,))
+        check_tensor("prompt", self.prompt_GLD, (g, len(self.layers), self.prompt_GLD.shape[-1]))
+        check_tensor("candidates", self.candidates_MLD, (m, *self.prompt_GLD.shape[1:]))
+        check_tensor("group", self.group_M, (m,))
+        check_tensor("safe", self.safe_M, (m,))
+        check_tensor("prompt_group", self.groups_G, (g,))
         if m and not (self.group_M.min() >= 0 and self.group_M.max() < g):
             raise DataError(
                 f"group must number the {g} prompts from 0; it goes from {self.group_M.min()} to {self.group_M.max()}"
@@ -245,7 +245,7 @@ def near_duplicates(states_ND: Floats) -> Indices:
 
 def _pairs(tensors: Mapping[str, NDArray[Any]], layers: tuple[int, ...], origin: Origin) -> PairStates:
     chosen_NLD, rejected_NLD = _floats(tensors["chosen"]), _floats(tensors["rejected"])
-    _check("chosen", chosen_NLD, (len(chosen_NLD), len(layers), chosen_NLD.shape[-1]))
+    check_tensor("chosen", chosen_NLD, (len(chosen_NLD), len(layers), chosen_NLD.shape[-1]))
     group = tensors.get("group")
     difference = tensors.get("length_difference")
     return PairStates(
@@ -260,7 +260,7 @@ def _pairs(tensors: Mapping[str, NDArray[Any]], layers: tuple[int, ...], origin:
 
 def _lists(tensors: Mapping[str, NDArray[Any]], layers: tuple[int, ...], origin: Origin) -> ListStates:
     prompt_GLD, candidates_MLD = _floats(tensors["prompt"]), _floats(tensors["candidates"])
-    _check("prompt", prompt_GLD, (len(prompt_GLD), len(layers), prompt_GLD.shape[-1]))
+    check_tensor("prompt", prompt_GLD, (len(prompt_GLD), len(layers), prompt_GLD.shape[-1]))
     group_M, group_G = tensors["group"].astype(np.int64), tensors.get("prompt_group")
     return ListStates(
         prompt_GLD,
@@ -292,7 +292,8 @@ def _floats(tensor: NDArray[Any]) -> Floats:
     return tensor.astype(np.float32, copy=False)
 
 
-def _check(name: str, tensor: NDArray[Any], shape: tuple[int, ...]) -> None:
+def check_tensor(name: str, tensor: NDArray[Any], shape: tuple[int, ...]) -> None:
+    """Raises ``DataError`` where it has another shape, or NaN or infinite entries."""
     if tensor.shape != shape:
         raise DataError(f"{name} has shape {list(tensor.shape)}, but {list(shape)} goes with the others")
     if not np.isfinite(tensor).all():

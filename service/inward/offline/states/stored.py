@@ -15,9 +15,10 @@ from typing import Any, Protocol, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 
 from inward.errors import DataError
-from inward.offline.states.saved import METADATA, Origin, PairStates, hash_rows, near_duplicates
+from inward.offline.states.saved import METADATA, Origin, PairStates, check_tensor, hash_rows, near_duplicates
 from inward.types import Doubles, Floats, Indices
 
 BLOCK_BYTES = 64 * 2**20
@@ -151,8 +152,9 @@ class StoredPairs:
             for part in parts:
                 if not np.isfinite(rows.take(part)).all():
                     raise DataError(f"{path}: {name} has NaN or infinite entries among rows {part[0]} to {part[-1]}")
-        group = _small(file, start, header["group"], path) if "group" in header else None
-        difference = _small(file, start, header["length_difference"], path) if "length_difference" in header else None
+        group, difference = (
+            _column(file, start, header, name, len(every), path) for name in ("group", "length_difference")
+        )
         return cls(
             path,
             chosen,
@@ -346,15 +348,11 @@ def _parts(index: Indices, numbers_a_row: int) -> list[Indices]:
 def _header(file: _File, path: Path) -> tuple[dict[str, Any], int]:
     """The header of a safetensors file, and where its data begins."""
     try:
-        size = int.from_bytes(file.read(8, 0), "little")
-        if not 0 < size <= 100 * 2**20:
-            raise ValueError(f"a header of {size} bytes")
-        fields = json.loads(file.read(size, 8))
-        if not isinstance(fields, dict):
-            raise ValueError("the header is not an object")
-    except (OSError, ValueError) as error:
+        with safe_open(path, "numpy"):  # which checks it
+            size = int.from_bytes(file.read(8, 0), "little")
+    except (OSError, SafetensorError) as error:
         raise DataError(f"{path} is not a readable safetensors file of states ({error})") from error
-    return fields, 8 + size
+    return json.loads(file.read(size, 8)), 8 + size
 
 
 def _rows(file: _File, start: int, name: str, entry: Mapping[str, Any], path: Path) -> StoredRows:
@@ -362,10 +360,21 @@ def _rows(file: _File, start: int, name: str, entry: Mapping[str, Any], path: Pa
     if len(shape) != 3 or kind not in _WIDTHS:
         known = ", ".join(_WIDTHS)
         raise DataError(f"{path}: {name} must be [rows, layers, width] in {known}; it is {list(shape)} in {kind}")
-    begin, end = entry["data_offsets"]
-    if end - begin != prod(shape) * _WIDTHS[kind] or os.fstat(file.descriptor).st_size < start + end:
-        raise DataError(f"{path} was cut short: {name} is not all there")
-    return StoredRows(file, start + begin, shape, kind)
+    return StoredRows(file, start + entry["data_offsets"][0], shape, kind)
+
+
+def _column(
+    file: _File, start: int, header: Mapping[str, Any], name: str, rows: int, path: Path
+) -> NDArray[Any] | None:
+    """A number of each row, where the file has them."""
+    if name not in header:
+        return None
+    values = _small(file, start, header[name], path)
+    try:
+        check_tensor(name, values, (rows,))
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    return values
 
 
 def _small(file: _File, start: int, entry: Mapping[str, Any], path: Path) -> NDArray[Any]:

@@ -5,9 +5,9 @@ answers lie (its figure 2).
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from inward.offline.states.saved import PairStates
+from inward.types import Doubles
 from inward_trainer.paper.cells import Json
 from inward_trainer.paper.estimates import pair_accuracy
 from inward_trainer.paper.experiment import Experiment
@@ -86,5 +86,5 @@ def _plane(states: PairStates, layer: int) -> dict[str, list[list[float]]]:
     scale = both.std(axis=0)
     z = (both - both.mean(axis=0)) / np.where(scale > 0, scale, 1)
     _, _, axes = np.linalg.svd(z, full_matrices=False)
-    points: NDArray[np.float64] = z @ axes[:2].T
+    points: Doubles = z @ axes[:2].T
     return {"safe": points[: len(chosen)].round(2).tolist(), "unsafe": points[len(chosen) :].round(2).tolist()}
