@@ -338,6 +338,7 @@ async def test_what_was_computed_for_a_shard_that_went_is_told_when_it_is_back(o
         taken = [*await q.consumer.take(1000)]
         while len(taken) < 2:
             taken += await q.consumer.take(1000)
+        q.run(lambda: q.consumer.take(1000))  # who asks for more notices at once
         servers[1].kill()
         await until(lambda: q.consumer.lost)
         assert sorted(ids(await q.consumer.wanted(taken))) == ["a", "b"]
