@@ -113,6 +113,8 @@ def test_every_file_is_named_in_one_place(data):
 
 
 def test_workers_have_the_options_of_the_command_and_tables_of_their_own(tmp_path):
-    options = PaperOptions(out=tmp_path, data=tmp_path / "sets", quick=True, seeds=[2, 0], minutes=4, steps=3, workers=3)
+    options = PaperOptions(
+        out=tmp_path, data=tmp_path / "sets", quick=True, seeds=[2, 0], minutes=4, steps=3, workers=3
+    )
     args = parser().parse_args(["paper", *arguments(options, ["srr", "judge"])])
     assert read_options(PaperOptions, args, {}) == options.model_copy(update={"tables": ["srr", "judge"], "workers": 1})
