@@ -23,6 +23,7 @@ from inward_client import (
     Unavailable,
     UnreadableAnswer,
 )
+from inward_client.core import ANSWER_S
 from support.fake_transport import Service, envelope, in_turn, margins, refused
 
 
@@ -151,13 +152,20 @@ def test_no_answer_and_a_late_one_are_told_apart_without_the_password(call):
         assert "service/heads" in str(raised.value)
 
 
-def test_a_timeout_of_a_call_is_the_connections_and_the_services(call):
+def test_a_timeout_of_a_call_is_the_services_whose_refusal_is_waited_for(call):
     service = Service(echo)
     call(service, "margin", pairs(1), timeout=7)
     assert service.bodies()[0]["timeout"] == 7.0
-    assert service.requests[0].extensions["timeout"]["read"] == 7
+    assert service.requests[0].extensions["timeout"] == {"connect": 5, "read": 7 + ANSWER_S, "write": 7, "pool": 7}
     call(service, "margin", pairs(1))
     assert "timeout" not in service.bodies()[1]
+
+
+def test_a_timeout_that_is_not_told_to_the_service_is_the_connections(call):
+    service = Service(in_turn(httpx.Response(200, json={})))
+    call(service, "info", timeout=7)
+    call(service, "info", client={"timeout": 9})
+    assert [request.extensions["timeout"]["read"] for request in service.requests] == [7, 9]
 
 
 def test_new_fields_of_a_newer_service_are_left_out(call):

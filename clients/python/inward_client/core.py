@@ -22,6 +22,8 @@ T = TypeVar("T")
 DEFAULT_URL = "http://127.0.0.1:8080"
 CONNECT_S = 5.0
 """Seconds in which a connection must stand, if a call may take that long."""
+ANSWER_S = 5.0
+"""Seconds in which the service's own 504 must come, after a deadline that it was told."""
 DONE_NOTHING = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 """Failures before anything was sent."""
 
@@ -75,11 +77,11 @@ class Core:
             headers["content-type"] = JSONL if content is not None else "application/json"
             if not call.stream:
                 headers["idempotency-key"] = call.key or uuid.uuid4().hex
+        told = call.deadline and timeout is not None
         if call.body is not None:
-            deadline = {"timeout": float(timeout)} if call.deadline and timeout is not None else {}
             # ASCII: half a surrogate pair is refused there, not a crash here
-            content = json.dumps({**call.body, **deadline}).encode()
-        patience = httpx.Timeout(seconds, connect=min(CONNECT_S, seconds))
+            content = json.dumps({**call.body, **({"timeout": float(seconds)} if told else {})}).encode()
+        patience = httpx.Timeout(seconds, connect=min(CONNECT_S, seconds), read=seconds + ANSWER_S if told else seconds)
         return http.build_request(
             call.method,
             self.url + call.path,
