@@ -94,6 +94,32 @@ def test_what_the_service_does_not_know_of_a_row_is_not_sent(call):
     assert service.bodies() == [{"pairs": [{"prompt": "1", "chosen": "a", "rejected": "b"}], "truncate": True}]
 
 
+def ranked(request):
+    best = {"index": 0, "text": "a", "score": 1.0}
+    return httpx.Response(200, json=envelope(results=[best], best=best, pair=None, listwise=False))
+
+
+def test_candidates_are_a_list_of_texts_whatever_holds_them(call):
+    np = pytest.importorskip("numpy")
+    service = Service(ranked)
+    for candidates in (["a", "b"], ("a", "b"), np.array(["a", "b"]), np.array(["a", "b"], object), iter("ab")):
+        call(service, "rerank", "q", candidates)
+    assert [body["candidates"] for body in service.bodies()] == [["a", "b"]] * 5
+    call(service, "rerank", "q", [])  # the service's to refuse
+    call(service, "rerank", "q", n=2)
+    assert [body.get("candidates") for body in service.bodies()[5:]] == [[], None]
+
+
+def test_a_text_is_not_taken_for_the_list_of_its_letters(call):
+    service = Service(ranked)
+    with pytest.raises(TypeError, match=r"candidates is a list of texts.*\[text\]"):
+        call(service, "rerank", "q", "abc")
+    for method in ("score", "reward", "reward_pairs"):
+        with pytest.raises(TypeError, match="detail is a list"):
+            call(service, method, pairs(1), detail="tokens")
+    assert not service.requests
+
+
 def test_a_repeat_has_the_same_idempotency_key_and_another_call_another(call):
     service = Service(in_turn(refused(503, headers={"retry-after": "0"}), httpx.ConnectError("away"), echo))
     call(service, "margin", pairs(1))

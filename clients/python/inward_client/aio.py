@@ -194,7 +194,7 @@ class AsyncInward:
     async def rerank(
         self,
         prompt: Prompt,
-        candidates: Sequence[str] | None = None,
+        candidates: Iterable[str] | None = None,
         *,
         n: int | None = None,
         sampling: Mapping[str, Any] | None = None,
@@ -225,7 +225,7 @@ class AsyncInward:
             InwardError: no candidate could be scored, or the service could not do its part.
         """
         call = calls.rerank(
-            prompt, head=head, truncate=truncate, candidates=candidates and list(candidates), n=n, sampling=sampling,
+            prompt, candidates, head=head, truncate=truncate, n=n, sampling=sampling,
             return_token_ids=return_token_ids or None, append_to=append_to, early_rejection=early_rejection,
             stop_when=stop_when,
         )  # fmt: skip

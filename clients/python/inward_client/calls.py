@@ -65,9 +65,16 @@ def reward_pairs(
 
 
 def rerank(
-    prompt: Prompt, *, head: str | None, truncate: bool, stream: bool = False, **given: Any
+    prompt: Prompt,
+    candidates: Iterable[str] | None = None,
+    *,
+    head: str | None,
+    truncate: bool,
+    stream: bool = False,
+    **given: Any,
 ) -> Call[answers.RerankAnswer]:
     """``given``: the route's other fields, of which None is not sent."""
+    given |= {"candidates": None if candidates is None else _listed("candidates", candidates)}
     body = {"prompt": prompt if isinstance(prompt, str) else list(prompt), **_given(given), **_options(head, truncate)}
     if stream:
         body["stream"] = True
@@ -157,7 +164,18 @@ def _fields(element: Element, known: Sequence[str]) -> dict[str, Any]:
 
 
 def _options(head: str | None, truncate: bool, detail: Sequence[str] = ()) -> dict[str, Any]:
-    return _given({"head": head, "truncate": truncate or None, "detail": list(detail) or None})
+    return _given({"head": head, "truncate": truncate or None, "detail": _listed("detail", detail) or None})
+
+
+def _listed(name: str, texts: Iterable[str]) -> list[str]:
+    """Texts of whatever holds them, such as a column of a frame; a single one would be its letters.
+
+    Raises:
+        TypeError: it is a single one.
+    """
+    if isinstance(texts, str):
+        raise TypeError(f"{name} is a list of texts, not a text: give [text]")
+    return list(texts)
 
 
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:
