@@ -234,6 +234,29 @@ def test_an_error_inside_a_batch_names_the_place_in_the_whole_list(call):
     ]
 
 
+def test_the_message_of_an_error_names_that_place_too(call):
+    def answer(request):
+        asked = json.loads(request.content)["pairs"]
+        if all("chosen" in pair for pair in asked):
+            return margins(asked)
+        n = next(n for n, pair in enumerate(asked) if "chosen" not in pair)
+        return refused(422, f"pairs.{n}.chosen is missing", param=f"pairs.{n}.chosen", code="invalid_field")
+
+    rows = [pair if n not in (3, 6) else {"prompt": "q"} for n, pair in enumerate(pairs(8))]
+    answer = call(Service(answer), "margin", rows, client={"batch_size": 4})
+    messages = [m.error.message for m in answer.margins if m.error]
+    assert messages == ["pairs.3.chosen is missing", "pairs.6.chosen is missing"]
+
+
+def test_a_message_that_begins_with_another_path_is_kept(call):
+    def answer(request):
+        one = {"message": "pairs.10 is like it", "type": "t", "param": "pairs.1", "code": "c"}
+        return httpx.Response(200, json=envelope(margins=[{"margin": 1.0}, {"margin": None, "error": one}]))
+
+    error = call(Service(answer), "margin", pairs(4), client={"batch_size": 2}).margins[3].error
+    assert (error.message, error.param) == ("pairs.10 is like it", "pairs.3")
+
+
 def test_if_nothing_can_be_scored_the_first_error_is_raised(call):
     service = Service(lambda r: refused(422, json.loads(r.content)["pairs"][0]["prompt"], param="pairs.0.prompt"))
     with pytest.raises(InvalidField, match="0"):

@@ -8,6 +8,7 @@ the list was split; one that is too large, or takes longer than the service allo
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -119,8 +120,8 @@ class Batches(Generic[A]):
             usage += answer.usage
             elements[part.start : part.stop] = [self._moved(e, part.start) for e in getattr(answer, self._answered_as)]
         for part, error in self._refused.items():
-            detail = ItemError(error.message, "invalid_request_error", self._path(error.param, part.start), error.code)
-            elements[part.start] = self._unscored(detail)
+            detail = ItemError(error.message, "invalid_request_error", error.param, error.code)
+            elements[part.start] = self._unscored(self._placed(detail, part.start))
         changes: dict[str, Any] = {"usage": usage, self._answered_as: elements}
         return replace(cast(A, self._latest), **changes)
 
@@ -139,7 +140,14 @@ class Batches(Generic[A]):
     def _moved(self, element: Any, start: int) -> Any:
         if element.error is None or not start:
             return element
-        return replace(element, error=replace(element.error, param=self._path(element.error.param, start)))
+        return replace(element, error=self._placed(element.error, start))
+
+    def _placed(self, error: ItemError, start: int) -> ItemError:
+        """An error of a part with the place in the whole list, also where its message begins with it."""
+        here, there = error.param or "", self._path(error.param, start)
+        begins = bool(here) and re.match(rf"{re.escape(here)}(?!\w)", error.message)
+        message = f"{there}{error.message[len(here) :]}" if begins else error.message
+        return replace(error, message=message, param=there)
 
     def _path(self, param: str | None, start: int) -> str | None:
         """The path of a field in the whole list, from its path in a part."""

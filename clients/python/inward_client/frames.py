@@ -6,6 +6,7 @@ None of those libraries is imported that the caller has not.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from importlib.util import find_spec
@@ -23,6 +24,8 @@ COLUMNS = (
 """What an annotation adds to a row."""
 ERROR = "annotation_error"
 """Beside them: why a row has none."""
+PLACE = re.compile(r"^pairs\.\d+\.")
+"""At the beginning of a message: among the pairs that were asked about, which are not all of the rows."""
 Rows = list[dict[str, Any]]
 
 
@@ -93,7 +96,7 @@ def _pair(reader: PairReader, row: Mapping[str, Any]) -> Pair | str:
 def _told(pair: Pair, margin: Margin) -> tuple[Margin | None, str | None]:
     """Equal answers have no margin and no verdict, whatever rounding makes of their scores."""
     if margin.error is not None:
-        return None, margin.error.message
+        return None, PLACE.sub("", margin.error.message)
     if not pair.tie:
         return margin, None
     scaled = None if margin.margin_scaled is None else 0.0
