@@ -94,6 +94,34 @@ def test_what_the_service_does_not_know_of_a_row_is_not_sent(call):
     assert service.bodies() == [{"pairs": [{"prompt": "1", "chosen": "a", "rejected": "b"}], "truncate": True}]
 
 
+@pytest.mark.parametrize("nothing", [None, float("nan"), float("inf")])
+def test_what_a_frame_has_for_an_absent_text_is_not_sent(call, nothing):
+    """The row has an error of its own then, and the others are scored."""
+    service = Service(in_turn(httpx.Response(200, json=envelope(margins=[{"margin": 1.0}] * 2))))
+    row = {"prompt": "q", "chosen": "a", "rejected": nothing, "messages": nothing}
+    call(service, "margin", [row, *pairs(1)])
+    job = {"id": "a" * 32, "state": "running", "kind": "margin", "rows": 1, "done": 0, "created": 1.0}
+    uploaded = Service(in_turn(httpx.Response(201, json=job)))
+    call(uploaded, "create_job", "margin", [row])
+    assert [service.bodies()[0]["pairs"][0], *uploaded.bodies()] == [{"prompt": "q", "chosen": "a"}] * 2
+
+
+def test_records_of_a_pandas_frame_are_rows(call):
+    pd = pytest.importorskip("pandas")
+    for kind in ("object", "string"):
+        service = Service(echo)
+        frame = pd.DataFrame([*pairs(1), {"prompt": "2", "chosen": None}], dtype=kind)
+        call(service, "margin", frame.to_dict("records"))
+        assert service.bodies()[0]["pairs"] == [*pairs(1), {"prompt": "2"}], kind
+
+
+def test_a_number_that_json_has_not_never_leaves(call):
+    service = Service(ranked)
+    with pytest.raises(ValueError, match="JSON"):
+        call(service, "rerank", "q", n=2, sampling={"temperature": float("nan")})
+    assert not service.requests
+
+
 def ranked(request):
     best = {"index": 0, "text": "a", "score": 1.0}
     return httpx.Response(200, json=envelope(results=[best], best=best, pair=None, listwise=False))

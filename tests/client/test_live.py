@@ -88,6 +88,8 @@ async def test_an_item_that_cant_be_scored_keeps_its_place(ask):
     assert [m.error and m.error.param for m in answer.margins] == [None, "pairs.1.chosen", None]
     with pytest.raises(InvalidField):
         await ask("margin", [{**PAIR, "chosen": "\ud800"}])
+    absent = await ask("margin", [PAIR, {**PAIR, "rejected": float("nan")}])
+    assert [m.error and m.error.message for m in absent.margins] == [None, "pairs.1.rejected is missing"]
 
 
 async def test_a_deadline_that_has_passed_is_the_services_to_tell(demo_server):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -40,6 +41,15 @@ class Call(Generic[T]):
     """The answer comes as events; it can't be kept for another try."""
     key: str | None = None
     """Idempotency key, where it is the caller's."""
+
+
+def encoded(value: Mapping[str, Any]) -> bytes:
+    """As JSON; in ASCII, since half a surrogate pair is the service's to refuse, not a crash here.
+
+    Raises:
+        ValueError: a number is NaN or infinite, which JSON has not.
+    """
+    return json.dumps(value, allow_nan=False).encode()
 
 
 def margin(pairs: Iterable[Element], head: str | None, truncate: bool) -> Call[answers.MarginAnswer]:
@@ -119,7 +129,7 @@ def create_job(
     kind: str, rows: Iterable[Element], head: str | None, append_to: str | None, key: str | None
 ) -> Call[answers.Job]:
     kept = ITEM if kind == "score" else ITEM + PAIR if kind == "reward" else PAIR
-    lines = b"".join(json.dumps(_fields(row, kept)).encode() + b"\n" for row in rows)
+    lines = b"".join(encoded(_fields(row, kept)) + b"\n" for row in rows)
     params = _given({"kind": kind, "head": head, "append_to": append_to})
     return Call("POST", "/jobs", partial(read, answers.Job), content=lines, params=params, repeatable=False, key=key)
 
@@ -157,10 +167,14 @@ def _pairs(pairs: Iterable[Element]) -> dict[str, Any]:
 
 
 def _fields(element: Element, known: Sequence[str]) -> dict[str, Any]:
-    """What the service takes of a row, so that rows of a dataset can be given as they are (an absent column may be
-    None there).
-    """
-    return {name: element[name] for name in known if element.get(name) is not None}
+    """What the service takes of a row, so that rows of a dataset can be given as they are."""
+    return {name: value for name in known if not _is_absent(value := element.get(name))}
+
+
+def _is_absent(value: object) -> bool:
+    """None, or what a frame has instead: NaN, pandas' NA. Neither is infinity a text."""
+    not_finite = isinstance(value, float) and not math.isfinite(value)
+    return value is None or not_finite or type(value).__name__ == "NAType"
 
 
 def _options(head: str | None, truncate: bool, detail: Sequence[str] = ()) -> dict[str, Any]:

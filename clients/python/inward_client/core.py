@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from inward_client.calls import JSONL, Call
+from inward_client.calls import JSONL, Call, encoded
 from inward_client.errors import ConnectionFailed, InwardError, StatusError, TimedOut, UnreadableAnswer, of_status
 from inward_client.retries import Retries, wait_before_retry
 
@@ -79,8 +79,7 @@ class Core:
                 headers["idempotency-key"] = call.key or uuid.uuid4().hex
         told = call.deadline and timeout is not None
         if call.body is not None:
-            # ASCII: half a surrogate pair is refused there, not a crash here
-            content = json.dumps({**call.body, **({"timeout": float(seconds)} if told else {})}).encode()
+            content = encoded({**call.body, **({"timeout": float(seconds)} if told else {})})
         patience = httpx.Timeout(seconds, connect=min(CONNECT_S, seconds), read=seconds + ANSWER_S if told else seconds)
         return http.build_request(
             call.method,
