@@ -9,10 +9,12 @@ import httpx
 import pytest
 
 from inward_client import (
+    AsyncInward,
     ConnectionFailed,
     DeadlineExceeded,
     Health,
     InvalidField,
+    Inward,
     InwardError,
     NotFound,
     Ranked,
@@ -81,6 +83,30 @@ def test_a_long_list_goes_out_in_batches_and_comes_back_in_order(call):
     assert sorted(len(body["pairs"]) for body in service.bodies()) == [1, 4, 4, 4, 4, 4, 4]
     assert answer.usage.prompt_tokens == 14
     assert service.most_at_once <= 3
+
+
+@pytest.mark.parametrize("elements", [pairs(1)[0], "text", [*pairs(70), ("q", "a", "b")], [None]])
+def test_elements_that_are_no_dicts_are_refused_with_what_is_wanted(call, elements):
+    service = Service(echo)
+    ways = [
+        ("margin", elements), ("score", elements), ("reward", elements), ("reward_pairs", elements),
+        ("update", "hybrid", 1, elements), ("create_job", "margin", elements),
+    ]  # fmt: skip
+    for method, *given in ways:
+        with pytest.raises(TypeError, match=r"(pairs|items|rows)\.\d+ is of type (str|tuple|NoneType); put"):
+            call(service, method, *given)
+    assert not service.requests
+
+
+def test_a_frame_is_refused_with_how_it_can_be_given(call):
+    pd = pytest.importorskip("pandas")
+    with pytest.raises(TypeError, match=r'df\.to_dict\("records"\), or use annotate'):
+        call(Service(echo), "margin", pd.DataFrame(pairs(2)))
+
+
+def test_messages_that_are_no_dicts_are_refused_too(call):
+    with pytest.raises(TypeError, match=r"prompt\.0 is of type str"):
+        call(Service(ranked), "rerank", {"role": "user", "content": "q"}, ["a"])
 
 
 def test_what_the_service_does_not_know_of_a_row_is_not_sent(call):
@@ -388,11 +414,22 @@ def test_key_and_address_come_from_the_environment_and_the_key_is_not_shown(call
     assert "from-environment" not in repr(service.async_client()._core)
 
 
-def test_an_address_that_is_none_is_refused_at_once():
-    from inward_client import Inward
+@pytest.mark.parametrize("url", ["localhost:8080", "http://", "https:///v1", "http://:8080", "http://host:port"])
+def test_an_address_that_is_none_is_refused_at_once(url):
+    for client in (Inward, AsyncInward):
+        with pytest.raises(ValueError, match="url"):
+            client(url)
 
-    with pytest.raises(ValueError, match="http"):
-        Inward("localhost:8080")
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf")])
+def test_a_timeout_in_which_nothing_can_be_done_is_refused_and_not_tried(call, timeout):
+    service = Service(echo)
+    for method, given in (("margin", [pairs(1)]), ("info", [])):
+        with pytest.raises(ValueError, match=r"timeout must be .* above 0"):
+            call(service, method, *given, timeout=timeout)
+    with pytest.raises(ValueError, match="timeout"):
+        call(service, "info", client={"timeout": timeout})
+    assert not service.requests
 
 
 def test_the_progress_bar_ends_at_the_number_of_pairs(call, capsys):

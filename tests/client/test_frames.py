@@ -104,6 +104,11 @@ def test_data_of_another_kind_are_refused_by_name(client, data):
         annotate(data, client)
 
 
+def test_rows_that_are_no_dicts_are_refused_by_their_place(client):
+    with pytest.raises(TypeError, match=r"data\.1 is of type str"):
+        annotate([ROWS[0], "text"], client)
+
+
 def test_an_answer_is_a_frame():
     pd = pytest.importorskip("pandas")
     margins = [Margin(margin=1.0, bin=0.5), Margin(error=ItemError("too long"))]

@@ -104,7 +104,7 @@ class AsyncInward:
             InwardError: no pair could be scored, or the service could not do its part.
         """
         ask = partial(calls.margin, head=head, truncate=truncate)
-        batches = Batches(list(pairs), self._core.batch_size, ask, "pairs", "margins", Margin)
+        batches = Batches(pairs, self._core.batch_size, ask, "pairs", "margins", Margin)
         return await self._send_all(batches, timeout, progress)
 
     async def score(
@@ -132,7 +132,7 @@ class AsyncInward:
             InwardError: no item could be scored, or the service could not do its part.
         """
         ask = partial(calls.score, head=head, truncate=truncate, detail=detail)
-        batches = Batches(list(items), self._core.batch_size, ask, "items", "scores", Score)
+        batches = Batches(items, self._core.batch_size, ask, "items", "scores", Score)
         return await self._send_all(batches, timeout, progress)
 
     async def reward(
@@ -160,7 +160,7 @@ class AsyncInward:
             InwardError: no item could be scored, or the service could not do its part.
         """
         ask = partial(calls.reward, head=head, truncate=truncate, detail=detail)
-        batches = Batches(list(items), self._core.batch_size, ask, "items", "rewards", Score)
+        batches = Batches(items, self._core.batch_size, ask, "items", "rewards", Score)
         return await self._send_all(batches, timeout, progress)
 
     async def reward_pairs(
@@ -188,7 +188,7 @@ class AsyncInward:
             InwardError: no pair could be scored, or the service could not do its part.
         """
         ask = partial(calls.reward_pairs, head=head, truncate=truncate, detail=detail)
-        batches = Batches(list(pairs), self._core.batch_size, ask, "pairs", "rewards", RewardPair)
+        batches = Batches(pairs, self._core.batch_size, ask, "pairs", "rewards", RewardPair)
         return await self._send_all(batches, timeout, progress)
 
     async def rerank(

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar, cast
 
 from inward_client.answers import Answer, ItemError, Usage
-from inward_client.calls import Call, Element
+from inward_client.calls import Call, Element, listed
 from inward_client.errors import DeadlineExceeded, InvalidField, StatusError, TooLarge, Unavailable
 
 A = TypeVar("A", bound=Answer)
@@ -43,22 +43,25 @@ class Batches(Generic[A]):
         call: makes the request for some of the elements.
         sent_as, answered_as: the list's field in the request and in the answer.
         unscored: makes the element of an answer that holds an error instead of scores.
+
+    Raises:
+        TypeError: an element is no dict.
     """
 
     def __init__(
         self,
-        elements: Sequence[Element],
+        elements: Iterable[Element],
         size: int,
         call: Callable[[Sequence[Element]], Call[A]],
         sent_as: str,
         answered_as: str,
         unscored: Callable[[ItemError], Any],
     ) -> None:
-        self._elements = elements
+        self._elements = listed(sent_as, elements)
         self._call, self._sent_as, self._answered_as, self._unscored = call, sent_as, answered_as, unscored
-        self.total, self.unit = len(elements), sent_as
-        stops = range(0, max(len(elements), 1), size)  # an empty list is the service's to refuse
-        self._waiting = deque(Part(start, min(start + size, len(elements))) for start in stops)
+        self.total, self.unit = len(self._elements), sent_as
+        starts = range(0, max(self.total, 1), size)  # an empty list is the service's to refuse
+        self._waiting = deque(Part(start, min(start + size, self.total)) for start in starts)
         self._asked = 0
         self._answers: dict[Part, A] = {}
         self._refused: dict[Part, StatusError] = {}

@@ -43,6 +43,22 @@ class Call(Generic[T]):
     """Idempotency key, where it is the caller's."""
 
 
+def listed(name: str, elements: Iterable[Element]) -> list[Element]:
+    """Rows, or messages, of whatever holds them; ``name`` is for errors.
+
+    Raises:
+        TypeError: one of them is no dict.
+    """
+    found = list(elements)
+    for i, element in enumerate(found):
+        if not isinstance(element, Mapping):
+            raise TypeError(
+                f"{name} is a list of dicts, and {name}.{i} is of type {type(element).__name__}; put a single dict in "
+                'a list, and of a DataFrame give df.to_dict("records"), or use annotate'
+            )
+    return found
+
+
 def encoded(value: Mapping[str, Any]) -> bytes:
     """As JSON; in ASCII, since half a surrogate pair is the service's to refuse, not a crash here.
 
@@ -85,7 +101,11 @@ def rerank(
 ) -> Call[answers.RerankAnswer]:
     """``given``: the route's other fields, of which None is not sent."""
     given |= {"candidates": None if candidates is None else _listed("candidates", candidates)}
-    body = {"prompt": prompt if isinstance(prompt, str) else list(prompt), **_given(given), **_options(head, truncate)}
+    body = {
+        "prompt": prompt if isinstance(prompt, str) else listed("prompt", prompt),
+        **_given(given),
+        **_options(head, truncate),
+    }
     if stream:
         body["stream"] = True
     return _scores("/rerank", body, answers.RerankAnswer, stream=stream)
@@ -105,7 +125,7 @@ def activate(name: str, version: int) -> Call[answers.Head]:
 
 
 def update(name: str, sequence: int, pairs: Iterable[Element], lr: float | None) -> Call[answers.Head]:
-    body = {"sequence": sequence, **_pairs(pairs), **_given({"lr": lr})}
+    body = {"sequence": sequence, **_pairs(listed("pairs", pairs)), **_given({"lr": lr})}
     return Call("POST", f"/heads/{quote(name, safe='')}/update", partial(read, answers.Head), body)
 
 
@@ -129,7 +149,7 @@ def create_job(
     kind: str, rows: Iterable[Element], head: str | None, append_to: str | None, key: str | None
 ) -> Call[answers.Job]:
     kept = ITEM if kind == "score" else ITEM + PAIR if kind == "reward" else PAIR
-    lines = b"".join(encoded(_fields(row, kept)) + b"\n" for row in rows)
+    lines = b"".join(encoded(_fields(row, kept)) + b"\n" for row in listed("rows", rows))
     params = _given({"kind": kind, "head": head, "append_to": append_to})
     return Call("POST", "/jobs", partial(read, answers.Job), content=lines, params=params, repeatable=False, key=key)
 

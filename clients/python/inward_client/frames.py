@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from typing import Any, TypeVar, cast
 
 from inward_client.answers import Margin
+from inward_client.calls import listed
 from inward_client.client import Inward
 from inward_client.rows import AUTO, DataError, Pair, PairReader, recognise
 
@@ -135,7 +136,7 @@ def _of_parts(parts: Any, new: Callable[[Rows], dict[str, list[Any]]]) -> Any:
 
 
 def _of_list(rows: Any, new: Callable[[Rows], dict[str, list[Any]]]) -> Any:
-    rows = [dict(row) for row in rows]
+    rows = [dict(row) for row in listed("data", rows)]
     added = new(rows)
     return [{**row, **{name: values[n] for name, values in added.items()}} for n, row in enumerate(rows)]
 
