@@ -100,7 +100,7 @@ def rerank(
     **given: Any,
 ) -> Call[answers.RerankAnswer]:
     """``given``: the route's other fields, of which None is not sent."""
-    given |= {"candidates": None if candidates is None else _listed("candidates", candidates)}
+    given |= {"candidates": None if candidates is None else _texts("candidates", candidates)}
     body = {
         "prompt": prompt if isinstance(prompt, str) else listed("prompt", prompt),
         **_given(given),
@@ -198,10 +198,10 @@ def _is_absent(value: object) -> bool:
 
 
 def _options(head: str | None, truncate: bool, detail: Sequence[str] = ()) -> dict[str, Any]:
-    return _given({"head": head, "truncate": truncate or None, "detail": _listed("detail", detail) or None})
+    return _given({"head": head, "truncate": truncate or None, "detail": _texts("detail", detail) or None})
 
 
-def _listed(name: str, texts: Iterable[str]) -> list[str]:
+def _texts(name: str, texts: Iterable[str]) -> list[str]:
     """Texts of whatever holds them, such as a column of a frame; a single one would be its letters.
 
     Raises:
