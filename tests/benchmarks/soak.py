@@ -212,7 +212,7 @@ class Soak:
             self.write()
 
     def keep_errors(self, process: Process) -> None:
-        """What it logged as one since the last time, and what is no log at all, as a traceback; the rest is forgotten."""
+        """What it logged as one since the last time, and what is no log at all, as a traceback; the rest is let go."""
         said = [process.log.pop(0) for _ in range(len(process.log))]
         events = [json.loads(line) for line in said if line.startswith("{")]
         self.outcomes.update(f"logged: {event['event']}" for event in events if event["level"] == "error")
