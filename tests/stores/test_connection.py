@@ -8,9 +8,9 @@ import pytest
 
 from inward.control.channel import ControlChannel
 from inward.errors import SetupError, Unavailable
-from inward.stores.connection import COMMANDS, Connection, GroupLost, Refused
+from inward.stores.connection import COMMANDS, Connection, GroupLost, KeyFinder, Refused
 from inward.stores.keys import Keys
-from support.queues import BEATING, done, ids, in_redis, job
+from support.queues import BEATING, around, done, ids, in_redis, job
 from support.redis_server import CLUSTERED, Sentinel, find_with_tls, join, write_certificate
 from support.waiting import PATIENCE, until
 
@@ -49,8 +49,9 @@ async def clustered(own_redis):
     """
     servers = [own_redis(**CLUSTERED) for _ in range(2)]
     nodes = {server.port: server for server in servers}
-    connection = Connection(join(servers), timeout=1.0)
+    connection = Connection(join(servers), timeout=PATIENCE)
     await connection("GET", "any")
+    connection.timeout = 1.0
     client = connection._client
     default = client.get_default_node().port
     key = next(key for key in "abcdefgh" if client.get_node_from_key(key).port != default)
@@ -58,10 +59,22 @@ async def clustered(own_redis):
     await connection.close()
 
 
+async def replicate(replica, master, other):
+    """Clients of three servers: the first one joins the cluster of the others as the replica of ``master``."""
+    names = [one.execute_command("CLUSTER", "MYID").decode() for one in (master, other, replica)]
+    for one in (master, other):
+        replica.execute_command("CLUSTER", "MEET", "127.0.0.1", one.connection_pool.connection_kwargs["port"])
+    for one in (master, other, replica):
+        await until(lambda one=one: all(name in str(one.execute_command("CLUSTER NODES")) for name in names))
+    replica.execute_command("CLUSTER", "REPLICATE", names[0])
+    await until(lambda: replica.info("replication")["master_link_status"] == "up")
+
+
 async def goes_through(q, name):
-    [wait] = await q.producer.submit([job(name)])
-    await q.consumer.settle([done(j, j.id) for j in await q.consumer.wanted(await q.consumer.take(100))])
-    assert (await asyncio.wait_for(wait, PATIENCE)).message == name
+    async with asyncio.timeout(PATIENCE):
+        [wait] = await q.producer.submit([job(name)])
+        await q.consumer.settle([done(j, j.id) for j in await q.consumer.wanted(await q.consumer.take(100))])
+        assert (await wait).message == name
 
 
 async def test_tls_with_a_password_goes_through_and_a_certificate_that_nobody_vouches_for_is_refused(
@@ -301,13 +314,7 @@ async def test_of_a_cluster_the_node_of_the_queue_that_falls_silent_is_noticed_o
 async def test_of_a_cluster_the_node_that_takes_a_silent_one_s_place_is_found(clustered, own_redis):
     connection, key, node, default = clustered
     with node.client() as master, default.client() as other, own_redis(**CLUSTERED).client() as replica:
-        names = [one.execute_command("CLUSTER", "MYID").decode() for one in (master, other, replica)]
-        for server in (node, default):
-            replica.execute_command("CLUSTER", "MEET", "127.0.0.1", server.port)
-        for one in (master, other, replica):
-            await until(lambda one=one: all(name in str(one.execute_command("CLUSTER NODES")) for name in names))
-        replica.execute_command("CLUSTER", "REPLICATE", names[0])
-        await until(lambda: replica.info("replication")["master_link_status"] == "up")
+        await replicate(replica, master, other)
         await connection.script(ECHO, [key], ["before"])
         node.signal(signal.SIGSTOP)
         try:
@@ -327,3 +334,75 @@ async def test_who_works_at_a_queue_is_asked_of_its_own_node_of_a_cluster(cluste
         assert await ControlChannel(connection, Keys(key)).workers() == {}
     finally:
         default.signal(signal.SIGCONT)
+
+
+async def test_of_a_cluster_a_queue_goes_on_while_another_node_is_frozen(clustered):
+    connection, key, _, default = clustered
+    connection.timeout = PATIENCE
+    default.signal(signal.SIGSTOP)
+    try:
+        async with around(connection, Keys(key)) as q:
+            await goes_through(q, "a")
+    finally:
+        default.signal(signal.SIGCONT)
+
+
+async def test_of_a_cluster_who_comes_while_another_node_is_frozen_asks_only_the_one_of_its_key(clustered):
+    _, key, node, default = clustered
+    default.signal(signal.SIGSTOP)
+    try:
+        for _ in range(10):  # redis-py chooses at random
+            new = Connection(f"redis+cluster://127.0.0.1:{node.port}", timeout=PATIENCE)
+            assert await new("GET", key) is None
+            await new.close()
+    finally:
+        default.signal(signal.SIGCONT)
+
+
+async def test_of_a_cluster_a_queue_goes_on_when_another_node_dies_and_its_replica_takes_over(clustered, own_redis):
+    connection, key, node, default = clustered
+    connection.timeout = PATIENCE
+    new = own_redis(**CLUSTERED)
+    with default.client() as master, node.client() as other, new.client() as replica:
+        await replicate(replica, master, other)
+        async with around(connection, Keys(key)) as q:
+            await goes_through(q, "before")
+            default.kill()
+            await goes_through(q, "meanwhile")
+            replica.execute_command("CLUSTER", "FAILOVER", "TAKEOVER")
+            await until(
+                lambda: {one[2][1] for one in other.execute_command("CLUSTER", "SLOTS")} == {node.port, new.port}
+            )
+            await goes_through(q, "after")
+            await connection._client.aclose()  # as when the queue's own node changes: it asks for all nodes anew
+            await goes_through(q, "later")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "XREAD COUNT 1 BLOCK 5 STREAMS s t 0 $",
+        "XREADGROUP GROUP g STREAMS COUNT 1 NOACK STREAMS s t > >",
+        "XGROUP CREATE s g 0 MKSTREAM",
+        "XAUTOCLAIM s g me 5 0 COUNT 1",
+        "XCLAIM s g me 0 1-1 JUSTID",
+        "XACK s g 1-1",
+        "XDEL s 1-1 1-2",
+        "XRANGE s - +",
+        "XREVRANGE s + - COUNT 1",
+        "MGET s t",
+        "HMGET s 1 2",
+        "HGET s 1",
+        "HGETALL s",
+        "HLEN s",
+        "BLPOP s 1",
+        "SET s 1 NX PX 5",
+        "GET s",
+        "DEL s t",
+        "EXISTS s",
+    ],
+)
+async def test_the_key_of_a_command_is_found_where_redis_finds_it(redis_server, command):
+    with redis_server.client() as client:
+        [first, *_] = client.execute_command("COMMAND GETKEYS", *command.split())
+    assert await KeyFinder().get_keys(*command.split()) == (first,)

@@ -34,24 +34,31 @@ class InMemory:
 class InRedis:
     """One replica and one worker around a Redis."""
 
-    def __init__(self, producer, consumer, connection):
-        self.producer, self.consumer, self.redis = producer, consumer, connection
+    def __init__(self, producer, consumer, connection, keys):
+        self.producer, self.consumer, self.redis, self._keys = producer, consumer, connection, keys
 
     async def tokens(self):
-        return int(await self.redis("GET", KEYS.key("tokens")) or 0)
+        return int(await self.redis("GET", self._keys.key("tokens")) or 0)
 
 
 @asynccontextmanager
-async def in_redis(url, *, max_tokens=1_000_000, producer=None, consumer=None):
-    """Opened sides of a queue in Redis, closed in the end; the options go to their constructors."""
+async def in_redis(url, **options):
+    """Opened sides of a queue in Redis, closed in the end; options as for ``around``."""
     connection = Connection(url, timeout=PATIENCE)
-    worker = RedisConsumer(connection, KEYS, **{**WORKER, **(consumer or {})})
-    replica = RedisProducer(connection, KEYS, max_tokens=max_tokens, **{**REPLICA, **(producer or {})})
     try:
-        async with living(worker), living(replica):
-            yield InRedis(replica, worker, connection)
+        async with around(connection, KEYS, **options) as both:
+            yield both
     finally:
         await connection.close()
+
+
+@asynccontextmanager
+async def around(connection, keys, *, max_tokens=1_000_000, producer=None, consumer=None):
+    """Opened sides of a queue, which leave in the end; the options go to their constructors."""
+    worker = RedisConsumer(connection, keys, **{**WORKER, **(consumer or {})})
+    replica = RedisProducer(connection, keys, max_tokens=max_tokens, **{**REPLICA, **(producer or {})})
+    async with living(worker), living(replica):
+        yield InRedis(replica, worker, connection, keys)
 
 
 @asynccontextmanager

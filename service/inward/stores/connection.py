@@ -77,6 +77,43 @@ class Client(Protocol):
     async def aclose(self) -> None: ...
 
 
+class KeyFinder:
+    """Finds the key of a command in its words, in the place of redis-py's parser of commands.
+
+    That one asks a node for its table of commands, and once more for the keys of every ``XREAD`` and ``XREADGROUP``:
+    the default node, whichever that is. Nothing would go on where it is frozen or gone.
+    """
+
+    async def initialize(self, node: object = None) -> None:
+        """Asks nobody."""
+
+    async def get_keys(self, *command: Any) -> tuple[Any, ...]:
+        """The first key alone: those of one command share a slot, or Redis refuses it."""
+        match command[0]:
+            case "XREAD":
+                at = command.index("STREAMS") + 1
+            case "XREADGROUP":
+                at = command.index("STREAMS", 4) + 1  # a worker may be called so
+            case "XGROUP":
+                at = 2
+            case _:
+                at = 1
+        return command[at : at + 1]
+
+
+class Cluster(RedisCluster):
+    """One of which a command needs no other node than that of its key."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        cast(Any, self).commands_parser = KeyFinder()
+
+    async def execute_command(self, *command: Any, **options: Any) -> Any:
+        """As redis-py's, which sends what comes before it knows the nodes to any of them."""
+        await self.initialize()
+        return await super().execute_command(*command, **options)
+
+
 class Connection:
     """One Redis, standalone, behind Sentinels or a cluster.
 
@@ -116,8 +153,8 @@ class Connection:
         return max(1, math.ceil(min(wanted_ms, 500 * self.timeout)))
 
     async def __call__(self, *command: Any) -> Any:
-        """One command, such as ``await connection("XLEN", key)``. It has to name a key, by which its node of a cluster
-        is found.
+        """One command, such as ``await connection("XLEN", key)``. Its first argument is a key, by which its node of a
+        cluster is found; ``XREAD``, ``XREADGROUP`` and ``XGROUP`` have theirs further back.
 
         Raises:
             Unavailable: it could not be done, or it is not known whether it was; see its kinds above.
@@ -280,7 +317,7 @@ def _clients(url: str, timeout: float, name: str) -> tuple[Client, Sequence[Clie
         if "+sentinel" in url.partition("://")[0]:
             return _behind_sentinels(url, options)
         if "+cluster" in url.partition("://")[0]:
-            return cast(Client, RedisCluster.from_url(url.replace("+cluster", "", 1), **options)), ()
+            return cast(Client, Cluster.from_url(url.replace("+cluster", "", 1), **options)), ()
         client = Redis.from_url(url, **options)
         client.connection_pool.make_connection()  # type: ignore[no-untyped-call]  # an option that there is not is found here
         return cast(Client, client), ()
