@@ -164,7 +164,7 @@ def judge(margin_N: Doubles, flipped_N: Bools, states: PairStates, seed: int) ->
 
     order = np.argsort(margin_N, kind="stable")
     flagged_N = margin_N < 0
-    found = noise(margin_N, states.groups_N, seed=seed)
+    found = noise(margin_N, states.groups_N)
     return {
         "p10": float(flipped_N[order[:10]].mean()),
         "p50": float(flipped_N[order[:50]].mean()),

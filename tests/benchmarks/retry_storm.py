@@ -27,7 +27,8 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.redis_cost import Meter, pair, scored
+from redis_cost import Meter, pair, scored
+
 from inward.batching import pack
 from inward.queues.redis.consumer import RedisConsumer
 from inward.queues.redis.producer import RedisProducer

@@ -212,10 +212,11 @@ class Soak:
             self.write()
 
     def keep_errors(self, process: Process) -> None:
-        """What it logged as one since the last time; the rest of its log is forgotten."""
-        said, process.log[:] = process.log[:], []
-        errors = [line for line in said if '"level": "error"' in line]
-        self.outcomes.update(f"logged: {json.loads(line)['event']}" for line in errors)
+        """What it logged as one since the last time, and what is no log at all, as a traceback; the rest is let go."""
+        said = [process.log.pop(0) for _ in range(len(process.log))]
+        events = [json.loads(line) for line in said if line.startswith("{")]
+        self.outcomes.update(f"logged: {event['event']}" for event in events if event["level"] == "error")
+        errors = [line for line in said if '"level": "error"' in line or not line.startswith("{")]
         self.errors += errors[: MOST_ERRORS - len(self.errors)]
 
     def sample(self) -> dict[str, float]:
@@ -244,6 +245,8 @@ class Soak:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.http.aclose()
+        for process in (*self.apis, *self.workers):
+            self.keep_errors(process)
         for task in done:
             task.result()
         self.outcomes["dead letters: LOST"] += int(self.redis.xlen(Keys("soak").dead))

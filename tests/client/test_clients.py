@@ -9,10 +9,12 @@ import httpx
 import pytest
 
 from inward_client import (
+    AsyncInward,
     ConnectionFailed,
     DeadlineExceeded,
     Health,
     InvalidField,
+    Inward,
     InwardError,
     NotFound,
     Ranked,
@@ -23,6 +25,7 @@ from inward_client import (
     Unavailable,
     UnreadableAnswer,
 )
+from inward_client.core import ANSWER_S
 from support.fake_transport import Service, envelope, in_turn, margins, refused
 
 
@@ -82,6 +85,30 @@ def test_a_long_list_goes_out_in_batches_and_comes_back_in_order(call):
     assert service.most_at_once <= 3
 
 
+@pytest.mark.parametrize("elements", [pairs(1)[0], "text", [*pairs(70), ("q", "a", "b")], [None]])
+def test_elements_that_are_no_dicts_are_refused_with_what_is_wanted(call, elements):
+    service = Service(echo)
+    ways = [
+        ("margin", elements), ("score", elements), ("reward", elements), ("reward_pairs", elements),
+        ("update", "hybrid", 1, elements), ("create_job", "margin", elements),
+    ]  # fmt: skip
+    for method, *given in ways:
+        with pytest.raises(TypeError, match=r"(pairs|items|rows)\.\d+ is of type (str|tuple|NoneType); put"):
+            call(service, method, *given)
+    assert not service.requests
+
+
+def test_a_frame_is_refused_with_how_it_can_be_given(call):
+    pd = pytest.importorskip("pandas")
+    with pytest.raises(TypeError, match=r'df\.to_dict\("records"\), or use annotate'):
+        call(Service(echo), "margin", pd.DataFrame(pairs(2)))
+
+
+def test_messages_that_are_no_dicts_are_refused_too(call):
+    with pytest.raises(TypeError, match=r"prompt\.0 is of type str"):
+        call(Service(ranked), "rerank", {"role": "user", "content": "q"}, ["a"])
+
+
 def test_what_the_service_does_not_know_of_a_row_is_not_sent(call):
     service = Service(echo)
     call(
@@ -91,6 +118,60 @@ def test_what_the_service_does_not_know_of_a_row_is_not_sent(call):
         truncate=True,
     )
     assert service.bodies() == [{"pairs": [{"prompt": "1", "chosen": "a", "rejected": "b"}], "truncate": True}]
+
+
+@pytest.mark.parametrize("nothing", [None, float("nan"), float("inf")])
+def test_what_a_frame_has_for_an_absent_text_is_not_sent(call, nothing):
+    """The row has an error of its own then, and the others are scored."""
+    service = Service(in_turn(httpx.Response(200, json=envelope(margins=[{"margin": 1.0}] * 2))))
+    row = {"prompt": "q", "chosen": "a", "rejected": nothing, "messages": nothing}
+    call(service, "margin", [row, *pairs(1)])
+    job = {"id": "a" * 32, "state": "running", "kind": "margin", "rows": 1, "done": 0, "created": 1.0}
+    uploaded = Service(in_turn(httpx.Response(201, json=job)))
+    call(uploaded, "create_job", "margin", [row])
+    assert [service.bodies()[0]["pairs"][0], *uploaded.bodies()] == [{"prompt": "q", "chosen": "a"}] * 2
+
+
+def test_records_of_a_pandas_frame_are_rows(call):
+    pd = pytest.importorskip("pandas")
+    for kind in ("object", "string"):
+        service = Service(echo)
+        frame = pd.DataFrame([*pairs(1), {"prompt": "2", "chosen": None}], dtype=kind)
+        call(service, "margin", frame.to_dict("records"))
+        assert service.bodies()[0]["pairs"] == [*pairs(1), {"prompt": "2"}], kind
+
+
+def test_a_number_that_json_has_not_never_leaves(call):
+    service = Service(ranked)
+    with pytest.raises(ValueError, match="JSON"):
+        call(service, "rerank", "q", n=2, sampling={"temperature": float("nan")})
+    assert not service.requests
+
+
+def ranked(request):
+    best = {"index": 0, "text": "a", "score": 1.0}
+    return httpx.Response(200, json=envelope(results=[best], best=best, pair=None, listwise=False))
+
+
+def test_candidates_are_a_list_of_texts_whatever_holds_them(call):
+    np = pytest.importorskip("numpy")
+    service = Service(ranked)
+    for candidates in (["a", "b"], ("a", "b"), np.array(["a", "b"]), np.array(["a", "b"], object), iter("ab")):
+        call(service, "rerank", "q", candidates)
+    assert [body["candidates"] for body in service.bodies()] == [["a", "b"]] * 5
+    call(service, "rerank", "q", [])  # the service's to refuse
+    call(service, "rerank", "q", n=2)
+    assert [body.get("candidates") for body in service.bodies()[5:]] == [[], None]
+
+
+def test_a_text_is_not_taken_for_the_list_of_its_letters(call):
+    service = Service(ranked)
+    with pytest.raises(TypeError, match=r"candidates is a list of texts.*\[text\]"):
+        call(service, "rerank", "q", "abc")
+    for method in ("score", "reward", "reward_pairs"):
+        with pytest.raises(TypeError, match="detail is a list"):
+            call(service, method, pairs(1), detail="tokens")
+    assert not service.requests
 
 
 def test_a_repeat_has_the_same_idempotency_key_and_another_call_another(call):
@@ -151,13 +232,20 @@ def test_no_answer_and_a_late_one_are_told_apart_without_the_password(call):
         assert "service/heads" in str(raised.value)
 
 
-def test_a_timeout_of_a_call_is_the_connections_and_the_services(call):
+def test_a_timeout_of_a_call_is_the_services_whose_refusal_is_waited_for(call):
     service = Service(echo)
     call(service, "margin", pairs(1), timeout=7)
     assert service.bodies()[0]["timeout"] == 7.0
-    assert service.requests[0].extensions["timeout"]["read"] == 7
+    assert service.requests[0].extensions["timeout"] == {"connect": 5, "read": 7 + ANSWER_S, "write": 7, "pool": 7}
     call(service, "margin", pairs(1))
     assert "timeout" not in service.bodies()[1]
+
+
+def test_a_timeout_that_is_not_told_to_the_service_is_the_connections(call):
+    service = Service(in_turn(httpx.Response(200, json={})))
+    call(service, "info", timeout=7)
+    call(service, "info", client={"timeout": 9})
+    assert [request.extensions["timeout"]["read"] for request in service.requests] == [7, 9]
 
 
 def test_new_fields_of_a_newer_service_are_left_out(call):
@@ -198,6 +286,29 @@ def test_an_error_inside_a_batch_names_the_place_in_the_whole_list(call):
         None,
         "pairs.5.chosen",
     ]
+
+
+def test_the_message_of_an_error_names_that_place_too(call):
+    def answer(request):
+        asked = json.loads(request.content)["pairs"]
+        if all("chosen" in pair for pair in asked):
+            return margins(asked)
+        n = next(n for n, pair in enumerate(asked) if "chosen" not in pair)
+        return refused(422, f"pairs.{n}.chosen is missing", param=f"pairs.{n}.chosen", code="invalid_field")
+
+    rows = [pair if n not in (3, 6) else {"prompt": "q"} for n, pair in enumerate(pairs(8))]
+    answer = call(Service(answer), "margin", rows, client={"batch_size": 4})
+    messages = [m.error.message for m in answer.margins if m.error]
+    assert messages == ["pairs.3.chosen is missing", "pairs.6.chosen is missing"]
+
+
+def test_a_message_that_begins_with_another_path_is_kept(call):
+    def answer(request):
+        one = {"message": "pairs.10 is like it", "type": "t", "param": "pairs.1", "code": "c"}
+        return httpx.Response(200, json=envelope(margins=[{"margin": 1.0}, {"margin": None, "error": one}]))
+
+    error = call(Service(answer), "margin", pairs(4), client={"batch_size": 2}).margins[3].error
+    assert (error.message, error.param) == ("pairs.10 is like it", "pairs.3")
 
 
 def test_if_nothing_can_be_scored_the_first_error_is_raised(call):
@@ -303,11 +414,22 @@ def test_key_and_address_come_from_the_environment_and_the_key_is_not_shown(call
     assert "from-environment" not in repr(service.async_client()._core)
 
 
-def test_an_address_that_is_none_is_refused_at_once():
-    from inward_client import Inward
+@pytest.mark.parametrize("url", ["localhost:8080", "http://", "https:///v1", "http://:8080", "http://host:port"])
+def test_an_address_that_is_none_is_refused_at_once(url):
+    for client in (Inward, AsyncInward):
+        with pytest.raises(ValueError, match="url"):
+            client(url)
 
-    with pytest.raises(ValueError, match="http"):
-        Inward("localhost:8080")
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf")])
+def test_a_timeout_in_which_nothing_can_be_done_is_refused_and_not_tried(call, timeout):
+    service = Service(echo)
+    for method, given in (("margin", [pairs(1)]), ("info", [])):
+        with pytest.raises(ValueError, match=r"timeout must be .* above 0"):
+            call(service, method, *given, timeout=timeout)
+    with pytest.raises(ValueError, match="timeout"):
+        call(service, "info", client={"timeout": timeout})
+    assert not service.requests
 
 
 def test_the_progress_bar_ends_at_the_number_of_pairs(call, capsys):

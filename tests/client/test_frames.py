@@ -20,16 +20,23 @@ MARGINS = [2.0, None, 0.0, None, -1.0]
 def answered(request):
     """A margin is the difference in words; an answer that is bad can't be scored."""
 
-    def margin(pair):
+    def margin(n, pair):
         if pair["chosen"] == "bad":
-            return {"margin": None, "error": {"message": "too bad", "type": "", "code": ""}}
+            param = f"pairs.{n}.chosen"
+            return {"margin": None, "error": {"message": f"{param} is too bad", "type": "", "param": param, "code": ""}}
         value = len(pair["chosen"].split()) - len(pair["rejected"].split())
         return {"margin": float(value), "bin": 0.5, "label_agrees": value >= 0, "label_probability": 0.75}
 
     pairs = json.loads(request.content)["pairs"]
     head = {"name": "legend", "kind": "legend", "version": 1}
     return httpx.Response(
-        200, json={"model": "m", "policy_version": "base", "head": head, "margins": [margin(pair) for pair in pairs]}
+        200,
+        json={
+            "model": "m",
+            "policy_version": "base",
+            "head": head,
+            "margins": [margin(n, pair) for n, pair in enumerate(pairs)],
+        },
     )
 
 
@@ -45,7 +52,7 @@ def checked(columns):
     assert columns["margin"] == MARGINS
     assert columns["label_agrees"] == [True, None, None, None, False]
     assert columns["margin_bin"] == [0.5, None, 0.5, None, 0.5]
-    assert columns[ERROR][0] is None and columns[ERROR][1] == "too bad" and "'prompt'" in columns[ERROR][3]
+    assert columns[ERROR][0] is None and columns[ERROR][1] == "chosen is too bad" and "'prompt'" in columns[ERROR][3]
 
 
 def test_a_list_gives_a_list_and_is_not_changed(client):
@@ -95,6 +102,11 @@ def test_columns_can_be_named_and_none_is_overwritten(client):
 def test_data_of_another_kind_are_refused_by_name(client, data):
     with pytest.raises(TypeError, match=type(data).__name__):
         annotate(data, client)
+
+
+def test_rows_that_are_no_dicts_are_refused_by_their_place(client):
+    with pytest.raises(TypeError, match=r"data\.1 is of type str"):
+        annotate([ROWS[0], "text"], client)
 
 
 def test_an_answer_is_a_frame():

@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 
-from inward_client import AsyncInward, Conflict, InvalidField, Inward, NotFound
+from inward_client import AsyncInward, Conflict, DeadlineExceeded, InvalidField, Inward, NotFound, Retries
 from support.real_data import rows
 from support.serving import started
 
@@ -88,6 +88,15 @@ async def test_an_item_that_cant_be_scored_keeps_its_place(ask):
     assert [m.error and m.error.param for m in answer.margins] == [None, "pairs.1.chosen", None]
     with pytest.raises(InvalidField):
         await ask("margin", [{**PAIR, "chosen": "\ud800"}])
+    absent = await ask("margin", [PAIR, {**PAIR, "rejected": float("nan")}])
+    assert [m.error and m.error.message for m in absent.margins] == [None, "pairs.1.rejected is missing"]
+
+
+async def test_a_deadline_that_has_passed_is_the_services_to_tell(demo_server):
+    async with AsyncInward(demo_server.url, retries=Retries(patience=0)) as inward:
+        await inward.info()  # a connection stands
+        with pytest.raises(DeadlineExceeded, match="not done"):
+            await inward.rerank(ITEM["prompt"], n=16, sampling={"max_tokens": 400}, timeout=0.1)
 
 
 async def test_bulk_jobs_without_a_redis_are_refused_with_the_reason(ask):

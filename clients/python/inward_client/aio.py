@@ -104,7 +104,7 @@ class AsyncInward:
             InwardError: no pair could be scored, or the service could not do its part.
         """
         ask = partial(calls.margin, head=head, truncate=truncate)
-        batches = Batches(list(pairs), self._core.batch_size, ask, "pairs", "margins", Margin)
+        batches = Batches(pairs, self._core.batch_size, ask, "pairs", "margins", Margin)
         return await self._send_all(batches, timeout, progress)
 
     async def score(
@@ -132,7 +132,7 @@ class AsyncInward:
             InwardError: no item could be scored, or the service could not do its part.
         """
         ask = partial(calls.score, head=head, truncate=truncate, detail=detail)
-        batches = Batches(list(items), self._core.batch_size, ask, "items", "scores", Score)
+        batches = Batches(items, self._core.batch_size, ask, "items", "scores", Score)
         return await self._send_all(batches, timeout, progress)
 
     async def reward(
@@ -160,7 +160,7 @@ class AsyncInward:
             InwardError: no item could be scored, or the service could not do its part.
         """
         ask = partial(calls.reward, head=head, truncate=truncate, detail=detail)
-        batches = Batches(list(items), self._core.batch_size, ask, "items", "rewards", Score)
+        batches = Batches(items, self._core.batch_size, ask, "items", "rewards", Score)
         return await self._send_all(batches, timeout, progress)
 
     async def reward_pairs(
@@ -188,13 +188,13 @@ class AsyncInward:
             InwardError: no pair could be scored, or the service could not do its part.
         """
         ask = partial(calls.reward_pairs, head=head, truncate=truncate, detail=detail)
-        batches = Batches(list(pairs), self._core.batch_size, ask, "pairs", "rewards", RewardPair)
+        batches = Batches(pairs, self._core.batch_size, ask, "pairs", "rewards", RewardPair)
         return await self._send_all(batches, timeout, progress)
 
     async def rerank(
         self,
         prompt: Prompt,
-        candidates: Sequence[str] | None = None,
+        candidates: Iterable[str] | None = None,
         *,
         n: int | None = None,
         sampling: Mapping[str, Any] | None = None,
@@ -225,7 +225,7 @@ class AsyncInward:
             InwardError: no candidate could be scored, or the service could not do its part.
         """
         call = calls.rerank(
-            prompt, head=head, truncate=truncate, candidates=candidates and list(candidates), n=n, sampling=sampling,
+            prompt, candidates, head=head, truncate=truncate, n=n, sampling=sampling,
             return_token_ids=return_token_ids or None, append_to=append_to, early_rejection=early_rejection,
             stop_when=stop_when,
         )  # fmt: skip

@@ -8,13 +8,14 @@ the list was split; one that is too large, or takes longer than the service allo
 
 from __future__ import annotations
 
+import re
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar, cast
 
 from inward_client.answers import Answer, ItemError, Usage
-from inward_client.calls import Call, Element
+from inward_client.calls import Call, Element, listed
 from inward_client.errors import DeadlineExceeded, InvalidField, StatusError, TooLarge, Unavailable
 
 A = TypeVar("A", bound=Answer)
@@ -42,22 +43,25 @@ class Batches(Generic[A]):
         call: makes the request for some of the elements.
         sent_as, answered_as: the list's field in the request and in the answer.
         unscored: makes the element of an answer that holds an error instead of scores.
+
+    Raises:
+        TypeError: an element is no dict.
     """
 
     def __init__(
         self,
-        elements: Sequence[Element],
+        elements: Iterable[Element],
         size: int,
         call: Callable[[Sequence[Element]], Call[A]],
         sent_as: str,
         answered_as: str,
         unscored: Callable[[ItemError], Any],
     ) -> None:
-        self._elements = elements
+        self._elements = listed(sent_as, elements)
         self._call, self._sent_as, self._answered_as, self._unscored = call, sent_as, answered_as, unscored
-        self.total, self.unit = len(elements), sent_as
-        stops = range(0, max(len(elements), 1), size)  # an empty list is the service's to refuse
-        self._waiting = deque(Part(start, min(start + size, len(elements))) for start in stops)
+        self.total, self.unit = len(self._elements), sent_as
+        starts = range(0, max(self.total, 1), size)  # an empty list is the service's to refuse
+        self._waiting = deque(Part(start, min(start + size, self.total)) for start in starts)
         self._asked = 0
         self._answers: dict[Part, A] = {}
         self._refused: dict[Part, StatusError] = {}
@@ -119,8 +123,8 @@ class Batches(Generic[A]):
             usage += answer.usage
             elements[part.start : part.stop] = [self._moved(e, part.start) for e in getattr(answer, self._answered_as)]
         for part, error in self._refused.items():
-            detail = ItemError(error.message, "invalid_request_error", self._path(error.param, part.start), error.code)
-            elements[part.start] = self._unscored(detail)
+            detail = ItemError(error.message, "invalid_request_error", error.param, error.code)
+            elements[part.start] = self._unscored(self._placed(detail, part.start))
         changes: dict[str, Any] = {"usage": usage, self._answered_as: elements}
         return replace(cast(A, self._latest), **changes)
 
@@ -139,7 +143,14 @@ class Batches(Generic[A]):
     def _moved(self, element: Any, start: int) -> Any:
         if element.error is None or not start:
             return element
-        return replace(element, error=replace(element.error, param=self._path(element.error.param, start)))
+        return replace(element, error=self._placed(element.error, start))
+
+    def _placed(self, error: ItemError, start: int) -> ItemError:
+        """An error of a part with the place in the whole list, also where its message begins with it."""
+        here, there = error.param or "", self._path(error.param, start)
+        begins = bool(here) and re.match(rf"{re.escape(here)}(?!\w)", error.message)
+        message = f"{there}{error.message[len(here) :]}" if begins else error.message
+        return replace(error, message=message, param=there)
 
     def _path(self, param: str | None, start: int) -> str | None:
         """The path of a field in the whole list, from its path in a part."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -42,6 +43,31 @@ class Call(Generic[T]):
     """Idempotency key, where it is the caller's."""
 
 
+def listed(name: str, elements: Iterable[Element]) -> list[Element]:
+    """Rows, or messages, of whatever holds them; ``name`` is for errors.
+
+    Raises:
+        TypeError: one of them is no dict.
+    """
+    found = list(elements)
+    for i, element in enumerate(found):
+        if not isinstance(element, Mapping):
+            raise TypeError(
+                f"{name} is a list of dicts, and {name}.{i} is of type {type(element).__name__}; put a single dict in "
+                'a list, and of a DataFrame give df.to_dict("records"), or use annotate'
+            )
+    return found
+
+
+def encoded(value: Mapping[str, Any]) -> bytes:
+    """As JSON; in ASCII, since half a surrogate pair is the service's to refuse, not a crash here.
+
+    Raises:
+        ValueError: a number is NaN or infinite, which JSON has not.
+    """
+    return json.dumps(value, allow_nan=False).encode()
+
+
 def margin(pairs: Iterable[Element], head: str | None, truncate: bool) -> Call[answers.MarginAnswer]:
     return _scores("/margin", _pairs(pairs) | _options(head, truncate), answers.MarginAnswer)
 
@@ -65,10 +91,21 @@ def reward_pairs(
 
 
 def rerank(
-    prompt: Prompt, *, head: str | None, truncate: bool, stream: bool = False, **given: Any
+    prompt: Prompt,
+    candidates: Iterable[str] | None = None,
+    *,
+    head: str | None,
+    truncate: bool,
+    stream: bool = False,
+    **given: Any,
 ) -> Call[answers.RerankAnswer]:
     """``given``: the route's other fields, of which None is not sent."""
-    body = {"prompt": prompt if isinstance(prompt, str) else list(prompt), **_given(given), **_options(head, truncate)}
+    given |= {"candidates": None if candidates is None else _texts("candidates", candidates)}
+    body = {
+        "prompt": prompt if isinstance(prompt, str) else listed("prompt", prompt),
+        **_given(given),
+        **_options(head, truncate),
+    }
     if stream:
         body["stream"] = True
     return _scores("/rerank", body, answers.RerankAnswer, stream=stream)
@@ -88,7 +125,7 @@ def activate(name: str, version: int) -> Call[answers.Head]:
 
 
 def update(name: str, sequence: int, pairs: Iterable[Element], lr: float | None) -> Call[answers.Head]:
-    body = {"sequence": sequence, **_pairs(pairs), **_given({"lr": lr})}
+    body = {"sequence": sequence, **_pairs(listed("pairs", pairs)), **_given({"lr": lr})}
     return Call("POST", f"/heads/{quote(name, safe='')}/update", partial(read, answers.Head), body)
 
 
@@ -112,7 +149,7 @@ def create_job(
     kind: str, rows: Iterable[Element], head: str | None, append_to: str | None, key: str | None
 ) -> Call[answers.Job]:
     kept = ITEM if kind == "score" else ITEM + PAIR if kind == "reward" else PAIR
-    lines = b"".join(json.dumps(_fields(row, kept)).encode() + b"\n" for row in rows)
+    lines = b"".join(encoded(_fields(row, kept)) + b"\n" for row in listed("rows", rows))
     params = _given({"kind": kind, "head": head, "append_to": append_to})
     return Call("POST", "/jobs", partial(read, answers.Job), content=lines, params=params, repeatable=False, key=key)
 
@@ -150,14 +187,29 @@ def _pairs(pairs: Iterable[Element]) -> dict[str, Any]:
 
 
 def _fields(element: Element, known: Sequence[str]) -> dict[str, Any]:
-    """What the service takes of a row, so that rows of a dataset can be given as they are (an absent column may be
-    None there).
-    """
-    return {name: element[name] for name in known if element.get(name) is not None}
+    """What the service takes of a row, so that rows of a dataset can be given as they are."""
+    return {name: value for name in known if not _is_absent(value := element.get(name))}
+
+
+def _is_absent(value: object) -> bool:
+    """None, or what a frame has instead: NaN, pandas' NA. Neither is infinity a text."""
+    not_finite = isinstance(value, float) and not math.isfinite(value)
+    return value is None or not_finite or type(value).__name__ == "NAType"
 
 
 def _options(head: str | None, truncate: bool, detail: Sequence[str] = ()) -> dict[str, Any]:
-    return _given({"head": head, "truncate": truncate or None, "detail": list(detail) or None})
+    return _given({"head": head, "truncate": truncate or None, "detail": _texts("detail", detail) or None})
+
+
+def _texts(name: str, texts: Iterable[str]) -> list[str]:
+    """Texts of whatever holds them, such as a column of a frame; a single one would be its letters.
+
+    Raises:
+        TypeError: it is a single one.
+    """
+    if isinstance(texts, str):
+        raise TypeError(f"{name} is a list of texts, not a text: give [text]")
+    return list(texts)
 
 
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from inward_client.calls import JSONL, Call
+from inward_client.calls import JSONL, Call, encoded
 from inward_client.errors import ConnectionFailed, InwardError, StatusError, TimedOut, UnreadableAnswer, of_status
 from inward_client.retries import Retries, wait_before_retry
 
@@ -22,6 +22,8 @@ T = TypeVar("T")
 DEFAULT_URL = "http://127.0.0.1:8080"
 CONNECT_S = 5.0
 """Seconds in which a connection must stand, if a call may take that long."""
+ANSWER_S = 5.0
+"""Seconds in which the service's own 504 must come, after a deadline that it was told."""
 DONE_NOTHING = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 """Failures before anything was sent."""
 
@@ -58,28 +60,30 @@ class Core:
         key = os.environ.get("INWARD_API_KEY") if api_key is None else api_key
         own = {"accept": "application/json", **({"authorization": f"Bearer {key}"} if key else {}), **(headers or {})}
         address = (url or os.environ.get("INWARD_URL") or DEFAULT_URL).rstrip("/")
-        if httpx.URL(address).scheme not in ("http", "https"):
-            raise ValueError("url must begin with http:// or https://")
-        return cls(address, own, timeout, retries, batch_size, concurrency)
+        _check_url(address)
+        return cls(address, own, _above_0(timeout), retries, batch_size, concurrency)
 
     def limits(self) -> httpx.Limits:
         """As many connections as requests may be under way, all kept."""
         return httpx.Limits(max_connections=None, max_keepalive_connections=max(2 * self.concurrency, 20))
 
     def request(self, http: httpx.AsyncClient, call: Call[Any], timeout: float | None) -> httpx.Request:
-        """The request, with an idempotency key of its own: it is sent again as it is."""
-        seconds = self.timeout if timeout is None else timeout
+        """The request, with an idempotency key of its own: it is sent again as it is.
+
+        Raises:
+            ValueError: no time for it, or a number in it that JSON has not.
+        """
+        seconds = self.timeout if timeout is None else _above_0(timeout)
         headers = dict(self.headers)
         content = call.content
         if call.method == "POST":
             headers["content-type"] = JSONL if content is not None else "application/json"
             if not call.stream:
                 headers["idempotency-key"] = call.key or uuid.uuid4().hex
+        told = call.deadline and timeout is not None
         if call.body is not None:
-            deadline = {"timeout": float(timeout)} if call.deadline and timeout is not None else {}
-            # ASCII: half a surrogate pair is refused there, not a crash here
-            content = json.dumps({**call.body, **deadline}).encode()
-        patience = httpx.Timeout(seconds, connect=min(CONNECT_S, seconds))
+            content = encoded({**call.body, **({"timeout": float(seconds)} if told else {})})
+        patience = httpx.Timeout(seconds, connect=min(CONNECT_S, seconds), read=seconds + ANSWER_S if told else seconds)
         return http.build_request(
             call.method,
             self.url + call.path,
@@ -136,6 +140,21 @@ def no_answer(error: httpx.RequestError, request: httpx.Request) -> ConnectionFa
     said = f"{request.method} {request.url.copy_with(userinfo=b'')}: {str(error) or type(error).__name__}"
     kind = TimedOut if isinstance(error, httpx.TimeoutException) else ConnectionFailed
     return kind(said, sent=not isinstance(error, DONE_NOTHING))
+
+
+def _check_url(url: str) -> None:
+    try:
+        found = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise ValueError(f"url can't be read: {error}") from None
+    if found.scheme not in ("http", "https") or not found.host:
+        raise ValueError("url must begin with http:// or https:// and the name of a host")
+
+
+def _above_0(timeout: float) -> float:
+    if not 0 < timeout < math.inf:
+        raise ValueError(f"timeout must be a number of seconds above 0, not {timeout:g}")
+    return timeout
 
 
 def _seconds(header: str) -> float | None:

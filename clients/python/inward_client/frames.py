@@ -6,12 +6,14 @@ None of those libraries is imported that the caller has not.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import Any, TypeVar, cast
 
 from inward_client.answers import Margin
+from inward_client.calls import listed
 from inward_client.client import Inward
 from inward_client.rows import AUTO, DataError, Pair, PairReader, recognise
 
@@ -23,6 +25,8 @@ COLUMNS = (
 """What an annotation adds to a row."""
 ERROR = "annotation_error"
 """Beside them: why a row has none."""
+PLACE = re.compile(r"^pairs\.\d+\.")
+"""At the beginning of a message: among the pairs that were asked about, which are not all of the rows."""
 Rows = list[dict[str, Any]]
 
 
@@ -93,7 +97,7 @@ def _pair(reader: PairReader, row: Mapping[str, Any]) -> Pair | str:
 def _told(pair: Pair, margin: Margin) -> tuple[Margin | None, str | None]:
     """Equal answers have no margin and no verdict, whatever rounding makes of their scores."""
     if margin.error is not None:
-        return None, margin.error.message
+        return None, PLACE.sub("", margin.error.message)
     if not pair.tie:
         return margin, None
     scaled = None if margin.margin_scaled is None else 0.0
@@ -132,7 +136,7 @@ def _of_parts(parts: Any, new: Callable[[Rows], dict[str, list[Any]]]) -> Any:
 
 
 def _of_list(rows: Any, new: Callable[[Rows], dict[str, list[Any]]]) -> Any:
-    rows = [dict(row) for row in rows]
+    rows = [dict(row) for row in listed("data", rows)]
     added = new(rows)
     return [{**row, **{name: values[n] for name, values in added.items()}} for n, row in enumerate(rows)]
 

@@ -98,6 +98,8 @@ def broken(**changes):
         (broken(layers=np.array([1, 2, 3])), "chosen has shape"),
         (broken(chosen=np.ones((3, 8))), "must be"),
         (broken(group=np.array([1, 2])), "group has shape"),
+        (broken(group=np.array([1, 2, np.nan])), "group has NaN"),
+        (broken(layers=np.array([[1, 2]])), r"layers must be a list .* shape \[1, 2\]"),
         (broken(chosen=np.full((3, 2, 4), np.nan)), "chosen has NaN or infinite entries, the first in row 0"),
     ],
 )

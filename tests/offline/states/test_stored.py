@@ -101,7 +101,7 @@ def test_an_unfinished_file_of_other_rows_is_not(tmp_path):
     assert writer(tmp_path / "w.safetensors", origin=replace(ORIGIN, data_hash="sha256:y")).done == set()
 
 
-@pytest.mark.parametrize("damage", ["short", "nan", "lists", "text", "missing", "shape", "origin", "group"])
+@pytest.mark.parametrize("damage", ["short", "nan", "lists", "text", "missing", "shape", "origin", "group", "layers"])
 def test_a_file_that_cannot_be_used_is_refused_and_named(tmp_path, damage):
     path = tmp_path / "s.safetensors"
     save_states(pair_states(), path)
@@ -127,6 +127,9 @@ def test_a_file_that_cannot_be_used_is_refused_and_named(tmp_path, damage):
         two = np.array([1, 2])
         sides = {side: np.zeros(SHAPE, np.float32) for side in ("chosen", "rejected")}
         save_file({**sides, "layers": two, "group": two}, path)
+    elif damage == "layers":
+        sides = {side: np.zeros(SHAPE, np.float32) for side in ("chosen", "rejected")}
+        save_file({**sides, "layers": np.array([[1], [2]])}, path)
     else:
         header = json.loads(content[8 : 8 + size])
         header["layers"]["shape"], header["layers"]["data_offsets"][1] = [2], header["layers"]["data_offsets"][0] + 16

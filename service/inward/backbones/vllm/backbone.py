@@ -52,6 +52,7 @@ class VllmBackbone:
     request which finds it may ask for.
     """
 
+    _engine: Engine
     _otherwise = "use --backbone transformers"
     """What helps where it can't be read."""
 

@@ -31,6 +31,7 @@ from inward_client import (
     UnreadableAnswer,
 )
 from inward_client.frames import COLUMNS as COLUMNS
+from inward_client.frames import PLACE
 from inward_client.rows import Pair
 
 PROBE = Pair("question", "answer", "another")
@@ -331,7 +332,7 @@ def _at_tokens(score: Score) -> list[tuple[str, float]]:
 def _annotated(margin: Mapping[str, Any]) -> Annotated:
     """From an element of ``margins``."""
     if margin["error"] is not None:
-        return Annotated(None, margin["error"]["message"])
+        return Annotated(None, PLACE.sub("", margin["error"]["message"]))
     columns = {name: margin.get("bin" if name == "margin_bin" else name) for name in COLUMNS}
     return Annotated(columns, truncated=margin["truncated"])
 

@@ -200,7 +200,7 @@ def load_states(path: Path) -> PairStates | ListStates:
     path = Path(path)
     tensors, origin = _read(path)
     try:
-        layers = tuple(int(k) for k in tensors["layers"])
+        layers = layers_of(tensors["layers"])
         if "chosen" in tensors:
             return _pairs(tensors, layers, origin)
         return _lists(tensors, layers, origin)
@@ -243,6 +243,25 @@ def near_duplicates(states_ND: Floats) -> Indices:
     return np.asarray(smallest[part_N])
 
 
+def layers_of(tensor: NDArray[Any]) -> tuple[int, ...]:
+    """Raises ``DataError`` where these are no numbers of layers."""
+    if tensor.ndim != 1 or not len(tensor):
+        raise DataError(f"layers must be a list of the layers' numbers; it has shape {list(tensor.shape)}")
+    return tuple(int(k) for k in whole_numbers("layers", tensor))
+
+
+def whole_numbers(name: str, tensor: NDArray[Any]) -> Indices:
+    """Raises ``DataError`` where one is NaN or infinite."""
+    check_tensor(name, tensor, tensor.shape)
+    return tensor.astype(np.int64)
+
+
+def as_numpy(tensor: Any) -> NDArray[Any]:
+    """A tensor of torch's, through which files are read, since numpy has no bfloat16."""
+    values: NDArray[Any] = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    return values
+
+
 def _pairs(tensors: Mapping[str, NDArray[Any]], layers: tuple[int, ...], origin: Origin) -> PairStates:
     chosen_NLD, rejected_NLD = _floats(tensors["chosen"]), _floats(tensors["rejected"])
     check_tensor("chosen", chosen_NLD, (len(chosen_NLD), len(layers), chosen_NLD.shape[-1]))
@@ -252,7 +271,7 @@ def _pairs(tensors: Mapping[str, NDArray[Any]], layers: tuple[int, ...], origin:
         chosen_NLD,
         rejected_NLD,
         layers,
-        near_duplicates(chosen_NLD[:, len(layers) // 2]) if group is None else group.astype(np.int64),
+        near_duplicates(chosen_NLD[:, len(layers) // 2]) if group is None else whole_numbers("group", group),
         None if difference is None else difference.astype(np.float64),
         replace(origin, data_hash=origin.data_hash or hash_rows((chosen_NLD, rejected_NLD))),
     )
@@ -261,14 +280,14 @@ def _pairs(tensors: Mapping[str, NDArray[Any]], layers: tuple[int, ...], origin:
 def _lists(tensors: Mapping[str, NDArray[Any]], layers: tuple[int, ...], origin: Origin) -> ListStates:
     prompt_GLD, candidates_MLD = _floats(tensors["prompt"]), _floats(tensors["candidates"])
     check_tensor("prompt", prompt_GLD, (len(prompt_GLD), len(layers), prompt_GLD.shape[-1]))
-    group_M, group_G = tensors["group"].astype(np.int64), tensors.get("prompt_group")
+    group_M, group_G = whole_numbers("group", tensors["group"]), tensors.get("prompt_group")
     return ListStates(
         prompt_GLD,
         candidates_MLD,
         group_M,
         tensors["safe"].astype(np.bool_),
         layers,
-        near_duplicates(prompt_GLD[:, len(layers) // 2]) if group_G is None else group_G.astype(np.int64),
+        near_duplicates(prompt_GLD[:, len(layers) // 2]) if group_G is None else whole_numbers("prompt_group", group_G),
         replace(origin, data_hash=origin.data_hash or hash_rows((prompt_GLD, candidates_MLD, group_M))),
     )
 
@@ -277,13 +296,12 @@ def _read(path: Path) -> tuple[dict[str, NDArray[Any]], Origin]:
     if not path.is_file():
         raise DataError(f"{path} does not exist or is not a file")
     try:
-        # through torch, since numpy has no bfloat16
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            tensors = {name: as_numpy(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             origin = Origin.load(file.metadata())
     except (SafetensorError, ValueError, OSError) as error:
         raise DataError(f"{path} is not a readable safetensors file of states ({error})") from error
-    return {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in tensors.items()}, origin
+    return tensors, origin
 
 
 def _floats(tensor: NDArray[Any]) -> Floats:

@@ -18,14 +18,25 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from inward.errors import DataError
-from inward.offline.states.saved import METADATA, Origin, PairStates, check_tensor, hash_rows, near_duplicates
+from inward.offline.states.saved import (
+    METADATA,
+    Origin,
+    PairStates,
+    as_numpy,
+    check_tensor,
+    hash_rows,
+    layers_of,
+    near_duplicates,
+)
 from inward.types import Doubles, Floats, Indices
 
 BLOCK_BYTES = 64 * 2**20
 """Most float32 states that one block of ``blocks`` holds."""
 HALF_MAX = 65_504.0
 """Largest float16. States beyond it (some models have a few huge dimensions) make the file float32."""
-_WIDTHS = {"F16": 2, "BF16": 2, "F32": 4}
+_WIDTHS = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
+SMALL = ("layers", "group", "length_difference")
+"""Tensors of a file of pairs that are no states."""
 
 
 class PairSource(Protocol):
@@ -134,7 +145,7 @@ class StoredPairs:
         if not path.is_file():
             raise DataError(f"{path} does not exist or is not a file")
         file = _File(path)
-        header, start = _header(file, path)
+        header, start, small = _header(file, path)
         try:
             origin = Origin.load(header.pop("__metadata__", None))
         except ValueError as error:
@@ -142,7 +153,11 @@ class StoredPairs:
         if missing := {"chosen", "rejected", "layers"} - header.keys():
             raise DataError(f"{path} lacks the tensor {', '.join(sorted(missing))}: states of pairs are needed here")
         chosen, rejected = (_rows(file, start, name, header[name], path) for name in ("chosen", "rejected"))
-        layers = tuple(int(k) for k in _small(file, start, header["layers"], path))
+        try:
+            layers = layers_of(small["layers"])
+            group, difference = (_of_rows(small, name, chosen.shape[0]) for name in ("group", "length_difference"))
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from None
         if chosen.shape != rejected.shape or chosen.shape[1] != len(layers):
             shapes = f"chosen {list(chosen.shape)}, rejected {list(rejected.shape)} and {len(layers)} layers"
             raise DataError(f"{path}: {shapes} do not go together")
@@ -152,9 +167,6 @@ class StoredPairs:
             for part in parts:
                 if not np.isfinite(rows.take(part)).all():
                     raise DataError(f"{path}: {name} has NaN or infinite entries among rows {part[0]} to {part[-1]}")
-        group, difference = (
-            _column(file, start, header, name, len(every), path) for name in ("group", "length_difference")
-        )
         return cls(
             path,
             chosen,
@@ -345,14 +357,16 @@ def _parts(index: Indices, numbers_a_row: int) -> list[Indices]:
     return [index[start : start + step] for start in range(0, len(index), step)]
 
 
-def _header(file: _File, path: Path) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file, and where its data begins."""
+def _header(file: _File, path: Path) -> tuple[dict[str, Any], int, dict[str, NDArray[Any]]]:
+    """The header of a safetensors file, where its data begins, and the tensors that are no states."""
     try:
-        with safe_open(path, "numpy"):  # which checks it
+        with safe_open(path, framework="pt") as checked:  # which it is by this
             size = int.from_bytes(file.read(8, 0), "little")
+            there = set(checked.keys()).intersection(SMALL)
+            small = {name: as_numpy(checked.get_tensor(name)) for name in there}
     except (OSError, SafetensorError) as error:
         raise DataError(f"{path} is not a readable safetensors file of states ({error})") from error
-    return json.loads(file.read(size, 8)), 8 + size
+    return json.loads(file.read(size, 8)), 8 + size, small
 
 
 def _rows(file: _File, start: int, name: str, entry: Mapping[str, Any], path: Path) -> StoredRows:
@@ -363,31 +377,16 @@ def _rows(file: _File, start: int, name: str, entry: Mapping[str, Any], path: Pa
     return StoredRows(file, start + entry["data_offsets"][0], shape, kind)
 
 
-def _column(
-    file: _File, start: int, header: Mapping[str, Any], name: str, rows: int, path: Path
-) -> NDArray[Any] | None:
+def _of_rows(small: Mapping[str, NDArray[Any]], name: str, rows: int) -> NDArray[Any] | None:
     """A number of each row, where the file has them."""
-    if name not in header:
-        return None
-    values = _small(file, start, header[name], path)
-    try:
-        check_tensor(name, values, (rows,))
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from None
-    return values
-
-
-def _small(file: _File, start: int, entry: Mapping[str, Any], path: Path) -> NDArray[Any]:
-    kinds = {"I64": np.int64, "I32": np.int32, "F64": np.float64, "F32": np.float32, "F16": np.float16}
-    if entry["dtype"] not in kinds:
-        raise DataError(f"{path}: a tensor of whole numbers or floats was expected, not {entry['dtype']}")
-    begin, end = entry["data_offsets"]
-    return np.frombuffer(file.read(end - begin, start + begin), dtype=kinds[entry["dtype"]]).reshape(entry["shape"])
+    if name in small:
+        check_tensor(name, small[name], (rows,))
+    return small.get(name)
 
 
 def _stored(kind: str) -> np.dtype[Any]:
     """The numpy type of the bytes; numpy knows no bfloat16."""
-    return np.dtype({"F16": "float16", "BF16": "uint16", "F32": "float32"}[kind])
+    return np.dtype({"F16": "float16", "BF16": "uint16", "F32": "float32", "F64": "float64"}[kind])
 
 
 def _floats(raw: NDArray[Any], kind: str) -> Floats:
