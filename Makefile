@@ -45,7 +45,7 @@ test: .venv/installed-dev
 	$(BIN)/python -m pytest $(SHARED_OUT) $(ARGS)
 
 test-fast: .venv/installed-dev
-	$(BIN)/python -m pytest -m fast -q $(ARGS)
+	$(BIN)/python -m pytest -m fast -q $(SHARED_OUT) $(ARGS)
 
 test-vllm: $(VLLM_ENV)/installed
 	$(VLLM_ENV)/bin/python -m pytest -m vllm tests/backbones/test_vllm*.py $(ARGS)
