@@ -3,6 +3,7 @@
 import asyncio
 import shutil
 import signal
+from contextlib import suppress
 
 import pytest
 
@@ -219,9 +220,8 @@ async def test_a_group_is_made_once_and_its_loss_is_told(redis_server):
     await connection.close()
 
 
-async def test_a_redis_that_falls_silent_is_noticed_once_by_all_and_not_waited_for_again(own_redis, monkeypatch):
-    server = own_redis()
-    connection = Connection(server.url, timeout=1.0)
+def asked_of(connection, monkeypatch):
+    """The commands that are sent from now on, as they come."""
     asked = []
     execute = connection._client.execute_command
 
@@ -230,6 +230,13 @@ async def test_a_redis_that_falls_silent_is_noticed_once_by_all_and_not_waited_f
         return await execute(*command)
 
     monkeypatch.setattr(connection._client, "execute_command", watched)
+    return asked
+
+
+async def test_a_redis_that_falls_silent_is_noticed_once_by_all_and_not_waited_for_again(own_redis, monkeypatch):
+    server = own_redis()
+    connection = Connection(server.url, timeout=1.0)
+    asked = asked_of(connection, monkeypatch)
     await connection("SET", "a", "1")
     server.signal(signal.SIGSTOP)
     try:
@@ -247,6 +254,24 @@ async def test_a_redis_that_falls_silent_is_noticed_once_by_all_and_not_waited_f
         server.signal(signal.SIGCONT)
     await until(lambda: connection._listening is None)
     assert await connection("GET", "a") == b"1"
+    await connection.close()
+
+
+async def test_who_is_cancelled_while_redis_py_swallows_that_is_cancelled_none_the_less(monkeypatch):
+    connection, begun = Connection("redis://127.0.0.1:1"), asyncio.Event()
+
+    async def swallows(*command):
+        begun.set()
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(PATIENCE)
+        return b"answer"
+
+    monkeypatch.setattr(connection._client, "execute_command", swallows)
+    asking = asyncio.create_task(connection("GET", "a"))
+    await begun.wait()
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
     await connection.close()
 
 
@@ -287,14 +312,7 @@ async def test_of_a_cluster_a_node_that_falls_silent_stops_nobody_who_asks_anoth
 
 async def test_of_a_cluster_the_node_of_the_queue_that_falls_silent_is_noticed_once(clustered, monkeypatch):
     connection, key, node, _ = clustered
-    asked = []
-    execute = connection._client.execute_command
-
-    async def watched(*command):
-        asked.append(command[0])
-        return await execute(*command)
-
-    monkeypatch.setattr(connection._client, "execute_command", watched)
+    asked = asked_of(connection, monkeypatch)
     await connection.script(ECHO, [key], ["there"])
     node.signal(signal.SIGSTOP)
     try:

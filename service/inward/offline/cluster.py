@@ -122,7 +122,8 @@ class Cluster:
             crew.give(min(len(parts), given + most_ahead))
             made = crew.made
             error = crew.wait()
-            self._deaths = self._deaths if crew.made == made else 0
+            if crew.made > made:
+                self._deaths = 0
             if error is not None and not _taken_away(error):
                 self._died(error)
             for place in crew.turns(given) if ordered else list(crew.done):

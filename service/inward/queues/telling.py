@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from types import TracebackType
 from typing import Self
 
 from inward import logs
@@ -23,7 +23,34 @@ Rate = Callable[[int, Sample], Awaitable[Ended]]
 """What is to be told of the response of this number."""
 
 
-class Telling:
+class _Teller(ABC):
+    """Tells of a job from entering this until leaving it."""
+
+    _job_id: str
+
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.create_task(self._run())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._end()
+        await self._task
+
+    async def _run(self) -> None:
+        try:
+            await self._tell_on()
+        except Exception as error:  # a defect of ours; the outcome has everything all the same
+            logs.event(LOG, "telling_failed", severity=logging.ERROR, job=self._job_id, error=error)
+
+    @abstractmethod
+    async def _tell_on(self) -> None:
+        """Tells what comes, until ``_end`` was called."""
+
+    @abstractmethod
+    def _end(self) -> None: ...
+
+
+class Telling(_Teller):
     """Tells of one response, from entering this until leaving it: then what was told last has been handed on.
 
     Args:
@@ -44,22 +71,9 @@ class Telling:
         self._ids = ids
         self._loop.call_soon_threadsafe(self._news.set)
 
-    async def __aenter__(self) -> Self:
-        self._task = asyncio.create_task(self._run())
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def _end(self) -> None:
         self._over.set()
         self._news.set()
-        await self._task
-
-    async def _run(self) -> None:
-        try:
-            await self._tell_on()
-        except Exception as error:  # a defect of ours; the outcome has the text all the same
-            logs.event(LOG, "telling_failed", severity=logging.ERROR, job=self._job_id, error=error)
 
     async def _tell_on(self) -> None:
         while True:
@@ -78,7 +92,7 @@ class Telling:
             self._told = len(text)
 
 
-class TellingEnds:
+class TellingEnds(_Teller):
     """Tells of several responses, of each when it has ended for good, from entering this until leaving it. What was not
     handed on by then is not told: the outcome has it.
 
@@ -106,20 +120,10 @@ class TellingEnds:
         for i in [i for i, one in self._ended.items() if not one.finished or self._final(i)]:
             self._loop.call_soon_threadsafe(self._queue.put_nowait, (i, self._ended.pop(i)))
 
-    async def __aenter__(self) -> Self:
-        self._task = asyncio.create_task(self._run())
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def _end(self) -> None:
         self._over = True
         self._queue.put_nowait(None)
-        await self._task
 
-    async def _run(self) -> None:
-        try:
-            while (news := await self._queue.get()) is not None and not self._over:
-                await self._tell(await self._rate(*news))
-        except Exception as error:  # whatever it was, the outcome says so
-            logs.event(LOG, "telling_failed", severity=logging.ERROR, job=self._job_id, error=error)
+    async def _tell_on(self) -> None:
+        while (news := await self._queue.get()) is not None and not self._over:
+            await self._tell(await self._rate(*news))

@@ -188,6 +188,8 @@ class Connection:
         if self._listening is not None:
             raise TimeoutError
         asked = time.monotonic()
+        task = asyncio.current_task()
+        cancelled = task.cancelling() if task is not None else 0
         try:
             async with asyncio.timeout(self.timeout) as limit:
                 self._waiting.add(limit)
@@ -201,6 +203,10 @@ class Connection:
                 self._fall_silent()
             raise
         self.answered = time.monotonic()
+        if task is not None and task.cancelling() > cancelled:
+            # redis-py writes to sentinels in asyncio.wait_for, which on Python 3.11 may swallow it: a loop that is
+            # to end would go on for ever
+            raise asyncio.CancelledError
         return answer
 
     def _fall_silent(self) -> None:
