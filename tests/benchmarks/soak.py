@@ -8,6 +8,9 @@ watched; the others are killed, or told to stop, every so often, and started aga
 first one of the same text under the same policy, and what was drawn is scored again; rows of bulk jobs, and of the
 stream that they append to, are counted. OUT.json holds the samples (it is written as they come) and what was logged as
 an error, OUT.svg draws the samples. Ends with 1 if an answer was wrong or lost.
+
+Where all of it is stopped, or killed, the same command goes on, with what Redis and the heads had written down
+(OUT.kept, until the hours are over) and all that is known of earlier answers: one more death, of everything at once.
 """
 
 from __future__ import annotations
@@ -65,17 +68,27 @@ class Soak:
         self.apis, self.workers = [fleet.api(), fleet.api()], [fleet.worker(), fleet.worker()]
         fleet.wait_until_ready(*self.apis, *self.workers)
         self.http = httpx.AsyncClient(timeout=args.timeout + 30, limits=httpx.Limits(max_connections=None))
-        self.begun = time.monotonic()
-        self.outcomes: Counter[str] = Counter()
-        self.known: dict[tuple[str, str, int], float] = {}
         self.waits: list[float] = []
-        self.samples: list[dict[str, float]] = []
-        self.errors: list[str] = []
         self.api_died = -math.inf
+        file = args.out.with_suffix(".json")
+        earlier = json.loads(file.read_text()) if file.exists() else {}
+        self.outcomes: Counter[str] = Counter(earlier.get("outcomes", {}))
+        self.samples: list[dict[str, float]] = earlier.get("samples", [])
+        self.errors: list[str] = earlier.get("errors", [])
+        self.known = {(what, policy, n): value for what, policy, n, value in earlier.get("known", [])}
+        self.job: str | None = earlier.get("job")
+        """Of the bulk job that runs."""
+        self.streamed: str = earlier.get("streamed", "-")
+        """The last entry of the stream that was counted."""
+        before = self.samples[-1]["hours"] if self.samples else 0.0
+        self.began: list[float] = [*earlier.get("began", []), before]
+        """After how many hours the command was given, each time."""
+        self.since = time.monotonic() - 3600 * before
 
     @property
     def hours(self) -> float:
-        return (time.monotonic() - self.begun) / 3600
+        """Of all times together."""
+        return (time.monotonic() - self.since) / 3600
 
     async def ask(self, path: str, body: Any, *, api: int | None = None, **options: Any) -> httpx.Response | None:
         """An answer of one replica or the other; None where the death of that replica took it along."""
@@ -151,17 +164,19 @@ class Soak:
             await random.choices(kinds, [50, 30, 10, 10])[0]()
 
     async def bulk(self) -> None:
-        seen = "-"
+        rows = "\n".join(json.dumps(pair(n)) for n in range(ROWS))
+        headers = {"content-type": "application/x-ndjson"}
+        path = f"{self.apis[0].url}/jobs?kind=margin&head=legend&append_to=soak"
         while True:
-            await asyncio.sleep(self.args.every)
-            rows = "\n".join(json.dumps(pair(n)) for n in range(ROWS))
-            headers = {"content-type": "application/x-ndjson"}
-            path = f"{self.apis[0].url}/jobs?kind=margin&head=legend&append_to=soak"
-            begun = await self.http.post(path, content=rows, headers=headers)
-            if begun.status_code != 201:
-                self.outcomes[f"bulk: not taken, {begun.status_code}"] += 1
-                continue
-            job = f"{self.apis[0].url}/jobs/{begun.json()['id']}"
+            if self.job is None:
+                await asyncio.sleep(self.args.every)
+                begun = await self.http.post(path, content=rows, headers=headers)
+                if begun.status_code != 201:
+                    self.outcomes[f"bulk: not taken, {begun.status_code}"] += 1
+                    continue
+                self.job = begun.json()["id"]
+                self.write()
+            job = f"{self.apis[0].url}/jobs/{self.job}"
             while (await self.http.get(job)).json()["state"] not in ("done", "failed", "cancelled"):
                 await asyncio.sleep(1)
             results = [json.loads(line) for line in (await self.http.get(f"{job}/results")).text.splitlines()]
@@ -171,13 +186,16 @@ class Soak:
                 known = [self.known.get(("margin", policy, row["index"])) for policy in ("base", ADAPTER)]
                 if None not in known and not any(same(row["margin"], value) for value in known):
                     self.outcomes["bulk: WRONG"] += 1
-            entries = self.redis.xrange(Keys("soak").scores("soak"), min=seen if seen == "-" else f"({seen}")
-            seen = entries[-1][0].decode() if entries else seen
+            after = self.streamed if self.streamed == "-" else f"({self.streamed}"
+            entries = self.redis.xrange(Keys("soak").scores("soak"), min=after)
             indices = sorted(json.loads(fields[b"row"])["index"] for _, fields in entries)
             self.outcomes["stream: each row once" if indices == list(range(ROWS)) else "stream: LOST or twice"] += 1
+            self.job, self.streamed = None, entries[-1][0].decode() if entries else self.streamed
+            self.write()
 
     async def updates(self) -> None:
-        for sequence in itertools.count(1):
+        head = (await self.http.get(f"{self.apis[0].url}/heads/hybrid")).json()
+        for sequence in itertools.count(head["sequence"] + 1):
             await asyncio.sleep(self.args.every * 0.7)
             body = {"sequence": sequence, "pairs": [pair(n) for n in random.sample(range(QUESTIONS), 8)]}
             answer = await self.ask("/heads/hybrid/update", body, api=0)
@@ -234,13 +252,20 @@ class Soak:
         return found
 
     def write(self) -> None:
-        result = {"outcomes": dict(sorted(self.outcomes.items())), "samples": self.samples, "errors": self.errors}
-        self.args.out.with_suffix(".json").write_text(json.dumps(result, indent=1))
+        result = {
+            "outcomes": dict(sorted(self.outcomes.items())), "samples": self.samples, "errors": self.errors,
+            "known": [[*key, value] for key, value in self.known.items()],
+            "job": self.job, "streamed": self.streamed, "began": self.began,
+        }  # fmt: skip
+        aside = self.args.out.with_suffix(".part")
+        aside.write_text(json.dumps(result))
+        aside.replace(self.args.out.with_suffix(".json"))
 
     async def run(self) -> None:
         jobs = [self.bulk(), self.updates(), self.switches(), self.deaths(), self.watch()]
         tasks = [asyncio.create_task(job) for job in (*jobs, *(self.caller() for _ in range(self.args.callers)))]
-        done, _ = await asyncio.wait(tasks, timeout=3600 * self.args.hours, return_when=asyncio.FIRST_EXCEPTION)
+        left = 3600 * (self.args.hours - self.hours)
+        done, _ = await asyncio.wait(tasks, timeout=left, return_when=asyncio.FIRST_EXCEPTION)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -269,8 +294,8 @@ def report(samples: list[dict[str, float]]) -> str:
     return table(["measure", "median, second quarter", "median, last quarter", "an hour, second half"], rows)
 
 
-def plot(samples: list[dict[str, float]], path: Path) -> None:
-    """Memory, latency, files and Redis over the hours."""
+def plot(samples: list[dict[str, float]], began: list[float], path: Path) -> None:
+    """Memory, latency, files and Redis over the hours; a line where everything was started again."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -288,6 +313,8 @@ def plot(samples: list[dict[str, float]], path: Path) -> None:
             ax.plot([s["hours"] for s in samples], [s[name] for s in samples], label=label, linewidth=1)
         ax.set(title=title, ylim=(0, None))
         ax.legend(fontsize="small", frameon=False)
+        for hours in began[1:]:
+            ax.axvline(hours, color="grey", linestyle=":", linewidth=1)
     for ax in axes[1]:
         ax.set_xlabel("hours")
     figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
@@ -305,25 +332,28 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("soak"), help="OUT.json and OUT.svg")
     args = parser.parse_args()
     random.seed(0)
-    with tempfile.TemporaryDirectory() as made:
-        folder = Path(made)
-        shutil.copytree(TOY / "heads", folder / "heads")
-        train_adapter(TOY / "backbone", folder / "adapters" / ADAPTER, size=0.1)
-        server = RedisServer(folder, appendonly="yes")
-        server.start()
-        settings: dict[str, Any] = {
-            "queue": "soak", "heads": folder / "heads", "adapters": folder / "adapters",
-            "presence": 10, "claim_idle": 30, "drain_timeout": 20, "timeout": args.timeout,
-        }  # fmt: skip
-        try:
-            with Fleet(folder, server.url, demo=True, backbone="transformers", **settings) as fleet:
-                soak = Soak(fleet, server, args)
-                asyncio.run(soak.run())
-        finally:
-            server.kill()
+    folder = args.out.with_suffix(".kept").absolute()
+    if not folder.exists():
+        with tempfile.TemporaryDirectory(dir=args.out.absolute().parent) as made:
+            shutil.copytree(TOY / "heads", Path(made) / "whole" / "heads")
+            train_adapter(TOY / "backbone", Path(made) / "whole" / "adapters" / ADAPTER, size=0.1)
+            (Path(made) / "whole").rename(folder)
+    server = RedisServer(folder, appendonly="yes")
+    server.start()
+    settings: dict[str, Any] = {
+        "queue": "soak", "heads": folder / "heads", "adapters": folder / "adapters",
+        "presence": 10, "claim_idle": 30, "drain_timeout": 20, "timeout": args.timeout,
+    }  # fmt: skip
+    try:
+        with Fleet(folder, server.url, demo=True, backbone="transformers", **settings) as fleet:
+            soak = Soak(fleet, server, args)
+            asyncio.run(soak.run())
+    finally:
+        server.kill()
+    shutil.rmtree(folder)
     print(json.dumps(dict(sorted(soak.outcomes.items())), indent=1))
     print(report(soak.samples))
-    plot(soak.samples, args.out.with_suffix(".svg"))
+    plot(soak.samples, soak.began, args.out.with_suffix(".svg"))
     return int(any(("LOST" in name or "WRONG" in name) and count for name, count in soak.outcomes.items()))
 
 
