@@ -134,7 +134,7 @@ class Settings(BaseSettings):
     """Seconds after SIGTERM in which accepted requests are still answered."""
     redis_url: str | None = None
     """Redis that connects `inward api` and `inward worker`, such as redis://:password@host:6379/0 (rediss:// for TLS,
-    redis+sentinel://host:port,host:port/service/0, redis+cluster://host:port)."""
+    redis+sentinel://host:port,host:port/service/0, redis+cluster://host:port,host:port)."""
     redis_urls: Annotated[tuple[str, ...], NoDecode] = ()
     """Several of them instead, comma-separated: shards of one queue, each of which has the jobs of its part of the
     prompts. The first is the home of all that is no job. New ones go to the end."""

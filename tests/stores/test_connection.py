@@ -9,7 +9,7 @@ import pytest
 
 from inward.control.channel import ControlChannel
 from inward.errors import SetupError, Unavailable
-from inward.stores.connection import COMMANDS, Connection, GroupLost, KeyFinder, Refused
+from inward.stores.connection import COMMANDS, Connection, GroupLost, KeyFinder, Refused, _address
 from inward.stores.keys import Keys
 from support.queues import BEATING, around, done, ids, in_redis, job
 from support.redis_server import CLUSTERED, Sentinel, find_with_tls, join, write_certificate
@@ -174,6 +174,9 @@ async def test_more_commands_at_once_than_redis_py_takes_all_go_through(redis_se
         "redis+sentinel://:pass@host:s3cret/mymaster",
         "redis://:s3cret@host?no_such_option=s3cret",
         "redis+cluster://:s3cret@host?no_such_option=s3cret",
+        "redis+cluster://:s3cret@host:6379,other:s3cret",
+        "redis+cluster://:s3cret@host:6379,",
+        "redis+sentinel://:s3cret@host:26379,/mymaster",
         "redis+sentinel://:s3cret@host:26379/mymaster?no_such_option=s3cret",
     ],
 )
@@ -375,6 +378,40 @@ async def test_of_a_cluster_who_comes_while_another_node_is_frozen_asks_only_the
             await new.close()
     finally:
         default.signal(signal.SIGCONT)
+
+
+@pytest.mark.parametrize("ends", ["frozen", "dead"])
+async def test_of_a_cluster_that_is_named_by_two_hosts_either_is_enough(clustered, ends):
+    _, key, node, default = clustered
+    url = f"redis+cluster://127.0.0.1:{default.port},127.0.0.1:{node.port}"
+    if ends == "dead":
+        default.kill()
+    else:
+        default.signal(signal.SIGSTOP)
+    new = Connection(url, timeout=0.5)
+    try:
+        for _ in range(50):  # nodes are asked in any order, one at a time
+            with suppress(Unavailable):
+                await new("SET", key, "1")
+                break
+        assert await new("GET", key) == b"1"
+    finally:
+        default.signal(signal.SIGCONT)
+        await new.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("one", ("one", 7)),
+        ("one:8", ("one", 8)),
+        (" one:8", ("one", 8)),
+        ("[::1]", ("::1", 7)),
+        ("[::1]:8", ("::1", 8)),
+    ],
+)
+def test_a_host_has_a_port_or_the_usual_one(text, address):
+    assert _address(text, 7) == address
 
 
 async def test_of_a_cluster_a_queue_goes_on_when_another_node_dies_and_its_replica_takes_over(clustered, own_redis):

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from ssl import SSLCertVerificationError
 from typing import Any, Protocol, cast
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
 
 from redis.asyncio import Redis
-from redis.asyncio.cluster import RedisCluster
+from redis.asyncio.cluster import ClusterNode, RedisCluster
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
@@ -123,8 +123,9 @@ class Connection:
 
     Args:
         url: ``redis://[user:password@]host:port/db``, ``rediss://`` for TLS, ``unix://path``,
-            ``redis+sentinel://[user:password@]host:port,host:port/service[/db]``, ``redis+cluster://host:port``; with
-            TLS also ``?ssl_ca_certs=…``, ``ssl_certfile``, ``ssl_keyfile`` and the like, as redis-py names them.
+            ``redis+sentinel://[user:password@]host:port,host:port/service[/db]``,
+            ``redis+cluster://[user:password@]host:port,host:port``, any of which tells of the other nodes; with TLS
+            also ``?ssl_ca_certs=…``, ``ssl_certfile``, ``ssl_keyfile`` and the like, as redis-py names them.
         timeout: seconds after which a command that is not answered counts as lost.
         name: where the URL was given, as errors about it say.
 
@@ -323,7 +324,7 @@ def _clients(url: str, timeout: float, name: str) -> tuple[Client, Sequence[Clie
         if "+sentinel" in url.partition("://")[0]:
             return _behind_sentinels(url, options)
         if "+cluster" in url.partition("://")[0]:
-            return cast(Client, Cluster.from_url(url.replace("+cluster", "", 1), **options)), ()
+            return _cluster(url.replace("+cluster", "", 1), options), ()
         client = Redis.from_url(url, **options)
         client.connection_pool.make_connection()  # type: ignore[no-untyped-call]  # an option that there is not is found here
         return cast(Client, client), ()
@@ -351,11 +352,24 @@ def _behind_sentinels(url: str, options: dict[str, Any]) -> tuple[Client, Sequen
         ssl["ssl_check_hostname"] = ssl["ssl_check_hostname"].lower() not in ("0", "false", "no")
     sentinel_kwargs = {**own, **ssl, "socket_connect_timeout": options["socket_connect_timeout"], "protocol": 2}
     open_manager: Callable[..., Any] = Sentinel  # redis-py leaves its constructor untyped
-    addresses = [_address(one) for one in hosts.split(",")]
+    addresses = [_address(one, 26379) for one in hosts.split(",")]
     manager = open_manager(addresses, sentinel_kwargs=sentinel_kwargs, **options, **ssl)
     return cast(Client, manager.master_for(service)), manager.sentinels
 
 
-def _address(text: str) -> tuple[str, int]:
-    host, colon, port = text.strip().rpartition(":")
-    return (host, int(port)) if colon else (port, 26379)
+def _cluster(url: str, options: dict[str, Any]) -> Client:
+    """redis-py's URLs have one host."""
+    parts = urlsplit(url)
+    credentials, at, hosts = parts.netloc.rpartition("@")
+    first, *others = hosts.split(",")
+    nodes = [ClusterNode(*_address(one, 6379)) for one in others]
+    one = urlunsplit(parts._replace(netloc=credentials + at + first))
+    return cast(Client, Cluster.from_url(one, startup_nodes=nodes, **options))
+
+
+def _address(text: str, port: int) -> tuple[str, int]:
+    """Of ``host``, ``host:port`` or ``[::1]:port``."""
+    parts = urlsplit(f"//{text.strip()}")
+    if not parts.hostname:
+        raise ValueError("a host is missing")
+    return parts.hostname, parts.port or port
