@@ -406,6 +406,35 @@ def test_a_run_goes_on_from_an_adapter_which_the_service_carries_from_the_start(
     assert any(not torch.equal(weights(second)[name], value) for name, value in weights(run).items())
 
 
+def test_a_run_from_an_adapter_that_goes_on_ends_as_one_that_was_not_stopped(policy, tmp_path):
+    pairs = write_rows(tmp_path / "pairs.jsonl", [row | {"confidence": 1.0} for row in rows(8)])
+    run = options(model=str(policy), out=tmp_path / "first", pairs=pairs, steps=2, schedule="constant", warmup=0)
+    cdpo.run(run)
+    whole = run.model_copy(update={"out": tmp_path / "whole", "adapter": run.out / "final", "steps": 4})
+    cdpo.run(whole)
+    parts = whole.model_copy(update={"out": tmp_path / "parts"})
+    cdpo.run(parts.model_copy(update={"steps": 2}))
+    cdpo.run(parts)
+    assert [line["log_ratio"] for line in steps_of(parts)] == [line["log_ratio"] for line in steps_of(whole)]
+    assert abs(steps_of(parts)[2]["log_ratio"]) > 1e-3
+    assert all(torch.equal(weights(parts)[name], value) for name, value in weights(whole).items())
+
+
+def test_the_command_of_a_complete_run_given_again_changes_nothing(world):
+    fake, run = world
+    run = run.model_copy(update={"steps": 2})
+
+    def made():
+        kept = [path for folder in ("checkpoints", "journal") for path in (run.out / folder).iterdir()]
+        log, adapter = run.out / "log.jsonl", run.out / "final/adapter_model.safetensors"
+        return sorted(kept), log.read_text(), adapter.read_bytes(), [*fake.drawn, *fake.updates, *fake.policies]
+
+    cdpo.run(run)
+    before = made()
+    assert cdpo.run(run) == 0
+    assert made() == before
+
+
 def test_a_stopped_run_looks_stopped_saves_and_goes_on(world, monkeypatch, capsys):
     fake, run = world
     original = loop.OnlineLoop.on_step_begin

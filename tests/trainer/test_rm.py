@@ -177,6 +177,24 @@ def test_a_run_that_is_stopped_and_killed_ends_as_one_that_is_not(policy, tmp_pa
     assert all(torch.equal(weights(again)[name], value) for name, value in weights(run).items())
 
 
+@pytest.mark.parametrize("length", [{"steps": 3}, {"epochs": 2}, {"steps": 6, "stop_after": 1}])
+def test_the_command_of_a_complete_run_given_again_changes_nothing(policy, tmp_path, monkeypatch, length):
+    run = options(policy, tmp_path, rows=with_margin(0.5), margins="column", checkpoint_every=1, **length)
+    if "stop_after" in length:
+        run = run.model_copy(update={"eval_pairs": run.pairs})
+        judged = iter([0.7, 0.5, 0.6])
+        monkeypatch.setattr(rm, "pair_losses", lambda model, pairs: [(next(judged), 1.0)] * len(pairs))
+
+    def made():
+        files = (run.out / "log.jsonl", run.out / "final/model.safetensors")
+        return sorted((run.out / "checkpoints").iterdir()), [file.read_bytes() for file in files]
+
+    rm.run(run)
+    before = made()
+    assert rm.run(run) == 0
+    assert made() == before
+
+
 def test_a_run_that_is_stopped_before_it_knows_its_steps_tells_none(policy, tmp_path, monkeypatch, capsys):
     def stopped(*_):
         raise Stopped(signal.SIGTERM)

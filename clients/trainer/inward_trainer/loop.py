@@ -117,7 +117,7 @@ class OnlineLoop(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._feed.done = self._saved = state.global_step
-        if self._evaluate(state.global_step):
+        if self._evaluate(state.global_step) or state.global_step >= state.max_steps:
             self._feed.end()
         if self._main is not None:
             self._settle(args, state)

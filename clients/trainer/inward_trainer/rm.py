@@ -91,6 +91,13 @@ def pair_losses(model: Any, pairs: Sequence[tuple[list[int], list[int]]]) -> lis
     return found
 
 
+class EndingTrainer(RewardTrainer):  # type: ignore[misc]
+    """A RewardTrainer that does no step where the end is asked for before the first one."""
+
+    def get_batch_samples(self, *args: Any) -> Any:
+        return ([], None) if self.control.should_training_stop else super().get_batch_samples(*args)
+
+
 class RewardLoop(TrainerCallback):  # type: ignore[misc]
     """What happens between the steps: the log, whole checkpoints, the end if somebody asks for it."""
 
@@ -103,7 +110,7 @@ class RewardLoop(TrainerCallback):  # type: ignore[misc]
         """Of the main process, if it was asked for the end."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._evaluate(state.global_step)
+        control.should_training_stop = self._evaluate(state.global_step) or state.global_step >= state.max_steps
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         refuse_divergence(model, state.global_step + 1)
@@ -235,12 +242,12 @@ def read_rows(options: RewardOptions, path: Path, tokeniser: Tokeniser, service:
 
 def build_trainer(
     options: RewardOptions, config: RewardConfig, folder: Path, tokenizer: Any, rows: Sequence[MarginPair]
-) -> RewardTrainer:
+) -> EndingTrainer:
     """The model with its score head, in TRL's trainer. The head is random: the same for every run of a seed, so that
     margins of different kinds begin alike.
     """
     set_seed(options.seed)
-    return RewardTrainer(
+    return EndingTrainer(
         model=load_model(AutoModelForSequenceClassification, folder, options, num_labels=1),
         args=config,
         train_dataset=Dataset.from_list([row.columns() for row in rows]),

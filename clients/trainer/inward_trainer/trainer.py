@@ -73,6 +73,14 @@ class CdpoTrainer(DPOTrainer):  # type: ignore[misc]
         known: list[str] = self._signature_columns
         self._signature_columns = [*known, *(name for name in (COLUMN, *SCORES) if name not in known)]
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        policy = self.model if model is None else model
+        if "ref" in getattr(policy, "peft_config", {}) and not self.is_fsdp_enabled:
+            # beside the folder `ref` the policy's own adapter lies in no folder, and Transformers looks at folders only
+            policy.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
+            policy.set_adapter("default")
+
     @torch.no_grad()
     def pair_losses(self, rows: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
         """Loss and ``z`` of each row, which is as the collator takes it, with the policy as it is now."""
