@@ -4,11 +4,13 @@ import errno
 import pytest
 import torch
 from safetensors import SafetensorError
+from trl import DPOConfig, RewardConfig
 
 from inward.stores.keys import Keys
 from inward_trainer.__main__ import main, mendable, parser
 from inward_trainer.cdpo import check
 from inward_trainer.errors import OptionsError
+from inward_trainer.models import OWN, arguments, configuration
 from inward_trainer.options import CdpoOptions, ExportOptions, RewardOptions, add_options, read_options, recipes
 from inward_trainer.parts import stream_key
 
@@ -68,6 +70,30 @@ def test_bundled_recipes_are_valid(name):
 def test_what_is_missing_is_told_before_anything_is_loaded(given, missing):
     with pytest.raises(OptionsError, match=missing):
         check(CdpoOptions(**given))
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "option"),
+    [
+        (DPOConfig, "gradient_accumulation_steps", "--accumulate"),
+        (DPOConfig, "per_device_train_batch_size", "--batch-size"),
+        (DPOConfig, "beta", "--beta"),
+        (DPOConfig, "loss_type", "the command's own"),
+        (RewardConfig, "max_steps", "--steps"),
+        (RewardConfig, "save_steps", "--checkpoint-every"),
+        (RewardConfig, "seed", "--seed"),
+    ],
+)
+def test_an_argument_that_an_option_of_ours_sets_is_refused_beside_it(kind, given, option):
+    with pytest.raises(OptionsError, match=f"--training: {given} is {option}"):
+        configuration(kind, CdpoOptions(training={given: 3}))
+
+
+def test_only_what_depends_on_no_option_of_ours_can_be_given_otherwise():
+    assert arguments(CdpoOptions()).keys() - OWN.keys() == {
+        "use_cpu", "dataloader_pin_memory", "logging_nan_inf_filter", "ddp_timeout",
+    }  # fmt: skip
+    assert all(own == "the command's own" or own[2:].replace("-", "_") in CdpoOptions.model_fields for own in OWN.values())
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -19,6 +19,35 @@ C = TypeVar("C")
 ALL_LINEAR = "all-linear"
 PACKAGES = {"comet_ml": "comet_ml", "wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow", "swanlab": "swanlab"}
 """Of trackers that are often named, what must be installed."""
+OWN = {
+    "beta": "--beta",
+    "bf16": "--bf16",
+    "data_seed": "--seed",
+    "gradient_accumulation_steps": "--accumulate",
+    "gradient_checkpointing": "--gradient-checkpointing",
+    "ignore_data_skip": "the command's own",
+    "learning_rate": "--learning-rate",
+    "logging_steps": "--log-every",
+    "logging_strategy": "--log-every",
+    "loss_type": "the command's own",
+    "lr_scheduler_type": "--schedule",
+    "max_length": "--max-length",
+    "max_steps": "--steps",
+    "num_train_epochs": "--epochs",
+    "output_dir": "--out",
+    "per_device_eval_batch_size": "--batch-size",
+    "per_device_train_batch_size": "--batch-size",
+    "report_to": "--report-to",
+    "save_steps": "--checkpoint-every",
+    "save_strategy": "--checkpoint-every",
+    "save_total_limit": "--keep-checkpoints",
+    "seed": "--seed",
+    "warmup_steps": "--warmup",
+    "weight_decay": "--weight-decay",
+}
+"""Arguments of Hugging Face's trainer that options of ours set. A step is sized by them, and a run that goes on compares
+them with those that it began with.
+"""
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -109,11 +138,13 @@ def configuration(kind: Callable[..., C], options: ModelOptions, **more: Any) ->
     """DPOConfig or RewardConfig.
 
     Raises:
-        OptionsError: an argument that it does not take.
+        OptionsError: an argument that it does not take, or that an option of ours sets.
     """
     known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
     if unknown := [name for name in options.training if name not in known]:
         raise OptionsError(f"--training: the trainer takes no {', '.join(unknown)}")
+    if own := [f"{name} is {OWN[name]}" for name in options.training if name in OWN]:
+        raise OptionsError(f"--training: {', '.join(own)}")
     for tracker in options.report_to:
         if importlib.util.find_spec(PACKAGES.get(tracker, tracker.replace("-", "_"))) is None:
             raise OptionsError(f"--report-to {tracker}: it is not installed: pip install {tracker}")
