@@ -42,6 +42,21 @@ def test_merged_and_apart_it_is_the_same_policy(adapter, tmp_path):
     assert not list((tmp_path / "apart").glob("model*.safetensors"))
 
 
+def test_a_reward_model_is_exported_with_its_score_head(tmp_path):
+    base, kind = write_policy(tmp_path / "base"), transformers.AutoModelForSequenceClassification
+    model = kind.from_pretrained(base, num_labels=1)
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="SEQ_CLS")
+    model = get_peft_model(model, lora)
+    model.save_pretrained(tmp_path / "adapter")
+    assert export.run(ExportOptions(adapter=tmp_path / "adapter", out=tmp_path / "whole", dtype="float32")) == 0
+    whole = kind.from_pretrained(tmp_path / "whole")
+    assert torch.allclose(logits(whole), logits(model), atol=1e-4)
+    pad = transformers.AutoTokenizer.from_pretrained(tmp_path / "whole").pad_token_id
+    assert whole.config.pad_token_id == pad is not None
+    padded = torch.cat([IDS, torch.full((1, 2), pad)], dim=1)
+    assert torch.allclose(whole(padded).logits, logits(model), atol=1e-4)
+
+
 def test_what_is_missing_or_in_the_way_is_told(adapter, tmp_path):
     for given, said in (
         ({}, "--adapter and --out"),

@@ -93,7 +93,9 @@ def test_only_what_depends_on_no_option_of_ours_can_be_given_otherwise():
     assert arguments(CdpoOptions()).keys() - OWN.keys() == {
         "use_cpu", "dataloader_pin_memory", "logging_nan_inf_filter", "ddp_timeout",
     }  # fmt: skip
-    assert all(own == "the command's own" or own[2:].replace("-", "_") in CdpoOptions.model_fields for own in OWN.values())
+    assert all(
+        own == "the command's own" or own[2:].replace("-", "_") in CdpoOptions.model_fields for own in OWN.values()
+    )
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import httpx
 import pytest
+import redis
 
 from inward_trainer.errors import DataError, OptionsError, ServiceError, Stopped
 from inward_trainer.pairs import ScoredPair, read_row
@@ -338,6 +339,35 @@ def test_a_redis_that_is_away_for_a_moment_is_waited_for(own_redis):
     source.settle(first.receipts)
     assert [pair.id for pair in source.take(1, first.cursor).pairs] == entries[1:]
     source.close()
+
+
+@pytest.mark.parametrize("error", [redis.ConnectionError, redis.TimeoutError])
+def test_what_a_lost_reply_delivered_is_taken_all_the_same(redis_server, stream, monkeypatch, error):
+    read, lost = redis.connection.Connection.read_response, []
+
+    def losing(connection, *args, **kwargs):
+        reply = read(connection, *args, **kwargs)
+        if not lost and entries[0] in str(reply):
+            lost.append(reply)
+            connection.disconnect()
+            raise error("the answer is lost")
+        return reply
+
+    with redis_server.client() as client:
+        entries = append(client, 3)
+        source = stream()
+        monkeypatch.setattr(redis.connection.Connection, "read_response", losing)
+        assert drain(source, 1) == entries
+        assert lost
+
+
+@pytest.mark.parametrize("password", ["", ":wr0ng@"])
+def test_a_redis_that_refuses_a_password_is_not_asked_again(own_redis, password):
+    server = own_redis()
+    with server.client() as client:
+        client.config_set("requirepass", "sesame")
+        with pytest.raises(OptionsError, match="--redis-url: Redis refuses the name or password"):
+            StreamedPairs(server.url.replace("//", f"//{password}"), KEY, group="g", consumer="c", patience=1)
 
 
 @pytest.mark.parametrize("url", ["redis://:s3cret/x@host:6379", "redis://:a@host:s3cret", "s3cret"])

@@ -45,8 +45,8 @@ OWN = {
     "warmup_steps": "--warmup",
     "weight_decay": "--weight-decay",
 }
-"""Arguments of Hugging Face's trainer that options of ours set. A step is sized by them, and a run that goes on compares
-them with those that it began with.
+"""Arguments of Hugging Face's trainer that options of ours set. A step is sized by them, and a run that goes on
+compares them with those that it began with.
 """
 
 

@@ -16,10 +16,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import redis
-from redis.exceptions import ConnectionError, ResponseError, TimeoutError
+from redis.backoff import NoBackoff
+from redis.exceptions import AuthenticationError, ConnectionError, ResponseError, TimeoutError
+from redis.retry import Retry
 
 from inward_trainer.errors import DataError, OptionsError, TrainerError
 from inward_trainer.pairs import ScoredPair, read_row
@@ -69,8 +72,9 @@ class StreamedPairs:
     ) -> None:
         try:
             self._redis: Any = redis.Redis.from_url(
-                url, decode_responses=True, socket_timeout=BLOCK_MS / 1000 + 10, protocol=2
-            )
+                url, decode_responses=True, socket_timeout=BLOCK_MS / 1000 + 10, protocol=2,
+                retry=Retry(NoBackoff(), 0),  # ours looks at what a lost reply had delivered first
+            )  # fmt: skip
         except ValueError:  # whose text may hold parts of a password
             raise OptionsError(
                 "--redis-url can't be used: it needs a form such as redis://user:password@host:6379/0; in a password, "
@@ -101,7 +105,7 @@ class StreamedPairs:
         told = time.monotonic()
         while True:
             self._stopping.check()
-            entries = self._pending(n, last) or self._read_group(n, ">")
+            entries = self._ask(partial(self._next, n, last))
             pairs, receipts = self._read(entries, last)
             if pairs:
                 return Taken(tuple(pairs), receipts[-1], tuple(receipts))
@@ -141,17 +145,19 @@ class StreamedPairs:
                 f"{self._group}: choose another --consumer"
             )
 
-    def _pending(self, n: int, last: str) -> list[Any]:
-        if self._recovered:
-            return []
-        entries = self._read_group(n, last)
-        self._recovered = not entries
+    def _next(self, n: int, last: str) -> list[Any]:
+        """Own entries after ``last`` that are pending, or else new ones. What a reply that was lost on its way had
+        delivered is pending, so after an error pending ones are looked at again.
+        """
+        if not self._recovered and (entries := self._read_group(n, last)):
+            return entries
+        self._recovered = False
+        entries = self._read_group(n, ">")
+        self._recovered = True
         return entries
 
     def _read_group(self, n: int, after: str) -> list[Any]:
-        found = self._ask(
-            lambda: self._redis.xreadgroup(self._group, self._consumer, {self._key: after}, count=n, block=BLOCK_MS)
-        )
+        found = self._redis.xreadgroup(self._group, self._consumer, {self._key: after}, count=n, block=BLOCK_MS)
         return list(found[0][1]) if found else []
 
     def _read(self, entries: list[Any], last: str) -> tuple[list[ScoredPair], list[str]]:
@@ -187,6 +193,8 @@ class StreamedPairs:
                 if "NOGROUP" not in str(error):
                     raise TrainerError(f"Redis does not give {self._key}: {error}") from None
                 self._create_group()
+            except AuthenticationError:
+                raise OptionsError("--redis-url: Redis refuses the name or password") from None
             except (ConnectionError, TimeoutError) as error:
                 if time.monotonic() + pause > end:
                     raise TrainerError(f"no answer from Redis for {self._patience:.0f} s: {error}") from None
