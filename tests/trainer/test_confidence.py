@@ -77,6 +77,24 @@ def test_a_row_says_whether_its_answers_were_cut():
     assert read_row(row | {"chosen_finish_reason": None}, "0").finished == (True, False)
 
 
+@pytest.mark.parametrize("reason", ["length", "rejected", "guard"])
+def test_an_answer_that_did_not_end_by_itself_is_not_finished(reason):
+    row = {"prompt": "p", "chosen": "a", "rejected": "b", "chosen_finish_reason": reason, "rejected_finish_reason": ""}
+    assert read_row(row, "0").finished == (False, True)
+
+
+def test_scores_of_another_head_than_a_hybrid_one_are_not_taken_for_its_own():
+    row = {"prompt": "p", "chosen": "a", "rejected": "b", "confidence": 0.95, "chosen_score": 14, "rejected_score": 11}
+    legend = read_row(row | {"head": {"name": "legend", "kind": "legend"}}, "7", as_scored=True)
+    assert (legend.chosen_score, legend.rejected_score) == (None, None)
+    assert Confidence()([legend]) == [0.95]
+    for scale in ("raw", "squashed"):
+        with pytest.raises(DataError, match="pair 7 has no scores"):
+            Confidence(scale=scale)([legend])
+    for head in ({"head": {"name": "kindness", "kind": "hybrid"}}, {"head": "kindness"}, {}):
+        assert read_row(row | head, "7").chosen_score == 14.0
+
+
 @pytest.mark.parametrize(
     ("row", "blamed"),
     [
@@ -85,6 +103,10 @@ def test_a_row_says_whether_its_answers_were_cut():
         ({"prompt": "p", "chosen": "a", "rejected": [{"role": "user", "content": "b"}]}, "rejected"),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "confidence": 1.5}, "confidence"),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "chosen_score": float("nan")}, "chosen_score"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "chosen_score": "nan"}, "chosen_score"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "rejected_score": "high"}, "rejected_score"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "confidence": "1.5"}, "confidence"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "confidence": True}, "confidence"),
     ],
 )
 def test_rows_that_are_no_pairs_are_refused_by_field(row, blamed):

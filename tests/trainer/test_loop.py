@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from inward_trainer import cdpo, loop
-from inward_trainer.errors import DivergedError, OptionsError, ServiceError
+from inward_trainer.errors import DataError, DivergedError, OptionsError, ServiceError
 from inward_trainer.fingerprint import fingerprint
 from inward_trainer.journal import Journal
 from inward_trainer.logs import read_log
@@ -22,6 +22,8 @@ from inward_trainer.loop import HeadUpdates
 from inward_trainer.losses import cdpo_loss
 from inward_trainer.policy import Publisher
 from inward_trainer.runs import locked, new_run
+from inward_trainer.sources import Ended
+from inward_trainer.sources.samples import SampledPairs
 from support.fake_inward import FakeInward, served
 from support.small_policy import options, rows, write_policy, write_rows
 
@@ -485,21 +487,42 @@ def test_a_signal_is_heeded_while_the_service_is_waited_for(world, when, capsys)
     assert list(fake.updates) == list(range(1, STEPS + 1)), "each update once"
 
 
-def test_a_source_that_ends_early_still_leaves_a_checkpoint_and_a_result(world):
-    fake, run = world
-    original = fake.answer
+def ends_after(patch, prompts):
+    """A source of samples that has no more after so many prompts."""
+    original = SampledPairs.take
 
-    def mostly_the_same(method, path, body):
-        status, content = original(method, path, body)
-        if path == "/rerank" and int(body["prompt"].partition(":")[0]) > 4:
-            content = content | {"results": content["results"][:1]}
-        return status, content
+    def take(self, n, cursor):
+        if int(cursor or 0) >= prompts:
+            raise Ended
+        return original(self, n, cursor)
 
-    fake.answer = mostly_the_same
-    cdpo.run(run.model_copy(update={"steps": None}))
-    assert len(steps_of(run)) == 2, "five prompts of twenty give pairs, two a step"
+    patch.setattr(SampledPairs, "take", take)
+
+
+def test_a_source_that_ends_early_still_leaves_a_checkpoint_and_a_result(world, monkeypatch):
+    _, run = world
+    ends_after(monkeypatch, 4)
+    assert cdpo.run(run) == 0
+    assert len(steps_of(run)) == 2
     assert (run.out / "checkpoints/checkpoint-2/complete").is_file()
     assert weights(run)
+
+
+def test_a_source_that_ends_before_the_first_step_is_an_error(world, monkeypatch):
+    _, run = world
+    ends_after(monkeypatch, 0)
+    with pytest.raises(DataError, match="nothing was trained"):
+        cdpo.run(run)
+    assert not (run.out / "final").exists()
+
+
+def test_a_last_step_of_samples_is_filled_up_from_the_next_epoch(world, tmp_path):
+    fake, run = world
+    prompts = write_rows(tmp_path / "few.jsonl", [{"prompt": row["prompt"]} for row in rows(3)])
+    few = {"prompts": prompts, "steps": None, "epochs": 1, "batch_size": 4, "adapters": None, "held_out": None}
+    assert cdpo.run(run.model_copy(update=few)) == 0
+    assert [len(line["pairs"]) for line in steps_of(run)] == [4]
+    assert len(set(fake.drawn)) == 3
 
 
 def test_all_weights_can_be_trained_and_the_run_goes_on(policy, tmp_path, monkeypatch):

@@ -65,6 +65,7 @@ def test_bundled_recipes_are_valid(name):
         ({"pairs": "p", "update_head": True}, "--update-head needs --url"),
         ({"pairs": "p", "url": "u", "adapters": "a", "full": True}, "leave out --full"),
         ({"pairs": "p", "url": "u", "held_out": "h"}, "--held-out needs --adapters"),
+        ({"pairs": "p", "url": "u", "adapters": "a", "adapter": "typo"}, "--adapter: typo has no adapter_config.json"),
     ],
 )
 def test_what_is_missing_is_told_before_anything_is_loaded(given, missing):

@@ -1,6 +1,7 @@
 """Reward models with margins, in TRL's real trainer on a tiny model, with a stand-in for the service."""
 
 import json
+import math
 import signal
 
 import pytest
@@ -130,14 +131,21 @@ def test_what_is_dropped_is_written_down_with_its_reason(policy, tmp_path, caplo
 def test_what_is_missing_is_told(policy, tmp_path):
     with pytest.raises(OptionsError, match="give --url"):
         rm.run(options(policy, tmp_path))
-    with pytest.raises(DataError, match="no `margin`"):
-        rm.run(options(policy, tmp_path, margins="column"))
     for fake, said in (
         (FakeInward(heads=({"name": "kind", "kind": "hybrid"},)), r"no head of kind legend; it has: kind \(hybrid\)"),
         (FakeInward(about={"fingerprint": "sha256:other"}), "not what the service serves"),
     ):
         with served(fake) as url, pytest.raises(OptionsError, match=said):
             rm.run(options(policy, tmp_path, url=url))
+
+
+@pytest.mark.parametrize(
+    ("margin", "said"), [(math.nan, "nan"), ("high", "'high'"), ("", "missing"), (None, "missing")]
+)
+def test_a_margin_that_is_no_number_is_named_by_its_row(policy, tmp_path, margin, said):
+    given = [*with_margin("0.5", 3), *with_margin(margin, 1)]
+    with pytest.raises(DataError, match=f"row 3: `margin` is {said}"):
+        rm.run(options(policy, tmp_path, rows=given, margins="column"))
 
 
 def test_another_trainer_in_the_folder_is_refused(policy, tmp_path):

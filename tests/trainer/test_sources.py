@@ -1,3 +1,4 @@
+import csv
 import json
 from dataclasses import replace
 
@@ -51,6 +52,17 @@ def test_parquet_is_read_as_well(tmp_path):
 
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows(3)), tmp_path / "pairs.parquet")
     assert read_pairs(tmp_path / "pairs.parquet") == read_pairs(write_rows(tmp_path / "pairs.jsonl", rows(3)))
+
+
+def test_numbers_of_a_csv_file_are_numbers(tmp_path):
+    scored = [row | {"confidence": 0.9, "chosen_score": 1.5, "rejected_score": -2} for row in rows(2)]
+    with (tmp_path / "pairs.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, scored[0])
+        writer.writeheader()
+        writer.writerows([*scored, rows(3)[2]])  # one without scores: fields of nothing
+    bare = read_pairs(write_rows(tmp_path / "pairs.jsonl", [*scored, rows(3)[2]]))
+    assert read_pairs(tmp_path / "pairs.csv") == bare
+    assert (bare[0].chosen_score, bare[2].chosen_score) == (1.5, None)
 
 
 def test_a_row_that_is_no_pair_is_left_out_with_a_word_and_a_file_without_one_is_refused(tmp_path, caplog):
@@ -156,6 +168,21 @@ def test_prompts_that_give_no_pair_are_passed_over():
     with service(fake) as asked:
         source = SampledPairs(asked, ["too long", "all the same", "Birds?"], n=4, head="hybrid", epochs=1)
         assert len(drain(source, 1)) == 1
+
+
+def test_prompts_whose_samples_never_differ_are_an_error_and_no_endless_loop(caplog):
+    fake = FakeInward()
+    original = fake.answer
+
+    def all_the_same(method, path, body):
+        status, content = original(method, path, body)
+        return status, content | {"results": content["results"][:1]}
+
+    fake.answer = all_the_same
+    with service(fake) as asked, pytest.raises(DataError, match="none of the last 100 rounds of samples gave a pair"):
+        SampledPairs(asked, ["Birds?", "Boats?"], n=4, head="hybrid").take(2, None)
+    assert caplog.text.count("rounds of samples") == 1
+    assert len(fake.drawn) == 200
 
 
 # bulk jobs

@@ -15,7 +15,7 @@ from trl import DPOConfig
 from inward_trainer import metrics
 from inward_trainer.base_model import FoundModel, name_model
 from inward_trainer.confidence import Confidence
-from inward_trainer.errors import OptionsError, Stopped
+from inward_trainer.errors import DataError, OptionsError, Stopped
 from inward_trainer.evaluation import Evaluation
 from inward_trainer.feed import Feed, rows_of
 from inward_trainer.loop import FedTrainer, OnlineLoop
@@ -23,6 +23,7 @@ from inward_trainer.models import configuration, load_model, lora
 from inward_trainer.options import CdpoOptions
 from inward_trainer.pairs import ScoredPair
 from inward_trainer.parts import Parts
+from inward_trainer.policy import FILES
 from inward_trainer.processes import agreed
 from inward_trainer.runs import connected, until_stopped
 from inward_trainer.stopping import Stopping
@@ -70,6 +71,9 @@ def check(options: CdpoOptions) -> None:
         problems.append("--adapters needs a LoRA adapter: the service can't load all weights anew, so leave out --full")
     if options.adapter is not None and options.full:
         problems.append("--adapter goes on with that adapter: leave out --full")
+    if options.adapter is not None and options.adapters is not None:
+        lost = [file for file in FILES if not (options.adapter / file).is_file()]
+        problems += [f"--adapter: {options.adapter} has no {' and no '.join(lost)}"] if lost else []
     if problems:
         raise OptionsError("; ".join(problems))
 
@@ -133,6 +137,8 @@ def _run(options: CdpoOptions, config: DPOConfig, stopping: Stopping, stack: Exi
     trainer.train(resume_from_checkpoint=resume)
     if (signal := agreed(stopping.signal, processes)) is not None:
         raise Stopped(signal)
+    if not trainer.state.global_step:
+        raise DataError("the source ended before it had given the pairs of one step: nothing was trained")
     trainer.save_model(str(options.out / "final"))
     if parts is not None:
         LOG.info("done: %d steps, %s", trainer.state.global_step, options.out / "final")

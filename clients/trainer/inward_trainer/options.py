@@ -85,7 +85,7 @@ class SourceOptions(_Options):
     for --prompts."""
     pairs: Path | None = None
     """Pairs in any layout (JSON lines, JSON, CSV, Parquet, a folder; also gzipped), with confidence, chosen_score,
-    rejected_score where they are known already."""
+    rejected_score where they are known already. Scores of a row without `head` are taken for a hybrid head's."""
     job: str | None = None
     """Id of a bulk job that scored --pairs; without it one is made."""
     epochs: int = Field(1, ge=1)

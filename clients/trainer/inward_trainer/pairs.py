@@ -17,10 +17,10 @@ from inward_trainer.errors import DataError
 class ScoredPair:
     """One preference pair. ``id`` is unique within its source (a row's number, a stream's entry, a prompt's place).
 
-    ``finished`` says of chosen and rejected whether they ended by themselves; one that was cut at its length limit is
-    not followed by an end-of-sequence token in training. Scores and ``confidence`` are the hybrid head's, ``monitor``
-    the monitor head's of both answers. ``chosen_ids`` and ``rejected_ids`` are the tokens that the policy wrote, where
-    it did, without what ended them: its text may become other tokens again.
+    ``finished`` says of chosen and rejected whether they ended by themselves; one that was cut, at its length limit or
+    by the service, is not followed by an end-of-sequence token in training. Scores and ``confidence`` are the hybrid
+    head's, ``monitor`` the monitor head's of both answers. ``chosen_ids`` and ``rejected_ids`` are the tokens that the
+    policy wrote, where it did, without what ended them: its text may become other tokens again.
     """
 
     id: str
@@ -53,7 +53,7 @@ class ScoredPair:
 
 def read_row(row: Mapping[str, Any], id: str, *, as_scored: bool = False) -> ScoredPair:
     """A pair from a row as people and the service write it, in any layout, with whatever scores and finish reasons are
-    there.
+    there. Scores of a row whose ``head`` is of another kind than hybrid are left out: they have another scale.
 
     Args:
         as_scored: the row comes from the service, whose prompts are what they are, whatever they look like.
@@ -66,30 +66,41 @@ def read_row(row: Mapping[str, Any], id: str, *, as_scored: bool = False) -> Sco
         pair = PairReader(layout).pair(row) if layout else read_pair(row)
     except RowError as error:
         raise DataError(f"row {id}: {error.reason}") from None
+    head = row.get("head")
+    hybrid = not isinstance(head, Mapping) or head.get("kind", "hybrid") == "hybrid"
     return ScoredPair(
         id=id,
         prompt=pair.prompt,
         chosen=pair.chosen,
         rejected=pair.rejected,
-        confidence=_number(row, "confidence", id, 0.0, 1.0),
-        chosen_score=_number(row, "chosen_score", id),
-        rejected_score=_number(row, "rejected_score", id),
-        finished=(row.get("chosen_finish_reason") != "length", row.get("rejected_finish_reason") != "length"),
+        confidence=number(row, "confidence", id, 0.0, 1.0),
+        chosen_score=number(row, "chosen_score", id) if hybrid else None,
+        rejected_score=number(row, "rejected_score", id) if hybrid else None,
+        finished=(_finished(row, "chosen"), _finished(row, "rejected")),
         policy_version=row.get("policy_version"),
     )
 
 
-def _number(
+def number(
     row: Mapping[str, Any], field: str, id: str, least: float = -math.inf, most: float = math.inf
 ) -> float | None:
+    """What a row has in a field, perhaps as text, as CSV has it; None where it has nothing.
+
+    Raises:
+        DataError: it is no number, or out of bounds.
+    """
     value = row.get(field)
-    if value is None:
+    if value is None or value == "":
         return None
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not math.isfinite(value)
-        or not least <= value <= most
-    ):
-        raise DataError(f"row {id}: `{field}` is {value!r}, not a number between {least} and {most}")
-    return float(value)
+    try:
+        found = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        found = math.nan
+    if not math.isfinite(found) or not least <= found <= most:
+        bounds = f" between {least} and {most}" if math.isfinite(most) else ""
+        raise DataError(f"row {id}: `{field}` is {value!r}, not a number{bounds}")
+    return found
+
+
+def _finished(row: Mapping[str, Any], answer: str) -> bool:
+    return (row.get(f"{answer}_finish_reason") or "stop") == "stop"

@@ -213,7 +213,6 @@ class Parts:
                 sampling=options.sampling,
                 head=self._named_head(),
                 early_rejection=options.early_rejection,
-                epochs=None if options.steps else options.epochs,
                 seed=options.seed,
             )
             return samples, len(prompts)

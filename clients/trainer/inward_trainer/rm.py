@@ -31,7 +31,7 @@ from inward_trainer.logs import Log
 from inward_trainer.loop import refuse_divergence
 from inward_trainer.models import checkpoints, configuration, load_model, lora
 from inward_trainer.options import RewardOptions
-from inward_trainer.pairs import ScoredPair, read_row
+from inward_trainer.pairs import ScoredPair, number, read_row
 from inward_trainer.processes import agreed
 from inward_trainer.runs import connected, locked, new_run, resumed, until_stopped
 from inward_trainer.service import Service
@@ -214,7 +214,7 @@ def read_rows(options: RewardOptions, path: Path, tokeniser: Tokeniser, service:
     table = read_table(path)
     pairs = [read_row(row, str(i)) for i, row in enumerate(table)]
     dropped: dict[str, str] = {}
-    margins = _margins(options, pairs, [row.get("margin") for row in table], service, dropped)
+    margins = _margins(options, pairs, table, service, dropped)
     rows = []
     for pair in pairs:
         if pair.id in dropped:
@@ -259,11 +259,15 @@ def build_trainer(
 def _margins(
     options: RewardOptions,
     pairs: Sequence[ScoredPair],
-    column: Sequence[Any],
+    table: Sequence[Mapping[str, Any]],
     service: Service | None,
     dropped: dict[str, str],
 ) -> Mapping[str, float | None]:
-    """Margin of each pair by its id; ``dropped`` takes those that have none, or are not wanted."""
+    """Margin of each pair by its id; ``dropped`` takes those that have none, or are not wanted.
+
+    Raises:
+        DataError: a row's own margin is wanted, and missing or no number.
+    """
     asked = options.margins in ("bin", "margin_scaled", "constant") or options.drop_disagreeing
     said = _said(options, pairs, service) if asked else {}
     for id, margin in said.items():
@@ -274,9 +278,10 @@ def _margins(
     if options.margins == "none":
         return dict.fromkeys((pair.id for pair in pairs), None)
     if options.margins == "column":
-        if any(margin is None for margin in column):
-            raise DataError("--margins column: a row has no `margin`")
-        return {pair.id: float(margin) for pair, margin in zip(pairs, column, strict=True)}
+        column = {pair.id: number(row, "margin", pair.id) for pair, row in zip(pairs, table, strict=True)}
+        if bare := [id for id, margin in column.items() if margin is None]:
+            raise DataError(f"row {bare[0]}: `margin` is missing, and --margins column takes it from there")
+        return column
     name = "bin" if options.margins == "constant" else options.margins
     return {id: margin[name] for id, margin in said.items()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,8 +11,13 @@ from inward_trainer.pairs import Prompt, ScoredPair
 from inward_trainer.service import Draw, Drawn, Service
 from inward_trainer.sources.base import Cursor, Order, Taken
 
+LOG = logging.getLogger(__name__)
 SAMPLING = {"temperature": 1.4, "top_p": 0.95, "top_k": 8, "repetition_penalty": 1.2, "max_tokens": 256}
 """Those of arXiv 2503.10093."""
+TOLD_IN_VAIN = 10
+"""Rounds of samples without one pair, after which the log says so."""
+MOST_IN_VAIN = 100
+"""Such rounds after which something must be wrong."""
 
 
 class SampledPairs:
@@ -46,9 +52,15 @@ class SampledPairs:
         self._order, self._seed = Order(len(prompts), epochs=epochs, seed=seed), seed
 
     def take(self, n: int, cursor: Cursor) -> Taken:
-        """One pair of each prompt whose samples differ in their scores; prompts that give none are passed over."""
+        """One pair of each prompt whose samples differ in their scores; prompts that give none are passed over.
+
+        Raises:
+            DataError: none of many gives one.
+        """
         start = int(cursor or 0)
-        while True:
+        for vain in range(MOST_IN_VAIN):
+            if vain == TOLD_IN_VAIN:
+                LOG.warning("none of the last %d rounds of samples gave a pair", vain)
             draws = [self._draw(start + i, place) for i, place in enumerate(self._order.after(start, n))]
             drawn = self._service.draw(draws, self._n, self._sampling, self._head, self._early_rejection)
             found = [
@@ -59,6 +71,10 @@ class SampledPairs:
             start += len(draws)
             if pairs := tuple(pair for pair in found if pair is not None):
                 return Taken(pairs, start)
+        raise DataError(
+            f"none of the last {MOST_IN_VAIN} rounds of samples gave a pair: the service refuses the prompts, which "
+            "warnings say, or all samples of each score the same: see --head, the temperature in --sampling, --samples"
+        )
 
     def settle(self, receipts: Sequence[str]) -> None:
         """Nothing: nobody keeps samples."""
