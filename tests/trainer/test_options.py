@@ -65,6 +65,9 @@ def test_bundled_recipes_are_valid(name):
         ({"pairs": "p", "update_head": True}, "--update-head needs --url"),
         ({"pairs": "p", "url": "u", "adapters": "a", "full": True}, "leave out --full"),
         ({"pairs": "p", "url": "u", "held_out": "h"}, "--held-out needs --adapters"),
+        ({"pairs": "p", "stop_after": 2}, "--stop-after needs --eval-pairs"),
+        ({"pairs": "p", "job": "j1"}, "--job is for --source job"),
+        ({"pairs": "p", "prompts": "q"}, "--prompts is for --source samples"),
         ({"pairs": "p", "url": "u", "adapters": "a", "adapter": "typo"}, "--adapter: typo has no adapter_config.json"),
     ],
 )
@@ -131,6 +134,7 @@ PAIRS = ["--pairs", "no-such-pairs.jsonl"]
         (["cdpo", *PAIRS, "--model", "service"], "--model service needs --url"),
         (["cdpo", *PAIRS, "--model", "./no-such-folder"], "--model: there is no folder no-such-folder"),
         (["rm", "--model", "m"], "--pairs: say what to train on"),
+        (["rm", *PAIRS, "--stop-after", "2"], "--stop-after needs --eval-pairs"),
         (["rm", *PAIRS, "--model", "tests"], "holds no config.json"),
         (
             ["cdpo", *PAIRS, "--training", '{"no_such_argument": 1}'],

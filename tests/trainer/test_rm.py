@@ -148,6 +148,13 @@ def test_a_margin_that_is_no_number_is_named_by_its_row(policy, tmp_path, margin
         rm.run(options(policy, tmp_path, rows=given, margins="column"))
 
 
+def test_held_out_pairs_that_are_not_there_are_told_before_anything_is_learnt(policy, tmp_path):
+    run = options(policy, tmp_path, margins="none", held_out=tmp_path / "nowhere.jsonl")
+    with pytest.raises(DataError, match="nowhere"):
+        rm.run(run)
+    assert not (run.out / "log.jsonl").exists()
+
+
 def test_another_trainer_in_the_folder_is_refused(policy, tmp_path):
     run = options(policy, tmp_path, margins="none")
     with locked(run.out), pytest.raises(OptionsError, match="another trainer works"):

@@ -59,12 +59,18 @@ def check(options: CdpoOptions) -> None:
         "--lend-device": options.lend_device,
     }
     problems = [f"{option} needs --url" for option, given in needs_service.items() if given and not options.url]
+    if options.job is not None and options.source != "job":
+        problems.append("--job is for --source job")
+    if options.prompts is not None and options.source != "samples":
+        problems.append("--prompts is for --source samples")
     if options.source in ("file", "job") and options.pairs is None:
         problems.append(f"--source {options.source} needs --pairs")
     if options.source == "samples" and options.prompts is None:
         problems.append("--source samples needs --prompts")
     if options.source == "stream" and not (options.redis_url and options.steps):
         problems.append("--source stream needs --redis-url, and --steps, since it has no end")
+    if options.stop_after is not None and options.eval_pairs is None:
+        problems.append("--stop-after needs --eval-pairs")
     if options.held_out is not None and options.adapters is None:
         problems.append("--held-out needs --adapters: without, the service's policy does not move")
     if options.adapters is not None and options.full:

@@ -71,6 +71,8 @@ def run(options: RewardOptions) -> int:
     """
     if options.pairs is None:
         raise OptionsError("--pairs: say what to train on")
+    if options.stop_after is not None and options.eval_pairs is None:
+        raise OptionsError("--stop-after needs --eval-pairs")
     length = {"max_steps": options.steps} if options.steps else {"num_train_epochs": options.epochs}
     saving = {"save_strategy": "steps", "save_steps": options.checkpoint_every}
     config = configuration(RewardConfig, options, **saving, **length)
@@ -141,13 +143,15 @@ def _run(options: RewardOptions, path: Path, config: RewardConfig, stopping: Sto
     name, revision = agreed(name_model(options.model, options.revision, info) if is_main else None, processes)
     model = FoundModel.find(name, revision, options.template)
     folder, tokeniser, tokenizer = model.folder, model.tokeniser, model.tokeniser.tokenizer
-    log = rows = checkpoint = None
+    log = rows = checkpoint = held_out = None
     if is_main:
         if info is not None:
             check_same(folder, tokeniser, info)
         stack.enter_context(locked(options.out))
         begun = options.batch_size * options.accumulate * processes, fingerprint(folder)
         current = resumed(options, *begun) or new_run(options, *begun)
+        if options.held_out is not None:  # before anything is learnt
+            held_out = [_texts(tokeniser, pair) for pair in read_pairs(options.held_out)]
         rows = read_rows(options, path, tokeniser, service)
         checkpoint = last_checkpoint(checkpoints(options))
         done = step_of(checkpoint) if checkpoint else 0
@@ -167,14 +171,15 @@ def _run(options: RewardOptions, path: Path, config: RewardConfig, stopping: Sto
     trainer.save_model(str(options.out / "final"))
     if is_main:
         tokenizer.save_pretrained(options.out / "final")
-        _report(options, len(rows), trainer, tokeniser)
+        _report(options, len(rows), trainer, held_out)
     return 0
 
 
-def _report(options: RewardOptions, pairs: int, trainer: Any, tokeniser: Tokeniser) -> None:
+def _report(
+    options: RewardOptions, pairs: int, trainer: Any, held_out: Sequence[tuple[list[int], list[int]]] | None
+) -> None:
     report: dict[str, Any] = {"pairs": pairs, "margins": options.margins}
-    if options.held_out is not None:
-        held_out = [_texts(tokeniser, pair) for pair in read_pairs(options.held_out)]
+    if held_out is not None:
         found = pair_losses(trainer.accelerator.unwrap_model(trainer.model), held_out)
         right = estimates("held_out", {"accuracy": [float(margin > 0) for _, margin in found]})
         report |= {"held_out_pairs": len(held_out)} | {name.replace("/", "_"): one for name, one in right.items()}
