@@ -1,4 +1,4 @@
-"""A policy small enough to be trained in a second, and rows for it."""
+"""A policy small enough to be trained in a second, rows for it, and an early end of them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import transformers
 
 import inward
 from inward_trainer.options import CdpoOptions
+from inward_trainer.sources import Ended
+from inward_trainer.sources.samples import SampledPairs
 from support.tiny_tokenizer import TEXTS
 from support.tiny_tokenizer import of_transformers as tokenizer
 
@@ -55,3 +57,15 @@ def options(**more):
         "bf16": False,
     }
     return CdpoOptions(**{**quick, "training": {"disable_tqdm": True}, **more})
+
+
+def ends_after(patch, prompts):
+    """A source of samples that has no more after so many prompts."""
+    original = SampledPairs.take
+
+    def take(self, n, cursor):
+        if int(cursor or 0) >= prompts:
+            raise Ended
+        return original(self, n, cursor)
+
+    patch.setattr(SampledPairs, "take", take)

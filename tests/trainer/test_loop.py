@@ -22,10 +22,8 @@ from inward_trainer.loop import HeadUpdates
 from inward_trainer.losses import cdpo_loss
 from inward_trainer.policy import Publisher
 from inward_trainer.runs import locked, new_run
-from inward_trainer.sources import Ended
-from inward_trainer.sources.samples import SampledPairs
 from support.fake_inward import FakeInward, served
-from support.small_policy import options, rows, write_policy, write_rows
+from support.small_policy import ends_after, options, rows, write_policy, write_rows
 
 STEPS, EVERY, BATCH = 6, 2, 2
 
@@ -485,18 +483,6 @@ def test_a_signal_is_heeded_while_the_service_is_waited_for(world, when, capsys)
     fake.answer = original
     assert cdpo.run(run) == 0
     assert list(fake.updates) == list(range(1, STEPS + 1)), "each update once"
-
-
-def ends_after(patch, prompts):
-    """A source of samples that has no more after so many prompts."""
-    original = SampledPairs.take
-
-    def take(self, n, cursor):
-        if int(cursor or 0) >= prompts:
-            raise Ended
-        return original(self, n, cursor)
-
-    patch.setattr(SampledPairs, "take", take)
 
 
 def test_a_source_that_ends_early_still_leaves_a_checkpoint_and_a_result(world, monkeypatch):

@@ -10,7 +10,7 @@ from inward_trainer.errors import OptionsError
 from inward_trainer.logs import Log
 from support.fake_inward import FakeInward, served
 from support.redis_server import free_port
-from support.small_policy import options, rows, write_policy, write_rows
+from support.small_policy import ends_after, options, rows, write_policy, write_rows
 
 
 def value(name, **labels):
@@ -43,8 +43,9 @@ def test_gain_is_against_the_first_policy_of_the_run_even_after_a_restart(tmp_pa
         log = Log(tmp_path, 5, run="gain", tensorboard=False)
 
 
-def test_a_run_is_complete_where_its_source_ends(tmp_path):
+def test_a_run_is_complete_where_its_source_ends(tmp_path, monkeypatch):
     """Prometheus can't else tell it from one that died. Five prompts were planned as three steps of two pairs."""
+    ends_after(monkeypatch, 4)
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": row["prompt"]} for row in rows(5)])
     with served(FakeInward()) as url:
         run = options(
