@@ -1,0 +1,99 @@
+"""The whole command over a scorer that counts."""
+
+import json
+from contextlib import asynccontextmanager
+
+import numpy as np
+import pytest
+
+from inward.errors import SetupError
+from inward.offline.annotate.options import AnnotateOptions
+from inward.offline.annotate.run import annotate
+from inward.offline.annotate.scorer import COLUMNS, Annotated, Annotator
+
+HEAD = {"name": "h", "kind": "legend", "version": 1}
+BY = {"head": HEAD, "policy_version": "base", "confidence_head": None}
+
+
+class CountingScorer:
+    """A margin is the difference of the answers' words.
+
+    Args:
+        stopped: whether a further pass, for clusters or tokens, is interrupted.
+    """
+
+    tokens = None
+
+    def __init__(self):
+        self.scored, self.opened, self.stopped = 0, 0, False
+
+    @asynccontextmanager
+    async def open(self):
+        self.opened += 1
+        yield self
+
+    async def annotator(self):
+        return Annotator("m", "r", "f", "float32", "base", "t", HEAD, None, "1")
+
+    async def annotate(self, pairs):
+        self.scored += len(pairs)
+        return [Annotated(self.columns(pair)) for pair in pairs], BY
+
+    def columns(self, pair):
+        margin = float(len(pair.chosen.split()) - len(pair.rejected.split()))
+        scores = {"chosen_score": margin, "rejected_score": 0.0}
+        known = {"margin": margin, "margin_scaled": margin, "margin_bin": 0.5, "label_agrees": margin > 0}
+        return dict.fromkeys(COLUMNS) | scores | known
+
+    async def token_scores(self, pairs):
+        if self.stopped:
+            raise KeyboardInterrupt
+        return [None] * len(pairs)
+
+    async def states(self, pairs):
+        if self.stopped:
+            raise KeyboardInterrupt
+        return np.random.default_rng(0).normal(size=(len(pairs), 8)).astype(np.float32)
+
+
+@pytest.fixture
+def scorer():
+    return CountingScorer()
+
+
+@pytest.fixture
+def path(tmp_path):
+    rows = [{"prompt": f"p{n}", "chosen": "two words" if n % 3 else "one", "rejected": "c d"} for n in range(30)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path / "in.jsonl"
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("asked", ["clusters", "token_scores"])
+def test_a_job_that_is_stopped_after_its_last_pair_goes_on_without_scoring_any_again(
+    tmp_path, path, scorer, asked, capsys
+):
+    further = {"clusters": {"clusters": 2}, "token_scores": {"html": tmp_path / "x.html", "token_scores": True}}[asked]
+    options = AnnotateOptions(path, tmp_path / "out.jsonl", **further)
+    scorer.stopped = True
+    assert annotate(options, scorer.open) == 130
+    assert "30 rows kept; the same command goes on" in capsys.readouterr().err
+    assert names(tmp_path) == ["in.jsonl", "out.jsonl.progress"]
+    scorer.stopped, scorer.scored = False, 0
+    assert annotate(options, scorer.open) == 0
+    assert scorer.scored == 0 and len((tmp_path / "out.jsonl").read_text().splitlines()) == 30
+    assert "out.jsonl.progress" not in names(tmp_path)
+
+
+@pytest.mark.parametrize("option", ["html", "argilla"])
+@pytest.mark.parametrize(("name", "said"), [("nodir/x", "nodir is not a folder"), ("folder", "folder is a folder")])
+def test_a_place_that_can_not_be_written_to_is_refused_before_anything_is_scored(
+    tmp_path, path, scorer, option, name, said
+):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(SetupError, match=said):
+        annotate(AnnotateOptions(path, tmp_path / "out.jsonl", **{option: tmp_path / name}), scorer.open)
+    assert not scorer.opened and names(tmp_path) == ["folder", "in.jsonl"]
