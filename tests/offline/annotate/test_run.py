@@ -1,5 +1,6 @@
 """The whole command over a scorer that counts."""
 
+import csv
 import json
 from contextlib import asynccontextmanager
 
@@ -7,9 +8,11 @@ import numpy as np
 import pytest
 
 from inward.errors import SetupError
+from inward.offline.annotate.decisions import key_of
 from inward.offline.annotate.options import AnnotateOptions
 from inward.offline.annotate.run import annotate
 from inward.offline.annotate.scorer import COLUMNS, Annotated, Annotator
+from inward_client.rows import Pair
 
 HEAD = {"name": "h", "kind": "legend", "version": 1}
 BY = {"head": HEAD, "policy_version": "base", "confidence_head": None}
@@ -43,6 +46,7 @@ class CountingScorer:
         margin = float(len(pair.chosen.split()) - len(pair.rejected.split()))
         scores = {"chosen_score": margin, "rejected_score": 0.0}
         known = {"margin": margin, "margin_scaled": margin, "margin_bin": 0.5, "label_agrees": margin > 0}
+        known |= {"label_probability": 0.25 if margin < 0 else 0.75}
         return dict.fromkeys(COLUMNS) | scores | known
 
     async def token_scores(self, pairs):
@@ -97,3 +101,18 @@ def test_a_place_that_can_not_be_written_to_is_refused_before_anything_is_scored
     with pytest.raises(SetupError, match=said):
         annotate(AnnotateOptions(path, tmp_path / "out.jsonl", **{option: tmp_path / name}), scorer.open)
     assert not scorer.opened and names(tmp_path) == ["folder", "in.jsonl"]
+
+
+def test_a_label_is_turned_in_an_annotated_csv_file(tmp_path, path, scorer):
+    annotated, decisions, out = (tmp_path / name for name in ("annotated.csv", "decisions.csv", "out.csv"))
+    assert annotate(AnnotateOptions(path, annotated), scorer.open) == 0
+    decisions.write_text(f"key,decision\n{key_of(Pair('p0', 'one', 'c d'))},flip\n")
+    assert annotate(AnnotateOptions(annotated, out, apply=decisions), scorer.open) == 0
+    with annotated.open(newline="") as before, out.open(newline="") as after:
+        given, got = list(csv.DictReader(before)), list(csv.DictReader(after))
+    changed = {name: got[0][name] for name in given[0] if got[0][name] != given[0][name]}
+    assert changed == {
+        "chosen": "c d", "rejected": "one", "margin": "1.0", "margin_scaled": "1.0", "margin_bin": "",
+        "label_probability": "0.75", "chosen_score": "0.0", "rejected_score": "-1.0", "label_agrees": "True",
+    }  # fmt: skip
+    assert got[1:] == given[1:]
