@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from inward.offline.annotate import noise
 from inward.offline.annotate.held_out import HeldOut
 from inward.offline.annotate.quality import Survey
 from inward.offline.annotate.scorer import Annotated
@@ -68,6 +69,14 @@ def test_the_share_is_told_for_each_value_of_a_column():
     assert by_name["a"].noise.wrong.high < by_name["b"].noise.wrong.value
     assert by_name["b"].noise.wrong.value == pytest.approx(0.2, abs=0.05)
     assert "source" in "\n".join(found.text())
+
+
+def test_more_pairs_of_few_prompts_than_an_estimate_takes_are_told_of_all_the_same(monkeypatch):
+    monkeypatch.setattr(noise, "MOST_PAIRS", 100)
+    for prompts in (25, 1):
+        some = [({**row, "prompt": f"question {i % prompts}"}, one) for i, (row, one) in enumerate(rows(500))]
+        found = quality(some)
+        assert found.whole.pairs == 500 and (found.whole.noise is None) == (prompts == 1) and list(found.text())
 
 
 def test_ties_count_neither_as_pairs_nor_as_contradicted():
