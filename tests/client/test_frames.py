@@ -71,6 +71,55 @@ def test_a_pandas_frame_gives_a_frame_with_its_index(client):
     checked({name: [None if pd.isna(value) else value for value in found[name]] for name in (*COLUMNS, ERROR)})
 
 
+def turns(answer, **more):
+    return [{"role": "user", "content": "q", **more}, {"role": "assistant", "content": answer, **more}]
+
+
+NAN = float("nan")
+PAIR = {"prompt": "q", "chosen": "two words", "rejected": "one"}
+PKU = {"prompt": "q", "response_0": "one", "response_1": "two words", "better_response_id": 1}
+
+
+@pytest.mark.parametrize(
+    ("row", "changed"),
+    [
+        ({"chosen": turns("two words"), "rejected": turns("one")}, {}),
+        ({"prompt": turns("")[:1], "chosen": turns("two words")[1:], "rejected": turns("one")[1:]}, {}),
+        ({"chosen": turns("two words"), "rejected": turns("one")}, {"chosen": turns("two words", name=NAN)}),
+        ({"chosen": turns("two words"), "rejected": turns("one")}, {"rejected": turns("one", tool_calls=NAN)}),
+        (PAIR, {"system": NAN}),
+        (PAIR, {"system": None, "tools": "NA"}),
+        (PAIR, {"tools": "NaT", "images": NAN}),
+        ({"instruction": "q", "chosen": "two words", "rejected": "one"}, {"input": NAN}),
+        (PKU, {"safer_response_id": NAN}),
+    ],
+)
+@pytest.mark.parametrize("arrays", [False, True])
+def test_what_pandas_writes_for_nothing_and_its_arrays_are_read_as_a_list_is(client, row, changed, arrays):
+    pd, np = pytest.importorskip("pandas"), pytest.importorskip("numpy")
+    nothing = {"NA": pd.NA, "NaT": pd.NaT}
+
+    def cell(value):
+        if isinstance(value, list):
+            return np.array(value, dtype=object) if arrays else value
+        return nothing.get(value, value) if isinstance(value, str) else value
+
+    frame = pd.DataFrame({name: [cell(value)] * 2 for name, value in (row | changed).items()}, dtype=object)
+    before = frame.copy()
+    found, expected = annotate(frame, client, progress=False), annotate([row] * 2, client, progress=False)
+    assert found[ERROR].tolist() == [None] * 2
+    assert found["margin"].tolist() == [one["margin"] for one in expected] == [1.0, 1.0]
+    for name in before:
+        assert all(ours is theirs for ours, theirs in zip(found[name], before[name], strict=True))
+
+
+def test_a_dataset_as_a_pandas_frame_has_the_margins_of_the_dataset(client):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"chosen": turns("two words"), "rejected": turns("one"), "system": system} for system in ("be good", None)]
+    found = annotate(datasets.Dataset.from_list(rows).to_pandas(), client, progress=False)
+    assert found["margin"].tolist() == [1.0, 1.0]
+
+
 def test_a_polars_frame_gives_a_frame(client):
     pl = pytest.importorskip("polars")
     found = annotate(pl.DataFrame(ROWS), client, prefix="x_", progress=False)

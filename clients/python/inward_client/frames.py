@@ -118,7 +118,7 @@ def _of_kind(data: Any) -> Callable[[Any, Callable[[Rows], dict[str, list[Any]]]
     if isinstance(data, Mapping):
         return _of_parts
     if library == "pandas" and hasattr(data, "to_dict"):
-        return lambda frame, new: frame.assign(**_objects(frame, new(frame.to_dict("records"))))
+        return lambda frame, new: frame.assign(**_objects(frame, new(_plain(frame.to_dict("records")))))
     if library == "polars" and hasattr(data, "to_dicts"):
         return _of_polars
     if library == "datasets" and hasattr(data, "add_column"):
@@ -139,6 +139,19 @@ def _of_list(rows: Any, new: Callable[[Rows], dict[str, list[Any]]]) -> Any:
     rows = [dict(row) for row in listed("data", rows)]
     added = new(rows)
     return [{**row, **{name: values[n] for name, values in added.items()}} for n, row in enumerate(rows)]
+
+
+def _plain(value: Any) -> Any:
+    """What pandas holds as JSON has it: arrays are lists, and what it writes for nothing (NaN, NA, NaT) is None."""
+    import pandas as pd
+
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if hasattr(value, "tolist"):  # of numpy
+        return _plain(value.tolist())
+    return None if value is pd.NA or value is pd.NaT or (isinstance(value, float) and value != value) else value
 
 
 def _objects(frame: Any, added: dict[str, list[Any]]) -> dict[str, Any]:
