@@ -3,7 +3,7 @@ import json
 import httpx
 import pytest
 
-from inward_client import DataError, Inward, annotate
+from inward_client import DataError, InvalidField, Inward, annotate
 from inward_client.answers import Head, ItemError, Margin, MarginAnswer
 from inward_client.frames import COLUMNS, ERROR
 
@@ -53,6 +53,33 @@ def checked(columns):
     assert columns["label_agrees"] == [True, None, None, None, False]
     assert columns["margin_bin"] == [0.5, None, 0.5, None, 0.5]
     assert columns[ERROR][0] is None and columns[ERROR][1] == "chosen is too bad" and "'prompt'" in columns[ERROR][3]
+
+
+def asking(answer):
+    """A client of a service, and what it was asked."""
+    asked = []
+    http = httpx.AsyncClient(transport=httpx.MockTransport(lambda request: (asked.append(request), answer(request))[1]))
+    return Inward("http://service", http=http, batch_size=2), asked
+
+
+@pytest.mark.parametrize("status", [422, 413])
+@pytest.mark.parametrize("n", [1, 3])
+def test_where_no_row_can_be_scored_each_has_its_own_reason(status, n):
+    def refused(request):
+        answer = json.loads(request.content)["pairs"][0]["chosen"]
+        error = {"message": f"pairs.0.chosen: {answer} is too long", "param": "pairs.0.chosen", "code": "", "type": ""}
+        return httpx.Response(status, json={"error": error})
+
+    client, _ = asking(refused)
+    found = annotate([{"prompt": "q", "chosen": f"a{i}", "rejected": "b"} for i in range(n)], client, progress=False)
+    assert [(row["margin"], row[ERROR]) for row in found] == [(None, f"chosen: a{i} is too long") for i in range(n)]
+
+
+def test_a_service_that_refuses_everything_is_no_fault_of_the_rows():
+    error = {"message": "no such head", "param": "head", "code": "invalid_field", "type": ""}
+    client, _ = asking(lambda _: httpx.Response(422, json={"error": error}))
+    with pytest.raises(InvalidField, match="no such head"):
+        annotate(ROWS, client, progress=False)
 
 
 def test_a_list_gives_a_list_and_is_not_changed(client):
@@ -151,6 +178,25 @@ def test_columns_can_be_named_and_none_is_overwritten(client):
 def test_data_of_another_kind_are_refused_by_name(client, data):
     with pytest.raises(TypeError, match=type(data).__name__):
         annotate(data, client)
+
+
+@pytest.mark.parametrize("kind", ["IterableDataset", "IterableDatasetDict", "a dict with one", "Series", "LazyFrame"])
+def test_what_is_nearly_of_a_known_kind_is_refused_before_anything_is_asked(kind):
+    def stream():
+        return pytest.importorskip("datasets").Dataset.from_list(ROWS).to_iterable_dataset()
+
+    data = {
+        "IterableDataset": stream,
+        "IterableDatasetDict": lambda: pytest.importorskip("datasets").IterableDatasetDict(train=stream()),
+        "a dict with one": lambda: {"train": ROWS, "test": stream()},
+        "Series": lambda: pytest.importorskip("pandas").Series(ROWS),
+        "LazyFrame": lambda: pytest.importorskip("polars").DataFrame(ROWS).lazy(),
+    }[kind]()
+    client, asked = asking(answered)
+    said = rf"not {kind}$" if kind in ("Series", "LazyFrame") else r"not IterableDataset: give list\(data\.take\(n\)\)"
+    with pytest.raises(TypeError, match=said):
+        annotate(data, client, progress=False)
+    assert not asked
 
 
 def test_rows_that_are_no_dicts_are_refused_by_their_place(client):
