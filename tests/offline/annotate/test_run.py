@@ -19,16 +19,15 @@ BY = {"head": HEAD, "policy_version": "base", "confidence_head": None}
 
 
 class CountingScorer:
-    """A margin is the difference of the answers' words.
-
-    Args:
-        stopped: whether a further pass, for clusters or tokens, is interrupted.
+    """A margin is the difference of the answers' words; a further pass, for clusters or tokens, may be stopped, and the
+    pairs of some prompts have no probability.
     """
 
     tokens = None
 
     def __init__(self):
         self.scored, self.opened, self.stopped = 0, 0, False
+        self.unrated = set()
 
     @asynccontextmanager
     async def open(self):
@@ -46,7 +45,7 @@ class CountingScorer:
         margin = float(len(pair.chosen.split()) - len(pair.rejected.split()))
         scores = {"chosen_score": margin, "rejected_score": 0.0}
         known = {"margin": margin, "margin_scaled": margin, "margin_bin": 0.5, "label_agrees": margin > 0}
-        known |= {"label_probability": 0.25 if margin < 0 else 0.75}
+        known |= {"label_probability": None if pair.prompt in self.unrated else 0.25 if margin < 0 else 0.75}
         return dict.fromkeys(COLUMNS) | scores | known
 
     async def token_scores(self, pairs):
@@ -101,6 +100,16 @@ def test_a_place_that_can_not_be_written_to_is_refused_before_anything_is_scored
     with pytest.raises(SetupError, match=said):
         annotate(AnnotateOptions(path, tmp_path / "out.jsonl", **{option: tmp_path / name}), scorer.open)
     assert not scorer.opened and names(tmp_path) == ["folder", "in.jsonl"]
+
+
+def test_rows_that_have_no_probability_to_be_dropped_by_are_told_of(tmp_path, path, scorer, capsys):
+    scorer.unrated = {"p0", "p1", "p3"}
+    assert annotate(AnnotateOptions(path, tmp_path / "out.jsonl", drop_below=0.5), scorer.open) == 0
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 22  # of ten that are improbable two are not known
+    assert "3 of 30 rows have no label_probability: --drop-below drops none of them" in capsys.readouterr().err
+    scorer.unrated = set()
+    assert annotate(AnnotateOptions(path, tmp_path / "all.jsonl", drop_below=0.5), scorer.open) == 0
+    assert "label_probability" not in capsys.readouterr().err
 
 
 def test_a_label_is_turned_in_an_annotated_csv_file(tmp_path, path, scorer):

@@ -229,6 +229,9 @@ class Annotation:
         print(json.dumps(found.to_json(), indent=2) if options.json else found.text())
         for one in pairs:
             print("\n" + printable(shown(one)))
+        if options.drop_below is not None and (unrated := found.summary.unrated):
+            known = f"{unrated:,} of {found.summary.annotated:,} rows have no label_probability"
+            print(f"note: {known}: --drop-below drops none of them", file=sys.stderr)
         if versions > 1:
             print(
                 "\nThe head or the policy was switched meanwhile: the rows are of several versions (see the metadata).",
