@@ -24,11 +24,11 @@ RESULTS = [Annotated({**VALUES, "label_agrees": False}) if n != 2 else Annotated
 KEPT = [0, 1, 3, 4]
 
 
-def merged(tmp_path, source, name, **shape):
+def merged(tmp_path, source, name, results=RESULTS, **shape):
     out = tmp_path / name
     looks = Shape(PairReader(LAYOUTS[shape.pop("layout", "trl")]), **shape)
     schema = merge.schema_for(source, looks) if name.endswith(".parquet") else None
-    merge.write(Table(source, out, format_of(out), looks, schema), out, lambda: iter(RESULTS), {"model": "m"})
+    merge.write(Table(source, out, format_of(out), looks, schema), out, lambda: iter(results), {"model": "m"})
     return out
 
 
@@ -52,6 +52,12 @@ def test_csv_has_a_heading_for_everything(tmp_path, lines):
     assert [row["n"] for row in rows] == ["0", "1", "3", "4"]
     assert set(COLUMNS) < set(rows[0])
     assert rows[0]["confidence"] == ""
+
+
+@pytest.mark.parametrize(("trl", "given"), [(False, list(ROWS[0])), (True, ["prompt", "chosen", "rejected", "n"])])
+def test_csv_has_its_heading_where_no_row_is_left_too(tmp_path, lines, trl, given):
+    out = merged(tmp_path, lines, "out.csv", [Annotated(None, "not asked for")] * 5, trl=trl)
+    assert next(csv.reader([out.read_text()])) == [*given, *COLUMNS]
 
 
 def test_parquet_from_lines_finds_types_and_carries_the_metadata(tmp_path, lines):

@@ -61,6 +61,16 @@ def test_a_slope_is_that_of_a_logistic_regression_without_intercept():
     assert slope(-margin_N) == 0.0 == slope(np.zeros(3))
 
 
+def test_a_weak_judge_calls_no_label_wrong_that_it_does_not_contradict():
+    flat = 0
+    for seed in range(40):
+        margin_N = np.random.default_rng(seed).normal(0.05, 1, 60)
+        p_N = out_of_fold(margin_N, np.arange(60))
+        flat += bool((p_N == 0.5).any())
+        assert confident(p_N, np.ones((1, 60)))[0] <= np.mean(margin_N <= 0)
+    assert flat  # some of its curves say one half of every label
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_the_count_of_confident_learning_is_cleanlabs():
     count = pytest.importorskip("cleanlab.count")

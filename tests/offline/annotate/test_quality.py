@@ -91,6 +91,15 @@ def test_length_that_does_as_well_is_warned_of():
     assert not quality(rows(400, wrong=0.05, longer=0.5)).length_does_as_well
 
 
+def test_answers_of_equal_length_tell_length_nothing():
+    some = [({**row, "chosen": "aa" + "a" * (i == 0), "rejected": "bb"}, one) for i, (row, one) in enumerate(rows(100))]
+    found = quality(some)
+    assert found.length_alone == pytest.approx(0.505) and not found.length_does_as_well
+    assert "warning" not in "\n".join(found.text())
+    even = [({**row, "chosen": "aa", "rejected": "bb"}, one) for row, one in rows(100)]
+    assert quality(even).length_alone is None
+
+
 def test_nothing_and_ties_only_are_no_division_by_zero():
     for some in ([], [(row, annotated(0.0)) for row, _ in rows(3)]):
         found = quality(some)

@@ -125,3 +125,11 @@ def test_a_label_is_turned_in_an_annotated_csv_file(tmp_path, path, scorer):
         "label_probability": "0.75", "chosen_score": "0.0", "rejected_score": "-1.0", "label_agrees": "True",
     }  # fmt: skip
     assert got[1:] == given[1:]
+
+
+def test_a_csv_file_of_which_every_row_is_dropped_keeps_its_heading(tmp_path, scorer):
+    given, decisions, out = (tmp_path / name for name in ("in.csv", "decisions.csv", "out.csv"))
+    given.write_text("prompt,chosen,rejected,id\nq,a,b,1\n")
+    decisions.write_text(f"key,decision\n{key_of(Pair('q', 'a', 'b'))},drop\n")
+    assert annotate(AnnotateOptions(given, out, apply=decisions), scorer.open) == 0
+    assert out.read_text().split() == ["prompt,chosen,rejected,id"]

@@ -61,5 +61,6 @@ def _write(
         schema = source.schema() if source.columnar else parquet.schema_of_rows(lambda: kept(Applied()), (), "")
         parquet.write_rows(kept(told), schema, path, {"decisions": len(decided)})
         return
-    names = column_names(kept(Applied())) if format in ("csv", "tsv") else []
+    given = (row for row in source.rows() if isinstance(row, dict))
+    names = column_names(given) if format in ("csv", "tsv") else []
     write_text(path, kept(told), format, names, packed=path.name.endswith(".gz.new"))

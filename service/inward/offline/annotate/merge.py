@@ -132,7 +132,7 @@ def write(table: Table, path: Path, results: Callable[[], Iterable[Annotated]], 
     elif table.schema is not None:
         parquet.write_rows(rows(), table.schema, path, metadata)
     else:
-        names = column_names(rows()) if table.format in ("csv", "tsv") else []
+        names = (column_names(rows()) or _heading(source, shape)) if table.format in ("csv", "tsv") else []
         write_text(path, rows(), table.format, names, packed=table.out.suffix == ".gz")
 
 
@@ -162,6 +162,11 @@ def numbered(source: Source, results: Iterable[Annotated]) -> Iterator[tuple[int
     for number, (row, annotated) in enumerate(zip(source.rows(), results, strict=True), start=1):
         if annotated.columns is not None and not isinstance(row, DataError):
             yield number, row, annotated
+
+
+def _heading(source: Source, shape: Shape) -> list[str]:
+    """Of a file to which no row is written."""
+    return [*column_names(_readable(source, shape)), *shape.names()]
 
 
 def _readable(source: Source, shape: Shape) -> Iterator[Row]:

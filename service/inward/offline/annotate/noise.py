@@ -12,9 +12,9 @@ keep the curve from its ends. No held-out calibration is needed.
 
 ``flagged``: confident learning (Northcutt et al., JAIR 2021, arXiv 1911.00068) on out-of-fold probabilities p. A pair
 has two classes, "the first is better" and "the second is", and shown the other way round it has the other one; so both
-have the same threshold t = mean of p, and the labels with 1 - p >= t are the ones that it would call wrong. The number
-is that of ``cleanlab`` on pairs shown both ways round, which a test compares; it is written out because an interval
-needs hundreds of them.
+have the same threshold t = mean of p, and the labels with 1 - p >= t and p < 1/2 are the ones that it would call wrong.
+The number is that of ``cleanlab`` on pairs shown both ways round, which a test compares; it is written out because an
+interval needs hundreds of them.
 """
 
 from __future__ import annotations
@@ -133,7 +133,8 @@ def confident(p_N: Doubles, weights_BN: Doubles) -> Doubles:
     total_B = weights_BN.sum(axis=1)
     threshold_B = np.maximum((weights_BN @ p_N) / total_B, 0.5)
     below_BN = np.concatenate([np.zeros((len(weights_BN), 1)), np.cumsum(weights_BN[:, order_N], axis=1)], axis=1)
-    wrong = np.searchsorted(p_N[order_N], 1 - threshold_B, "right")
+    # strictly below one half: a curve that is flat calls no label wrong
+    wrong = np.searchsorted(p_N[order_N], np.minimum(1 - threshold_B, np.nextafter(0.5, 0)), "right")
     return np.asarray(below_BN[np.arange(len(weights_BN)), wrong] / total_B, dtype=np.float64)
 
 
