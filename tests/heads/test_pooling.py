@@ -51,6 +51,11 @@ def test_what_is_pushed_in_parts_is_pooled_as_its_definition_says(name, parts):
     assert pooled(name, parts=parts) == pytest.approx(by_definition(name))
 
 
+@pytest.mark.parametrize("logits", [[-40.0, -41.0], [-900.0, -901.0]])
+def test_gates_that_are_next_to_nothing_still_weigh(logits):
+    assert pooled("gated_mean", np.array([1.0, 2.0]), np.array(logits)) == pytest.approx(1 + 1 / (1 + math.e))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_one_token_is_its_own_pool_and_none_is_no_number(name):
     assert pooled(name, SCORES[:1], LOGITS[:1]) == pytest.approx(SCORES[0])

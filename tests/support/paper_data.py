@@ -7,14 +7,16 @@ import json
 from inward_trainer.paper.data import FILES
 
 REFUSAL = "I cannot help with that, it would harm people."
+TWICE = ("hh question", "asked of both", "homonyms", "bake")
+"""Beginnings of prompts of hh-rlhf, most of which other sources have, too."""
 HARM = "First take the weapon, then hurt them as they sleep."
 
 
 def write_data(folder):
     """Forty prompts of each source; the unsafe answers share words."""
     rows = {
-        "pku": [pair(f"pku question {i}", i) for i in range(60)],
-        "hh": [pair(f"\n\nHuman: hh question {i}\n\nAssistant:", i) for i in range(40)],
+        "pku": [pair(f"pku question {i}", i) for i in range(60)] + [pair(f"asked of both {i}", i) for i in range(40)],
+        "hh": [pair(f"\n\nHuman: {kind} {i}\n\nAssistant:", i) for i in range(40) for kind in TWICE],
         "beavertails": [
             {"prompt": f"beaver {i}", "response": f"{(HARM, REFUSAL)[i % 2]} {i}", "safe": bool(i % 2)}
             for i in range(40)
@@ -28,8 +30,8 @@ def write_data(folder):
             for kind in ("homonyms", "contrast_homonyms")
             for i in range(12)
         ],
-        "advbench": [{"prompt": f"goal {i}"} for i in range(40)],
-        "harmless": [{"prompt": f"bake {i} cakes"} for i in range(12)],
+        "advbench": [{"prompt": f"{kind} {i}"} for i in range(40) for kind in ("goal", "asked of both")],
+        "harmless": [{"prompt": f"bake {i}"} for i in range(12)],
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     for name, found in rows.items():

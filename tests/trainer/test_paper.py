@@ -6,11 +6,12 @@ import signal
 
 import pytest
 
+from inward_client.rows import Pair
 from inward_trainer.__main__ import parser
 from inward_trainer.errors import OptionsError
 from inward_trainer.options import PaperOptions, read_options
 from inward_trainer.paper import run as paper
-from inward_trainer.paper.data import FILES, Data, key
+from inward_trainer.paper.data import FILES, Data, _answers, key
 from inward_trainer.paper.sizes import QUICK, Sizes
 from inward_trainer.paper.workers import arguments
 from support.paper_data import write_data
@@ -38,10 +39,19 @@ def test_nobody_sees_a_judges_prompts_and_what_is_reported_was_seen_by_nobody(da
     fitted |= {key(prompt) for prompt in [*found.align_prompts, *found.calibration]}
     reported = {key(prompt) for prompts in found.held_out.values() for prompt in prompts}
     reported |= {key(pair.prompt) for pairs in found.test_pairs.values() for pair in pairs}
+    reported |= {key(prompt) for prompt in [*found.xstest_safe, *found.xstest_unsafe, *found.harmless]}
+    reported |= {key(one.prompt) for one in [*found.lists, *found.plain_texts]}
     assert judged and fitted and reported
     assert not judged & fitted and not judged & reported and not fitted & reported
     assert not judged & {key(row.prompt) for row in found.judge_test}
     assert not {key(p.prompt) for p in found.head_pairs} & {key(p.prompt) for p in found.monitor_pairs}
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_an_answer_has_the_label_of_most_of_its_pairs(turned):
+    pairs = [Pair("p", "mostly safe", "unsafe"), Pair("p", "mostly safe", "either"), Pair("p", "either", "mostly safe")]
+    found = {answer.text: answer.safe for answer in _answers(pairs[::-1] if turned else pairs)}
+    assert found == {"mostly safe": True, "unsafe": False}
 
 
 def test_missing_files_are_named(tmp_path, policy):
@@ -98,6 +108,22 @@ def test_tables_and_report(policy, data, tmp_path, monkeypatch):
 
     monkeypatch.setitem(paper.TABLES, "judge", unused)
     assert paper.run(wanted.model_copy(update={"tables": ["judge"]})) == 0
+
+
+def test_a_folder_is_of_one_setting_and_of_any_seeds(policy, data, tmp_path):
+    def ran(**more):
+        assert paper.run(options(policy, data, tmp_path, tables=["srr"], minutes=1e-9, **more)) == 0
+
+    ran(steps=7)
+    ran(steps=7, seeds=[1])
+    with pytest.raises(OptionsError, match=r"has a run with another sizes: give the options that it has"):
+        ran(steps=8)
+    with pytest.raises(OptionsError, match="another learning rate, files"):
+        (other := tmp_path / "sets").mkdir()
+        for file in data.iterdir():
+            (other / file.name).write_text(file.read_text().replace("weapon", "knife"))
+        paper.run(options(policy, other, tmp_path, tables=["srr"], steps=7, learning_rate=1e-3))
+    assert paper.run(options(policy, data, tmp_path, tables=["report"], steps=8)) == 0
 
 
 def test_where_time_is_up_rows_say_so(policy, data, tmp_path):

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 
+from inward_client.rows import Pair
 from inward_trainer.models import load_tokenizer
 from inward_trainer.paper.alignment import Alignment, Preference, minibatches
 from inward_trainer.paper.batches import padded
 from inward_trainer.paper.classifier import Classifier, open_classifier
 from inward_trainer.paper.language_model import LanguageModel, Sampling
-from inward_trainer.paper.texts import encode, prompt_ids
+from inward_trainer.paper.texts import encode, encode_pairs, prompt_ids
 from inward_trainer.tokens import Tokeniser
 from support.small_policy import write_policy
 from support.tiny_tokenizer import TEXTS
@@ -124,6 +125,13 @@ def test_imitating_makes_an_answer_likelier(folder, model, texts):
 def test_rows_are_padded_on_the_side_that_is_asked_for():
     ids, mask = padded([[1, 2], [3]], 0, CPU, left=True)
     assert ids.tolist() == [[1, 2], [0, 3]] and mask.tolist() == [[1, 1], [0, 1]]
+
+
+def test_an_answer_that_was_cut_does_not_end(model):
+    eos = model.tokeniser.eos_id
+    ((chosen, rejected),) = encode_pairs(model.tokeniser, [Pair("Say it.", "all of it", "cut, " * 3)], whole=15)
+    assert chosen.answer_ids[-1] == eos and rejected.answer_ids[-1] != eos
+    assert [text.answer_ids[-1] == eos for text in encode(model.tokeniser, [("Say it.", "it")])] == [False]
 
 
 def test_minibatches_go_through_all_rows_before_any_comes_again():

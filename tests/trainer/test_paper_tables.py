@@ -1,14 +1,20 @@
 """The arithmetic of the tables, on numbers that one can count."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from inward.offline.states.saved import ListStates
 from inward_client.rows import Pair
 from inward_trainer.paper import estimates, report, svg
+from inward_trainer.paper.cells import Missing
 from inward_trainer.paper.ranking import cross_fitted, mixed, ranked, top_is_safe
 from inward_trainer.paper.refusals import refuses
+from inward_trainer.paper.sizes import QUICK
 from inward_trainer.paper.table import Chart, Row, Table
+from inward_trainer.paper.tables import probes, srr, topk
+from inward_trainer.paper.tables.alignment import _perplexity
 from inward_trainer.paper.tables.legend import _bins, _training
 from inward_trainer.paper.tables.topk import _unsafe_among
 
@@ -20,6 +26,47 @@ def test_the_best_k_by_a_way_are_those_that_are_counted():
     assert _unsafe_among(way, judge, 2).tolist() == [0.5]
     assert _unsafe_among(-way, judge, 1).tolist() == [0.0]
     assert _unsafe_among(np.zeros((1, 4)), judge, 1).tolist() == [0.5]  # no order: chance
+
+
+def test_what_is_made_with_a_seed_has_it_in_its_name():
+    def names(seed):
+        asked = []
+
+        class Cells:
+            def every(self, cells, what):
+                asked.extend(cells)
+                return dict.fromkeys(cells, Missing("not now"))
+
+        run = SimpleNamespace(seeds=[seed], cells=Cells(), sizes=QUICK, held_out=[], data=None)
+        for table in (probes.table, srr.table, topk.table):
+            table(run)
+        return set(asked)
+
+    assert names(0) & names(1) == {"probes-before"}  # which nothing is drawn for
+
+
+def test_a_table_without_the_figures_of_a_seed_is_not_complete():
+    class Cells:
+        def every(self, cells, what):
+            made = {"rates": {"our head": {column: {"value": 0.5, "low": 0.4, "high": 0.6} for column in topk.COLUMNS}}}
+            return dict.fromkeys(cells, made) | {"topk-before-1": Missing("too late")}
+
+    found = topk.table(SimpleNamespace(seeds=[0, 1], cells=Cells(), sizes=QUICK, held_out=[]))
+    assert not found.complete
+    assert {row.name: row.reason for row in found.rows} == {
+        "before alignment: our head": "1 of 2 seeds: too late", "after alignment: our head": "",
+    }  # fmt: skip
+
+
+def test_perplexity_has_the_interval_of_its_prompts_however_many_answer_each():
+    def found(answers, seeds=1):
+        texts = [SimpleNamespace(prompt=f"prompt {i}") for i in range(12) for _ in range(answers)]
+        nats = [float(i) for i in range(12) for _ in range(answers)]
+        cells = [{"nats": [value + seed for value in nats]} for seed in range(seeds)]
+        return _perplexity(SimpleNamespace(data=SimpleNamespace(plain_texts=texts)), cells)
+
+    assert found(3) == pytest.approx(found(1)) and found(1)["value"] == pytest.approx(np.exp(5.5))
+    assert found(1, seeds=2)["spread"] == pytest.approx(np.std(np.exp([5.5, 6.5]), ddof=1))
 
 
 def test_margins_are_binned_by_quarters_of_those_that_agree():

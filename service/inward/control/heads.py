@@ -57,7 +57,8 @@ class LocalHeadControl:
         Raises:
             NotFound: no such head or version.
         """
-        return (await asyncio.to_thread(self._registry.activate, name, version)).ref
+        async with self._one_update_at_a_time:  # one that is computed now would come after it, and undo it
+            return (await asyncio.to_thread(self._registry.activate, name, version)).ref
 
     async def update(self, name: str, sequence: int, pairs: Sequence[Texts], *, lr: float) -> HeadRef:
         """One online step of a hybrid head on labelled pairs (chosen first), as a new version that is active at once.

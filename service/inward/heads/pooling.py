@@ -24,7 +24,6 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from inward.errors import HeadError, InternalError
-from inward.heads.calibration import sigmoid
 from inward.types import Doubles, Floats, Position, Reading, Tap
 
 PoolName = Literal["last", "mean", "max_ema", "max_rolling", "topk", "gated_mean", "attention"]
@@ -227,20 +226,6 @@ class _TopK:
         return float(self._lowest.mean()) if len(self._lowest) else math.nan
 
 
-class _GatedMean:
-    def __init__(self) -> None:
-        self._sum, self._weight = 0.0, 0.0
-
-    def push(self, scores_T: Doubles, logits_T: Doubles | None = None) -> None:
-        gates_T = sigmoid(_needed(logits_T))
-        self._sum += float(gates_T @ scores_T)
-        self._weight += float(gates_T.sum())
-
-    @property
-    def value(self) -> float:
-        return self._sum / self._weight if self._weight > 0 else math.nan
-
-
 class _Attention:
     """Sums about the largest logit so far, so that nothing overflows."""
 
@@ -259,6 +244,13 @@ class _Attention:
     @property
     def value(self) -> float:
         return self._sum / self._weight if self._weight > 0 else math.nan
+
+
+class _GatedMean(_Attention):
+    """With the logarithms of its gates, which may all be next to nothing."""
+
+    def push(self, scores_T: Doubles, logits_T: Doubles | None = None) -> None:
+        super().push(scores_T, -np.logaddexp(0.0, -_needed(logits_T)))
 
 
 def _needed(logits_T: Doubles | None) -> Doubles:

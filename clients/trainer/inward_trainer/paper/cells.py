@@ -11,7 +11,7 @@ import fcntl
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -38,6 +38,18 @@ class Missing:
     """A cell that is not there, and why."""
 
     reason: str
+
+
+def why_missing(cells: Sequence[Json | Missing]) -> str:
+    """Of the cells of a row's seeds; nothing where all are there."""
+    missing = [cell for cell in cells if isinstance(cell, Missing)]
+    if not missing:
+        return ""
+    return (
+        missing[0].reason
+        if len(missing) == len(cells)
+        else f"{len(missing)} of {len(cells)} seeds: {missing[0].reason}"
+    )
 
 
 class Cells:

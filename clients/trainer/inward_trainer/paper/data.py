@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -93,6 +93,8 @@ class Data:
     harmless: list[str]
     plain_texts: list[Answer]
     """Helpful answers by other models to harmless prompts."""
+    digest: str
+    """Of the files."""
 
     @classmethod
     def open(cls, folder: Path | None, sizes: Sizes) -> Data:
@@ -115,28 +117,36 @@ class Data:
             for row in _rows(folder / FILES["beavertails"])
             if len(row["prompt"]) <= sizes.prompt_characters
         ]
-        others = {key(pair.prompt) for pair in pku if side_of(pair.prompt, judged=True) != "judge"}
-        beavertails = [row for row in beavertails if key(row.prompt) not in others]
-        by_side = _sides(pku, judged=True)
-        judged_keys = {key(pair.prompt) for pair in by_side["judge"]} | {key(row.prompt) for row in beavertails}
-        hh_sides = _sides([pair for pair in hh if key(pair.prompt) not in judged_keys], judged=False)
         lists = [_list(row, sizes) for row in _rows(folder / FILES["lists"])]
-        goals = [row["prompt"] for row in _rows(folder / FILES["advbench"])]
-        listed = {key(one.prompt) for one in lists}
-        goals = [goal for goal in goals if key(goal) not in listed | judged_keys]
-        calibration = [goal for goal in goals if side_of(goal, judged=False) == "train"]
-        jailbreak = [*(one.prompt for one in lists), *(g for g in goals if side_of(g, judged=False) == "test")]
-        train = mixed(by_side["train"], hh_sides["train"])
-        watched = [pair for pair in train if bucket(pair.prompt, "monitor") >= 75]
-        fitted = [pair for pair in train if bucket(pair.prompt, "monitor") < 75]
-        align_prompts = mixed(_prompts(by_side["train"]), _prompts(hh_sides["train"]), calibration)
-        chosen = align_prompts[: sizes.train_prompts]
-        chosen_keys = {key(prompt) for prompt in chosen}
         xstest = [_refusal(row, sizes) for row in _rows(folder / FILES["xstest"])]
         xstest.sort(key=lambda row: bucket(row.prompt, "xstest"))  # a beginning has all types
         harmless = [row["prompt"] for row in _rows(folder / FILES["harmless"])]
+        listed = {key(one.prompt) for one in lists}
+        asked = listed | {key(row.prompt) for row in xstest} | {key(prompt) for prompt in harmless}
+        by_side = _sides(pku, judged=True)
+        judge_pairs = [pair for pair in by_side["judge"] if key(pair.prompt) not in asked]
+        others = {key(pair.prompt) for side in ("train", "test") for pair in by_side[side]}
+        beavertails = [row for row in beavertails if key(row.prompt) not in others | asked]
+        judged_keys = {key(pair.prompt) for pair in by_side["judge"]} | {key(row.prompt) for row in beavertails}
+        hh_sides = _sides([pair for pair in hh if key(pair.prompt) not in judged_keys], judged=False)
+        goals = [row["prompt"] for row in _rows(folder / FILES["advbench"])]
+        goals = [goal for goal in goals if key(goal) not in listed | judged_keys]
+        jailbreak = [*(one.prompt for one in lists), *(g for g in goals if side_of(g, judged=False) == "test")]
+        reported = (
+            asked | {key(pair.prompt) for pair in [*by_side["test"], *hh_sides["test"]]} | set(map(key, jailbreak))
+        )
+        pku_train, hh_train = (
+            [pair for pair in sides["train"] if key(pair.prompt) not in reported] for sides in (by_side, hh_sides)
+        )
+        calibration = [goal for goal in goals if key(goal) not in reported]
+        train = mixed(pku_train, hh_train)
+        watched = [pair for pair in train if bucket(pair.prompt, "monitor") >= 75]
+        fitted = [pair for pair in train if bucket(pair.prompt, "monitor") < 75]
+        align_prompts = mixed(_prompts(pku_train), _prompts(hh_train), calibration)
+        chosen = align_prompts[: sizes.train_prompts]
+        chosen_keys = {key(prompt) for prompt in chosen}
         return cls(
-            judge_train=mixed(_answers(by_side["judge"]), beavertails)[: sizes.judge_rows],
+            judge_train=mixed(_answers(judge_pairs), beavertails)[: sizes.judge_rows],
             judge_test=_answers([*by_side["train"], *by_side["test"]])[: max(sizes.judge_rows // 2, 40)],
             head_pairs=fitted[: sizes.head_pairs],
             monitor_pairs=watched[: sizes.head_pairs],
@@ -161,6 +171,7 @@ class Data:
             plain_texts=[Answer(r.prompt, r.text, True) for r in xstest if not r.harmful and r.label == 1][
                 : sizes.plain_texts
             ],
+            digest=hashlib.sha256(b"".join((folder / name).read_bytes() for name in FILES.values())).hexdigest(),
         )  # fmt: skip
 
     def told(self) -> list[str]:
@@ -169,7 +180,8 @@ class Data:
         held_out = ", ".join(f"{len(self.held_out[name])} of {label}" for name, label in LABELS.items())
         return [
             f"Judges: {len(self.judge_train)} labelled answers to {judge_prompts} prompts (half of PKU-SafeRLHF's, "
-            "BeaverTails). Nothing else sees these prompts, and no judge sees others.",
+            "BeaverTails). Nothing else sees these prompts, and no judge sees others. An answer that is chosen in one "
+            "pair and rejected in another counts as in most of them, or not at all.",
             f"Reward head, and reward model of the backbone's size: {len(self.head_pairs)} pairs of PKU-SafeRLHF and "
             f"hh-rlhf; the monitor head: {len(self.monitor_pairs)} pairs of other prompts.",
             f"Policies: {len(self.align_prompts)} prompts of PKU-SafeRLHF, hh-rlhf and AdvBench, which heads and "
@@ -243,8 +255,13 @@ def _prompts(pairs: Sequence[Pair]) -> list[Prompt]:
 
 
 def _answers(pairs: Sequence[Pair]) -> list[Answer]:
-    both = [(Answer(p.prompt, p.chosen, True), Answer(p.prompt, p.rejected, False)) for p in pairs]
-    return list({(key(one.prompt), one.text): one for pair in both for one in pair}.values())
+    """Each once: labelled as in most of its pairs, and left out where these are half of them."""
+    votes: dict[tuple[str, str], list[Answer]] = {}
+    for pair in pairs:
+        for text, safe in ((pair.chosen, True), (pair.rejected, False)):
+            votes.setdefault((key(pair.prompt), text), []).append(Answer(pair.prompt, text, safe))
+    counted = [(own[0], 2 * sum(one.safe for one in own) - len(own)) for own in votes.values()]
+    return [replace(one, safe=more > 0) for one, more in counted if more]
 
 
 def _list(row: dict[str, Any], sizes: Sizes) -> AnswerList:

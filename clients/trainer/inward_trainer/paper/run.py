@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 
+from inward.backbones.fingerprint import fingerprint
 from inward_trainer.durable import write_text
 from inward_trainer.errors import OptionsError
 from inward_trainer.models import first_line
@@ -38,13 +39,15 @@ TABLES: dict[str, Callable[[Experiment], Table]] = {
 ALONE = "cost"
 """Timings need the device for themselves."""
 GROUPS = {"hybrid": ("alignment", "topk", "probes"), "all": tuple(TABLES), "report": ()}
+MAY_DIFFER = ("seeds", "device")
+"""Between commands that go on with one another's work."""
 
 
 def run(options: PaperOptions) -> int:
     """Makes the tables that are not there yet, and the report of all that are. The exit status: 1 if one failed.
 
     Raises:
-        OptionsError: no such table, model, device or data.
+        OptionsError: no such table, model, device or data, or the folder is another run's.
     """
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that workers end, too
     try:
@@ -56,14 +59,14 @@ def run(options: PaperOptions) -> int:
 def _run(options: PaperOptions) -> int:
     names = chosen(options.tables)
     failed = False
-    if options.workers > 1 and (shared := [name for name in names if name != ALONE]):
-        failed = work(options, shared) > 0
-        names = [name for name in names if name == ALONE]
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if names:
         experiment = Experiment(options)
-        write_text(options.out / "setting.json", json.dumps(_setting(experiment), indent=1))
+        _settle(experiment)
+        if options.workers > 1 and (shared := [name for name in names if name != ALONE]):
+            failed = work(options, shared) > 0
+            names = [name for name in names if name == ALONE]
         for name in names:
             failed |= not _table(experiment, name)
     print(write_report(options.out, list(TABLES)), file=sys.stderr)
@@ -106,15 +109,33 @@ def _is_done(table: dict[str, Any], seeds: list[int]) -> bool:
     return bool(table["complete"]) and set(seeds) <= set(table["seeds"])
 
 
+def _settle(experiment: Experiment) -> None:
+    """Writes down what is made here: what another setting has left in the folder would be taken for this one's.
+
+    Raises:
+        OptionsError: that is there.
+    """
+    path, setting = experiment.options.out / "setting.json", _setting(experiment)
+    earlier = json.loads(path.read_text("utf-8")) if path.is_file() else setting
+    if other := [name for name, value in setting.items() if name not in MAY_DIFFER and earlier.get(name) != value]:
+        raise OptionsError(
+            f"--out {experiment.options.out} has a run with another {', '.join(other)}: give the options that it has "
+            "(setting.json), or another folder"
+        )
+    write_text(path, json.dumps(setting, indent=1))
+
+
 def _setting(experiment: Experiment) -> dict[str, object]:
     options, device = experiment.options, experiment.device.type
     return {
         "model": Path(options.model).name,
+        "weights": fingerprint(experiment.folder),
         "device": f"{device}, {torch.cuda.get_device_name() if device == 'cuda' else 'no GPU'}",
         "seeds": options.seeds,
         "quick": options.quick,
         "scale": options.scale,
         "learning rate": options.learning_rate,
         "data": experiment.data.told(),
+        "files": experiment.data.digest,
         "sizes": asdict(experiment.sizes),
     }

@@ -29,11 +29,16 @@ def encode(tokeniser: Tokeniser, rows: Iterable[tuple[Prompt, str]]) -> list[Tex
     return [both[0] for both in encode_pairs(tokeniser, (Pair(prompt, text, "") for prompt, text in rows))]
 
 
-def encode_pairs(tokeniser: Tokeniser, pairs: Iterable[Pair], *, ended: bool = False) -> list[tuple[Text, Text]]:
-    """Chosen and rejected answers of prompts; ``ended``: an end-of-sequence token follows them."""
+def encode_pairs(tokeniser: Tokeniser, pairs: Iterable[Pair], *, whole: int = 0) -> list[tuple[Text, Text]]:
+    """Chosen and rejected answers of prompts.
+
+    Args:
+        whole: an end-of-sequence token follows answers of fewer characters; longer ones were cut, and end nowhere.
+    """
     found = []
     for pair in pairs:
-        tokens = tokeniser(ScoredPair("", pair.prompt, pair.chosen, pair.rejected, finished=(ended, ended)))
+        finished = (len(pair.chosen) < whole, len(pair.rejected) < whole)
+        tokens = tokeniser(ScoredPair("", pair.prompt, pair.chosen, pair.rejected, finished=finished))
         found.append((Text(tokens.prompt_ids, tokens.chosen_ids), Text(tokens.prompt_ids, tokens.rejected_ids)))
     return found
 

@@ -12,10 +12,11 @@ import numpy as np
 
 from inward.heads.hybrid import HybridHead, confidence
 from inward.heads.online import online_step
+from inward.offline.data.pairs import prompt_groups
 from inward.types import Doubles
 from inward_client.rows import Prompt
 from inward_trainer.paper.alignment import Alignment, Preference, minibatches
-from inward_trainer.paper.cells import Json, Missing
+from inward_trainer.paper.cells import Json, Missing, why_missing
 from inward_trainer.paper.data import LABELS, SOURCES
 from inward_trainer.paper.estimates import Figure, over_seeds, paired, plain, probability, share
 from inward_trainer.paper.experiment import Experiment
@@ -152,9 +153,10 @@ def _offline(run: Experiment, alignment: Alignment, way: str, seed: int) -> list
     step: Callable[[list[Any]], Json] = alignment.prefer
     if way == "sft":
         step = alignment.imitate
-        rows = [chosen for chosen, _ in encode_pairs(run.tokeniser, pairs, ended=True)]
+        rows = [chosen for chosen, _ in encode_pairs(run.tokeniser, pairs, whole=sizes.answer_characters)]
     elif way == "dpo":
-        rows = [Preference(chosen, rejected) for chosen, rejected in encode_pairs(run.tokeniser, pairs, ended=True)]
+        encoded = encode_pairs(run.tokeniser, pairs, whole=sizes.answer_characters)
+        rows = [Preference(chosen, rejected) for chosen, rejected in encoded]
     else:
         rows = _own_pairs(run, way, seed)
     places = minibatches(len(rows), sizes.batch, sizes.steps, seed)
@@ -237,18 +239,14 @@ def _there(cells: Sequence[Json | Missing]) -> list[Json]:
 
 def _row(run: Experiment, name: str, cells: Sequence[Json | Missing], base: list[Json], dpo: list[Json]) -> Row:
     there = _there(cells)
-    missing = [cell for cell in cells if isinstance(cell, Missing)]
-    reason = missing[0].reason if missing else ""
-    if there and missing:
-        reason = f"{len(missing)} of {len(cells)} seeds: {reason}"
+    reason = why_missing(cells)
     if not there:
         return Row(name, {}, reason)
     unsafe = [_unsafe(cell) for cell in there]
-    perplexity = share([np.mean(row) for row in zip(*(cell["nats"] for cell in there), strict=True)])
     found: dict[str, Figure | str | float] = {
         "unsafe, by judge": over_seeds(unsafe),
         "unsafe, by words": over_seeds([cell["words"] for cell in there]),
-        "perplexity, harmless text": perplexity and {k: float(np.exp(v)) for k, v in perplexity.items()},
+        "perplexity, harmless text": _perplexity(run, there),
         "tokens an answer": over_seeds([cell["tokens"] for cell in there]),
     }
     for title, other in (("against base", base), ("against DPO on labels", dpo)):
@@ -264,6 +262,16 @@ def _row(run: Experiment, name: str, cells: Sequence[Json | Missing], base: list
     ):
         found[title] = over_seeds([cell[key] for cell in there])
     return Row(name, found, reason)
+
+
+def _perplexity(run: Experiment, cells: list[Json]) -> Figure:
+    """Of harmless texts, of which several answer one prompt."""
+    nats_SP = np.array([cell["nats"] for cell in cells])
+    found = share(nats_SP.mean(axis=0), prompt_groups(text.prompt for text in run.data.plain_texts))
+    if found is None:
+        return None
+    found = {name: float(np.exp(value)) for name, value in found.items()}
+    return found | ({"spread": float(np.exp(nats_SP.mean(axis=1)).std(ddof=1))} if len(cells) > 1 else {})
 
 
 def _unsafe(cell: Json) -> list[float]:

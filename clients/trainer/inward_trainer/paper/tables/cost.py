@@ -72,7 +72,7 @@ def _measured(run: Experiment) -> Json:
     weight = weight.to(run.device, reading_dtype(run.device))
     there = torch.from_numpy(states).to(run.device, weight.dtype)
     pairs = run.data.align_pairs[: sizes.batch]
-    encoded = encode_pairs(run.tokeniser, pairs, ended=True)
+    encoded = encode_pairs(run.tokeniser, pairs, whole=sizes.answer_characters)
     preferences = [Preference(chosen, rejected) for chosen, rejected in encoded]
     alignment = Alignment(base, run.folder, lr=1e-9, steps=10_000, seed=0)
 

@@ -133,8 +133,8 @@ def _trained(run: Experiment, margins: Json, way: str, seed: int) -> Json:
         rewards = model.scores([one[0] for one in encoded] + [one[1] for one in encoded])
         chosen, rejected = rewards[: len(test)], rewards[len(test) :]
         found[name] = plain((chosen > rejected) + 0.5 * (chosen == rejected))
-    base = run.base_judged(run.seeds[0])["judge"][: len(run.held_out)]
-    drawn = run.base_draws(run.seeds[0])[: len(run.held_out)]
+    base = run.base_judged(seed)["judge"][: len(run.held_out)]
+    drawn = run.base_draws(seed)[: len(run.held_out)]
     best = model.scores(run.drawn(run.held_out, drawn)).reshape(base.shape).argmax(axis=1)
     found["unsafe"] = plain(base[np.arange(len(base)), best] < 0)
     return found

@@ -25,12 +25,18 @@ def table(run: Experiment) -> Table:
     """Accuracy of a probe for each layer on pairs of prompts that it has not seen, of the model and of its aligned
     self.
     """
-    cells = {"before": lambda: _measured(run, run.base)}
-    cells["after"] = lambda: _measured(run, alignment.policy(run, AFTER, run.seeds[0]))
-    found = run.cells.every({f"probes-{name}": make for name, make in cells.items()}, "probes")
+    seed = run.seeds[0]
+    cells = {"before": "probes-before", "after": f"probes-after-{seed}"}
+    made = run.cells.every(
+        {
+            cells["before"]: lambda: _measured(run, run.base),
+            cells["after"]: lambda: _measured(run, alignment.policy(run, AFTER, seed)),
+        },
+        "probes",
+    )
     rows, charts, notes, lines = [], [], [], {}
     for name in cells:
-        cell = found[f"probes-{name}"]
+        cell = made[cells[name]]
         if not isinstance(cell, dict):
             rows.append(Row(f"{name} alignment", {}, cell.reason))
             continue
@@ -46,7 +52,7 @@ def table(run: Experiment) -> Table:
         ]  # fmt: skip
         notes = [
             f"{cell['pairs']} held-out pairs of PKU-SafeRLHF, cross-validated over prompts; the best layer is picked "
-            f"on the same pairs, which flatters it. After: cDPO, seed {run.seeds[0]}."
+            f"on the same pairs, which flatters it. After: cDPO, seed {seed}."
         ]
     charts.insert(0, Chart("Pair accuracy of one layer's probe", "layer", "accuracy", lines))
     published = [

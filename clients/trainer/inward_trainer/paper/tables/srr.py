@@ -45,8 +45,8 @@ PUBLISHED = [
 def table(run: Experiment) -> Table:
     """All scorers on lists with both a safe and an unsafe answer."""
     sets: dict[str, Callable[[], Json]] = {
-        "srr-jailbreakbench": lambda: _measured(run, run.data.lists, suffixes=True),
-        "srr-own": lambda: _measured(run, _own(run), suffixes=False),
+        f"srr-jailbreakbench-{run.seeds[0]}": lambda: _measured(run, run.data.lists, suffixes=True),
+        f"srr-own-{run.seeds[0]}": lambda: _measured(run, _own(run), suffixes=False),
     }
     first, own = run.cells.every(sets, "rankers").values()
     reason = "; ".join(cell.reason for cell in (first, own) if isinstance(cell, Missing))

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 
 from inward.types import Doubles
-from inward_trainer.paper.cells import Json
+from inward_trainer.paper.cells import Json, why_missing
 from inward_trainer.paper.estimates import Figure, share
 from inward_trainer.paper.experiment import Experiment
 from inward_trainer.paper.heads import layer_scores, scores
@@ -39,13 +39,13 @@ def table(run: Experiment) -> Table:
     for when in ("before", "after"):
         of_seeds = [cell for name, cell in found.items() if name.startswith(f"topk-{when}-")]
         there = [cell for cell in of_seeds if isinstance(cell, dict)]
+        reason = why_missing(of_seeds)
         if not there:
-            reason = next(cell.reason for cell in of_seeds if not isinstance(cell, dict))
             rows.append(Row(f"{when} alignment", {}, reason))
             continue
         for strategy in there[0]["rates"]:
             cells_of = {column: _mean([one["rates"][strategy][column] for one in there]) for column in COLUMNS}
-            rows.append(Row(f"{when} alignment: {strategy}", cells_of))
+            rows.append(Row(f"{when} alignment: {strategy}", cells_of, reason))
     notes = [
         f"{len(run.held_out)} held-out prompts, {run.sizes.samples} answers each. The strategies of one layer use "
         "probes of the fitted head; the best layer is the one that did best where the head was fitted. After: cDPO, "
