@@ -313,8 +313,9 @@ def test_a_message_that_begins_with_another_path_is_kept(call):
 
 def test_if_nothing_can_be_scored_the_first_error_is_raised(call):
     service = Service(lambda r: refused(422, json.loads(r.content)["pairs"][0]["prompt"], param="pairs.0.prompt"))
-    with pytest.raises(InvalidField, match="0"):
+    with pytest.raises(InvalidField, match="0") as raised:
         call(service, "margin", pairs(5), client={"batch_size": 2})
+    assert [one.message for one in raised.value.each] == [pair["prompt"] for pair in pairs(5)]
 
 
 def test_a_body_that_is_too_large_is_halved(call):

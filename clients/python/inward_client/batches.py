@@ -112,11 +112,12 @@ class Batches(Generic[A]):
         """The answer to all elements.
 
         Raises:
-            StatusError: none of them could be scored; the first one's error.
+            StatusError: none of them could be scored; the first one's error, which holds all of them.
         """
         if not self._answers:
-            first = min(self._refused, key=lambda part: part.start)
-            raise self._refused[first]
+            each = [self._refused[part] for part in sorted(self._refused, key=lambda part: part.start)]
+            each[0].each = each
+            raise each[0]
         elements: list[Any] = [None] * len(self._elements)
         usage = Usage()
         for part, answer in self._answers.items():

@@ -22,6 +22,7 @@ InwardError
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 
@@ -55,6 +56,7 @@ class StatusError(InwardError):
         param: path of the field to blame, such as ``pairs.3.chosen``.
         request_id: under which the service's log has more.
         retry_after: seconds after which it may be tried again, if the answer says so.
+        each: of a list of which no element could be scored, every element's own error; the first one is raised.
     """
 
     status: int = 0
@@ -82,6 +84,7 @@ class StatusError(InwardError):
         self.param = param
         self.request_id = request_id
         self.retry_after = retry_after
+        self.each: Sequence[StatusError] = ()
 
     def __str__(self) -> str:
         named = f" (request {self.request_id})" if self.request_id else ""

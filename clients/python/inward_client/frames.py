@@ -7,14 +7,16 @@ None of those libraries is imported that the caller has not.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import Any, TypeVar, cast
 
-from inward_client.answers import Margin
+from inward_client.answers import ItemError, Margin
 from inward_client.calls import listed
 from inward_client.client import Inward
+from inward_client.errors import StatusError
 from inward_client.rows import AUTO, DataError, Pair, PairReader, recognise
 
 T = TypeVar("T")
@@ -82,8 +84,14 @@ def _asked(
     good = [pair for pair in pairs if isinstance(pair, Pair)]
     if not good:
         return [(None, str(pair)) for pair in pairs]
-    answer = client.margin((pair.body() for pair in good), head=head, truncate=truncate, progress=progress)
-    margins = iter(zip(good, answer.margins, strict=True))
+    bodies = [pair.body() for pair in good]
+    try:
+        found = client.margin(bodies, head=head, truncate=truncate, progress=progress).margins
+    except StatusError as error:  # of rows of which none can be scored each has its reason, too
+        if not error.each:
+            raise
+        found = [Margin(error=ItemError(one.message)) for one in error.each]
+    margins = iter(zip(good, found, strict=True))
     return [_told(*next(margins)) if isinstance(pair, Pair) else (None, pair) for pair in pairs]
 
 
@@ -113,32 +121,55 @@ def _columns(told: Sequence[tuple[Margin | None, str | None]], prefix: str) -> d
 
 
 def _of_kind(data: Any) -> Callable[[Any, Callable[[Rows], dict[str, list[Any]]]], Any]:
-    """How data of this kind are read and written."""
-    library = type(data).__module__.partition(".")[0]
+    """How data of this kind are read and written.
+
+    Raises:
+        TypeError: no way is known, also of a part of a dict.
+    """
     if isinstance(data, Mapping):
-        return _of_parts
-    if library == "pandas" and hasattr(data, "to_dict"):
-        return lambda frame, new: frame.assign(**_objects(frame, new(frame.to_dict("records"))))
-    if library == "polars" and hasattr(data, "to_dicts"):
+        return _of_parts({name: _of_kind(part) for name, part in data.items()})
+    if _is(data, "pandas", "DataFrame"):
+        return lambda frame, new: frame.assign(**_objects(frame, new(_plain(frame.to_dict("records")))))
+    if _is(data, "polars", "DataFrame"):
         return _of_polars
-    if library == "datasets" and hasattr(data, "add_column"):
+    if _is(data, "datasets", "Dataset"):
         return _of_dataset
-    if isinstance(data, Iterable) and not isinstance(data, str | bytes) and library == "builtins":
+    if isinstance(data, Iterable) and not isinstance(data, str | bytes) and type(data).__module__ == "builtins":
         return _of_list
+    stream = _is(data, "datasets", "IterableDataset")
+    instead = ": give list(data.take(n)), or the files of the stream to inward annotate" if stream else ""
     raise TypeError(
-        f"annotate takes a list of dicts, a pandas or polars DataFrame or a datasets.Dataset, not {type(data).__name__}"
+        "annotate takes a list of dicts, a pandas or polars DataFrame or a datasets.Dataset, not "
+        f"{type(data).__name__}{instead}"
     )
 
 
-def _of_parts(parts: Any, new: Callable[[Rows], dict[str, list[Any]]]) -> Any:
-    found = {name: _of_kind(part)(part, new) for name, part in parts.items()}
-    return type(parts)(found)
+def _is(data: Any, library: str, kind: str) -> bool:
+    """Whether this is one of a library's kind; of a library that is not imported there is none."""
+    return isinstance(data, getattr(sys.modules.get(library), kind, ()))
+
+
+def _of_parts(ways: Mapping[Any, Callable[..., Any]]) -> Callable[[Any, Callable[[Rows], dict[str, list[Any]]]], Any]:
+    return lambda parts, new: type(parts)({name: ways[name](part, new) for name, part in parts.items()})
 
 
 def _of_list(rows: Any, new: Callable[[Rows], dict[str, list[Any]]]) -> Any:
     rows = [dict(row) for row in listed("data", rows)]
     added = new(rows)
     return [{**row, **{name: values[n] for name, values in added.items()}} for n, row in enumerate(rows)]
+
+
+def _plain(value: Any) -> Any:
+    """What pandas holds as JSON has it: arrays are lists, and what it writes for nothing (NaN, NA, NaT) is None."""
+    import pandas as pd
+
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if hasattr(value, "tolist"):  # of numpy
+        return _plain(value.tolist())
+    return None if value is pd.NA or value is pd.NaT or (isinstance(value, float) and value != value) else value
 
 
 def _objects(frame: Any, added: dict[str, list[Any]]) -> dict[str, Any]:

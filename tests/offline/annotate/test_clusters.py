@@ -44,3 +44,13 @@ def test_few_pairs_and_equal_states_are_fewer_clusters():
     assert cluster(pairs[:1], states[:1], 8) == [] == cluster([], states[:0], 8)
     assert len(cluster(pairs, np.ones_like(states), 8)) == 1
     assert sum(one.pairs for one in cluster(pairs, states, 50)) == 6
+
+
+@pytest.mark.filterwarnings("ignore:Number of distinct clusters")
+@pytest.mark.parametrize("seed", range(3))
+def test_pairs_that_are_nearly_the_same_leave_no_cluster_without_any(seed):
+    rng = np.random.default_rng(seed)
+    states_ND = rng.normal(size=(3, 64))[rng.integers(0, 3, 200)] + rng.normal(size=(200, 64)) * 1e-6
+    pairs = [Picked("in", n, Pair(f"question {n}", "good", "bad"), {"margin": 1.0}) for n in range(200)]
+    found = cluster(pairs, states_ND.astype(np.float32), 8)
+    assert all(one.pairs for one in found) and sum(one.pairs for one in found) == 200

@@ -46,6 +46,14 @@ def test_an_annotation_is_turned_as_far_as_it_is_known():
     assert turned({**ROW, "margin": 0.5, "margin_bin": 0.5}, reader(ROW))["margin"] is None
 
 
+@pytest.mark.parametrize(
+    "own", [{"margin": "high"}, {"confidence": "sure"}, {"margin_bin": True}, {"label_agrees": "perhaps"}]
+)
+def test_a_column_of_the_users_own_stays_whatever_its_name(own):
+    row = {**ROW, **own}
+    assert turned(row, reader(row)) == {**ROW, "chosen": "bad", "rejected": "good", **own}
+
+
 def test_exactly_the_decided_rows_change_and_repeated_ones_share_a_decision():
     rows = [{"prompt": f"q{n}", "chosen": "good", "rejected": "bad"} for n in range(4)]
     rows.append(rows[1])

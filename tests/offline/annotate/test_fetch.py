@@ -40,6 +40,12 @@ def test_nothing_on_standard_input_is_said(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_standard_input_needs_the_folder_of_the_output(tmp_path, monkeypatch):
+    given(monkeypatch, b"{}")
+    with pytest.raises(SetupError, match="nodir is not a folder"):
+        fetch.spool(tmp_path / "nodir/out.jsonl")
+
+
 def test_a_path_that_is_there_is_no_hub_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org").mkdir()

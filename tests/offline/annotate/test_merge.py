@@ -24,12 +24,11 @@ RESULTS = [Annotated({**VALUES, "label_agrees": False}) if n != 2 else Annotated
 KEPT = [0, 1, 3, 4]
 
 
-def merged(tmp_path, source, name, **shape):
+def merged(tmp_path, source, name, results=RESULTS, **shape):
     out = tmp_path / name
     looks = Shape(PairReader(LAYOUTS[shape.pop("layout", "trl")]), **shape)
     schema = merge.schema_for(source, looks) if name.endswith(".parquet") else None
-    merge.write(Table(source, out, format_of(out), looks, schema), lambda: iter(RESULTS), {"model": "m"})
-    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".new")] == []
+    merge.write(Table(source, out, format_of(out), looks, schema), out, lambda: iter(results), {"model": "m"})
     return out
 
 
@@ -53,6 +52,12 @@ def test_csv_has_a_heading_for_everything(tmp_path, lines):
     assert [row["n"] for row in rows] == ["0", "1", "3", "4"]
     assert set(COLUMNS) < set(rows[0])
     assert rows[0]["confidence"] == ""
+
+
+@pytest.mark.parametrize(("trl", "given"), [(False, list(ROWS[0])), (True, ["prompt", "chosen", "rejected", "n"])])
+def test_csv_has_its_heading_where_no_row_is_left_too(tmp_path, lines, trl, given):
+    out = merged(tmp_path, lines, "out.csv", [Annotated(None, "not asked for")] * 5, trl=trl)
+    assert next(csv.reader([out.read_text()])) == [*given, *COLUMNS]
 
 
 def test_parquet_from_lines_finds_types_and_carries_the_metadata(tmp_path, lines):
@@ -217,3 +222,19 @@ def test_for_trl_the_context_stands_in_the_prompt_and_nowhere_else(tmp_path):
     assert got["prompt"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "q"}]
     assert got["chosen"] == [{"role": "assistant", "content": "a"}]
     assert ("system" in got, got["id"]) == (False, 1)
+
+
+def test_files_take_their_places_together_or_not_at_all(tmp_path):
+    first, second, gone = (tmp_path / name for name in ("first", "second", "gone"))
+    first.write_text("before")
+    with pytest.raises(KeyboardInterrupt), merge.together() as new:
+        new(first).write_text("after")
+        new(second).write_text("after")
+        raise KeyboardInterrupt
+    assert first.read_text() == "before" and [path.name for path in tmp_path.iterdir()] == ["first"]
+    gone.write_text("before")
+    with merge.together() as new:
+        new(first).write_text("after")
+        new(gone)
+        assert first.read_text() == "before"
+    assert first.read_text() == "after" and [path.name for path in tmp_path.iterdir()] == ["first"]

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from inward.offline.annotate.noise import confident, noise, out_of_fold, slope
+from inward.offline.annotate.noise import agreement, confident, noise, out_of_fold, slope
 
 
 def pairs(n, share, seed, sharpness=1.5):
@@ -61,6 +61,16 @@ def test_a_slope_is_that_of_a_logistic_regression_without_intercept():
     assert slope(-margin_N) == 0.0 == slope(np.zeros(3))
 
 
+def test_a_weak_judge_calls_no_label_wrong_that_it_does_not_contradict():
+    flat = 0
+    for seed in range(40):
+        margin_N = np.random.default_rng(seed).normal(0.05, 1, 60)
+        p_N = out_of_fold(margin_N, np.arange(60))
+        flat += bool((p_N == 0.5).any())
+        assert confident(p_N, np.ones((1, 60)))[0] <= np.mean(margin_N <= 0)
+    assert flat  # some of its curves say one half of every label
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_the_count_of_confident_learning_is_cleanlabs():
     count = pytest.importorskip("cleanlab.count")
@@ -75,3 +85,18 @@ def test_an_interval_of_a_million_pairs_is_made_of_some_of_them():
     margin_N, _ = pairs(1_000_000, 0.1, seed=8)
     found = noise(margin_N, np.arange(1_000_000), resamples=20)
     assert found.wrong.value == pytest.approx(0.1, abs=0.04)
+
+
+@pytest.mark.parametrize("prompts", [25, 200])
+def test_many_pairs_of_few_prompts_give_an_estimate_of_some_of_each(prompts):
+    margin_N, _ = pairs(100_001, 0.1, seed=9)
+    group_N = np.arange(100_001) % prompts
+    assert noise(margin_N, group_N, resamples=20).wrong.value == pytest.approx(0.1, abs=0.04)
+
+
+@pytest.mark.parametrize("prompts", [1, 2, 25])
+def test_many_pairs_of_few_prompts_are_not_too_many(prompts):
+    margin_N, _ = pairs(100_001, 0.1, seed=9)
+    lone_N = np.maximum(np.arange(100_001) - 100_001 + prompts, 0)  # all but these are of one prompt
+    assert (noise(margin_N, lone_N, resamples=20) is None) == (prompts < 20)
+    assert (agreement(margin_N, lone_N) is None) == (prompts == 1)

@@ -76,6 +76,20 @@ def test_ten_pairs_are_decided_by_keyboard_and_exactly_those_are_applied(tmp_pat
     assert "10 decisions: 5 rows flipped, 2 dropped, 3 right as they are" in capsys.readouterr().err
 
 
+def test_rows_that_repeat_a_pair_are_decided_together(tmp_path):
+    source, look = tmp_path / "in.jsonl", tmp_path / "look.html"
+    source.write_text("".join(json.dumps(row) + "\n" for row in [*rows(2), rows(1)[0]]))
+    options = ("--html", look, "--page-of", "sample")
+    assert main(["annotate", *map(str, (source, tmp_path / "out.jsonl", *FAKE, *options))]) == 0
+    with open_page() as page:
+        page.goto(look.as_uri())
+        page.get_by_label("text").fill("question 0")
+        page.locator("h1").click()
+        page.keyboard.press("f")
+        assert ", 2 decided" in page.locator("#count").inner_text()
+        assert all(one.endswith("flip") for one in page.locator("article .facts").all_inner_texts())
+
+
 def test_what_stands_in_the_data_is_shown_and_not_run(tmp_path):
     row = {"prompt": "<img src=x onerror=alert(1)>", "chosen": "</script><script>alert(2)</script>", "rejected": "no"}
     source, look = tmp_path / "in.jsonl", tmp_path / "look.html"

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from inward.offline.annotate import noise
 from inward.offline.annotate.held_out import HeldOut
 from inward.offline.annotate.quality import Survey
 from inward.offline.annotate.scorer import Annotated
@@ -70,6 +71,14 @@ def test_the_share_is_told_for_each_value_of_a_column():
     assert "source" in "\n".join(found.text())
 
 
+def test_more_pairs_of_few_prompts_than_an_estimate_takes_are_told_of_all_the_same(monkeypatch):
+    monkeypatch.setattr(noise, "MOST_PAIRS", 100)
+    for prompts in (25, 1):
+        some = [({**row, "prompt": f"question {i % prompts}"}, one) for i, (row, one) in enumerate(rows(500))]
+        found = quality(some)
+        assert found.whole.pairs == 500 and (found.whole.noise is None) == (prompts == 1) and list(found.text())
+
+
 def test_ties_count_neither_as_pairs_nor_as_contradicted():
     found = quality([*rows(100), *((row, annotated(0.0)) for row, _ in rows(50, seed=1))])
     assert found.whole.pairs == 100
@@ -80,6 +89,15 @@ def test_length_that_does_as_well_is_warned_of():
     found = quality(rows(400, wrong=0.3, longer=0.9))
     assert "warning: the longer answer alone agrees with" in "\n".join(found.text())
     assert not quality(rows(400, wrong=0.05, longer=0.5)).length_does_as_well
+
+
+def test_answers_of_equal_length_tell_length_nothing():
+    some = [({**row, "chosen": "aa" + "a" * (i == 0), "rejected": "bb"}, one) for i, (row, one) in enumerate(rows(100))]
+    found = quality(some)
+    assert found.length_alone == pytest.approx(0.505) and not found.length_does_as_well
+    assert "warning" not in "\n".join(found.text())
+    even = [({**row, "chosen": "aa", "rejected": "bb"}, one) for row, one in rows(100)]
+    assert quality(even).length_alone is None
 
 
 def test_nothing_and_ties_only_are_no_division_by_zero():

@@ -81,7 +81,7 @@ def cluster(pairs: Sequence[Picked], states_ND: Floats, k: int, *, judges: bool 
     margin_N = np.array([float(one.columns["margin"] or 0.0) for one in pairs])
     found = [
         _cluster(pairs, np.flatnonzero(means.labels_ == label), margin_N, away_N, judges)
-        for label in range(len(means.cluster_centers_))
+        for label in np.unique(means.labels_)  # pairs that are nearly the same may leave a centre without any
     ]
     return sorted(found, key=lambda one: -one.contradicted / one.pairs)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from inward.errors import DataError
 from inward.offline.annotate import decisions, parquet
 from inward.offline.annotate.decisions import Applied, Decided
-from inward.offline.annotate.merge import column_names, write_text
+from inward.offline.annotate.merge import column_names, together, write_text
 from inward.offline.annotate.options import AnnotateOptions
 from inward.offline.annotate.plan import inputs, outputs, protect_input, protect_outputs
 from inward_client import rows
@@ -33,21 +33,20 @@ def correct(options: AnnotateOptions) -> None:
     protect_outputs(options, outs)
     firsts = [row for source in sources for row in islice(source.rows(), LOOKED_AT) if isinstance(row, dict)]
     reader = rows.recognise(firsts, options.columns, name=options.layout, parse_json=options.parse_json)
-    told, fresh = Applied(), [out.with_name(f".{out.name}.new") for out in outs]
+    told = Applied()
     try:
-        for source, path in zip(sources, fresh, strict=True):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _write(source, reader, decided, options.prefix, format, path, told)
-        if missing := len(decided.keys() - told.found):
-            raise DataError(
-                f"{missing} of {len(decided)} decisions are of pairs that {options.input} does not have: give the file "
-                "that they were made on; nothing was written"
-            )
-        for path, out in zip(fresh, outs, strict=True):
-            path.replace(out)
+        with together() as new:
+            for source, out in zip(sources, outs, strict=True):
+                out.parent.mkdir(parents=True, exist_ok=True)
+                _write(source, reader, decided, options.prefix, format, new(out), told)
+            if missing := len(decided.keys() - told.found):
+                raise DataError(
+                    f"{missing} of {len(decided)} decisions are of pairs that {options.input} does not have: give the "
+                    "file that they were made on; nothing was written"
+                )
     finally:
-        for path in [*fresh, *(sources[0].paths if options.from_stdin else ())]:
-            path.unlink(missing_ok=True)
+        if options.from_stdin:
+            sources[0].paths[0].unlink(missing_ok=True)
     print(printable(told.text(decided)), file=sys.stderr)
     print(", ".join(map(str, outs)))
 
@@ -62,5 +61,6 @@ def _write(
         schema = source.schema() if source.columnar else parquet.schema_of_rows(lambda: kept(Applied()), (), "")
         parquet.write_rows(kept(told), schema, path, {"decisions": len(decided)})
         return
-    names = column_names(kept(Applied())) if format in ("csv", "tsv") else []
+    given = (row for row in source.rows() if isinstance(row, dict))
+    names = column_names(given) if format in ("csv", "tsv") else []
     write_text(path, kept(told), format, names, packed=path.name.endswith(".gz.new"))

@@ -29,6 +29,8 @@ SWAPPED = ("chosen_score", "rejected_score")
 UNKNOWN = ("margin_bin", "confidence")
 """Columns that can't be worked out for the other label."""
 
+TRUTHS = {"true": True, "false": False}
+
 
 def key_of(pair: Pair) -> str:
     """Of a pair with its label: the other way round it has another one."""
@@ -124,7 +126,7 @@ def apply(
             told.found.add(key)
             setattr(told, decision, getattr(told, decision) + 1)
         if decision == "flip":
-            told.incomplete += any(row.get(prefix + name) is not None for name in UNKNOWN)
+            told.incomplete += any(_cell(row, prefix, name) is not None for name in UNKNOWN)
             yield turned(row, reader, prefix)
         elif decision != "drop":
             yield row
@@ -133,12 +135,12 @@ def apply(
 def turned(row: Row, reader: PairReader, prefix: str = "") -> Row:
     """A row with the other label; of its annotation what follows from that, and null for what does not."""
     row = _swapped(dict(row), reader)
-    given: dict[str, Any] = {name: row[prefix + name] for name in COLUMNS if row.get(prefix + name) is not None}
-    other: dict[str, Any] = dict.fromkeys(UNKNOWN)
+    given: dict[str, Any] = {name: cell for name in COLUMNS if (cell := _cell(row, prefix, name)) is not None}
+    other: dict[str, Any] = {name: None for name in UNKNOWN if name in given}
     for name in ("margin", "margin_scaled"):
         if name in given:
             other[name] = -given[name]
-    if given.get("margin") is not None and given.get("margin") == given.get("margin_bin"):
+    if "margin" in given and given["margin"] == given.get("margin_bin"):
         other["margin"] = None  # it is the bin, as with --trl
     if "label_probability" in given:
         other["label_probability"] = 1 - given["label_probability"]
@@ -146,7 +148,23 @@ def turned(row: Row, reader: PairReader, prefix: str = "") -> Row:
         other["label_agrees"] = not given["label_agrees"]
     if all(name in given for name in SWAPPED):
         other |= {SWAPPED[0]: given[SWAPPED[1]], SWAPPED[1]: given[SWAPPED[0]]}
-    return {**row, **{prefix + name: value for name, value in other.items() if prefix + name in row}}
+    return {**row, **{prefix + name: value for name, value in other.items()}}
+
+
+def _cell(row: Row, prefix: str, name: str) -> float | bool | None:
+    """What an annotation wrote, as a number or a truth value, also where a CSV file made text of it; None of anything
+    else, which is a column of the user's own.
+    """
+    value = row.get(prefix + name)
+    if name == "label_agrees":
+        value = TRUTHS.get(value.lower()) if isinstance(value, str) else value
+        return value if isinstance(value, bool) else None
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return None
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _swapped(row: dict[str, Any], reader: PairReader) -> dict[str, Any]:

@@ -24,8 +24,10 @@ def spool(out: Path) -> Path:
     Its time is made of its content, so that a job that was stopped goes on when the same is given again.
 
     Raises:
-        SetupError: nothing was given.
+        SetupError: nothing was given, or OUT has no folder.
     """
+    if not out.parent.is_dir():
+        raise SetupError(f"{out.parent} is not a folder")
     digest, beside = hashlib.sha256(), out.with_name(f"{out.name}.stdin")
     first = b""
     with beside.open("wb") as file:

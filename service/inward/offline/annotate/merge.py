@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -73,10 +73,33 @@ class Table:
     shape: Shape
     schema: pa.Schema | None = None
 
-    @property
-    def fresh(self) -> Path:
-        """Written first, so that a reader never sees half a file."""
-        return self.out.with_name(f".{self.out.name}.new")
+
+def fresh(path: Path) -> Path:
+    """What is written first, so that a reader never sees half a file."""
+    return path.with_name(f".{path.name}.new")
+
+
+@contextmanager
+def together() -> Iterator[Callable[[Path], Path]]:
+    """Files that take their places together in the end, and none of them before; of a path it gives the one to write
+    to. What stands at a path to which nothing was written goes away.
+    """
+    written: list[Path] = []
+
+    def new(path: Path) -> Path:
+        written.append(path)
+        return fresh(path)
+
+    try:
+        yield new
+        for path in written:
+            if fresh(path).exists():
+                fresh(path).replace(path)
+            else:
+                path.unlink(missing_ok=True)
+    finally:
+        for path in written:
+            fresh(path).unlink(missing_ok=True)
 
 
 def schema_for(source: Source, shape: Shape) -> pa.Schema:
@@ -91,10 +114,11 @@ def schema_for(source: Source, shape: Shape) -> pa.Schema:
     return parquet.schema_of_rows(lambda: _readable(source, shape), names, shape.prefix)
 
 
-def write(table: Table, results: Callable[[], Iterable[Annotated]], metadata: Row) -> None:
+def write(table: Table, path: Path, results: Callable[[], Iterable[Annotated]], metadata: Row) -> None:
     """Writes the annotated rows of one source.
 
     Args:
+        path: to write to; the table's own place, or one aside.
         results: gives what became of each row, from the first on; called more than once.
     """
     source, shape = table.source, table.shape
@@ -102,15 +126,14 @@ def write(table: Table, results: Callable[[], Iterable[Annotated]], metadata: Ro
     def rows() -> Iterator[Row]:
         return (shape.row(row, annotated) for row, annotated in good(source, results()))
 
-    table.fresh.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     if table.schema is not None and source.columnar and not shape.trl:
-        parquet.write_columns(source, results(), shape.added, table.schema, table.fresh, metadata)
+        parquet.write_columns(source, results(), shape.added, table.schema, path, metadata)
     elif table.schema is not None:
-        parquet.write_rows(rows(), table.schema, table.fresh, metadata)
+        parquet.write_rows(rows(), table.schema, path, metadata)
     else:
-        names = column_names(rows()) if table.format in ("csv", "tsv") else []
-        write_text(table.fresh, rows(), table.format, names, packed=table.out.suffix == ".gz")
-    table.fresh.replace(table.out)
+        names = (column_names(rows()) or _heading(source, shape)) if table.format in ("csv", "tsv") else []
+        write_text(path, rows(), table.format, names, packed=table.out.suffix == ".gz")
 
 
 def write_rejected(sources: Sequence[Source], results: Callable[[Source], Iterable[Annotated]], out: Path) -> None:
@@ -139,6 +162,11 @@ def numbered(source: Source, results: Iterable[Annotated]) -> Iterator[tuple[int
     for number, (row, annotated) in enumerate(zip(source.rows(), results, strict=True), start=1):
         if annotated.columns is not None and not isinstance(row, DataError):
             yield number, row, annotated
+
+
+def _heading(source: Source, shape: Shape) -> list[str]:
+    """Of a file to which no row is written."""
+    return [*column_names(_readable(source, shape)), *shape.names()]
 
 
 def _readable(source: Source, shape: Shape) -> Iterator[Row]:

@@ -12,9 +12,9 @@ keep the curve from its ends. No held-out calibration is needed.
 
 ``flagged``: confident learning (Northcutt et al., JAIR 2021, arXiv 1911.00068) on out-of-fold probabilities p. A pair
 has two classes, "the first is better" and "the second is", and shown the other way round it has the other one; so both
-have the same threshold t = mean of p, and the labels with 1 - p >= t are the ones that it would call wrong. The number
-is that of ``cleanlab`` on pairs shown both ways round, which a test compares; it is written out because an interval
-needs hundreds of them.
+have the same threshold t = mean of p, and the labels with 1 - p >= t and p < 1/2 are the ones that it would call wrong.
+The number is that of ``cleanlab`` on pairs shown both ways round, which a test compares; it is written out because an
+interval needs hundreds of them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ STEEPEST = 100.0
 """Slope of a curve through labels that are all right, which have no finite best one."""
 RESAMPLES = 500
 MOST_PAIRS = 20_000
-"""That an estimate is made from: of more, all those of some prompts."""
+"""That an estimate is made from, of more."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,7 +74,7 @@ def noise(margin_N: Doubles, groups_N: Indices, *, resamples: int = RESAMPLES) -
     """
     if len(np.unique(groups_N)) < FEWEST_PROMPTS or float(np.mean(margin_N > 0)) <= 0.5:
         return None
-    some = whole_prompts(groups_N, MOST_PAIRS)
+    some = _some(groups_N)
     margin_N, groups_N = margin_N[some], groups_N[some]
     spread = float(np.sqrt(np.mean(margin_N**2)))
     bin_N, centre_C = _bins(margin_N / spread)
@@ -96,7 +96,7 @@ def noise(margin_N: Doubles, groups_N: Indices, *, resamples: int = RESAMPLES) -
 
 def agreement(margin_N: Doubles, groups_N: Indices) -> Estimate | None:
     """Share of labels that the margins agree with; None of a single prompt."""
-    some = whole_prompts(groups_N, MOST_PAIRS)
+    some = _some(groups_N)
     return Resampling(RESAMPLES).estimate(mean(margin_N[some] > 0), groups_N[some])
 
 
@@ -133,8 +133,24 @@ def confident(p_N: Doubles, weights_BN: Doubles) -> Doubles:
     total_B = weights_BN.sum(axis=1)
     threshold_B = np.maximum((weights_BN @ p_N) / total_B, 0.5)
     below_BN = np.concatenate([np.zeros((len(weights_BN), 1)), np.cumsum(weights_BN[:, order_N], axis=1)], axis=1)
-    wrong = np.searchsorted(p_N[order_N], 1 - threshold_B, "right")
+    # strictly below one half: a curve that is flat calls no label wrong
+    wrong = np.searchsorted(p_N[order_N], np.minimum(1 - threshold_B, np.nextafter(0.5, 0)), "right")
     return np.asarray(below_BN[np.arange(len(weights_BN)), wrong] / total_B, dtype=np.float64)
+
+
+def _some(groups_N: Indices) -> Indices:
+    """About ``MOST_PAIRS`` rows: all those of some prompts, or where too few prompts would stay, a row in so many of
+    every prompt and at least one of the first ones.
+    """
+    if len(groups_N) <= MOST_PAIRS:
+        return np.arange(len(groups_N), dtype=np.int64)
+    first_P = np.unique(groups_N, return_index=True)[1][:FEWEST_PROMPTS]
+    if len(first_P) == FEWEST_PROMPTS:
+        whole = whole_prompts(groups_N, MOST_PAIRS)
+        if len(np.unique(groups_N[whole])) >= FEWEST_PROMPTS:
+            return whole
+    step = -(-len(groups_N) // MOST_PAIRS)
+    return np.union1d(np.argsort(groups_N, kind="stable")[::step], first_P)
 
 
 def _bins(margin_N: Doubles) -> tuple[Indices, Doubles]:

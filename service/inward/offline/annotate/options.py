@@ -23,6 +23,10 @@ PageOf = Literal["suspicious", "sample"]
 """Which pairs: those whose labels are contradicted most, or any, drawn by a hash."""
 
 
+APPLIED = frozenset({"input", "output", "layout", "columns", "parse_json", "prefix", "restart", "split", "apply"})
+"""Options by which ``--apply`` goes."""
+
+
 @dataclass(frozen=True, slots=True)
 class AnnotateOptions:
     """All options, checked by themselves."""
@@ -91,6 +95,13 @@ class AnnotateOptions:
             raise SetupError("--token-scores colours the page of --html, by the model in this process or at --url")
         if args.clusters and (args.url is not None or args.engine != "local"):
             raise SetupError("--clusters reads states, which needs the model in this process")
+        if args.apply is not None:
+            usual = {field.name: field.default for field in fields(cls)}
+            if others := [name for name in given if name not in APPLIED and given[name] != usual[name]]:
+                raise SetupError(
+                    "--apply writes all rows but those that were dropped, and annotates none: it does not go with "
+                    + ", ".join(f"--{name.replace('_', '-')}" for name in others)
+                )
         return cls(**given | {"columns": _columns(args.columns)})
 
 

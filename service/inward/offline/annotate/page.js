@@ -104,7 +104,7 @@ function mark() {
   while (at >= drawn && drawn < shown.length) more();
   const element = list.children[at];
   if (element) { element.classList.add('at'); element.scrollIntoView({block: 'nearest'}); }
-  const decided = Object.keys(decisions).length;
+  const decided = rows.filter(row => decisions[row.key]).length;
   $('count').textContent = `${shown.length} of ${rows.length} pairs, ${decided} decided`;
   $('export').disabled = !decided;
 }
@@ -114,9 +114,13 @@ function decide(decision) {
   if (!row) return;
   if (decision) decisions[row.key] = decision; else delete decisions[row.key];
   try { localStorage.setItem(job, JSON.stringify(decisions)); } catch (e) { /* the file that is given out is what counts */ }
-  list.children[at].replaceWith(article(row));
+  redraw(one => one.key === row.key); // rows that repeat a pair share its decision
   if (decision && at + 1 < shown.length) at += 1;
   mark();
+}
+
+function redraw(changed) {
+  for (let i = 0; i < drawn; i += 1) if (changed(shown[i])) list.children[i].replaceWith(article(shown[i]));
 }
 
 function move(step) {
@@ -127,7 +131,7 @@ function move(step) {
 function colour() {
   coloured = !coloured;
   $('colour').setAttribute('aria-pressed', coloured);
-  for (let i = 0; i < drawn; i += 1) list.children[i].replaceWith(article(shown[i]));
+  redraw(() => true);
   mark();
 }
 

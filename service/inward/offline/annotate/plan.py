@@ -9,7 +9,7 @@ from pathlib import Path
 
 from inward.errors import DataError, SetupError
 from inward.offline.annotate import fetch
-from inward.offline.annotate.merge import Shape, Table, schema_for
+from inward.offline.annotate.merge import Shape, Table, fresh, schema_for
 from inward.offline.annotate.options import AnnotateOptions
 from inward_client import rows
 from inward_client.rows import LOOKED_AT, Format, PairReader, Row, Source, as_turns
@@ -98,8 +98,7 @@ def outputs(out: Path, sources: Sequence[Source]) -> tuple[list[Path], Format]:
         if len(sources) > 1:
             names = ", ".join(source.name for source in sources)
             raise SetupError(f"the input has {len(sources)} tables ({names}): OUT must be a folder, not {out}")
-        if not out.parent.is_dir():
-            raise SetupError(f"{out.parent} is not a folder")
+        _check_place(out)
         if (format := rows.format_of(out)) == "arrow":
             raise SetupError(f"{out}: write .parquet, which every reader of Arrow files also reads")
         return [out], format
@@ -112,9 +111,9 @@ def protect_input(options: AnnotateOptions, sources: Sequence[Source], outs: Seq
     Raises:
         SetupError: names both.
     """
-    written = [*outs, *(out.with_name(f".{out.name}.new") for out in outs)]
-    written += [beside(options.output, ending) for ending in (".rejected.jsonl", ".annotation.json")]
+    written = [*outs, *(beside(options.output, ending) for ending in (".rejected.jsonl", ".annotation.json"))]
     written += [path for path in (options.html, options.argilla) if path]
+    written += [*map(fresh, written)]
     sources = [*sources] + ([] if options.apply is None else [replace(sources[0], paths=(options.apply,))])
     for read in (path for source in sources for path in source.paths):
         for path in written:
@@ -126,17 +125,27 @@ def protect_input(options: AnnotateOptions, sources: Sequence[Source], outs: Seq
 
 
 def protect_outputs(options: AnnotateOptions, outs: Sequence[Path]) -> None:
-    """Nothing is overwritten unless that is asked for.
+    """Nothing is overwritten unless that is asked for, and what is written beside OUT has a folder.
 
     Raises:
-        SetupError: names what is there.
+        SetupError: names what is there, or what is not.
     """
+    for path in (options.html, options.argilla):
+        if path is not None:
+            _check_place(path)
     if there := [str(out) for out in outs if out.exists() and not options.restart]:
         raise SetupError(f"{', '.join(there)} is there already: --restart overwrites it")
 
 
 def _is_same(read: Path, written: Path) -> bool:
     return read.resolve() == written.resolve() or (written.exists() and read.samefile(written))
+
+
+def _check_place(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise SetupError(f"{path.parent} is not a folder")
+    if path.is_dir():
+        raise SetupError(f"{path} is a folder: name a file in it")
 
 
 def _check_names(path: Path, firsts: Sequence[Row], shape: Shape) -> None:

@@ -59,7 +59,7 @@ class Quality:
     parts: tuple[Part, ...]
     """The largest first."""
     longer: float | None
-    """How often the longer answer is the chosen one."""
+    """How often the longer answer is the chosen one; equal lengths count one half."""
     length_correlation: float | None
     """Rank correlation of margin and difference of lengths."""
     repeated: Repeated
@@ -188,7 +188,6 @@ class Survey:
         judges = held_out is None or held_out.better_than_chance
         whole = _part("all", margin_N, group_N, judges)
         parts = [_part(name, margin_N[part_N == n], group_N[part_N == n], judges) for name, n in self._names.items()]
-        told = length_N != 0
         against_N = margin_N[margin_N < 0]
         return Quality(
             held_out,
@@ -197,7 +196,7 @@ class Survey:
             float((1 - whole.noise.posterior(against_N)).sum()) if whole.noise else None,
             self._by,
             tuple(sorted(parts, key=lambda part: -part.pairs)),
-            float((length_N[told] > 0).mean()) if told.any() else None,
+            float(np.where(length_N, length_N > 0, 0.5).mean()) if length_N.any() else None,
             _correlation(margin_N, length_N),
             self._seen.repeated(),
         )

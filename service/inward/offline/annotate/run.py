@@ -9,13 +9,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from inward import __version__
-from inward.files import write
 from inward.offline.annotate import argilla, merge
 from inward.offline.annotate.clusters import MOST_PAIRS, Cluster, cluster
 from inward.offline.annotate.corrected import correct
@@ -27,7 +27,7 @@ from inward.offline.annotate.scorer import Annotated, Annotator, OpenScorer, Sco
 from inward.offline.annotate.summary import Picked, Summary, Wanted, pick, shown, summarise
 from inward.offline.annotate.work import Chunk, Cursor, Done, Progress, chunk_rows, chunks, do, identity
 from inward.offline.data import data_errors
-from inward_client.rows import Source, printable
+from inward_client.rows import Row, Source, printable
 
 AT_ONCE_AT_URL = 4
 """Chunks in flight to a service. In this process one: what shares a pass with what does not depend on the moment
@@ -35,6 +35,8 @@ then, so the same file gives the same bytes, also after an interruption."""
 INTERRUPTED = 130
 """Exit status."""
 Keep = Callable[[Chunk, Done], None]
+Results = Callable[[Source], Iterable[Annotated]]
+"""What became of each row of a source."""
 
 
 @data_errors()
@@ -168,7 +170,7 @@ class Annotation:
             raise errors.exceptions[0] from None
 
     async def _finish(self, annotator: Annotator, progress: Progress, scorer: Scorer | None) -> None:
-        """Writes everything, says what was found, and forgets the progress."""
+        """Writes everything, forgets the progress, and says what was found."""
         options, sources, reader = self._options, self._plan.sources, self._plan.reader
 
         def results(source: Source) -> Iterable[Annotated]:
@@ -177,36 +179,44 @@ class Annotation:
 
         versions = {json.dumps(by, sort_keys=True) for chunk in self._chunks if (by := progress.read(chunk).by)}
         metadata = self._metadata(annotator, [json.loads(version) for version in sorted(versions)])
+        with merge.together() as new:  # what stops this leaves no OUT, so that the same command goes on
+            found = await self._write(new, results, annotator, metadata, scorer)
+            suspicious = pick(sources, results, reader, options.suspicious)
+        progress.remove()
+        if options.from_stdin:
+            sources[0].paths[0].unlink(missing_ok=True)
+        self.annotated = found.summary.annotated
+        self._tell(found, suspicious, len(versions))
+
+    async def _write(
+        self, new: Callable[[Path], Path], results: Results, annotator: Annotator, metadata: Row, scorer: Scorer | None
+    ) -> Findings:
+        options, sources, reader = self._options, self._plan.sources, self._plan.reader
         summary = summarise(row for source in sources for row in results(source))
         wanted = Wanted(options.only_flipped, options.drop_below)
         for table in self._plan.tables:
-            merge.write(table, lambda table=table: map(wanted.or_left_out, results(table.source)), metadata)  # type: ignore[misc]
-        merge.write_rejected(sources, results, beside(options.output, ".rejected.jsonl"))
+            out = new(table.out)
+            merge.write(table, out, lambda table=table: map(wanted.or_left_out, results(table.source)), metadata)  # type: ignore[misc]
+        merge.write_rejected(sources, results, new(beside(options.output, ".rejected.jsonl")))
         survey = Survey(reader, options.by)
         for source in sources:
             survey.add(merge.good(source, results(source)))
         quality = survey.quality(annotator.held_out)
         clusters = await self._clusters(results, scorer, annotator) if options.clusters and scorer else None
         found = Findings(summary, quality, clusters)
-        about = metadata | {"summary": found.to_json()}
-        write(beside(options.output, ".annotation.json"), json.dumps(about, indent=2).encode() + b"\n")
+        about = json.dumps(metadata | {"summary": found.to_json()}, indent=2)
+        new(beside(options.output, ".annotation.json")).write_text(about + "\n", encoding="utf-8")
         if options.html:
             pairs = pick(sources, results, reader, options.page_rows, options.page_of)
             tokens = await scorer.token_scores([one.pair for one in pairs]) if options.token_scores and scorer else ()
             shown = page(options.input.name, annotator, summary, pairs, quality, tokens)
-            options.html.write_text(shown, encoding="utf-8")
+            new(options.html).write_text(shown, encoding="utf-8")
         if options.argilla:
             numbered = ((source.name, merge.numbered(source, results(source))) for source in sources)
-            argilla.write(options.argilla, numbered, reader, annotator.head["name"])
-        self._tell(found, pick(sources, results, reader, options.suspicious), len(versions))
-        progress.remove()
-        if options.from_stdin:
-            sources[0].paths[0].unlink(missing_ok=True)
-        self.annotated = summary.annotated
+            argilla.write(new(options.argilla), numbered, reader, annotator.head["name"])
+        return found
 
-    async def _clusters(
-        self, results: Callable[[Source], Iterable[Annotated]], scorer: Scorer, annotator: Annotator
-    ) -> list[Cluster]:
+    async def _clusters(self, results: Results, scorer: Scorer, annotator: Annotator) -> list[Cluster]:
         """Of a sample of the pairs, whose states are read once more."""
         sample = pick(self._plan.sources, results, self._plan.reader, MOST_PAIRS, "sample")
         pairs = [one for one in sample if one.columns["label_agrees"] is not None]
@@ -219,6 +229,9 @@ class Annotation:
         print(json.dumps(found.to_json(), indent=2) if options.json else found.text())
         for one in pairs:
             print("\n" + printable(shown(one)))
+        if options.drop_below is not None and (unrated := found.summary.unrated):
+            known = f"{unrated:,} of {found.summary.annotated:,} rows have no label_probability"
+            print(f"note: {known}: --drop-below drops none of them", file=sys.stderr)
         if versions > 1:
             print(
                 "\nThe head or the policy was switched meanwhile: the rows are of several versions (see the metadata).",

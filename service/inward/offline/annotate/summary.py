@@ -48,6 +48,8 @@ class Summary:
     """Mean, where confidences are given."""
     reasons: tuple[tuple[str, int], ...]
     """Why rows were left out, the most frequent first."""
+    unrated: int = 0
+    """Annotated rows without a label probability, which not every head gives."""
 
     @property
     def rejected(self) -> int:
@@ -125,7 +127,7 @@ class Picked:
 
 def summarise(results: Iterable[Annotated]) -> Summary:
     """One pass over what became of all rows."""
-    rows = truncated = flipped = ties = sure = 0
+    rows = truncated = flipped = ties = sure = unrated = 0
     total = 0.0
     margins = array("f")
     reasons: Counter[str] = Counter()
@@ -137,11 +139,12 @@ def summarise(results: Iterable[Annotated]) -> Summary:
         truncated += one.truncated
         flipped += one.columns["label_agrees"] is False
         ties += one.columns["label_agrees"] is None
+        unrated += one.columns.get("label_probability") is None
         margins.append(one.columns["margin"] or 0.0)
         if (confidence := one.columns["confidence"]) is not None:
             sure, total = sure + 1, total + confidence
     margin_N, confidence = np.array(margins, dtype=np.float32), total / sure if sure else None
-    return Summary(rows, len(margin_N), truncated, flipped, ties, margin_N, confidence, _common(reasons))
+    return Summary(rows, len(margin_N), truncated, flipped, ties, margin_N, confidence, _common(reasons), unrated)
 
 
 def pick(

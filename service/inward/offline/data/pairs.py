@@ -57,7 +57,6 @@ class CalibrationRow:
         return Pair(self.prompt, chosen=self.refusal, rejected=self.harmful)
 
 
-@data_errors()
 def read_pairs(path: Path, *, parse_json: bool = False) -> list[Pair]:
     """The pairs of a file or folder, in any layout. Rows that can't be read are left out, which standard error says.
 
@@ -67,17 +66,28 @@ def read_pairs(path: Path, *, parse_json: bool = False) -> list[Pair]:
     Raises:
         DataError: there is none that can be read; names file, line and column.
     """
-    return told(rows.collect_pairs(Path(path), parse_json=parse_json)).values
+    return collect_pairs(path, parse_json=parse_json).values
 
 
 @data_errors()
+def collect_pairs(path: Path, *, parse_json: bool = False) -> rows.Collected[Pair]:
+    """``read_pairs`` with the number of each row."""
+    return told(rows.collect_pairs(Path(path), parse_json=parse_json))
+
+
 def read_lists(path: Path) -> list[ResponseList]:
     """Rows with a prompt and ``responses: [{"text", "safe"}, …]``; see ``read_pairs``."""
+    return collect_lists(path).values
+
+
+@data_errors()
+def collect_lists(path: Path) -> rows.Collected[ResponseList]:
+    """``read_lists`` with the number of each row."""
 
     def read(row: rows.Row) -> ResponseList:
         return ResponseList(rows.read_prompt(row), _responses(rows.get(row, "responses")))
 
-    return told(rows.collect(Path(path), read)).values
+    return told(rows.collect(Path(path), read))
 
 
 @data_errors()

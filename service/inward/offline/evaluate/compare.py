@@ -19,6 +19,7 @@ from inward.offline.evaluate.metrics import NAMES, statistics_of
 from inward.offline.evaluate.scoring import Judged
 from inward.offline.evaluate.statistics import USUAL, Estimate, Resampling, Statistic
 from inward.types import Doubles
+from inward_client.rows import printable
 
 COMPARED = ("pair_accuracy", "length_matched_accuracy", "auc", "macro_f1", "calibration_error", "top1_safe_rate")
 """Metrics, in the order of the table."""
@@ -70,6 +71,7 @@ def compare(
 
 def table(differences: tuple[Difference, ...], names: tuple[str, str], about: str) -> RenderableType:
     """What ``inward evaluate --compare`` prints."""
+    names = printable(names[0]), printable(names[1])
     one = Table("", names[0], names[1], f"{names[1]} minus {names[0]}", "better", box=None, pad_edge=False)
     for row in differences:
         lower = row.name in LOWER

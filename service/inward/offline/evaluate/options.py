@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import get_args
 
@@ -25,6 +26,16 @@ SOURCES = {
     "responses": "single labelled responses",
     "states": "states saved by inward fit --save-states; needs no model",
 }
+
+IGNORED: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "compare": (("html", "calibration", "xstest", "by"), "only tells how far two heads are apart"),
+    "cross_validate": (("calibration", "xstest"), "fixes the thresholds on the other folds"),
+    "states": (
+        ("calibration", "xstest", "by", "response_tokens"),
+        "has no texts (--pairs, --lists and --responses have)",
+    ),
+}
+"""Of an option those that it leaves nothing to do, and why."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,7 +103,14 @@ def check(args: argparse.Namespace) -> None:
         )
     if args.compare and args.cross_validate:
         raise SetupError("--compare judges heads as they are: it does not go with --cross-validate")
+    for option, (ignored, why) in IGNORED.items():
+        if getattr(args, option) and (given := [name for name in ignored if getattr(args, name) is not None]):
+            raise SetupError(f"--{_dashed(option)} {why}: it does not go with --{_dashed(given[0])}")
     if args.folds < 3:
         raise SetupError(f"--folds {args.folds}: at least 3, since a layer is chosen on folds that are not judged")
     if args.resamples < 1:
         raise SetupError(f"--resamples {args.resamples}: at least 1")
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")

@@ -19,10 +19,10 @@ from inward.batching import within
 from inward.errors import DataError, SetupError
 from inward.heads.base import Head
 from inward.offline.data import data_errors
-from inward.offline.data.pairs import Folds, Response, ResponseList, data_hash, read_lists, read_pairs
+from inward.offline.data.pairs import Folds, Response, ResponseList, collect_lists, collect_pairs, data_hash
 from inward.offline.evaluate.baselines import stable_rank
 from inward.offline.evaluate.examples import Examples, Source, comparisons, of_lists, of_pairs
-from inward.offline.evaluate.responses import LabelledResponse, read_responses
+from inward.offline.evaluate.responses import LabelledResponse, part_of, read_responses
 from inward.offline.fit.like import Like, fit_like
 from inward.offline.states.read import extract_lists
 from inward.offline.states.saved import ListStates, Origin, PairStates
@@ -68,12 +68,15 @@ def read_rows(
         DataError: names file, line and field.
     """
     if source == "pairs":
-        pairs = read_pairs(path, parse_json=parse_json)[:limit]
+        found = collect_pairs(path, parse_json=parse_json)
+        pairs = found.values[:limit]
         both = (ResponseList(p.prompt, (Response(p.chosen, True), Response(p.rejected, False))) for p in pairs)
-        return Rows(source, tuple(both), data_hash(pairs), parts=_parts(path, by, [2] * len(pairs)))
+        return Rows(source, tuple(both), data_hash(pairs), parts=_parts(path, by, found.numbers, [2] * len(pairs)))
     if source == "lists":
-        lists = tuple(read_lists(path)[:limit])
-        return Rows(source, lists, data_hash(lists), parts=_parts(path, by, [len(one.responses) for one in lists]))
+        read = collect_lists(path)
+        lists = tuple(read.values[:limit])
+        parts = _parts(path, by, read.numbers, [len(one.responses) for one in lists])
+        return Rows(source, lists, data_hash(lists), parts=parts)
     labelled, left_out = read_responses(path, by=by)
     by_prompt: dict[str, list[LabelledResponse]] = {}
     for one in labelled[:limit]:
@@ -82,19 +85,24 @@ def read_rows(
         ResponseList(ones[0].prompt, tuple(Response(one.text, one.safe) for one in ones)) for ones in by_prompt.values()
     )
     flat = tuple(one for ones in by_prompt.values() for one in ones)
-    parts = tuple(one.part or "none" for one in flat) if by else ()
+    parts = _named(path, by, [one.part for one in flat]) if by else ()
     return Rows(source, lists, data_hash(lists), flat, left_out, parts)
 
 
-def _parts(path: Path, by: str | None, responses: Sequence[int]) -> tuple[str, ...]:
-    """What stands in the column ``by`` of each row, for each of the row's responses."""
+def _parts(path: Path, by: str | None, numbers: Sequence[int], responses: Sequence[int]) -> tuple[str, ...]:
+    """What stands in the column ``by`` of the rows with these numbers, for each of a row's responses."""
     if by is None:
         return ()
     with data_errors():
-        names = rows_module.collect(Path(path), lambda row: str(row.get(by) or "none")).values[: len(responses)]
-    if len(names) < len(responses) or set(names) == {"none"}:
+        every = rows_module.collect(Path(path), lambda row: part_of(row, by))
+    parts = dict(zip(every.numbers, every.values, strict=True))  # of all rows, also of those that hold nothing else
+    return _named(path, by, [parts[number] for number, n in zip(numbers, responses, strict=False) for _ in range(n)])
+
+
+def _named(path: Path, by: str, parts: Sequence[str | None]) -> tuple[str, ...]:
+    if all(part is None for part in parts):
         raise DataError(f"{path}: the rows have no column {by!r} to divide the report by", param="by")
-    return tuple(name for name, n in zip(names, responses, strict=True) for _ in range(n))
+    return tuple("none" if part is None else part for part in parts)
 
 
 def groups_of_rows(prompts: Prompts, rows: Rows) -> list[Group]:

@@ -49,16 +49,22 @@ def read_responses(path: Path, *, by: str | None = None) -> tuple[list[LabelledR
         DataError: there is none that can be read; names file, line and column.
     """
     with data_errors():
-        read = told(rows.collect(Path(path), lambda row: _part_of(row, by))).values
+        read = told(rows.collect(Path(path), lambda row: _in_part(row, by))).values
     kept = [one for one in read if one is not None]
     return kept, len(read) - len(kept)
 
 
-def _part_of(row: rows.Row, by: str | None) -> LabelledResponse | None:
+def part_of(row: rows.Row, by: str) -> str | None:
+    """What stands in the column that divides the report; None of an empty cell."""
+    value = row.get(by)
+    return None if value in (None, "") else str(value)
+
+
+def _in_part(row: rows.Row, by: str | None) -> LabelledResponse | None:
     one = _response(row)
     if one is None or by is None:
         return one
-    return replace(one, part=str(rows.get(row, by)))
+    return replace(one, part=part_of(row, by))
 
 
 def _response(row: rows.Row) -> LabelledResponse | None:

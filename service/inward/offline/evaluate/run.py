@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from inward.backbones.base import Backbone
-from inward.errors import DataError, SetupError
+from inward.errors import DataError
 from inward.heads import store
 from inward.heads.base import Head, Manifest
 from inward.offline.data.pairs import grouped_folds
@@ -150,9 +150,6 @@ def compare_heads(
 
 def _material(args: Namespace, folders: Sequence[Path], opened: OpenModel, cache: Callable[[str], Path]) -> Material:
     if args.states:
-        for option in ("calibration", "xstest", "by"):
-            if getattr(args, option) is not None:
-                raise SetupError(f"--{option} needs texts: give --pairs, --lists or --responses in place of --states")
         return _of_states(args, folders)
     source: Source = next(name for name in ("pairs", "lists", "responses") if getattr(args, name))
     rows = read_rows(source, getattr(args, source), args.limit, parse_json=args.parse_json, by=args.by)

@@ -10,9 +10,11 @@ from rich.console import Console, RenderableType
 from rich.console import Group as Lines
 from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from inward.offline.evaluate.judge import REFERENCES, Judgement
 from inward.offline.evaluate.metrics import NAMES, Metrics
+from inward_client.rows import printable
 
 PARTS = ("pair_accuracy", "auc", "macro_f1", "calibration_error", "top1_safe_rate")
 """Metrics of the parts of the rows."""
@@ -39,8 +41,9 @@ def table(judgement: Judgement, report: Mapping[str, Any]) -> RenderableType:
     """What ``inward evaluate`` prints; ``report`` is the whole of ``--json``."""
     columns = shown(judgement)
     main = Table("", *(NAMES[name] for name in columns), box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name, metrics in methods(judgement, f"[bold]{report['head']['name']}[/] ({report['head']['kind']})"):
-        main.add_row(name, *(str(metrics.get(column) or "") for column in columns))
+    head = Text.assemble((printable(report["head"]["name"]), "bold"), f" ({report['head']['kind']})")
+    for name, metrics in methods(judgement, ""):
+        main.add_row(name or head, *(str(metrics.get(column) or "") for column in columns))
     lines: list[RenderableType] = [summary(report), "", main, "", textwrap.fill(report["verdict"], PARAGRAPH)]
     if judgement.strategies:
         by = ", ".join(
@@ -74,17 +77,20 @@ def parts(judgement: Judgement) -> RenderableType:
     names = [n for n in PARTS if any(metrics.get(n) for _, metrics in judgement.parts.values())]
     found = Table("part", "responses", *(NAMES[name] for name in names), box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name, (n, metrics) in judgement.parts.items():
-        found.add_row(name, str(n), *(str(metrics.get(one) or "") for one in names))
+        found.add_row(printable(name), str(n), *(str(metrics.get(one) or "") for one in names))
     return found
 
 
 def show(content: RenderableType) -> None:
-    """Prints it so wide that no column is cut off, whatever the terminal; a narrow one wraps or scrolls it."""
-    console = Console(highlight=False)
-    wide = Console(width=10_000, highlight=False)
+    """Prints it so wide that no column is cut off, whatever the terminal; a narrow one wraps or scrolls it. Text is
+    shown as it is: names come from files, and ``[b]`` in one of them is no markup.
+    """
+    plain: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
+    console = Console(**plain)
+    wide = Console(width=10_000, **plain)
     needed = Measurement.get(wide, wide.options, content).maximum
     if not console.is_terminal or needed > console.width:
-        console = Console(width=max(needed, 80), highlight=False, soft_wrap=True)
+        console = Console(width=max(needed, 80), soft_wrap=True, **plain)
     console.print(content)
 
 
@@ -95,7 +101,7 @@ def summary(report: Mapping[str, Any]) -> str:
     if given["mixed_lists"]:
         counts.append(f"{given['mixed_lists']} lists with both kinds")
     how = f"cross-validated over {given['folds']} folds of prompts" if given["cross_validated"] else "as it is"
-    return f"{given['file']}: {', '.join(counts)}; head {how}; 95 % intervals over prompts"
+    return f"{printable(given['file'])}: {', '.join(counts)}; head {how}; 95 % intervals over prompts"
 
 
 def cost(report: Mapping[str, Any]) -> str:

@@ -1,0 +1,26 @@
+"""What stands in a terminal is what stands in the data."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from inward.offline.evaluate import compare, tables
+from inward.offline.evaluate.statistics import Estimate
+
+NAMES = ["[math] algebra", "[/b]", "[bold]b", ":smile: \\[x]"]
+FIGURE = Estimate(0.7, 0.6, 0.8)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_of_parts_and_heads_are_no_markup(capsys, name):
+    tables.show(tables.parts(SimpleNamespace(parts={name: (10, {"auc": FIGURE})})))
+    assert f"{name} " in capsys.readouterr().out
+    difference = compare.Difference("auc", FIGURE, FIGURE, Estimate(0.1, 0.05, 0.2))
+    tables.show(compare.table((difference,), ("first", name), f"of {name}"))
+    printed = capsys.readouterr().out
+    assert f"{name} minus first" in printed and f"of {name}\n" in printed
+
+
+def test_hidden_characters_are_shown_as_escapes(capsys):
+    tables.show(tables.parts(SimpleNamespace(parts={"\x1b[31mred": (10, {"auc": FIGURE})})))
+    assert "\\x1b[31mred" in capsys.readouterr().out
