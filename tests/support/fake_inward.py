@@ -138,7 +138,8 @@ class FakeInward:
         margins = [score(pair["chosen"]) - score(pair["rejected"]) for pair in body["pairs"]]
         return {
             "margins": [
-                {"margin": m, "margin_scaled": m, "bin": min(1.0, max(0.0, m)), "label_agrees": m > 0} for m in margins
+                {"margin": m, "margin_scaled": m, "bin": min(1.0, max(0.0, m)), "label_agrees": m > 0 if m else None}
+                for m in margins
             ]
         }
 

@@ -13,6 +13,7 @@ from inward_trainer.errors import OptionsError
 from inward_trainer.models import OWN, arguments, configuration
 from inward_trainer.options import CdpoOptions, ExportOptions, RewardOptions, add_options, read_options, recipes
 from inward_trainer.parts import stream_key
+from inward_trainer.sources.samples import SAMPLING
 
 COMMANDS = {"cdpo": CdpoOptions, "rm": RewardOptions, "export": ExportOptions}
 
@@ -33,7 +34,7 @@ def test_options_win_over_the_environment_over_the_recipe_over_defaults(tmp_path
         "INWARD_TRAIN_UPDATE_HEAD": "true",
     }
     found = read(["--steps", "5", "--no-tensorboard"], environment)
-    assert (found.beta, found.model, found.steps, found.sampling) == (1.5, "b", 5, {"max_tokens": 8})
+    assert (found.beta, found.model, found.steps, found.sampling) == (1.5, "b", 5, SAMPLING | {"max_tokens": 8})
     assert (found.update_head, found.tensorboard, found.learning_rate) == (True, False, 1e-5)
 
 

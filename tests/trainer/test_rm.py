@@ -128,6 +128,23 @@ def test_what_is_dropped_is_written_down_with_its_reason(policy, tmp_path, caplo
     assert f"{len(dropped)} of 9 pairs are left out: " in caplog.text
 
 
+def test_a_tie_is_not_dropped_as_a_label_that_the_head_disagrees_with(policy, tmp_path):
+    tie = {"prompt": "Birds?", "chosen": " Seven.", "rejected": " Seven."}
+    kept = rows_of(options(policy, tmp_path, rows=[*rows(8), tie], drop_disagreeing=True), FakeInward())
+    assert "8" in {row.id for row in kept}
+
+
+@pytest.mark.parametrize("margins", ["bin", "margin_scaled", "constant"])
+def test_a_head_without_a_scale_of_margins_is_refused(policy, tmp_path, margins):
+    class Unscaled(FakeInward):
+        def _margin(self, body):
+            found = super()._margin(body)["margins"]
+            return {"margins": [one | {"bin": None, "margin_scaled": None} for one in found]}
+
+    with pytest.raises(DataError, match=rf"--margins {margins}: the head has no scale of margins"):
+        rows_of(options(policy, tmp_path, margins=margins), Unscaled())
+
+
 def test_what_is_missing_is_told(policy, tmp_path):
     with pytest.raises(OptionsError, match="give --url"):
         rm.run(options(policy, tmp_path))

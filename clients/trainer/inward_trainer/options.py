@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 
 from inward_trainer.confidence import Mode, Scale
 from inward_trainer.errors import OptionsError
@@ -109,8 +109,10 @@ class SourceOptions(_Options):
     """Prompts to sample from, in any file of rows."""
     samples: int = Field(8, ge=2)
     """Samples of each prompt, of which the best and the worst make a pair."""
-    sampling: JsonObject = Field(default_factory=lambda: dict(SAMPLING))
-    """How samples are drawn, as JSON."""
+    sampling: Annotated[JsonObject, AfterValidator(lambda given: SAMPLING | given)] = Field(
+        default_factory=lambda: dict(SAMPLING)
+    )
+    """How samples are drawn, as JSON; what it doesn't name stays as it is."""
     early_rejection: JsonObject = Field(default_factory=dict)
     """Which samples are not drawn to their end, as JSON: {"keep": 0.5, "at": [16, 32]}, or {"max_loss": 0.1} where the
     service has a value head for the one that ranks. They are in no pair; ask for more --samples instead."""

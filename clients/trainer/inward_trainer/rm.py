@@ -271,14 +271,14 @@ def _margins(
     """Margin of each pair by its id; ``dropped`` takes those that have none, or are not wanted.
 
     Raises:
-        DataError: a row's own margin is wanted, and missing or no number.
+        DataError: a row's own margin is wanted, and missing or no number, or the service gives none.
     """
     asked = options.margins in ("bin", "margin_scaled", "constant") or options.drop_disagreeing
     said = _said(options, pairs, service) if asked else {}
     for id, margin in said.items():
         if margin["error"]:
             dropped[id] = margin["error"]
-        elif options.drop_disagreeing and not margin["label_agrees"]:
+        elif options.drop_disagreeing and margin["label_agrees"] is False:  # of a tie it is None
             dropped[id] = "the head disagrees with the label"
     if options.margins == "none":
         return dict.fromkeys((pair.id for pair in pairs), None)
@@ -288,6 +288,11 @@ def _margins(
             raise DataError(f"row {bare[0]}: `margin` is missing, and --margins column takes it from there")
         return column
     name = "bin" if options.margins == "constant" else options.margins
+    if any(margin[name] is None for id, margin in said.items() if id not in dropped):
+        raise DataError(
+            f"--margins {options.margins}: the head has no scale of margins, so the service gives no {name}; fit it "
+            "with `inward fit legend`, or take --margins none or column"
+        )
     return {id: margin[name] for id, margin in said.items()}
 
 
