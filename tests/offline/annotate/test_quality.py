@@ -71,6 +71,16 @@ def test_the_share_is_told_for_each_value_of_a_column():
     assert "source" in "\n".join(found.text())
 
 
+def test_parts_have_their_own_rows_and_nothing_is_one_of_them():
+    margins = [1.0, -1.0, 2.0, -2.0, -3.0, 4.0]
+    some = [
+        ({"prompt": f"question {i}", "chosen": "a", "rejected": "bc", "source": source}, annotated(margin))
+        for i, (source, margin) in enumerate(zip(["x", None, 0, "x", None, None], margins, strict=True))
+    ]
+    found = {part.name: (part.pairs, part.contradicted) for part in quality(some, by="source").parts}
+    assert found == {"x": (2, 1), "none": (3, 2), "0": (1, 0)}
+
+
 def test_more_pairs_of_few_prompts_than_an_estimate_takes_are_told_of_all_the_same(monkeypatch):
     monkeypatch.setattr(noise, "MOST_PAIRS", 100)
     for prompts in (25, 1):

@@ -8,6 +8,7 @@ import math
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from inward.offline.annotate.duplicates import Repeated, Seen, hashed, text_of
 from inward.offline.annotate.held_out import HeldOut
 from inward.offline.annotate.noise import FEWEST_PROMPTS, Noise, agreement, noise
 from inward.offline.annotate.scorer import Annotated
+from inward.offline.evaluate.responses import part_of
 from inward.offline.evaluate.statistics import Estimate, spearman
 from inward.types import Doubles, Indices
 from inward_client.rows import DataError, PairReader, Row
@@ -175,7 +177,8 @@ class Survey:
             self._seen.add(pair)
             if annotated.columns["label_agrees"] is None:
                 continue
-            part = -1 if self._by is None else self._names.setdefault(str(row.get(self._by)), len(self._names))
+            name = None if self._by is None else part_of(row, self._by) or "none"
+            part = -1 if name is None else self._names.setdefault(name, len(self._names))
             self._margins.append(annotated.columns["margin"] or 0.0)
             self._lengths.append(len(pair.chosen) - len(pair.rejected))
             self._parts.append(part)
@@ -184,10 +187,10 @@ class Survey:
     def quality(self, held_out: HeldOut | None) -> Quality:
         """What was found."""
         margin_N, length_N = (np.array(one, dtype=np.float64) for one in (self._margins, self._lengths))
-        part_N, group_N = np.array(self._parts, dtype=np.int32), np.array(self._prompts, dtype=np.int64)
+        part_N, group_N = np.array(self._parts, dtype=np.int64), np.array(self._prompts, dtype=np.int64)
         judges = held_out is None or held_out.better_than_chance
         whole = _part("all", margin_N, group_N, judges)
-        parts = [_part(name, margin_N[part_N == n], group_N[part_N == n], judges) for name, n in self._names.items()]
+        parts = [_part(name, margin_N[own], group_N[own], judges) for name, own in self._rows(part_N)]
         against_N = margin_N[margin_N < 0]
         return Quality(
             held_out,
@@ -200,6 +203,13 @@ class Survey:
             _correlation(margin_N, length_N),
             self._seen.repeated(),
         )
+
+    def _rows(self, part_N: Indices) -> Iterator[tuple[str, Indices]]:
+        """Of each part its rows; however many parts there are, they are sorted once."""
+        order_N = np.argsort(part_N, kind="stable")
+        ends = np.searchsorted(part_N[order_N], np.arange(len(self._names) + 1))
+        for name, (first, end) in zip(self._names, pairwise(ends), strict=True):
+            yield name, order_N[first:end]
 
 
 def percent(estimate: Estimate) -> str:
