@@ -53,6 +53,8 @@ class Sizes:
     """Longer given answers are cut."""
     epochs: int = 60
     """Most epochs of a ranker."""
+    timed: int = 64
+    """Prompts whose answers are timed."""
     repeats: int = 5
     """Timings of one thing."""
     joint_steps: int = 200
@@ -61,7 +63,7 @@ class Sizes:
     def scaled(self, share: float) -> Sizes:
         """With another number of rows and prompts; lengths, samples and steps stay."""
         counted = ("held_out", "xstest", "harmless", "plain_texts", "judge_rows", "head_pairs", "train_prompts",
-                   "margin_pairs", "test_pairs", "calibration", "list_prompts")  # fmt: skip
+                   "margin_pairs", "test_pairs", "calibration", "list_prompts", "timed")  # fmt: skip
         assert {one.name for one in fields(self)} >= set(counted)
         return replace(self, **{name: max(FEWEST, round(share * getattr(self, name))) for name in counted})
 
@@ -69,6 +71,6 @@ class Sizes:
 QUICK = Sizes(
     held_out=12, xstest=8, harmless=6, plain_texts=12, judge_rows=160, judge_epochs=1, head_pairs=60, train_prompts=16,
     margin_pairs=48, test_pairs=60, calibration=12, list_prompts=10, samples=4, answers=1, steps=4, rounds=2, batch=4,
-    tokens=16, prompt_characters=300, answer_characters=200, epochs=5, repeats=1, joint_steps=20,
+    tokens=16, prompt_characters=300, answer_characters=200, epochs=5, timed=12, repeats=1, joint_steps=20,
 )  # fmt: skip
 """Everything once, in minutes on two cores with the toy: its numbers say nothing."""

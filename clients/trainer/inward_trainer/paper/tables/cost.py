@@ -25,7 +25,6 @@ from inward_trainer.paper.table import Row, Table
 from inward_trainer.paper.texts import Ids, Text, encode_pairs, prompt_ids
 
 COLUMNS = ["milliseconds", "per", "operations", "reward model's time over ours"]
-PROMPTS = 64
 DRAWING_REPEATS = 2
 PUBLISHED = [
     ["head against a 7–13 B reward model, states given", "110 to 639 times faster, 4e4 to 9e4 times fewer FLOPs",
@@ -61,7 +60,7 @@ def table(run: Experiment) -> Table:
 
 def _measured(run: Experiment) -> Json:
     sizes = run.sizes
-    asked = prompt_ids(run.tokeniser, run.held_out[:PROMPTS])
+    asked = prompt_ids(run.tokeniser, run.held_out[: sizes.timed])
     base = run.base
     drawn = base.draw(asked, sizes.samples, sizes.tokens, 0)
     texts = _texts(run, asked, drawn)
