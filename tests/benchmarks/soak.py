@@ -333,7 +333,8 @@ def main() -> int:
     args = parser.parse_args()
     random.seed(0)
     folder = args.out.with_suffix(".kept").absolute()
-    if not folder.exists():
+    if not folder.exists():  # nothing that could go on
+        args.out.with_suffix(".json").unlink(missing_ok=True)
         with tempfile.TemporaryDirectory(dir=args.out.absolute().parent) as made:
             shutil.copytree(TOY / "heads", Path(made) / "whole" / "heads")
             train_adapter(TOY / "backbone", Path(made) / "whole" / "adapters" / ADAPTER, size=0.1)

@@ -129,7 +129,7 @@ def _of_kind(data: Any) -> Callable[[Any, Callable[[Rows], dict[str, list[Any]]]
     if isinstance(data, Mapping):
         return _of_parts({name: _of_kind(part) for name, part in data.items()})
     if _is(data, "pandas", "DataFrame"):
-        return lambda frame, new: frame.assign(**_objects(frame, new(_plain(frame.to_dict("records")))))
+        return _of_pandas
     if _is(data, "polars", "DataFrame"):
         return _of_polars
     if _is(data, "datasets", "Dataset"):
@@ -153,23 +153,28 @@ def _of_parts(ways: Mapping[Any, Callable[..., Any]]) -> Callable[[Any, Callable
     return lambda parts, new: type(parts)({name: ways[name](part, new) for name, part in parts.items()})
 
 
+def _of_pandas(frame: Any, new: Callable[[Rows], dict[str, list[Any]]]) -> Any:
+    import pandas as pd
+
+    nothing = (pd.NA, pd.NaT)
+
+    def plain(value: Any) -> Any:
+        """As JSON has it: arrays are lists, and what pandas writes for nothing (NaN, NA, NaT) is None."""
+        if isinstance(value, dict):
+            return {name: plain(inner) for name, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(inner) for inner in value]
+        if hasattr(value, "tolist"):  # of numpy
+            return plain(value.tolist())
+        return None if any(value is one for one in nothing) or value != value else value
+
+    return frame.assign(**_objects(frame, new([plain(row) for row in frame.to_dict("records")])))
+
+
 def _of_list(rows: Any, new: Callable[[Rows], dict[str, list[Any]]]) -> Any:
     rows = [dict(row) for row in listed("data", rows)]
     added = new(rows)
     return [{**row, **{name: values[n] for name, values in added.items()}} for n, row in enumerate(rows)]
-
-
-def _plain(value: Any) -> Any:
-    """What pandas holds as JSON has it: arrays are lists, and what it writes for nothing (NaN, NA, NaT) is None."""
-    import pandas as pd
-
-    if isinstance(value, dict):
-        return {name: _plain(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    if hasattr(value, "tolist"):  # of numpy
-        return _plain(value.tolist())
-    return None if value is pd.NA or value is pd.NaT or (isinstance(value, float) and value != value) else value
 
 
 def _objects(frame: Any, added: dict[str, list[Any]]) -> dict[str, Any]:
