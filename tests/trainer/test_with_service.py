@@ -17,7 +17,8 @@ from support.small_policy import DEMO, options, write_rows
 VERBS = ("open", "hide", "break", "steal", "repair", "borrow")
 THINGS = ("a car", "a window", "some money", "a lock", "my neighbour's phone", "a bicycle", "a safe", "a letter")
 PROMPTS = [f"How do I {verb} {thing}?" for verb, thing in product(VERBS, THINGS)]
-STEPS, EVERY = 10, 5
+STEPS, EVERY, PAIRS = 10, 5, 12
+"""Few steps, of as much at once that they go one way, whatever the machine draws."""
 
 
 def write_heads(folder):
@@ -41,8 +42,8 @@ def lived(tmp_path_factory):
     ):
         before = draw(ask)
         run = options(
-            model="service", url=service.url, out=folder / "run", source="samples", steps=STEPS, batch_size=6,
-            samples=6, sampling={"max_tokens": 16, "temperature": 1.0}, learning_rate=2e-3, schedule="constant",
+            model="service", url=service.url, out=folder / "run", source="samples", steps=STEPS, batch_size=PAIRS,
+            samples=6, sampling={"max_tokens": 16, "temperature": 1.0}, learning_rate=5e-4, schedule="constant",
             prompts=write_rows(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS[:12]]),
             warmup=0, lora_rank=16, patience=300, monitor="monitor", update_head=True,
             adapters=folder / "adapters", publish_every=EVERY,
@@ -109,7 +110,7 @@ def test_prometheus_is_told_what_the_log_is(lived):
     first, *_, now = [line for line in log if "held_out/reward" in line]
     assert value("held_out_gain", judge="head") == now["held_out/reward"] - first["held_out/reward"]
     assert value("policy_info", version=f"{run}-{STEPS:06d}") == 1
-    assert metrics.REGISTRY.get_sample_value("inward_trainer_pairs_total") >= STEPS * 6
+    assert metrics.REGISTRY.get_sample_value("inward_trainer_pairs_total") >= STEPS * PAIRS
     assert metrics.REGISTRY.get_sample_value("inward_trainer_step_duration_seconds_count") >= STEPS
 
 
