@@ -11,6 +11,7 @@ an error, OUT.svg draws the samples. Ends with 1 if an answer was wrong or lost.
 
 Where all of it is stopped, or killed, the same command goes on, with what Redis and the heads had written down
 (OUT.kept, until the hours are over) and all that is known of earlier answers: one more death, of everything at once.
+With OUT.json alone, as on another machine, it goes on with a Redis that is new and an adapter that is trained anew.
 """
 
 from __future__ import annotations
@@ -60,6 +61,11 @@ def same(a: float, b: float) -> bool:
     return math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-3)
 
 
+def so_far(file: Path) -> dict[str, Any]:
+    """What was written down, or nothing."""
+    return json.loads(file.read_text("utf-8")) if file.exists() else {}
+
+
 class Soak:
     """What runs, what was answered, and what was seen."""
 
@@ -71,7 +77,7 @@ class Soak:
         self.waits: list[float] = []
         self.api_died = -math.inf
         file = args.out.with_suffix(".json")
-        earlier = json.loads(file.read_text()) if file.exists() else {}
+        earlier = so_far(file)
         self.outcomes: Counter[str] = Counter(earlier.get("outcomes", {}))
         self.samples: list[dict[str, float]] = earlier.get("samples", [])
         self.errors: list[str] = earlier.get("errors", [])
@@ -332,9 +338,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("soak"), help="OUT.json and OUT.svg")
     args = parser.parse_args()
     random.seed(0)
-    folder = args.out.with_suffix(".kept").absolute()
-    if not folder.exists():  # nothing that could go on
-        args.out.with_suffix(".json").unlink(missing_ok=True)
+    folder, file = args.out.with_suffix(".kept").absolute(), args.out.with_suffix(".json")
+    if not folder.exists():  # neither Redis nor the adapter can go on
+        earlier = so_far(file)
+        if not earlier.get("samples") or earlier["samples"][-1]["hours"] > 0.99 * args.hours:
+            earlier = {}
+        known = [entry for entry in earlier.get("known", []) if entry[1] == "base"]
+        file.write_text(json.dumps(earlier | {"known": known, "job": None, "streamed": "-"}), encoding="utf-8")
         with tempfile.TemporaryDirectory(dir=args.out.absolute().parent) as made:
             shutil.copytree(TOY / "heads", Path(made) / "whole" / "heads")
             train_adapter(TOY / "backbone", Path(made) / "whole" / "adapters" / ADAPTER, size=0.1)
@@ -344,6 +354,7 @@ def main() -> int:
     settings: dict[str, Any] = {
         "queue": "soak", "heads": folder / "heads", "adapters": folder / "adapters",
         "presence": 10, "claim_idle": 30, "drain_timeout": 20, "timeout": args.timeout,
+        "dtype": "float32",  # what is drawn is read in other batches than what is scored: bfloat16 tells them apart
     }  # fmt: skip
     try:
         with Fleet(folder, server.url, demo=True, backbone="transformers", **settings) as fleet:

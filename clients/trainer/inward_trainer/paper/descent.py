@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from inward_trainer.paper.language_model import reading_dtype
+
 
 class Descent:
     """AdamW for so many steps: warm-up over a tenth of them, then a linear fall; gradients are clipped to norm 1."""
@@ -28,5 +30,6 @@ class Descent:
 
 
 def autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Products in bfloat16 on a GPU, weights in float32."""
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+    """Products in bfloat16 where the device multiplies it natively, weights in float32."""
+    native = reading_dtype(device) is torch.bfloat16
+    return torch.autocast(device.type, torch.bfloat16) if native else nullcontext()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from inward.backbones.device import choose_dtype
 from inward.backbones.transformers.packing import rectangles
 from inward.types import Doubles, Floats
 from inward_trainer.paper.batches import most_tokens, most_trained, padded
@@ -54,7 +55,7 @@ class Sampling(LogitsProcessor):  # type: ignore[misc]
 
 
 class LanguageModel:
-    """For reading and drawing: in bfloat16 on a GPU, in float32 elsewhere."""
+    """For reading and drawing: in bfloat16 where the device multiplies it natively, in float32 elsewhere."""
 
     def __init__(self, model: Any, tokeniser: Tokeniser) -> None:
         self.model, self.tokeniser = model.eval(), tokeniser
@@ -165,5 +166,5 @@ def load_causal(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
 
 
 def reading_dtype(device: torch.device) -> torch.dtype:
-    """What is drawn and read with."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+    """What is drawn and read with: bfloat16 where the device multiplies it natively."""
+    return choose_dtype("auto", device)

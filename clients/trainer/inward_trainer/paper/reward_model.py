@@ -52,7 +52,8 @@ def train_reward_model(
             output_dir=scratch, seed=seed, data_seed=seed, learning_rate=LEARNING_RATE, num_train_epochs=1,
             lr_scheduler_type="cosine", warmup_steps=0.1, weight_decay=0.01, max_length=None,
             per_device_train_batch_size=micro, gradient_accumulation_steps=max(1, BATCH // micro),
-            use_cpu=not gpu, bf16=gpu, gradient_checkpointing=False, dataloader_pin_memory=gpu,
+            use_cpu=not gpu, bf16=reading_dtype(device) is torch.bfloat16, gradient_checkpointing=False,
+            dataloader_pin_memory=gpu,
             logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=not gpu,
         )  # fmt: skip
         model = open_classifier(folder, pad, torch.float32)

@@ -21,6 +21,7 @@ from inward_trainer.models import first_line
 from inward_trainer.options import PaperOptions
 from inward_trainer.paper.cells import OutOfTime
 from inward_trainer.paper.experiment import Experiment
+from inward_trainer.paper.language_model import reading_dtype
 from inward_trainer.paper.report import write_report
 from inward_trainer.paper.table import Table
 from inward_trainer.paper.tables import alignment, cost, judge, legend, probes, srr, topk
@@ -131,6 +132,7 @@ def _setting(experiment: Experiment) -> dict[str, object]:
         "model": Path(options.model).name,
         "weights": fingerprint(experiment.folder),
         "device": f"{device}, {torch.cuda.get_device_name() if device == 'cuda' else 'no GPU'}",
+        "precision": str(reading_dtype(experiment.device)).removeprefix("torch."),
         "seeds": options.seeds,
         "quick": options.quick,
         "scale": options.scale,
