@@ -5,6 +5,7 @@ import re
 import signal
 
 import pytest
+import torch
 
 from inward_client.rows import Pair
 from inward_trainer.__main__ import parser
@@ -12,7 +13,7 @@ from inward_trainer.errors import OptionsError
 from inward_trainer.options import PaperOptions, read_options
 from inward_trainer.paper import run as paper
 from inward_trainer.paper.data import FILES, Data, _answers, key
-from inward_trainer.paper.sizes import QUICK, Sizes
+from inward_trainer.paper.sizes import QUICK, Sizes, chosen
 from inward_trainer.paper.workers import arguments
 from support.paper_data import write_data
 from support.small_policy import write_policy
@@ -30,6 +31,20 @@ def policy(tmp_path_factory):
 
 def options(policy, data, out, **more):
     return PaperOptions(model=str(policy), data=data, out=out, device="cpu", quick=True, scale=0.1, **more)
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "found"),
+    [
+        ({}, "cuda", (1.0, 48, 384)),
+        ({}, "cpu", (0.1, 16, 38)),
+        ({"scale": 1, "steps": 3}, "cpu", (1.0, 3, 384)),
+        ({"quick": True}, "cpu", (1.0, 4, 16)),
+    ],
+)
+def test_a_processor_gets_what_it_does_in_hours_unless_more_is_asked(asked, device, found):
+    scale, sizes = chosen(PaperOptions(**asked), torch.device(device))
+    assert (scale, sizes.steps, sizes.train_prompts) == found
 
 
 def test_nobody_sees_a_judges_prompts_and_what_is_reported_was_seen_by_nobody(data):

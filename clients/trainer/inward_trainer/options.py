@@ -308,10 +308,11 @@ class PaperOptions(_Options):
     """Of trainings and draws, comma-separated: 0,1,2."""
     quick: bool = False
     """Next to nothing of everything, to try it out; with the toy in minutes on two cores."""
-    scale: float = Field(1.0, gt=0)
-    """Share of the rows and prompts."""
+    scale: float | None = Field(None, gt=0)
+    """Share of the rows and prompts; else all, and on a processor 0.1."""
     steps: int | None = Field(None, ge=1)
-    """Optimiser steps of every way to align; else 48, and 4 with --quick. On a processor they take most of the time."""
+    """Optimiser steps of every way to align; else 48, 16 on a processor, where they take most of the time, and 4 with
+    --quick."""
     minutes: float | None = Field(None, gt=0)
     """After so many minutes nothing new is begun; rows that are missing say so."""
     workers: int = Field(1, ge=1)

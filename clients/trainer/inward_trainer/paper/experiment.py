@@ -8,7 +8,6 @@ import gc
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ from inward_trainer.paper.data import Data
 from inward_trainer.paper.heads import fit_reward_head, layer_scores, pair_states, scores
 from inward_trainer.paper.language_model import Drawn, LanguageModel, load_causal, reading_dtype
 from inward_trainer.paper.reward_model import train_reward_model
-from inward_trainer.paper.sizes import QUICK, Sizes
+from inward_trainer.paper.sizes import chosen
 from inward_trainer.paper.texts import Text, encode, prompt_ids
 from inward_trainer.tokens import Tokeniser
 
@@ -59,10 +58,9 @@ class Experiment:
 
     def __init__(self, options: PaperOptions) -> None:
         self.options = options
-        sizes = (QUICK if options.quick else Sizes()).scaled(options.scale)
-        self.sizes = sizes if options.steps is None else replace(sizes, steps=options.steps)
-        self.data = Data.open(options.data, self.sizes)
         self.device = _device(options.device)
+        self.scale, self.sizes = chosen(options, self.device)
+        self.data = Data.open(options.data, self.sizes)
         try:
             self.folder = resolve(str(TOY) if options.model == "toy" else options.model)
         except InwardError as error:

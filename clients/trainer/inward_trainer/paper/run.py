@@ -135,7 +135,7 @@ def _setting(experiment: Experiment) -> dict[str, object]:
         "precision": str(reading_dtype(experiment.device)).removeprefix("torch."),
         "seeds": options.seeds,
         "quick": options.quick,
-        "scale": options.scale,
+        "scale": experiment.scale,
         "learning rate": options.learning_rate,
         "data": experiment.data.told(),
         "files": experiment.data.digest,

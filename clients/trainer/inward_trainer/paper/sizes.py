@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+
+from inward_trainer.options import PaperOptions
 
 FEWEST = 4
 """Of whatever is counted in rows or prompts, however small the share."""
@@ -10,7 +15,7 @@ FEWEST = 4
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """The defaults are for one GPU."""
+    """The defaults are for one GPU; ``chosen`` makes less of them on a processor."""
 
     held_out: int = 160
     """Prompts of each held-out source."""
@@ -74,3 +79,14 @@ QUICK = Sizes(
     tokens=16, prompt_characters=300, answer_characters=200, epochs=5, timed=12, repeats=1, joint_steps=20,
 )  # fmt: skip
 """Everything once, in minutes on two cores with the toy: its numbers say nothing."""
+
+ON_A_PROCESSOR = {"scale": 0.1, "steps": 16}
+"""What two cores do in some hours."""
+
+
+def chosen(options: PaperOptions, device: torch.device) -> tuple[float, Sizes]:
+    """The share of rows and prompts, and how much of everything that is: as asked, else by the device."""
+    least: dict[str, Any] = ON_A_PROCESSOR if device.type == "cpu" and not options.quick else {}
+    scale = options.scale or least.get("scale", 1.0)
+    sizes = (QUICK if options.quick else Sizes()).scaled(scale)
+    return scale, replace(sizes, steps=options.steps or least.get("steps", sizes.steps))
