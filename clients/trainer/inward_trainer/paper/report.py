@@ -103,8 +103,9 @@ def _setting(setting: dict[str, Any]) -> list[str]:
         return []
     quick = " A quick run: its numbers say nothing." if setting["quick"] else ""
     first = (
-        f"Model {setting['model']}, on {setting['device']}; seeds {', '.join(map(str, setting['seeds']))}; "
-        f"learning rate {setting['learning rate']:g}; scale {setting['scale']:g}.{quick}"
+        f"Model {setting['model']}, on {setting['device']}, in {setting['precision']}; "
+        f"seeds {', '.join(map(str, setting['seeds']))}; learning rate {setting['learning rate']:g}; "
+        f"scale {setting['scale']:g}.{quick}"
     )
     return [first, *setting["data"]]
 
