@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from inward_client.rows import Pair
 from inward_trainer.__main__ import parser
@@ -38,13 +39,23 @@ def options(policy, data, out, **more):
     [
         ({}, "cuda", (1.0, 48, 384)),
         ({}, "cpu", (0.1, 16, 38)),
-        ({"scale": 1, "steps": 3}, "cpu", (1.0, 3, 384)),
+        ({"scale": 1, "sizes": "steps=3"}, "cpu", (1.0, 3, 384)),
+        ({"sizes": "train_prompts=50"}, "cpu", (0.1, 16, 50)),
+        ({"sizes": {"steps": 3}}, "cuda", (1.0, 3, 384)),
         ({"quick": True}, "cpu", (1.0, 4, 16)),
     ],
 )
 def test_a_processor_gets_what_it_does_in_hours_unless_more_is_asked(asked, device, found):
     scale, sizes = chosen(PaperOptions(**asked), torch.device(device))
     assert (scale, sizes.steps, sizes.train_prompts) == found
+
+
+def test_a_size_that_is_none_is_named():
+    with pytest.raises(OptionsError, match=r"--sizes: there is no pairs; there are held_out, .*margin_pairs"):
+        chosen(PaperOptions(sizes="pairs=3, steps=2"), torch.device("cpu"))
+    for wrong in ("steps", "steps=0", "steps=x"):
+        with pytest.raises(ValidationError, match="steps"):
+            PaperOptions(sizes=wrong)
 
 
 def test_nobody_sees_a_judges_prompts_and_what_is_reported_was_seen_by_nobody(data):
@@ -129,20 +140,20 @@ def test_a_folder_is_of_one_setting_and_of_any_seeds(policy, data, tmp_path):
     def ran(**more):
         assert paper.run(options(policy, data, tmp_path, tables=["srr"], minutes=1e-9, **more)) == 0
 
-    ran(steps=7)
-    ran(steps=7, seeds=[1])
+    ran(sizes={"steps": 7})
+    ran(sizes={"steps": 7}, seeds=[1])
     with pytest.raises(OptionsError, match=r"has a run with another sizes: give the options that it has"):
-        ran(steps=8)
+        ran(sizes={"steps": 8})
     with pytest.raises(OptionsError, match="another learning rate, files"):
         (other := tmp_path / "sets").mkdir()
         for file in data.iterdir():
             (other / file.name).write_text(file.read_text().replace("weapon", "knife"))
-        paper.run(options(policy, other, tmp_path, tables=["srr"], steps=7, learning_rate=1e-3))
-    assert paper.run(options(policy, data, tmp_path, tables=["report"], steps=8)) == 0
+        paper.run(options(policy, other, tmp_path, tables=["srr"], sizes={"steps": 7}, learning_rate=1e-3))
+    assert paper.run(options(policy, data, tmp_path, tables=["report"], sizes={"steps": 8})) == 0
 
 
 def test_where_time_is_up_rows_say_so(policy, data, tmp_path):
-    assert paper.run(options(policy, data, tmp_path, tables=["srr"], minutes=1e-9, steps=7)) == 0
+    assert paper.run(options(policy, data, tmp_path, tables=["srr"], minutes=1e-9, sizes={"steps": 7})) == 0
     assert json.loads((tmp_path / "setting.json").read_text())["sizes"]["steps"] == 7
     table = json.loads((tmp_path / "srr.json").read_text())
     assert not table["complete"] and all("not reached in the time" in row["reason"] for row in table["rows"])
@@ -155,7 +166,13 @@ def test_every_file_is_named_in_one_place(data):
 
 def test_workers_have_the_options_of_the_command_and_tables_of_their_own(tmp_path):
     options = PaperOptions(
-        out=tmp_path, data=tmp_path / "sets", quick=True, seeds=[2, 0], minutes=4, steps=3, workers=3
+        out=tmp_path,
+        data=tmp_path / "sets",
+        quick=True,
+        seeds=[2, 0],
+        minutes=4,
+        sizes={"steps": 3, "tokens": 9},
+        workers=3,
     )
     args = parser().parse_args(["paper", *arguments(options, ["srr", "judge"])])
     assert read_options(PaperOptions, args, {}) == options.model_copy(update={"tables": ["srr", "judge"], "workers": 1})

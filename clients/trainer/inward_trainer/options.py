@@ -37,8 +37,13 @@ def _numbers(value: Any) -> Any:
     return [part for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
+def _counts(value: Any) -> Any:
+    return dict(part.partition("=")[::2] for part in _names(value)) if isinstance(value, str) else value
+
+
 JsonObject = Annotated[dict[str, Any], BeforeValidator(_object)]
 Names = Annotated[list[str], BeforeValidator(_names)]
+Counts = Annotated[dict[str, Annotated[int, Field(ge=1)]], BeforeValidator(_counts)]
 
 
 class _Options(BaseModel):
@@ -310,9 +315,9 @@ class PaperOptions(_Options):
     """Next to nothing of everything, to try it out; with the toy in minutes on two cores."""
     scale: float | None = Field(None, gt=0)
     """Share of the rows and prompts; else all, and on a processor 0.1."""
-    steps: int | None = Field(None, ge=1)
-    """Optimiser steps of every way to align; else 48, 16 on a processor, where they take most of the time, and 4 with
-    --quick."""
+    sizes: Counts = Field(default_factory=dict)
+    """Single counts, which the scale leaves alone: steps=24,margin_pairs=2000. setting.json names them all; steps are
+    48, 16 on a processor, where they take most of the time, and 4 with --quick."""
     minutes: float | None = Field(None, gt=0)
     """After so many minutes nothing new is begun; rows that are missing say so."""
     workers: int = Field(1, ge=1)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import torch
 
+from inward_trainer.errors import OptionsError
 from inward_trainer.options import PaperOptions
 
 FEWEST = 4
@@ -80,13 +80,21 @@ QUICK = Sizes(
 )  # fmt: skip
 """Everything once, in minutes on two cores with the toy: its numbers say nothing."""
 
-ON_A_PROCESSOR = {"scale": 0.1, "steps": 16}
+SCALE_ON_A_PROCESSOR = 0.1
+STEPS_ON_A_PROCESSOR = 16
 """What two cores do in some hours."""
 
 
 def chosen(options: PaperOptions, device: torch.device) -> tuple[float, Sizes]:
-    """The share of rows and prompts, and how much of everything that is: as asked, else by the device."""
-    least: dict[str, Any] = ON_A_PROCESSOR if device.type == "cpu" and not options.quick else {}
-    scale = options.scale or least.get("scale", 1.0)
+    """The share of rows and prompts, and how much of everything that is: as asked, else by the device.
+
+    Raises:
+        OptionsError: there is no such size.
+    """
+    known = [one.name for one in fields(Sizes)]
+    if unknown := sorted(set(options.sizes) - set(known)):
+        raise OptionsError(f"--sizes: there is no {', '.join(unknown)}; there are {', '.join(known)}")
+    slow = device.type == "cpu" and not options.quick
+    scale = options.scale or (SCALE_ON_A_PROCESSOR if slow else 1.0)
     sizes = (QUICK if options.quick else Sizes()).scaled(scale)
-    return scale, replace(sizes, steps=options.steps or least.get("steps", sizes.steps))
+    return scale, replace(sizes, **({"steps": STEPS_ON_A_PROCESSOR} if slow else {}) | options.sizes)

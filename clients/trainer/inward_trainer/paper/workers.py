@@ -41,7 +41,8 @@ def work(options: PaperOptions, tables: Sequence[str]) -> int:
 def arguments(options: PaperOptions, tables: Sequence[str]) -> list[str]:
     """The command line of one worker."""
     values: dict[str, Any] = {name: value for name, value in options if value is not None}
-    values |= {"tables": ",".join(tables), "seeds": ",".join(map(str, options.seeds)), "workers": 1}
+    sizes = ",".join(f"{name}={count}" for name, count in options.sizes.items())
+    values |= {"tables": ",".join(tables), "seeds": ",".join(map(str, options.seeds)), "sizes": sizes, "workers": 1}
     quick = ["--quick"] if values.pop("quick") else []
     return quick + [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
