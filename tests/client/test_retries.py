@@ -58,6 +58,8 @@ def test_a_wait_that_would_outlast_the_patience_is_not_begun():
         (BadRequest(""), True, False),
         (ServerError("", status=502), True, True),
         (ServerError("", status=501), True, False),
+        (ServerError("", code="internal_error", param="pairs.0"), True, False),
+        (ServerError("", code="internal_error"), True, True),
         (TimedOut(""), True, True),
         (UnreadableAnswer(""), True, True),
         (Conflict(""), True, False),

@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar, cast
 
 from inward_client.answers import Answer, ItemError, Usage
 from inward_client.calls import Call, Element, listed
-from inward_client.errors import DeadlineExceeded, InvalidField, StatusError, TooLarge, Unavailable
+from inward_client.errors import DeadlineExceeded, InvalidField, ServerError, StatusError, TooLarge, Unavailable
 
 A = TypeVar("A", bound=Answer)
 SWITCHES = 3
@@ -97,7 +97,8 @@ class Batches(Generic[A]):
             StatusError: ``error``, if it is not the fault of single elements.
         """
         too_much = isinstance(error, TooLarge) or (isinstance(error, DeadlineExceeded) and len(part) > 1)
-        blamed = isinstance(error, InvalidField) and (error.param or "").startswith(f"{self._sent_as}.")
+        blamed = isinstance(error, InvalidField) or (isinstance(error, ServerError) and error.of_one_element)
+        blamed = blamed and (error.param or "").startswith(f"{self._sent_as}.")
         if not part.stop or not (too_much or blamed):
             raise error
         self._asked -= 1
@@ -124,7 +125,8 @@ class Batches(Generic[A]):
             usage += answer.usage
             elements[part.start : part.stop] = [self._moved(e, part.start) for e in getattr(answer, self._answered_as)]
         for part, error in self._refused.items():
-            detail = ItemError(error.message, "invalid_request_error", error.param, error.code)
+            kind = "internal_error" if isinstance(error, ServerError) else "invalid_request_error"
+            detail = ItemError(error.message, kind, error.param, error.code)
             elements[part.start] = self._unscored(self._placed(detail, part.start))
         changes: dict[str, Any] = {"usage": usage, self._answered_as: elements}
         return replace(cast(A, self._latest), **changes)

@@ -132,7 +132,12 @@ class OverQuota(StatusError, status=429):
 
 
 class ServerError(StatusError, status=500):
-    """A defect of the service."""
+    """A defect of the service, or an element that it can't score."""
+
+    @property
+    def of_one_element(self) -> bool:
+        """Whether the service blames an element for it: sent again, the same would fail again."""
+        return self.status == 500 and bool(self.code) and self.param is not None
 
 
 class Unavailable(ServerError, status=503):

@@ -9,6 +9,7 @@ from inward_client.errors import (
     ConnectionFailed,
     DeadlineExceeded,
     InwardError,
+    ServerError,
     StatusError,
     UnreadableAnswer,
 )
@@ -73,5 +74,7 @@ def _worth_it(failure: InwardError, repeatable: bool) -> bool:
     if isinstance(failure, Conflict):  # 409 with Retry-After: the same request is being worked out for an earlier try
         return failure.retry_after is not None
     if isinstance(failure, DeadlineExceeded) and failure.code:  # of the service, not of a proxy: as long as last time
+        return False
+    if isinstance(failure, ServerError) and failure.of_one_element:  # it would fail again, and take workers along
         return False
     return isinstance(failure, StatusError) and failure.status in (AGAIN if repeatable else REFUSED)

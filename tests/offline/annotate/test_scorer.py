@@ -90,6 +90,37 @@ async def test_a_row_that_the_service_refuses_harms_itself_only(ask):
     assert by == BY
 
 
+async def test_a_row_that_ends_workers_is_asked_once_and_harms_itself_only(ask):
+    asked = []
+
+    def handler(request):
+        pairs = json.loads(request.content)["pairs"]
+        asked.append([pair["chosen"] for pair in pairs])
+        if asked[-1] == ["chosen 6"]:
+            return refused(500, "3 workers ended while they had it", param="pairs.0")
+        if "chosen 6" in asked[-1]:
+            return refused(413)
+        return answered(request)
+
+    results, _ = await ask(handler)
+    assert [one.columns and one.columns["margin"] for one in results] == [0, 1, 2, 3, 4, 5, None, 7, 8]
+    assert results[6].error == "3 workers ended while they had it"
+    assert asked.count(["chosen 6"]) == 1 and not ask.waits
+
+
+async def test_rows_of_which_none_can_be_scored_have_their_own_errors(ask):
+    asked = []
+
+    def handler(request):
+        pairs = json.loads(request.content)["pairs"]
+        asked.append(len(pairs))
+        return refused(500, f"not finite: {pairs[0]['chosen']}", param="pairs.0")
+
+    results, by = await ask(handler, PAIRS[:3])
+    assert [one.error for one in results] == [f"not finite: chosen {i}" for i in range(3)] and by is None
+    assert sorted(asked) == [1, 1, 1, 2, 3] and not ask.waits
+
+
 @pytest.mark.parametrize("status", [413, 504])
 async def test_what_is_too_much_at_once_is_asked_in_parts(ask, status):
     def handler(request):

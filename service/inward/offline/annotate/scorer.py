@@ -25,6 +25,7 @@ from inward_client import (
     NotFound,
     Retries,
     Score,
+    ServerError,
     StatusError,
     TooLarge,
     Unauthorized,
@@ -312,12 +313,14 @@ async def at_url(options: AnnotateOptions, key: str | None) -> AsyncIterator[Sco
 async def _in_halves(
     pairs: Sequence[Pair], ask: Callable[[Sequence[Pair]], Awaitable[list[A]]], refused: Callable[[StatusError], A]
 ) -> list[A]:
-    """What the service answers; what it refuses as a whole is asked in halves, down to single pairs."""
+    """What the service answers; what it refuses or can't score as a whole is asked in halves, down to single pairs."""
     try:
         return await ask(pairs)
-    except (InvalidField, TooLarge, BadRequest, DeadlineExceeded) as error:
-        if len(pairs) == 1:
-            return [refused(error)]
+    except (InvalidField, TooLarge, BadRequest, DeadlineExceeded, ServerError) as error:
+        if isinstance(error, ServerError) and not error.of_one_element:
+            raise _refused(error) from None
+        if len(pairs) == 1 or len(error.each) == len(pairs):
+            return [refused(one) for one in error.each or [error]]
         middle = len(pairs) // 2
         return [*await _in_halves(pairs[:middle], ask, refused), *await _in_halves(pairs[middle:], ask, refused)]
     except InwardError as error:
