@@ -133,13 +133,17 @@ async def test_an_answer_of_which_a_shard_was_away_is_not_kept():
     assert "idempotency-replayed" not in again.headers and again.json()["margins"][1]["error"] is None
 
 
-async def test_keys_of_different_callers_do_not_meet():
+@pytest.mark.parametrize("way", ["authorization: Bearer ", "x-api-key: "])
+async def test_keys_of_different_callers_do_not_meet(way):
     api = FakeServices(keys=frozenset({"one", "two"}))
+    header, scheme = way.split(": ")
     answers = [
-        await api.post("/margin", body, headers={**KEY, "authorization": f"Bearer {who}"})
-        for who, body in (("one", PAIRS), ("two", OTHER))
+        await api.post("/margin", body, headers={**KEY, header: f"{scheme}{who}"})
+        for who, body in (("one", PAIRS), ("two", PAIRS), ("two", PAIRS), ("one", OTHER))
     ]
-    assert [a.status_code for a in answers] == [200, 200]
+    assert [(a.status_code, "idempotency-replayed" in a.headers) for a in answers] == [
+        (200, False), (200, False), (200, True), (422, False)
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("key", ["", "with space", "x" * 256])

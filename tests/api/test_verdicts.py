@@ -166,6 +166,20 @@ async def test_questions_are_answered_in_their_order_by_those_who_can(api):
     assert api.intake.calls[0]["heads"] == tuple(sorted({HYBRID.name, LEGEND.name}))  # one pass for all
 
 
+async def test_a_question_joins_the_input_where_two_turns_of_the_user_may_not_follow_each_other(api):
+    from dataclasses import replace
+
+    from inward.api.app import create_app
+    from inward.prompts import Prompts
+    from support.chat_templates import tokenizer_of
+
+    api.services = replace(api.services, prompts=Prompts(tokenizer_of("mistral"), max_tokens=MAX_TOKENS))
+    api.app = create_app(api.services)
+    which = {"type": "choice", "instructions": "Which?", "choices": [{"value": "a"}, {"value": "abc"}]}
+    body = await post(api, "/v1/decisions", {"input": "Two letters.", "questions": [which]})
+    assert body["answers"][0]["choice"] == "abc"
+
+
 @pytest.mark.parametrize("path", ["/v1/moderations", "/v1/decisions", "/beta/litellm_basic_guardrail_api"])
 async def test_a_key_is_needed(path):
     api = FakeServices(keys=frozenset({"secret"}))

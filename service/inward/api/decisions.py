@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
-from inward.api.candidates import candidates
+from inward.api.candidates import Candidates, candidates
 from inward.api.compat import POINTWISE, Conversation
 from inward.api.scoring import Deadline
 from inward.api.services import Services
 from inward.api.verdicts import read
-from inward.errors import NotFound
+from inward.errors import InvalidField, NotFound
 from inward.heads.calibration import Deciles
 from inward.types import Kind, Scored, Usage
 from inward.wire import RerankRequest
@@ -120,11 +120,16 @@ async def _choose(
         head = services.heads.resolve(services.rerank_head, RANKERS)
     except NotFound:
         return Refusal(name=question.name), Usage()
-    asked = {"role": "user", "content": request.instructions(i)}
-    ranking = RerankRequest.model_validate(
-        {"messages": [*turns, asked], "candidates": [choice.text for choice in choices], "head": head.name}
-    )
-    found = await candidates(services, ranking, (head.name,), deadline)
+    texts = [choice.text for choice in choices]
+
+    async def ranked(asked: Sequence[dict[str, str]]) -> Candidates:
+        ranking = RerankRequest.model_validate({"messages": [*asked], "candidates": texts, "head": head.name})
+        return await candidates(services, ranking, (head.name,), deadline)
+
+    try:
+        found = await _asked_after(turns, request.instructions(i), ranked)
+    except InvalidField as error:
+        raise error.at("input") from None
     scores = [answer.score for answer in found.answers]
     if None in scores:
         return Refusal(name=question.name), found.scored.usage
@@ -140,6 +145,19 @@ async def _choose(
         ],
     )
     return decision, found.scored.usage
+
+
+async def _asked_after(
+    turns: Sequence[dict[str, str]], question: str, ranked: Callable[[Sequence[dict[str, str]]], Awaitable[Candidates]]
+) -> Candidates:
+    """With the question as a turn of its own; in the last one where the chat template wants other turns in between."""
+    try:
+        return await ranked([*turns, {"role": "user", "content": question}])
+    except InvalidField:
+        *before, last = turns
+        if last["role"] != "user":
+            raise
+        return await ranked([*before, {"role": "user", "content": f"{last['content']}\n\n{question}"}])
 
 
 def _softmax(scores: Sequence[float]) -> list[float]:

@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inward import logs
 from inward.api.answers import JSON, refusal
+from inward.api.auth import credential
 from inward.api.body import CANDIDATES
 from inward.errors import Conflict, InvalidField, InwardError, Unavailable
 from inward.stores.idempotency import IdempotencyStore
@@ -74,7 +75,8 @@ class Idempotency:
                 InvalidField(f"{HEADER} must be 1 to 255 visible ASCII characters without spaces", param=HEADER)
             )
         body = _Body(receive)
-        key = hashlib.sha256(f"{Headers(scope=scope).get('authorization', '')} {given}".encode()).hexdigest()
+        owner = credential(Headers(scope=scope)) or b""
+        key = hashlib.sha256(owner + b" " + given.encode()).hexdigest()
         request = b" ".join((scope["path"].encode(), scope["query_string"]))
         if scope["path"] not in self._uploads:
             await body.read()
