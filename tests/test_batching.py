@@ -1,5 +1,3 @@
-from dataclasses import replace
-
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -36,12 +34,6 @@ def test_every_job_is_in_the_batch_or_waits_on_in_order_of_arrival(waiting, budg
 def test_the_oldest_job_always_goes_so_that_nobody_starves(waiting, budget):
     batch, _ = pack(waiting, budget)
     assert batch[:1] == waiting[:1]
-
-
-def test_a_job_that_may_end_its_worker_goes_alone():
-    fresh, suspect = job("a", 1), replace(job("b", 1), alone=True)
-    assert pack([fresh, suspect, fresh], 100) == ([fresh, fresh], [suspect])
-    assert pack([suspect, fresh], 100) == ([suspect], [fresh])
 
 
 @given(jobs, st.integers(1, 100))

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from inward.errors import DeadlineExceeded, EngineDead, InternalError, InvalidField, NotFound, Overloaded, TooLarge
 from inward.types import Group, PairScores, SamplingSpec, Scored, Scores
+from inward.worker import DRAWINGS_HELD
 from support.corridor import Corridor, FakeHead, FakeRegistry, corridor, groups
 from support.waiting import PATIENCE, until
 
@@ -218,6 +220,63 @@ async def test_scores_are_computed_while_a_backbone_draws_beside_them():
         assert len(c.worker._drawing) == 2
         go_on.set()
         assert [len(scored.samples) for [scored] in await asyncio.gather(*drawings)] == [8] * 5
+
+
+@asynccontextmanager
+async def drawing_slowly(c, drawings):
+    """Draws up to ``drawings`` at a time beside the batches, each until the event that comes with the prompts under
+    way is set."""
+    under_way, go_on = [], asyncio.Event()
+    draw = c.backbone.sample_and_read
+
+    async def slow(group, readouts, **options):
+        under_way.append(group.prompt_ids)
+        await go_on.wait()
+        try:
+            return await draw(group, readouts, **options)
+        finally:
+            under_way.remove(group.prompt_ids)
+
+    c.backbone.sample_and_read = slow
+    c.worker._capacity = replace(c.backbone.capacity, drawings=drawings)
+    try:
+        yield under_way, go_on
+    finally:
+        go_on.set()
+
+
+def to_draw(i):
+    return Group((1, 2, i), sampling=SamplingSpec(n=1, max_tokens=4))
+
+
+async def test_a_worker_holds_no_more_to_draw_than_it_can_begin_soon():
+    async with corridor(tokens=10) as c, drawing_slowly(c, 1) as (under_way, go_on):
+        drawings = [asyncio.create_task(c.score([to_draw(i)])) for i in range(20)]
+        await until(lambda: under_way and c.worker._taking is None)
+        assert len(c.worker._waiting) == DRAWINGS_HELD + 1
+        go_on.set()
+        assert len(await asyncio.gather(*drawings)) == 20
+
+
+async def test_a_job_that_may_end_its_worker_runs_when_nothing_else_does():
+    async with corridor() as c, drawing_slowly(c, 4) as (under_way, go_on):
+        take = c.queue.take
+
+        async def taken(tokens):
+            return [replace(job, alone=job.group == to_draw(7)) for job in await take(tokens)]
+
+        c.queue.take = taken
+        before = asyncio.create_task(c.score([to_draw(1)]))
+        await until(lambda: under_way)
+        suspect = asyncio.create_task(c.score([to_draw(7)]))
+        await until(lambda: any(job.alone for job in c.worker._waiting))
+        after = asyncio.create_task(c.score([to_draw(2)]))
+        assert len(await c.score(groups(2))) == 2  # scores wait for no drawing
+        assert under_way == [(1, 2, 1)]
+        c.backbone.fail_on(lambda group: group == to_draw(7) and len(c.worker._running) > 1)
+        go_on.set()
+        for task in (before, suspect, after):
+            assert isinstance((await task)[0], Scored)
 
 
 async def test_pairs_bring_pair_fields():

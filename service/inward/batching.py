@@ -31,18 +31,18 @@ def pack(waiting: Sequence[Job], budget: int) -> tuple[list[Job], list[Job]]:
     """The jobs of the next batch, and those that wait on; both in order of arrival.
 
     The oldest job is always in the batch, so nobody starves, even one that is larger than the budget (it goes alone).
-    Jobs that sample go by themselves and one at a time: their cost is not one forward pass; and so do jobs that may end
-    their worker. Younger jobs fill what room is left.
+    Jobs that sample go by themselves and one at a time: their cost is not one forward pass. Younger jobs fill what room
+    is left.
     """
     batch: list[Job] = []
     rest: list[Job] = []
     spent = 0
     for job in waiting:
-        fits = not batch or (spent + job.group.tokens <= budget and not _alone(job) and not _alone(batch[0]))
+        fits = not batch or (spent + job.group.tokens <= budget and not _samples(job) and not _samples(batch[0]))
         (batch if fits else rest).append(job)
         spent += job.group.tokens if fits else 0
     return batch, rest
 
 
-def _alone(job: Job) -> bool:
-    return job.group.sampling is not None or job.alone
+def _samples(job: Job) -> bool:
+    return job.group.sampling is not None

@@ -23,6 +23,10 @@ from inward.queues.base import Closed, Consumer
 from inward.types import Failed, Job, Outcome
 
 LOG = logs.logger("worker")
+DRAWINGS_HELD = 4
+"""Jobs that wait to be drawn here, for each that may be drawn at once. More stay in the queue, for whoever is free
+sooner, and then so do the scores behind them.
+"""
 POLL_INTERVAL_S = 1.0
 """Between looks whether a batch that takes long is still wanted, and whether the device still makes progress."""
 
@@ -39,6 +43,7 @@ class Worker:
         self._waiting: list[Job] = []  # taken and not yet packed
         self._running: set[asyncio.Task[None]] = set()
         self._drawing: set[asyncio.Task[None]] = set()  # those of them that draw beside the batches
+        self._suspects: set[asyncio.Task[None]] = set()  # the one of them that may end this process
         self._taking: asyncio.Task[list[Job]] | None = None
         self._closed = False
         self.dead: str | None = None
@@ -68,22 +73,32 @@ class Worker:
 
     def _start(self, batch: Sequence[Job]) -> None:
         task = asyncio.create_task(self._serve(batch))
-        for tasks in (self._running, self._drawing) if self._beside(batch[0]) else (self._running,):
+        kinds = [self._running]
+        if batch[0].alone:
+            kinds.append(self._suspects)
+        elif self._beside(batch[0]):
+            kinds.append(self._drawing)
+        for tasks in kinds:
             tasks.add(task)
             task.add_done_callback(tasks.discard)
 
     def _beside(self, job: Job) -> bool:
         """Whether it is drawn beside the batches."""
-        return self._capacity.drawings > 0 and job.group.sampling is not None
+        return self._capacity.drawings > 0 and job.group.sampling is not None and not job.alone
 
     def _tokens(self) -> int:
         """Of the jobs that wait for a batch."""
         return sum(job.group.tokens for job in self._waiting if not self._beside(job))
 
+    def _has_room(self) -> bool:
+        """Whether more may be taken: not what others could draw sooner."""
+        drawings = sum(map(self._beside, self._waiting))
+        return self._tokens() < self._capacity.tokens and drawings <= DRAWINGS_HELD * self._capacity.drawings
+
     async def _next_event(self) -> None:
         """Waits until jobs arrive or a batch is done."""
         budget = self._capacity.tokens
-        if self._taking is None and not self._closed and self._tokens() < budget:
+        if self._taking is None and not self._closed and self._has_room():
             self._taking = asyncio.create_task(self._queue.take(budget))
         events: set[asyncio.Task[list[Job]] | asyncio.Task[None]] = {*self._running}
         if self._taking is not None:
@@ -100,19 +115,26 @@ class Worker:
 
     async def _next_batch(self) -> list[Job]:
         """The next batch, if it should start now: the device is idle, or the batch is full and may stand ready. A job
-        that draws starts at once, as long as not too many do.
+        that draws starts at once, as long as not too many do. Where a job that may end its worker waits, nothing more
+        is drawn, then nothing runs at all, and nothing starts before it is done.
         """
-        while (job := self._next_drawing()) is not None:
+        suspect = next((job for job in self._waiting if job.alone), None)
+        if suspect is not None and not self._running:
+            self._waiting.remove(suspect)
+            return await self._due(await self._queue.wanted([suspect])) or await self._next_batch()
+        if self._suspects or (suspect is not None and not self._drawing):
+            return []
+        while suspect is None and (job := self._next_drawing()) is not None:
             if wanted := await self._due(await self._queue.wanted([job])):
                 return wanted
-        waiting = [job for job in self._waiting if not self._beside(job)]
+        waiting = [job for job in self._waiting if not self._beside(job) and not job.alone]
         busy = len(self._running) - len(self._drawing)
         full = self._tokens() >= self._capacity.tokens
         if not waiting or busy > self._capacity.concurrency or (busy == self._capacity.concurrency and not full):
             return []
-        drawing = [job for job in self._waiting if self._beside(job)]
+        others = [job for job in self._waiting if self._beside(job) or job.alone]
         batch, rest = pack(await self._due(await self._queue.wanted(waiting)), self._capacity.tokens)
-        self._waiting = drawing + rest
+        self._waiting = others + rest
         return batch
 
     def _next_drawing(self) -> Job | None:
@@ -144,6 +166,8 @@ class Worker:
                 if all(job.deadline <= self._clock() for job in wanted):
                     await self._due(wanted)
                     return ()
+            if running.cancelled():  # by whoever else knows it: those who wait have to be told
+                raise InternalError("the computation was cancelled")
             return running.result()
         finally:
             running.cancel()

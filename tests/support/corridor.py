@@ -30,6 +30,9 @@ class FakeHead:
         self.pools = False
         self.gamma = gamma
 
+    def tensors(self):
+        return {"weight": self.readout.taps[0].weight_DK}
+
     def score(self, reading, *, details=frozenset(), pair=False):
         if "layers" in details:
             raise InvalidField("this head has no layers", param="detail")
