@@ -146,6 +146,15 @@ def test_asleep_it_answers_nobody_and_awake_it_reads_as_before(backbone: VllmBac
             await backbone.read([group], [PLAIN])
         await backbone.sleep()
         await backbone.wake()
+        left = asyncio.create_task(backbone.sample_and_read(drawing, [PLAIN]))
+        await until(lambda: bool(backbone._engine._tasks))
+        hung_up = asyncio.create_task(backbone.sleep())
+        await until(lambda: backbone.asleep)
+        hung_up.cancel()  # what was begun goes on without whoever asked for it
+        assert len((await left)[0]) == SPEC.n
+        await backbone.sleep()
+        assert backbone.asleep and hung_up.cancelled()
+        await backbone.wake()
         after = await backbone.read([group], [PLAIN])
         assert not backbone.asleep
         assert after[0].cached_tokens == 0  # what was read went with the cache

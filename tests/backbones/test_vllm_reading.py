@@ -12,8 +12,9 @@ import torch
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm does it", exc_type=ImportError)
 
 from inward.backbones.vllm import reading
-from inward.backbones.vllm.protocol import TABLE_COLUMNS, TableColumns, WidePart
+from inward.backbones.vllm.protocol import EXTRA_ARG, TABLE_COLUMNS, TableColumns, WidePart, Wish
 from inward.backbones.vllm.reading import ResidualReader, TableRows, WideRows
+from inward.backbones.vllm.worker import RequestTable
 
 LAYERS, WIDTH, SLOTS, LAYER = 3, 8, 200, "attention"
 KEPT = 16
@@ -126,3 +127,36 @@ def test_whole_states_are_read_of_the_wanted_tokens_only(
     taken = rows.take(np.array([40, 31, 22])).numpy()
     np.testing.assert_allclose(taken[:2], (second + stream).numpy()[[4, 1]], rtol=1e-5, atol=1e-6)
     assert np.isnan(taken[2]).all() and np.isnan(rows.take(np.array([31])).numpy()).all()
+
+
+def scheduled(tokens: int, **blocks: list[int]) -> Any:
+    """What vLLM's scheduler says of a step in which these requests begin."""
+    new = [
+        SimpleNamespace(
+            req_id=name, num_computed_tokens=0, block_ids=[own],
+            sampling_params=SimpleNamespace(extra_args={EXTRA_ARG: list(Wish(f"key {name}", 0, 0))}),
+        )
+        for name, own in blocks.items()
+    ]  # fmt: skip
+    cached = SimpleNamespace(req_ids=[], resumed_req_ids=set(), new_block_ids=[], num_computed_tokens=[])
+    return SimpleNamespace(
+        scheduled_new_reqs=new, scheduled_cached_reqs=cached, num_scheduled_tokens=dict.fromkeys(blocks, tokens),
+        preempted_req_ids=set(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("preempted", [True, False])
+def test_rows_of_a_request_that_has_lost_its_blocks_are_read_again_and_not_those_of_who_has_them_now(
+    preempted: bool,
+) -> None:
+    rows = torch.full((64, TABLE_COLUMNS), torch.nan)
+    reader: Any = SimpleNamespace(rows=lambda wide: TableRows(rows), device="cpu")
+    table = RequestTable(block_size=4)
+    table.note(scheduled(8, own=[2, 3]))
+    rows[8:16] = 1
+    step = scheduled(8, other=[2, 3] if preempted else [4, 5])  # vLLM schedules it before it knows that "own" has ended
+    step.preempted_req_ids = {"own"} if preempted else set()
+    table.note(step)
+    rows[8:16] = 99 if preempted else 1
+    table.gather(["own"], reader)
+    assert table.gathered["key own"][:, 0].tolist() == ([] if preempted else [1.0] * 8)

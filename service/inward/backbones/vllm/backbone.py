@@ -39,6 +39,8 @@ CALLS = 256
 """Calls in flight at once: vLLM makes its own batches of them."""
 SPARE_TOKENS = 2
 """Of the model's length, which reading needs for itself: an EOS, and the one token that vLLM draws at least."""
+READ_AGAIN = 4
+"""Times that a text is fed anew whose rows are gone: what would have been read in one pass, were there more memory."""
 NORM_TOLERANCE = 0.05
 """Wide enough for bfloat16; something else than the residual stream is off by 1."""
 LORA = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 64}
@@ -354,8 +356,10 @@ class VllmBackbone:
         needed, columns = request.selected()
         fed = {i: text for i, text in enumerate(texts) if text is not None}
         rows = await self._rows(group, request, fed, needed)
-        short = [i for i in fed if rows[i] is None]
-        if short:  # what would have been read in one pass takes two
+        for _ in range(READ_AGAIN):
+            short = [i for i in fed if rows[i] is None]
+            if not short:
+                break
             again = dict(zip(short, await _all(self._fed(group, i, request) for i in short), strict=True))
             rows |= await self._rows(group, request, {i: text for i, text in again.items() if text}, needed)
         parts: list[tuple[Want, Floats]] = []

@@ -132,29 +132,31 @@ class Engine:
         on_cpu = current_platform.is_cpu()  # there only the table of readouts is given back
         if not (on_cpu or self.config.model_config.enable_sleep_mode):
             raise Conflict("vLLM sleeps only if it was opened for it: --vllm-options '{\"enable_sleep_mode\": true}'")
-        self.asleep = True
-        try:
-            await self._switch(lambda llm: llm.sleep(level=1))
-        except Exception:
-            self.asleep = False
-            raise
+        await self._switch(lambda llm: llm.sleep(level=1), asleep=True)
 
     async def wake(self) -> None:
         """Computes again."""
         if self.asleep:
-            await self._switch(lambda llm: llm.wake_up())
-            self.asleep = False
+            await self._switch(lambda llm: llm.wake_up(), asleep=False)
 
-    async def _switch(self, switch: Callable[[AsyncLLM], Coroutine[Any, Any, Any]]) -> None:
+    async def _switch(self, switch: Callable[[AsyncLLM], Coroutine[Any, Any, Any]], *, asleep: bool) -> None:
+        """Nothing new begins from now on, and what is under way ends first, even if the caller leaves meanwhile."""
+
         async def alone() -> None:
-            current = asyncio.current_task()
-            async with self._switching:
-                await asyncio.gather(*(t for t in self._tasks if t is not current), return_exceptions=True)
-                await self._answer(switch(self._alive))
+            try:
+                async with self._switching:
+                    if others := self._tasks - {asyncio.current_task()}:
+                        await asyncio.wait(others)
+                    await self._answer(switch(self._alive))
+                self.asleep = asleep
+            except BaseException:
+                self.asleep = not asleep
+                raise
 
         if self.dead:
             raise EngineDead(f"the backbone cannot compute any more: {self.dead}")
-        await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(alone(), self._loop))
+        self.asleep = True
+        await asyncio.shield(asyncio.wrap_future(asyncio.run_coroutine_threadsafe(alone(), self._loop)))
 
     def wait(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """``call``, for a thread that has nothing else to do."""

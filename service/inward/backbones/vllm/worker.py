@@ -284,6 +284,10 @@ class RequestTable:
         A session that goes on comes as a new request with the same id, and so does, in some runners, one that was
         preempted.
         """
+        for req_id in getattr(step, "preempted_req_ids", None) or ():
+            if req_id in self.requests:  # its blocks are another's now, also where it has ended in the step before
+                self.requests[req_id].blocks = []
+                self._computed[req_id] = self._scheduled[req_id] = 0
         for new in step.scheduled_new_reqs:
             self._computed[new.req_id] = new.num_computed_tokens
             wish = ((new.sampling_params and new.sampling_params.extra_args) or {}).get(EXTRA_ARG)
