@@ -230,6 +230,19 @@ def test_autoscaling_owns_the_number_of_workers():
     assert objects["ScaledObject/demo-inward-worker"]["spec"]["scaleTargetRef"] == {"name": "demo-inward-worker"}
 
 
+def test_there_is_always_a_worker_since_nothing_waits_without_one():
+    values = KEYS | {"autoscaling": {"enabled": True, "minReplicas": 0}}
+    assert render(values)["ScaledObject/demo-inward-worker"]["spec"]["minReplicaCount"] == 1
+
+
+def test_what_else_may_be_reached_is_appended_to_the_policies():
+    proxy = {"ports": [{"port": 3128}], "to": [{"ipBlock": {"cidr": "10.0.0.0/8"}}]}
+    for values, last in ((KEYS, {"ports": [{"port": 443}]}), (KEYS | {"networkPolicy": {"egress": [proxy]}}, proxy)):
+        objects = render(values)
+        for role in ("api", "worker"):
+            assert objects[f"NetworkPolicy/demo-inward-{role}"]["spec"]["egress"][-1] == last
+
+
 def test_without_keda_workers_follow_what_prometheus_adapter_gives():
     values = KEYS | {"autoscaling": {"enabled": True, "by": "external-metric", "minReplicas": 0}}
     scaler = render(values)["HorizontalPodAutoscaler/demo-inward-worker"]["spec"]
