@@ -108,7 +108,7 @@ async def test_runs_are_drawn_once_and_found_again(tmp_path):
     prompts = Prompts(FakeTokenizer(), max_tokens=200)
     spec = SamplingSpec(4, max_tokens=20, seed=1)
 
-    async def drawn():
+    async def drawn(ranking=ranking):
         asked = ["one", "two", "three"]
         return await draw_runs(backbone, prompts, ranking, asked, spec, at=(2, 8), layers=(1, 4), cache=tmp_path)
 
@@ -121,3 +121,5 @@ async def test_runs_are_drawn_once_and_found_again(tmp_path):
         np.testing.assert_array_equal(getattr(first, name), getattr(again, name))
     reached = first.lengths_PN[:, :, None] >= np.array([2, 8])
     assert (np.isfinite(first.own_PNA) == reached).all()
+    anew = await drawn(FakeHead(seed=1))  # fitted again under the same name and version
+    assert backbone.calls > calls and not np.array_equal(anew.rewards_PN, first.rewards_PN)

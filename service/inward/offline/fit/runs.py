@@ -88,10 +88,18 @@ async def draw_runs(
     )  # fmt: skip
 
 
+def _identity(head: Head) -> str:
+    """Of its weights, too: one that is fitted anew has the same name and version."""
+    digest = hashlib.sha256(repr((head.ref, head.manifest)).encode())
+    for name, tensor in sorted(head.tensors().items()):
+        digest.update(name.encode() + np.ascontiguousarray(tensor).tobytes())
+    return digest.hexdigest()
+
+
 async def _run(
     backbone: Backbone, head: Head, group: Group, at: Sequence[int], layers: Sequence[int], cache: Path
 ) -> dict[str, Floats] | None:
-    what = repr((group, tuple(at), tuple(layers), head.ref, backbone.info.identity))
+    what = repr((group, tuple(at), tuple(layers), _identity(head), backbone.info.identity))
     kept = cache / f"{hashlib.sha256(what.encode()).hexdigest()[:32]}.safetensors"
     if kept.exists():
         return dict(load_file(kept))
