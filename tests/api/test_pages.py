@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
+import subprocess
 
 import pytest
 
 from inward.api.routes import pages
+from inward.offline.annotate.decisions import key_of
+from inward_client.rows import DataError, read_pair
 from support.fake_services import FakeServices, error
 
 NAMES = sorted(pages._names())
@@ -56,3 +61,60 @@ async def test_a_key_is_needed_and_a_browser_is_asked_for_it():
         assert response.status_code == 401
         assert "Basic" in response.headers["www-authenticate"]
         assert (await api.get(path, auth=("any", "secret"))).status_code == 200
+
+
+TURNS = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello"},
+    {"role": "user", "content": "Go"},
+]
+SAID = [{"role": "assistant", "content": "yes"}]
+TEXTS = {"chosen": "yes", "rejected": "no"}
+CHATS = {"chosen": SAID, "rejected": [{"role": "assistant", "content": "no\x7f"}]}
+HH = "\n\nHuman: hi\n\nAssistant: what?\n\nHuman: more\n\nAssistant:"
+ROWS = [
+    {"prompt": "q", **TEXTS},
+    {"prompt": '\x7f\u2028é\U0001f600"\\\n', **TEXTS},
+    {"prompt": TURNS, **TEXTS, "id": 3},
+    {"messages": TURNS, **CHATS},
+    {"prompt": "q", **CHATS},
+    {"chosen": [*TURNS, *SAID], "rejected": [*TURNS, {"role": "assistant", "content": "no"}]},
+    {"prompt": TURNS, "chosen": [*TURNS, *SAID], "rejected": [*TURNS, *SAID]},
+    {"prompt": [{"from": "human", "value": "q"}], **CHATS},
+    {"prompt": "q", "system": "Be brief.", **TEXTS},
+    {"prompt": TURNS, "system": "Be brief.", **CHATS},
+    {"prompt": HH, **TEXTS},
+    {"chosen": f"{HH} yes", "rejected": f"{HH} no"},
+    {"prompt": HH, "chosen": f"{HH} yes", "rejected": f"{HH} no"},
+    {"prompt": "q", "chosen": "yes"},
+    {"chosen": "yes", "rejected": "no"},
+    {"prompt": "q", "images": ["x"], **TEXTS},
+    {"prompt": "q", "chosen": TURNS, "rejected": TURNS},
+    {"prompt": TURNS, "chosen": [*TURNS[2:], *SAID], "rejected": [*TURNS[:1], *SAID]},
+    {"chosen": [*TURNS, *SAID], "rejected": [*TURNS[:1], *SAID]},
+]
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="no node")
+def test_the_page_reads_a_row_as_annotate_does_and_knows_its_pair_by_the_same_key():
+    script = f"""
+      import {{ read }} from "{(pages.FOLDER / "rows.js").as_uri()}";
+      import {{ keyOf }} from "{(pages.FOLDER / "keys.js").as_uri()}";
+      function of(row) {{
+        try {{
+          const one = read(row);
+          return [one, keyOf(one.prompt, one.chosen, one.rejected)];
+        }} catch {{
+          return null;
+        }}
+      }}
+      console.log(JSON.stringify({json.dumps(ROWS)}.map(of)));
+    """
+    told = subprocess.run(["node", "--input-type=module", "-e", script], capture_output=True, text=True, check=True)
+    for row, found in zip(ROWS, json.loads(told.stdout), strict=True):
+        try:
+            pair = read_pair(row)
+        except DataError:
+            assert found is None, row
+        else:
+            assert found == [pair.body(), key_of(pair)], row

@@ -10,7 +10,7 @@ function s(tag, attributes, text) {
 }
 
 export function histogram(values, what, split = null) {
-  const [low, high] = [Math.min(...values), Math.max(...values)];
+  const [low, high] = [Math.min, Math.max].map((of) => values.reduce((a, b) => of(a, b))); // more values than a call has arguments
   const bins = Math.min(24, Math.max(6, Math.ceil(Math.sqrt(values.length) * 2)));
   const width = (high - low) / bins || 1;
   const counts = Array(bins).fill(0);

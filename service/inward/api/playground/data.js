@@ -4,6 +4,7 @@ import { histogram } from "./charts.js";
 import { headSelect } from "./choosing.js";
 import { field, figures, h, percent } from "./dom.js";
 import { review } from "./review.js";
+import { read } from "./rows.js";
 
 const CHUNK = 16;
 const LOOK_MS = 500;
@@ -14,7 +15,7 @@ export function data(panel, listed) {
   const file = h("input", { type: "file", accept: ".jsonl,.ndjson,.json,application/x-ndjson" });
   const out = h("div", { className: "stack" });
   const drop = h("div", { className: "drop" }, h("p", {}, "Drop a JSONL file of pairs here, or"), field("choose one: ", file),
-    h("p", { className: "quiet" }, "One object a line, with prompt, chosen and rejected. It goes to this server and nowhere else."));
+    h("p", { className: "quiet" }, "One object a line, with prompt, chosen and rejected: texts, chat messages, or transcripts of Human and Assistant. It goes to this server and nowhere else."));
   const take = async (chosen) => {
     if (!chosen) return;
     try {
@@ -46,11 +47,22 @@ async function work(out, file, head) {
   const progress = h("progress", { max: rows.length, value: 0, ariaLabel: "Pairs scored" });
   const said = h("p", { className: "quiet", role: "status" }, `0 of ${rows.length}`);
   out.replaceChildren(h("div", { className: "card" }, said, progress));
-  const tell = (done) => { progress.value = done; said.textContent = `${done} of ${rows.length}`; };
-  const pairs = rows.map(({ prompt, messages, chosen, rejected }) =>
-    Object.fromEntries(Object.entries({ prompt, messages, chosen, rejected }).filter(([, value]) => value !== undefined)));
-  const margins = await ((await get("/info")).jobs ? byJob : byRequests)(pairs, head, tell);
-  show(out, file.name, rows, margins, head);
+  const found = rows.map(pairOf);
+  const pairs = found.filter((one) => !one.error);
+  const tell = (done) => { progress.value = rows.length - pairs.length + done; said.textContent = `${progress.value} of ${rows.length}`; };
+  tell(0);
+  const scored = pairs.length ? await ((await get("/info")).jobs ? byJob : byRequests)(pairs, head, tell) : [];
+  let next = 0;
+  const margins = found.map((one) => (one.error ? one : scored[next++]));
+  show(out, file.name, rows, found, margins, head);
+}
+
+function pairOf(row) {
+  try {
+    return read(row);
+  } catch (error) {
+    return { error: { message: error.message } };
+  }
 }
 
 async function byJob(pairs, head, tell) {
@@ -83,10 +95,11 @@ async function chunk(pairs, head) {
   }
 }
 
-function show(out, name, rows, margins, head) {
+function show(out, name, rows, found, margins, head) {
   const good = margins.map((margin, i) => ({ ...margin, i })).filter((one) => typeof one.margin === "number");
   const wrong = good.filter((one) => one.label_agrees === false);
-  const pairs = good.map((one) => ({ ...one, row: rows[one.i], prompt: rows[one.i].prompt ?? rows[one.i].messages, chosen: rows[one.i].chosen, rejected: rows[one.i].rejected }));
+  const pairs = good.map((one) => ({ ...one, row: rows[one.i], ...found[one.i] }));
+  const bad = margins.findIndex((one) => typeof one.margin !== "number");
   const chart = good.length ? histogram(good.map((one) => one.margin), "Margins", 0) : "";
   const blob = new Blob([rows.map((row, i) => `${JSON.stringify({ ...row, ...columns(margins[i]) })}\n`).join("")], { type: "application/x-ndjson" });
   const download = h("a", { href: URL.createObjectURL(blob), download: name.replace(/(\.\w+)?$/, ".margins.jsonl") }, "Download with columns");
@@ -95,7 +108,8 @@ function show(out, name, rows, margins, head) {
       figures([
         ["pairs", String(rows.length)], ["could not be scored", String(rows.length - good.length)],
         ["labels that look flipped", `${wrong.length} (${percent(good.length ? wrong.length / good.length : 0)})`, wrong.length ? "bad" : ""],
-      ]), chart, h("p", {}, download)),
+      ]), chart, bad < 0 ? "" : h("p", { className: "quiet" }, `Row ${bad + 1} could not be scored: ${margins[bad].error?.message ?? "it has no finite margin"}`),
+      h("p", {}, download)),
     good.length ? review(name, pairs, head) : "");
 }
 

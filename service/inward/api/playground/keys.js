@@ -56,8 +56,7 @@ function blake2b(bytes) {
 }
 
 // As Python's json.dumps writes it, which escapes what is not ASCII.
-const quoted = (text) => JSON.stringify(text).replace(/[\u007f-\uffff]/g, (unit) =>
-  (unit === "\u007f" ? unit : `\\u${unit.charCodeAt(0).toString(16).padStart(4, "0")}`));
+const quoted = (text) => JSON.stringify(text).replace(/[\u007f-\uffff]/g, (unit) => `\\u${unit.charCodeAt(0).toString(16).padStart(4, "0")}`);
 const turns = (messages) => `[${messages.map((one) =>
   `{${Object.keys(one).sort().map((name) => `${quoted(name)}: ${quoted(one[name])}`).join(", ")}}`).join(", ")}]`;
 

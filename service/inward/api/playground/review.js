@@ -7,7 +7,7 @@ import { keyOf } from "./keys.js";
 const AT_ONCE = 20;
 const COLOURED = 4; // pairs in one request for the scores of all tokens
 const DECISIONS = { r: "right", f: "flip", d: "drop" };
-const OWN = ["prompt", "messages", "chosen", "rejected"];
+const OWN = ["prompt", "messages", "system", "chosen", "rejected"];
 const SORTS = {
   "margin, smallest first": [(one) => one.margin, 1], "margin, largest first": [(one) => one.margin, -1],
   "label probability, smallest first": [(one) => one.label_probability, 1],
