@@ -114,6 +114,11 @@ def test_margins_come_from_the_service_once(policy, tmp_path):
     assert len([path for path, _ in fake.asked if path == "/margin"]) == 1
     constant = rows_of(run.model_copy(update={"margins": "constant"}), fake)
     assert {row.margin for row in constant} == {sum(bins) / 8}
+    with pytest.raises(DataError, match="not of --head another"):
+        rows_of(run.model_copy(update={"head": "another"}), fake)
+    write_rows(run.pairs, rows(8)[::-1])  # a row's number alone is not the pair
+    with pytest.raises(DataError, match="of 8 other pairs than the 8"):
+        rows_of(run, fake)
 
 
 def test_what_is_dropped_is_written_down_with_its_reason(policy, tmp_path, caplog):

@@ -227,9 +227,13 @@ def test_a_bulk_job_scores_a_file_once(tmp_path, monkeypatch, caplog):
     assert pairs[1] == replace(
         read_pairs(path)[2], chosen_score=1.0, rejected_score=0.0, confidence=0.8, policy_version="base"
     )
+    for others in (rows(5), rows(3)[::-1]):
+        write_rows(path, others)
+        with service_of(jobs.answer) as asked, pytest.raises(DataError, match="other rows than this run began with"):
+            pairs_of_job(asked, path, tmp_path)
     write_rows(path, rows(5))
     with service_of(jobs.answer) as asked, pytest.raises(DataError, match="that was uploaded"):
-        pairs_of_job(asked, path, tmp_path)
+        pairs_of_job(asked, path, tmp_path / "another", id="j1")
 
 
 def test_an_upload_whose_answer_is_lost_is_not_sent_again_by_itself_and_then_makes_the_same_job(tmp_path, monkeypatch):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -49,6 +51,14 @@ class ScoredPair:
         """What ``to_json`` gave, perhaps through a file."""
         lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list) and name != "prompt"}
         return cls(**{**values, **lists})
+
+
+def digest(pairs: Iterable[ScoredPair]) -> str:
+    """Of their texts, in their order: what was asked of a service belongs to these and no others."""
+    found = hashlib.sha256()
+    for pair in pairs:
+        found.update(json.dumps(pair.texts()).encode() + b"\n")
+    return found.hexdigest()
 
 
 def read_row(row: Mapping[str, Any], id: str, *, as_scored: bool = False) -> ScoredPair:

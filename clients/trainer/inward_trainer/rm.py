@@ -31,7 +31,7 @@ from inward_trainer.logs import Log
 from inward_trainer.loop import refuse_divergence
 from inward_trainer.models import checkpoints, configuration, load_model, lora
 from inward_trainer.options import RewardOptions
-from inward_trainer.pairs import ScoredPair, number, read_row
+from inward_trainer.pairs import ScoredPair, digest, number, read_row
 from inward_trainer.processes import agreed
 from inward_trainer.runs import connected, locked, new_run, resumed, until_stopped
 from inward_trainer.service import Service
@@ -304,14 +304,17 @@ def _said(options: RewardOptions, pairs: Sequence[ScoredPair], service: Service 
             raise OptionsError(f"--margins {options.margins} asks the service: give --url")
         head = service.find_head(options.head, "--head", ("legend",)).name
         lines = [
-            {"id": pair.id, "error": _problem(found), "bin": found.bin, "margin_scaled": found.margin_scaled,
-             "label_agrees": found.label_agrees}
+            {"id": pair.id, "pair": digest([pair])[:16], "head": head, "error": _problem(found), "bin": found.bin,
+             "margin_scaled": found.margin_scaled, "label_agrees": found.label_agrees}
             for pair, found in zip(pairs, service.margins(pairs, head), strict=True)
         ]  # fmt: skip
         write_text(note, "".join(json.dumps(line) + "\n" for line in lines))
     known = {line["id"]: line for line in map(json.loads, note.read_text("utf-8").splitlines())}
-    if known.keys() != {pair.id for pair in pairs}:
-        raise DataError(f"{note} is of {len(known)} pairs and --pairs has {len(pairs)}: choose another --out")
+    if {id: line["pair"] for id, line in known.items()} != {pair.id: digest([pair])[:16] for pair in pairs}:
+        raise DataError(f"{note} is of {len(known)} other pairs than the {len(pairs)} of --pairs: choose another --out")
+    heads = {line["head"] for line in known.values()}
+    if options.head and heads - {options.head}:
+        raise DataError(f"{note} has margins of {', '.join(heads)}, not of --head {options.head}: choose another --out")
     return known
 
 

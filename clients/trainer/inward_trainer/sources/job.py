@@ -10,7 +10,7 @@ from pathlib import Path
 
 from inward_trainer.durable import write_text
 from inward_trainer.errors import DataError, ServiceError
-from inward_trainer.pairs import ScoredPair, read_row
+from inward_trainer.pairs import ScoredPair, digest, read_row
 from inward_trainer.service import Service
 from inward_trainer.sources.file import read_table
 from inward_trainer.stopping import Stopping
@@ -45,9 +45,12 @@ def pairs_of_job(
         ServiceError: the job was cancelled, or there is no such job.
     """
     rows = read_table(path)
-    results = folder / "job-results.jsonl"
+    pairs = [read_row(row, str(i)) for i, row in enumerate(rows)]
+    results, asked = folder / "job-results.jsonl", folder / "job-rows"
+    if asked.is_file() and asked.read_text("utf-8") != digest(pairs):
+        raise DataError(f"{path} has other rows than this run began with: give that file, or another --out")
+    write_text(asked, digest(pairs))
     if not results.is_file():
-        pairs = [read_row(row, str(i)) for i, row in enumerate(rows)]
         id = id or _uploaded(service, pairs, folder, head)
         _wait(service, id, stopping or Stopping())
         write_text(results, "".join(json.dumps(result) + "\n" for result in service.job_results(id)))
