@@ -25,7 +25,7 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.writers import JsonlWriter
 
-from inward_client import Inward, Margin
+from inward_client import Inward, ItemError, Margin, StatusError
 
 ROW = ("prompt", "chosen", "rejected")
 
@@ -48,9 +48,9 @@ class InwardMargins(PipelineStep):
         """Documents with what the service says; ``INWARD_API_KEY`` is read by the client."""
         with Inward(self.url) as client:
             for documents in batches(data, self.batch):
-                pairs = [{name: document.metadata[name] for name in ROW} for document in documents]
+                pairs = [{name: document.metadata.get(name) for name in ROW} for document in documents]
                 with self.track_time(unit="batch"):
-                    margins = client.margin(pairs, head=self.head, truncate=True).margins
+                    margins = self._margins(client, pairs)
                 for document, margin in zip(documents, margins, strict=True):
                     document.metadata |= told(margin)
                     if self.drop_disagreeing and margin.label_agrees is False:
@@ -58,6 +58,14 @@ class InwardMargins(PipelineStep):
                     else:
                         self.stat_update("failed" if margin.error else "annotated")
                         yield document
+
+    def _margins(self, client: Inward, pairs: list[dict[str, Any]]) -> Sequence[Margin]:
+        try:
+            return client.margin(pairs, head=self.head, truncate=True).margins
+        except StatusError as error:  # of pairs of which none can be scored each has its reason
+            if not error.each:
+                raise
+            return [Margin(error=ItemError(one.message)) for one in error.each]
 
 
 def batches(data: DocumentsPipeline, size: int) -> Iterator[list[Document]]:
