@@ -15,6 +15,7 @@ from inward_trainer.options import PaperOptions, read_options
 from inward_trainer.paper import run as paper
 from inward_trainer.paper.data import FILES, Data, _answers, key
 from inward_trainer.paper.sizes import QUICK, Sizes, chosen
+from inward_trainer.paper.table import Table
 from inward_trainer.paper.workers import arguments
 from support.paper_data import write_data
 from support.small_policy import write_policy
@@ -134,6 +135,16 @@ def test_tables_and_report(policy, data, tmp_path, monkeypatch):
 
     monkeypatch.setitem(paper.TABLES, "judge", unused)
     assert paper.run(wanted.model_copy(update={"tables": ["judge"]})) == 0
+
+    def of_seeds(run):
+        assert run.seeds == [*wanted.seeds, 7]
+        return Table("judge", "Anew", [], [])
+
+    monkeypatch.setitem(paper.TABLES, "judge", of_seeds)
+    assert paper.run(wanted.model_copy(update={"tables": ["judge"], "seeds": [7]})) == 0
+    text = (tmp_path / "report.md").read_text()
+    assert f"seeds {', '.join(map(str, wanted.seeds))}, 7; " in text and "no GPU; cpu" not in text
+    assert f"Of seeds {', '.join(map(str, wanted.seeds))} only." in text  # the other tables
 
 
 def test_a_folder_is_of_one_setting_and_of_any_seeds(policy, data, tmp_path):

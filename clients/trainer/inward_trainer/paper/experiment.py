@@ -58,6 +58,8 @@ class Experiment:
 
     def __init__(self, options: PaperOptions) -> None:
         self.options = options
+        self.seeds = options.seeds
+        """Of the table that is being made: those of one that is there already stay."""
         self.device = _device(options.device)
         self.scale, self.sizes = chosen(options, self.device)
         self.data = Data.open(options.data, self.sizes)
@@ -70,10 +72,6 @@ class Experiment:
         self.cells = Cells(options.out, options.minutes, _release)
         self.work = options.out / "work"
         write_text(self.work / "README", WORK)
-
-    @property
-    def seeds(self) -> list[int]:
-        return self.options.seeds
 
     @cached_property
     def base(self) -> LanguageModel:

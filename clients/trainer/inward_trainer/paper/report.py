@@ -47,7 +47,7 @@ def markdown(setting: dict[str, Any], found: Sequence[tuple[str, Table | str]]) 
             parts += [f"## {name}", f"No figures: {table}"]
             continue
         parts += [f"## {table.title}", _grid(["", *table.columns], [_cells(row, table.columns) for row in table.rows])]
-        parts += [f"- {note}" for note in table.notes]
+        parts += [f"- {note}" for note in _notes(table, setting)]
         if table.published:
             parts += ["Published, not ours:", _grid(["what", "figure", "from", "why ours may differ"], table.published)]
     return "\n\n".join(parts) + "\n"
@@ -61,7 +61,11 @@ def page(setting: dict[str, Any], found: Sequence[tuple[str, Table | str]]) -> s
             parts.append(f"<h2>{escape(name)}</h2><p class='empty'>No figures: {escape(table)}</p>")
             continue
         rows = [_cells(row, table.columns) for row in table.rows]
-        parts += [f"<h2>{escape(table.title)}</h2>", _html_grid(["", *table.columns], rows), _list(table.notes)]
+        parts += [
+            f"<h2>{escape(table.title)}</h2>",
+            _html_grid(["", *table.columns], rows),
+            _list(_notes(table, setting)),
+        ]
         parts += [svg.draw(chart) for chart in table.charts]
         if table.published:
             heads = ["what", "figure", "from", "why ours may differ"]
@@ -103,11 +107,16 @@ def _setting(setting: dict[str, Any]) -> list[str]:
         return []
     quick = " A quick run: its numbers say nothing." if setting["quick"] else ""
     first = (
-        f"Model {setting['model']}, on {setting['device']}, in {setting['precision']}; "
+        f"Model {setting['model']}, on {'; '.join(setting['devices'])}, in {setting['precision']}; "
         f"seeds {', '.join(map(str, setting['seeds']))}; learning rate {setting['learning rate']:g}; "
         f"scale {setting['scale']:g}.{quick}"
     )
     return [first, *setting["data"]]
+
+
+def _notes(table: Table, setting: dict[str, Any]) -> list[str]:
+    fewer = table.seeds and sorted(table.seeds) != sorted(setting.get("seeds", table.seeds))
+    return [*table.notes, *([f"Of seeds {', '.join(map(str, table.seeds))} only."] if fewer else ())]
 
 
 def _cells(row: Row, columns: Sequence[str]) -> list[str]:

@@ -40,8 +40,8 @@ TABLES: dict[str, Callable[[Experiment], Table]] = {
 ALONE = "cost"
 """Timings need the device for themselves."""
 GROUPS = {"hybrid": ("alignment", "topk", "probes"), "all": tuple(TABLES), "report": ()}
-MAY_DIFFER = ("seeds", "device")
-"""Between commands that go on with one another's work."""
+MAY_DIFFER = ("seeds", "devices")
+"""Between commands that go on with one another's work: all of them are written down."""
 
 
 def run(options: PaperOptions) -> int:
@@ -88,9 +88,14 @@ def chosen(tables: list[str]) -> list[str]:
 def _table(experiment: Experiment, name: str) -> bool:
     """Makes a table unless it is there in full; whether it is there then. One that fails leaves its reason."""
     path = experiment.options.out / f"{name}.json"
-    if path.is_file() and _is_done(json.loads(path.read_text("utf-8")), experiment.seeds):
-        LOG.info("%s is there", path)
-        return True
+    made: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {"complete": False}
+    if made["complete"]:  # with more seeds than it has, or not at all
+        experiment.seeds = sorted({*made["seeds"], *experiment.options.seeds})
+        if experiment.seeds == sorted(made["seeds"]):
+            LOG.info("%s is there", path)
+            return True
+    else:
+        experiment.seeds = experiment.options.seeds
     failure = experiment.options.out / f"{name}.failed"
     try:
         table = TABLES[name](experiment)
@@ -101,13 +106,10 @@ def _table(experiment: Experiment, name: str) -> bool:
         LOG.exception("table %s failed", name)
         write_text(failure, f"{type(error).__name__}: {first_line(error)}")
         return False
-    write_text(path, json.dumps(table.to_json() | {"seeds": experiment.seeds}, allow_nan=False))
+    table.seeds = experiment.seeds
+    write_text(path, json.dumps(table.to_json(), allow_nan=False))
     failure.unlink(missing_ok=True)
     return True
-
-
-def _is_done(table: dict[str, Any], seeds: list[int]) -> bool:
-    return bool(table["complete"]) and set(seeds) <= set(table["seeds"])
 
 
 def _settle(experiment: Experiment) -> None:
@@ -123,15 +125,17 @@ def _settle(experiment: Experiment) -> None:
             f"--out {experiment.options.out} has a run with another {', '.join(other)}: give the options that it has "
             "(setting.json), or another folder"
         )
+    for name in MAY_DIFFER:
+        setting[name] = list(dict.fromkeys([*earlier.get(name, []), *setting[name]]))
     write_text(path, json.dumps(setting, indent=1))
 
 
-def _setting(experiment: Experiment) -> dict[str, object]:
+def _setting(experiment: Experiment) -> dict[str, Any]:
     options, device = experiment.options, experiment.device.type
     return {
         "model": Path(options.model).name,
         "weights": fingerprint(experiment.folder),
-        "device": f"{device}, {torch.cuda.get_device_name() if device == 'cuda' else 'no GPU'}",
+        "devices": [f"{device}, {torch.cuda.get_device_name() if device == 'cuda' else 'no GPU'}"],
         "precision": str(reading_dtype(experiment.device)).removeprefix("torch."),
         "seeds": options.seeds,
         "quick": options.quick,

@@ -42,6 +42,8 @@ class Table:
     charts: list[Chart] = field(default_factory=list)
     published: list[list[str]] = field(default_factory=list)
     """What, the seed's figure, its source, and why ours may differ."""
+    seeds: list[int] = field(default_factory=list)
+    """That its rows are of."""
 
     @property
     def complete(self) -> bool:
