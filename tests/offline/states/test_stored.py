@@ -145,3 +145,14 @@ def test_half_precision_states_in_memory_are_taken_as_float32():
         saved, chosen_NLD=saved.chosen_NLD.astype(np.float16), rejected_NLD=saved.rejected_NLD.astype(np.float16)
     )
     assert half.take(np.arange(3))[0].dtype == np.float32
+
+
+def test_what_another_pass_left_unfinished_is_begun_anew(tmp_path):
+    path, values = tmp_path / "s.safetensors", states()
+    fill(writer(path, made_by="one"), values, rows=range(3))
+    assert writer(path, made_by="one").done == {0, 1, 2}
+    again = writer(path, made_by="another")  # its groups have other numbers
+    assert again.done == set()
+    fill(again, values)
+    again.close()
+    assert np.array_equal(load_states(path).chosen_NLD, values[0])

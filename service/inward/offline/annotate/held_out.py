@@ -9,7 +9,7 @@ from typing import Any
 
 Z = 1.959964
 """Standard errors of a 95 % interval."""
-KEPT_AS = (("held_out", "held_out_rows"), ("accuracy", "pairs"))
+KEPT_AS = (("held_out", "held_out_rows"), ("accuracy", "judged"), ("accuracy", "pairs"))
 """Names of the agreement and of the number of pairs in a manifest's metrics: of LEGEND, and of the trained heads, whose
 figures are cross-validated."""
 

@@ -16,6 +16,7 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -119,6 +120,9 @@ def http(model: Path, pairs: Sequence[Pair], *, dtype: str, heads: Path, callers
                 break
         else:
             raise RuntimeError("the server did not start")
+        threading.Thread(
+            target=server.stderr.read, daemon=True
+        ).start()  # it logs every request, and a full pipe stops it
         asyncio.run(_call(url, pairs[:WARM_UP], callers))
         began = time.perf_counter()
         asyncio.run(_call(url, pairs, callers))
@@ -128,7 +132,7 @@ def http(model: Path, pairs: Sequence[Pair], *, dtype: str, heads: Path, callers
         return seconds, peak
     finally:
         server.terminate()
-        server.communicate(timeout=60)
+        server.wait(timeout=60)
 
 
 async def _call(url: str, pairs: Sequence[Pair], callers: int) -> None:

@@ -50,6 +50,8 @@ class Examples:
     """Row numbers of (refusal, helpful answer) to one harmless prompt: the refusal should not win."""
     part_M: tuple[str, ...] | None = None
     """What the report is divided by: source, category, whatever column was named."""
+    final_norm: bool = False
+    """The backbone's last layer was read after its final norm."""
 
     def __post_init__(self) -> None:
         safe = int(self.safe_M.sum())

@@ -173,7 +173,7 @@ async def extract(
 def of_states(states: States) -> Examples:
     """Saved states as examples; they have no texts, and lengths only as differences."""
     if isinstance(states, PairStates):
-        return of_pairs(
+        examples = of_pairs(
             states.chosen_NLD,
             states.rejected_NLD,
             layers=states.layers,
@@ -181,11 +181,12 @@ def of_states(states: States) -> Examples:
             position=states.origin.position,
             length_difference=states.length_difference_N,
         )
+        return replace(examples, final_norm=states.origin.final_norm)
     return _of_lists(states)
 
 
 def _of_lists(states: ListStates, **known: Any) -> Examples:
-    return of_lists(
+    examples = of_lists(
         states.candidates_MLD,
         states.safe_M,
         states.group_M,
@@ -195,6 +196,7 @@ def _of_lists(states: ListStates, **known: Any) -> Examples:
         prompt_states_GLD=states.prompt_GLD,
         **known,
     )
+    return replace(examples, final_norm=states.origin.final_norm)
 
 
 def refit(like: Like, head: Head | None, examples: Examples, states: States, folds: Folds, seed: int) -> list[Head]:

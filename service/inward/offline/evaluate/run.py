@@ -204,6 +204,7 @@ async def _of_rows(
     heads = [store.load(folder, **made_for) for folder in folders]
     if args.response_tokens is not None:
         rows = shorten(rows, prompts, args.response_tokens)
+        calibration, xstest = (one and shorten(one, prompts, args.response_tokens) for one in (calibration, xstest))
     head = heads[0] if heads else None
     like = _like(args, head)
     layers, position = _layers(args, heads, info.layers), _position(args, head)
@@ -251,7 +252,7 @@ async def _scores(backbone: Backbone, prompts: Prompts, rows: Rows, head: Head) 
 def _readable(head: Head, examples: Examples) -> bool:
     """Whether the states that were read are all that the head reads."""
     try:
-        check_readable(head, examples.layers, examples.position)
+        check_readable(head, examples.layers, examples.position, final_norm=examples.final_norm)
     except DataError:
         return False
     return head.manifest.kind != "ensemble"

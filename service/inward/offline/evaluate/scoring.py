@@ -43,7 +43,7 @@ def score(head: Head, examples: Examples) -> Judged:
         DataError: the states lack a layer, a position or the prompts' states that the head reads, or a score is not
             finite.
     """
-    check_readable(head, examples.layers, examples.position)
+    check_readable(head, examples.layers, examples.position, final_norm=examples.final_norm)
     values_MK = np.concatenate([_evaluate(tap, examples) for tap in head.readout.taps], axis=1)
     own_layers = head.manifest.kind == "hybrid"
     details: frozenset[Detail] = frozenset({"layers"} if own_layers else ())

@@ -78,6 +78,8 @@ class HybridReport:
     """
 
     pairs: int
+    judged: int
+    """Pairs of the figures: all, or of very many a part."""
     prompts: int
     c: float
     """Shrinkage of the warm start: lambda as a multiple of the mean variance of a standardised dimension."""
@@ -102,7 +104,7 @@ class HybridReport:
     def verdict(self) -> str:
         """Whether all layers together beat the best one, and if not, by how much that could be chance."""
         best = self.best_layer
-        error = (best.accuracy * (1 - best.accuracy) / self.pairs) ** 0.5
+        error = (best.accuracy * (1 - best.accuracy) / self.judged) ** 0.5
         figures = f"accuracy {self.accuracy:.3f} against {best.accuracy:.3f}, AUC {self.auc:.3f} against {best.auc:.3f}"
         if self.accuracy > best.accuracy and self.auc > best.auc:
             said = f"beats its best single layer ({best.layer}): {figures}; "
@@ -181,6 +183,7 @@ def fit_hybrid(
     share_L = weight_L / weight_L.sum()
     report = HybridReport(
         pairs=len(states),
+        judged=len(judged_N),
         prompts=prompts,
         c=shrinkage[c],
         steps=trained.steps,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -121,6 +122,7 @@ async def store_pairs(
         groups_N=prompt_groups(pair.prompt for pair in pairs),
         length_difference_N=_length_difference(groups, places),
         origin=_origin(backbone, prompts, readout, pairs),
+        made_by=pass_key(backbone, groups, [readout]),
     )
     wanted = by_group(places)
 
@@ -239,7 +241,8 @@ async def _sum(
 ) -> tuple[PairSums, ...]:
     """Sums of each layer; ``rows`` are filled on the way."""
     layers, width = len(readout.taps), backbone.info.width
-    path = checkpoint and checkpoint / f"{pass_key(backbone, groups, [readout])}.safetensors"
+    counted = hashlib.sha256(b"".join(one.tobytes() for side in times for one in side)).hexdigest()[:8]
+    path = checkpoint and checkpoint / f"{pass_key(backbone, groups, [readout])}-{counted}.safetensors"
     sums = RunningSums(layers, width, times, rows.states, path, scatter=scatter)
 
     def deliver(group: int, arrays: list[Floats]) -> None:

@@ -45,7 +45,7 @@ def score_states(states: PairSource, heads: Sequence[Head]) -> Doubles:
         DataError: a head reads what the states do not hold: another layer, another position, or every token.
     """
     for head in heads:
-        check_readable(head, states.layers, states.origin.position)
+        check_readable(head, states.layers, states.origin.position, final_norm=states.origin.final_norm)
     n = len(states)
     scores_HM = np.empty((len(heads), 2 * n))
     for index, *sides in blocks(states):
@@ -58,8 +58,9 @@ def score_states(states: PairSource, heads: Sequence[Head]) -> Doubles:
     return scores_HM
 
 
-def check_readable(head: Head, layers: Sequence[int], position: Position) -> None:
-    """Whether states of these layers and this position are all that a head reads.
+def check_readable(head: Head, layers: Sequence[int], position: Position, *, final_norm: bool) -> None:
+    """Whether states of these layers and this position, of which the last layer was read after the final norm or not,
+    are all that a head reads.
 
     Raises:
         DataError: they are not.
@@ -76,6 +77,11 @@ def check_readable(head: Head, layers: Sequence[int], position: Position) -> Non
         if tap.position not in ("prompt", position):
             raise DataError(
                 f"head {name!r} reads position {tap.position!r}, the states are of {position!r}: extract them again"
+            )
+        if tap.final_norm != (final_norm and tap.layer == max(layers)):
+            raise DataError(
+                f"head {name!r} reads layer {tap.layer} {'after' if tap.final_norm else 'before'} the final norm, the "
+                "states are of the other: extract them for this head"
             )
 
 

@@ -247,8 +247,10 @@ class PairWriter:
         groups_N: Indices,
         length_difference_N: Doubles,
         origin: Origin,
+        made_by: str = "",
     ) -> None:
-        """``shape``: ``[N, L, D]`` of each side.
+        """``shape``: ``[N, L, D]`` of each side. ``made_by`` stands for the pass whose groups are committed: another
+        one begins anew.
 
         Raises:
             DataError: the folder cannot be written, or has no room.
@@ -260,7 +262,7 @@ class PairWriter:
             "group": groups_N.astype(np.int64),
             "length_difference": length_difference_N.astype(np.float64),
         }
-        self._origin = origin
+        self._origin, self._made_by = origin, json.dumps(made_by)
         self._partial, self._log = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.done")
         self.done: set[int] = set()
         try:
@@ -320,23 +322,25 @@ class PairWriter:
                 os.posix_fallocate(file.fileno(), len(head), size)  # a full disk shows now, not after hours
         self._kind, self._start = kind, len(head)
         if path == self._partial:
-            self._log.unlink(missing_ok=True)
+            self._log.write_text(f"{self._made_by}\n", encoding="utf-8")
 
     def _resume(self, kind: str) -> bool:
-        """Whether an unfinished file for the very same rows is there; then what it holds counts as done."""
+        """Whether an unfinished file of the same pass for the same rows is there; what it holds is done, then."""
         head = self._head(kind)
-        if not self._partial.is_file():
+        if not self._partial.is_file() or not self._log.is_file():
+            return False
+        made_by, *committed = self._log.read_text(encoding="utf-8").splitlines() or [""]
+        if made_by != self._made_by:
             return False
         with self._partial.open("rb") as file:
             if file.read(len(head)) != head:
                 return False
         self._kind, self._start = kind, len(head)
-        if self._log.is_file():
-            for line in self._log.read_text(encoding="utf-8").splitlines():
-                try:
-                    self.done.update(json.loads(line))
-                except ValueError:  # the line that was being written when the process ended
-                    break
+        for line in committed:
+            try:
+                self.done.update(json.loads(line))
+            except ValueError:  # the line that was being written when the process ended
+                break
         return True
 
     def _widen(self) -> None:
