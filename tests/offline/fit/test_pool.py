@@ -74,3 +74,22 @@ async def test_a_head_gets_a_pool_and_a_calibration_of_pooled_scores(tmp_path, n
     else:
         assert score == pytest.approx(np.average(values[:, 0], weights=np.exp(values[:, 1])), rel=1e-4)
     assert isinstance(reading.readings[0], Reading)
+
+
+async def test_pairs_whose_tokens_do_not_fit_in_memory_are_left_out_of_all_that_is_said_of_the_pool(
+    tmp_path, monkeypatch
+):
+    backbone = FakeBackbone(tokens=200)
+    pairs = [Pair(f"question {i // 2}", f"good {i} answer", f"bad {i} answer") for i in range(60)]
+    states = await store_pairs(backbone, prompts(), pairs, tmp_path / "s.safetensors", layers=(2,), progress=False)
+
+    def fit(some):
+        return fit_whitened(FromStates.of(some), layer="sweep")
+
+    _, whole = await fit_pool(backbone, prompts(), pairs, states, fit, "attention", progress=False)
+    longest = max(len(pair.chosen) + len(pair.rejected) for pair in pairs)
+    monkeypatch.setattr("inward.offline.fit.pool.TOKEN_BYTES", 40 * longest * 2 * backbone.info.width)
+    _, part = await fit_pool(backbone, prompts(), pairs, states, fit, "attention", progress=False)
+    assert whole.pairs == 60 and 40 <= part.pairs < 60
+    _, every = await fit_pool(backbone, prompts(), pairs, states, fit, "max_rolling:window=3", progress=False)
+    assert every.pairs == 60  # nothing of it is trained

@@ -38,7 +38,8 @@ FOLDS = 3
 POOL_PAIRS = 2000
 """Pairs whose tokens are read: a pool has few parameters, and a calibration two."""
 TOKEN_BYTES = 2**30
-"""Most memory for token states, float16, that a trained pool learns from; longer or more responses are left out."""
+"""Most memory for token states, float16, that a trained pool learns from; what is more than that is left out, pairs and
+all, of its calibration and figures, too."""
 FitHead = Callable[[PairSource], tuple[Head, Any]]
 
 
@@ -116,6 +117,7 @@ async def fit_pool(
     if pool.layer is not None:
         is_last = pool.layer == max(head.manifest.layers)
         tap = Tap(pool.layer, "last", final_norm=head.manifest.final_norm and is_last)
+        index_N = index_N[: _first_that_fit(backbone, prompts, [pairs[i] for i in index_N])]
     chosen = [pairs[i] for i in index_N]
     tokens = await _read(backbone, prompts, chosen, heads, fold_N[index_N], tap, progress=progress)
     with reproducible(seed):
@@ -142,6 +144,14 @@ def _layer(head: Head) -> int:
     return int(max(metrics["sweep"], key=lambda row: (row["weight"], -row["layer"]))["layer"])
 
 
+def _first_that_fit(backbone: Backbone, prompts: Prompts, pairs: Sequence[Pair]) -> int:
+    """How many of the pairs have token states that fit in memory together."""
+    groups, places = groups_of(backbone, prompts, pairs)
+    tokens_M = np.array([len(groups[group].responses_ids[response]) for group, response in places])
+    bytes_N = tokens_M.reshape(2, -1).sum(axis=0) * 2 * backbone.info.width
+    return int(np.searchsorted(np.cumsum(bytes_N), TOKEN_BYTES, side="right"))
+
+
 async def _read(
     backbone: Backbone,
     prompts: Prompts,
@@ -158,10 +168,8 @@ async def _read(
     tokens = Tokens([np.empty(0)] * (2 * n), np.empty(2 * n), [np.empty((0, 0), dtype=np.float16)] * (2 * n))
     wanted = by_group(places)
     readouts = [head.readout for head in heads] + ([Readout((tap,))] if tap else [])
-    held = 0
 
     def deliver(group: int, readings: Sequence[Any]) -> None:
-        nonlocal held
         own = readings[: len(heads)]
         scored = [head.score(reading, details=TOKENS) for head, reading in zip(heads, own, strict=True)]
         for row, response in wanted.get(group, ()):
@@ -169,10 +177,8 @@ async def _read(
             position = said.scores_N[response]
             tokens.position_M[row] = np.nan if position is None else position
             tokens.scores_M[row] = np.array(said.tokens_N[response] if said.tokens_N else ())
-            if tap and held < TOKEN_BYTES:
-                states_TD = readings[-1].tokens_TK[response].astype(np.float16)
-                tokens.states_M[row] = states_TD
-                held += states_TD.nbytes
+            if tap:
+                tokens.states_M[row] = readings[-1].tokens_TK[response].astype(np.float16)
 
     await read_every_token(backbone, groups, readouts, deliver, progress=progress)
     return tokens
