@@ -77,7 +77,8 @@ def test_every_series_and_label_of_an_expression_exists(where):
     assert set(names) <= known.keys(), f"not in /metrics: {set(names) - known.keys()}"
     used = {label for selector in re.findall(r"{([^}]*)}", plain) for label in re.findall(r"(\w+)\s*(?:=|!)", selector)}
     used |= {label for by in re.findall(r"(?:by|on|ignoring) \(([^)]*)\)", plain) for label in re.split(r",\s*", by)}
-    there = TARGET_LABELS.union(*(known[name] for name in names))
+    made = re.findall(r'label_replace\([^"]*"(\w+)"', expression)
+    there = TARGET_LABELS.union(made, *(known[name] for name in names))
     assert used <= there, f"no such label: {used - there}"
 
 
