@@ -209,7 +209,7 @@ async def test_scores_are_computed_while_a_backbone_draws_beside_them():
             return await draw(group, readouts, **options)
 
         c.backbone.sample_and_read = slow
-        c.worker._capacity = replace(c.backbone.capacity, drawings=2)
+        c.worker._capacity, c.worker._most_drawings = replace(c.backbone.capacity, drawings=2), None
         drawings = [
             asyncio.create_task(c.score([Group((1, 2, i), sampling=SamplingSpec(n=8, max_tokens=512))]))
             for i in range(5)
@@ -239,6 +239,7 @@ async def drawing_slowly(c, drawings):
 
     c.backbone.sample_and_read = slow
     c.worker._capacity = replace(c.backbone.capacity, drawings=drawings)
+    c.worker._most_drawings = DRAWINGS_HELD * drawings
     try:
         yield under_way, go_on
     finally:
@@ -256,6 +257,17 @@ async def test_a_worker_holds_no_more_to_draw_than_it_can_begin_soon():
         assert len(c.worker._waiting) == DRAWINGS_HELD + 1
         go_on.set()
         assert len(await asyncio.gather(*drawings)) == 20
+
+
+async def test_where_nobody_else_draws_scores_wait_for_no_drawing_however_many_there_are():
+    async with corridor(tokens=10) as c, drawing_slowly(c, 1) as (under_way, go_on):
+        c.worker._most_drawings = None
+        drawings = [asyncio.create_task(c.score([to_draw(i)])) for i in range(20)]
+        await until(lambda: under_way)
+        assert len(await c.score([Group((1, 2), ((3,),))])) == 1
+        assert not any(drawing.done() for drawing in drawings)
+        go_on.set()
+        await asyncio.gather(*drawings)
 
 
 async def test_a_job_that_may_end_its_worker_runs_when_nothing_else_does():

@@ -32,9 +32,14 @@ POLL_INTERVAL_S = 1.0
 
 
 class Worker:
-    """Serves ``queue`` with ``engine`` until the queue is closed and empty. ``clock`` gives Unix seconds."""
+    """Serves ``queue`` with ``engine`` until the queue is closed and empty. ``clock`` gives Unix seconds; ``shared``
+    says whether others take from the queue, too.
+    """
 
-    def __init__(self, queue: Consumer, engine: Engine, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, queue: Consumer, engine: Engine, *, clock: Callable[[], float] = time.time, shared: bool = True
+    ) -> None:
+        self._most_drawings = DRAWINGS_HELD * engine.backbone.capacity.drawings if shared else None
         self._queue = queue
         self._engine = engine
         self._clock = clock
@@ -92,8 +97,10 @@ class Worker:
 
     def _has_room(self) -> bool:
         """Whether more may be taken: not what others could draw sooner."""
-        drawings = sum(map(self._beside, self._waiting))
-        return self._tokens() < self._capacity.tokens and drawings <= DRAWINGS_HELD * self._capacity.drawings
+        most = self._most_drawings
+        return self._tokens() < self._capacity.tokens and (
+            most is None or sum(map(self._beside, self._waiting)) <= most
+        )
 
     async def _next_event(self) -> None:
         """Waits until jobs arrive or a batch is done."""

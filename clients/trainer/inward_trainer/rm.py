@@ -310,11 +310,13 @@ def _said(options: RewardOptions, pairs: Sequence[ScoredPair], service: Service 
         ]  # fmt: skip
         write_text(note, "".join(json.dumps(line) + "\n" for line in lines))
     known = {line["id"]: line for line in map(json.loads, note.read_text("utf-8").splitlines())}
-    if {id: line["pair"] for id, line in known.items()} != {pair.id: digest([pair])[:16] for pair in pairs}:
+    if {id: line.get("pair") for id, line in known.items()} != {pair.id: digest([pair])[:16] for pair in pairs}:
         raise DataError(f"{note} is of {len(known)} other pairs than the {len(pairs)} of --pairs: choose another --out")
-    heads = {line["head"] for line in known.values()}
+    heads = {line.get("head") for line in known.values()}
     if options.head and heads - {options.head}:
-        raise DataError(f"{note} has margins of {', '.join(heads)}, not of --head {options.head}: choose another --out")
+        raise DataError(
+            f"{note} has margins of {', '.join(map(str, heads))}, not of --head {options.head}: choose another --out"
+        )
     return known
 
 

@@ -23,6 +23,7 @@ from inward_client import (
     RerankAnswer,
     Retries,
     RewardPair,
+    ServerError,
     StatusError,
     TooLarge,
     event_loop,
@@ -351,9 +352,12 @@ class Service:
             return self._wait(asking())
         except ServiceError as error:
             cause = error.__cause__
-            if isinstance(cause, InvalidField | TooLarge) and (cause.param or "").startswith(f"{sent_as}."):
-                return None
-            raise
+            if not isinstance(cause, InvalidField | TooLarge | ServerError):
+                raise
+            away = isinstance(cause, ServerError) and not cause.of_one_element
+            if away or not (cause.param or "").startswith(f"{sent_as}."):
+                raise
+            return None
 
     def _wait(self, coroutine: Coroutine[Any, Any, T], grace_s: float = 0.0) -> T:
         try:

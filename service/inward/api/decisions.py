@@ -120,14 +120,14 @@ async def _choose(
         head = services.heads.resolve(services.rerank_head, RANKERS)
     except NotFound:
         return Refusal(name=question.name), Usage()
-    texts = [choice.text for choice in choices]
+    texts, asked = [choice.text for choice in choices], request.instructions(i)
 
-    async def ranked(asked: Sequence[dict[str, str]]) -> Candidates:
-        ranking = RerankRequest.model_validate({"messages": [*asked], "candidates": texts, "head": head.name})
+    async def ranked(turns: Sequence[dict[str, str]]) -> Candidates:
+        ranking = RerankRequest.model_validate({"messages": [*turns], "candidates": texts, "head": head.name})
         return await candidates(services, ranking, (head.name,), deadline)
 
     try:
-        found = await _asked_after(turns, request.instructions(i), ranked)
+        found = await _asked_after(turns, asked, ranked)
     except InvalidField as error:
         raise error.at("input") from None
     scores = [answer.score for answer in found.answers]

@@ -31,7 +31,7 @@ class Standalone:
         self.settings, self.backbone, self.prompts, self.registry = settings, backbone, prompts, registry
         self.draining = False
         self.queue = MemoryQueue(max_tokens=settings.queue_tokens)
-        self.worker = Worker(self.queue, Engine(backbone, registry))
+        self.worker = Worker(self.queue, Engine(backbone, registry), shared=False)
         self.services = Services(
             prompts=prompts,
             intake=Intake(SingleFlight(self.queue, window=settings.sharing_window, current=self.current)),

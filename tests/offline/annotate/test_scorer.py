@@ -108,6 +108,15 @@ async def test_a_row_that_ends_workers_is_asked_once_and_harms_itself_only(ask):
     assert asked.count(["chosen 6"]) == 1 and not ask.waits
 
 
+async def test_a_row_that_takes_too_long_by_itself_harms_itself_only(ask):
+    def handler(request):
+        slow = any(pair["chosen"] == "chosen 6" for pair in json.loads(request.content)["pairs"])
+        return refused(504, "not done within 95 s") if slow else answered(request)
+
+    results, _ = await ask(handler)
+    assert [one.error for one in results] == [None] * 6 + ["not done within 95 s"] + [None] * 2
+
+
 async def test_rows_of_which_none_can_be_scored_have_their_own_errors(ask):
     asked = []
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from inward_client.aio import AsyncInward
 from inward_client.answers import Score
-from inward_client.errors import InvalidField, StatusError, TooLarge
+from inward_client.errors import InvalidField, ServerError, StatusError, TooLarge
 
 LOG = logging.getLogger(__name__)
 Item = dict[str, Any]
@@ -42,7 +42,7 @@ async def score_each(
             found = (await client.reward(usable, truncate=truncate)).rewards
         else:
             found = (await client.score(usable, head=head, truncate=truncate)).scores
-    except (InvalidField, TooLarge) as error:
+    except (InvalidField, TooLarge, ServerError) as error:
         blame(error, "items")
         return [None] * len(items)
     return in_place(items, [_scored(score, i) for i, score in enumerate(found)])
@@ -50,7 +50,8 @@ async def score_each(
 
 def blame(error: StatusError, sent_as: str) -> None:
     """Raises ``error`` again, unless it says that no element of the list ``sent_as`` can be scored."""
-    if not (error.param or "").startswith(f"{sent_as}."):
+    away = isinstance(error, ServerError) and not error.of_one_element
+    if away or not (error.param or "").startswith(f"{sent_as}."):
         raise error
     LOG.warning("none of them can be scored; the first because: %s", error.message)
 

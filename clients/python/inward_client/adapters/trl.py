@@ -14,7 +14,7 @@ from inward_client.adapters.scoring import blame, in_place, readable, score_each
 from inward_client.aio import AsyncInward
 from inward_client.answers import Margin
 from inward_client.client import Inward
-from inward_client.errors import InvalidField, TooLarge
+from inward_client.errors import InvalidField, ServerError, TooLarge
 
 LOG = logging.getLogger(__name__)
 Value = Literal["score", "probability"]
@@ -171,6 +171,6 @@ def _with_column(dataset: Any, name: str, column: Callable[[list[dict[str, Any]]
 def _found(column: Callable[[list[dict[str, Any]]], list[float | None]], pairs: list[dict[str, Any]]) -> Any:
     try:
         return column(pairs) if pairs else []
-    except (InvalidField, TooLarge) as error:
+    except (InvalidField, TooLarge, ServerError) as error:
         blame(error, "pairs")
         return [None] * len(pairs)

@@ -317,10 +317,12 @@ async def _in_halves(
     try:
         return await ask(pairs)
     except (InvalidField, TooLarge, BadRequest, DeadlineExceeded, ServerError) as error:
-        if isinstance(error, ServerError) and not error.of_one_element:
+        if isinstance(error, ServerError) and not (isinstance(error, DeadlineExceeded) or error.of_one_element):
             raise _refused(error) from None
-        if len(pairs) == 1 or len(error.each) == len(pairs):
-            return [refused(one) for one in error.each or [error]]
+        if len(error.each) == len(pairs):
+            return [refused(one) for one in error.each]
+        if len(pairs) == 1:
+            return [refused(error)]
         middle = len(pairs) // 2
         return [*await _in_halves(pairs[:middle], ask, refused), *await _in_halves(pairs[middle:], ask, refused)]
     except InwardError as error:
