@@ -167,3 +167,45 @@ def test_a_file_with_an_entry_that_cannot_be_used_is_refused_at_the_start(text, 
     with pytest.raises(SetupError, match=said) as refused:
         KeyRing(file=tmp_path / "keys")
     assert "secret" not in refused.value.message
+
+
+@pytest.mark.parametrize("before", ["---\n", "%YAML 1.1\n---\n", "# ours\n\n--- # a document\n"])
+def test_named_keys_are_read_whatever_yaml_has_before_them(tmp_path, before):
+    (tmp_path / "keys").write_text(f"{before}keys:\n- name: bob\n  sha256: {'a' * 64}\n  scope: read\n")
+    assert [(key.name, key.scope) for key in read_keys(tmp_path / "keys")] == [("bob", "read")]
+
+
+def test_named_keys_are_read_as_json_too(tmp_path):
+    (tmp_path / "keys").write_text(json.dumps({"keys": [entry("bob")]}, indent=1))
+    assert [key.name for key in read_keys(tmp_path / "keys")] == ["bob"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"- name: bob\n  sha256: {'a' * 64}\n",
+        "name:\n",
+        "---\n",
+        "a-key\nscope: read\n",
+        '[{"name": "bob"}]',
+        '{"prompt": "a", "chosen": "b"}',
+    ],
+)
+def test_no_line_of_what_is_no_file_of_keys_is_a_key(tmp_path, text):
+    (tmp_path / "keys").write_text(text)
+    with pytest.raises(SetupError, match=r"is no key|has no key"):
+        KeyRing(file=tmp_path / "keys")
+
+
+def test_a_file_that_is_damaged_while_it_is_used_lets_nobody_else_in(file, monkeypatch):
+    ring = KeyRing(file=(path := file(entry("bob"))))
+    path.write_text(path.read_text().replace("keys:", "kays:"))
+    assert ring.find(b"key of bob") is not None
+    assert ring.find(b"kays:") is None and ring.find(path.read_bytes().splitlines()[-1]) is None
+
+
+def test_plain_keys_may_have_any_other_character(tmp_path):
+    plain = "-9_aZ+/=.~\ninw_x:y\nschlüssel\n"
+    (tmp_path / "keys").write_text(plain)
+    ring = KeyRing(file=tmp_path / "keys")
+    assert all(ring.find(key.encode()) for key in plain.split())

@@ -35,7 +35,7 @@ RATES = (0.01, 0.05)
 async def thresholds(at: Opened, head: Head, args: argparse.Namespace) -> tuple[Pool, list[float]]:
     """Of ``RATES``, by the safe answers."""
     pool = running_pool(head, args.pool, Pool(name="max_ema"), param="pool")
-    texts = read_texts(args.safe)[: args.calibration]
+    texts = read_texts(args.safe, acceptable=True)[: args.calibration]
     _, report = await fit_guard(at.backbone, at.prompts, head, texts, name=head.ref.name, pool=args.pool)
     fitted: GuardThresholds = report.thresholds
     return pool, [fitted.threshold(rate) for rate in RATES]

@@ -299,11 +299,14 @@ def test_a_pooled_head_is_judged_by_texts_as_a_guard_and_by_category(evaluate, t
 
     for name, n, column in (("judged", 40, True), ("others", 120, False)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(n, column)))
-    report = evaluate(
+    asked = (
         *("--model", tmp_path / "model", "--head", tmp_path / "heads" / "bench-0"),
         *("--responses", tmp_path / "judged.jsonl", "--calibration", tmp_path / "others.jsonl", "--by", "category"),
         *("--no-baselines", "--json", *QUICK),
     )
+    report = evaluate(*asked)
     assert report["head"]["pool"] == "max_rolling"
     assert [one["rate"] for one in report["guard"]] == [0.01, 0.05] and report["guard"][0]["threshold"] is not None
     assert report["parts"].keys() == {"one", "two"} and report["parts"]["one"]["responses"] == 20
+    cut = evaluate(*asked, "--response-tokens", "2")  # of what sets the threshold, too
+    assert cut["guard"][0]["threshold"] != pytest.approx(report["guard"][0]["threshold"])

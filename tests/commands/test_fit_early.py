@@ -46,3 +46,20 @@ def test_a_guards_thresholds_are_those_of_the_safe_answers(tmp_path: Path, capsy
     strict, loose = (guard_threshold(calibration, pool, rate, head="hybrid") for rate in (0.01, 0.2))
     assert strict < loose
     assert "120 acceptable responses" in capsys.readouterr().out
+
+
+def test_what_is_labelled_as_unsafe_sets_no_threshold(tmp_path: Path, capsys) -> None:
+    rows = [{"prompt": f"p {i}", "response": f"words {i} " * 6, "safe": i % 2 == 0} for i in range(240)]
+    safe, out = write(tmp_path / "safe.jsonl", rows), str(tmp_path / "hybrid")
+    main(["fit", "guard", "--head", "hybrid", "--safe", safe, "--out", out, "--pool", "mean", *MODEL])
+    said = capsys.readouterr()
+    assert "120 acceptable responses" in said.out
+    assert "120 of 240 responses are labelled as not acceptable" in said.err
+
+
+def test_a_value_head_needs_two_answers_to_each_prompt(tmp_path: Path, capsys) -> None:
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "a"}])
+    for n in ("0", "1"):
+        options = ["--prompts", prompts, "--out", str(tmp_path / "v"), "--samples", n]
+        assert main(["fit", "value", "--head", "hybrid", *options, *MODEL]) == 2
+        assert "two answers to each prompt" in capsys.readouterr().err

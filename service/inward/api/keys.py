@@ -33,8 +33,12 @@ PLAIN = "plain"
 """Name of all keys that are written down as they are, and so have none of their own; they may do everything."""
 PREFIX = "inw_"
 """Begins a key, so that whoever looks for secrets in texts finds it."""
-NAMED = re.compile(rb"keys\s*:")
-"""How a file of named keys begins; any other has one plain key a line."""
+NAMED = re.compile(rb"keys\s*:|\{")
+"""How a file of named keys begins, as YAML or JSON; any other has one plain key a line."""
+YAMLS_OWN = re.compile(rb"---|%YAML\b|%TAG\b")
+"""Lines that may come before."""
+NO_KEY = re.compile(rb"---|[%{}\[\]\"]|[-\s]*[\w'\"]+\s*:(\s|$)")
+"""How lines of YAML and JSON begin: were those of a damaged file taken for keys, everybody could guess them."""
 HEADER = "# API keys of Inward: `inward keys new NAME` adds one, `inward keys revoke NAME` takes it out.\n"
 
 
@@ -201,9 +205,19 @@ def _write(file: Path, keys: Sequence[Key]) -> None:
 
 def _parsed(file: Path, content: bytes) -> Sequence[Key]:
     if not _is_named(content):
+        for line in _lines(content):
+            if NO_KEY.match(line):
+                number = [one.strip() for one in content.splitlines()].index(line) + 1
+                raise SetupError(
+                    f"{file}, line {number} is no key: plain keys stand one a line, and a file of named keys begins "
+                    "with `keys:` (--api-keys-file)"
+                )
         return [_plain(line) for line in _lines(content)]
     try:
-        keys = _KEYS.validate_python((yaml.safe_load(content) or {}).get("keys") or [])
+        found = yaml.safe_load(content)
+        if not isinstance(found, dict) or "keys" not in found:
+            raise SetupError(f"{file} has no keys: a file of named keys has them below `keys:` (--api-keys-file)")
+        keys = _KEYS.validate_python(found["keys"] or [])
     except yaml.YAMLError as error:
         raise SetupError(f"{file} is no YAML: {' '.join(str(error).split())} (--api-keys-file)") from None
     except ValidationError as error:
@@ -222,8 +236,8 @@ def _lines(content: bytes) -> list[bytes]:
 
 
 def _is_named(content: bytes) -> bool:
-    lines = _lines(content)
-    return bool(lines) and NAMED.match(lines[0]) is not None
+    first = next((line for line in _lines(content) if not YAMLS_OWN.match(line)), b"")
+    return NAMED.match(first) is not None
 
 
 def _plain(key: bytes) -> Key:

@@ -1,6 +1,7 @@
 """What is refused before a model is loaded, and what is told."""
 
 import json
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -88,3 +89,10 @@ def test_tables_of_a_folder_and_columns_that_are_not_read_are_told(tmp_path):
     planned = plan(AnnotateOptions(tmp_path / "in", tmp_path / "out"))
     assert [table.out for table in planned.tables] == [tmp_path / "out/b.parquet", tmp_path / "out/data/a.parquet"]
     assert planned.notes == ("not read: the columns 'history' (layout trl)", "read are 2 tables: b, data/a")
+
+
+@pytest.mark.parametrize("out", ["-", "/dev/null"])
+def test_standard_output_is_no_place_for_an_output(path, tmp_path, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SetupError, match="standard output or a device"):
+        plan(AnnotateOptions(path, Path(out)))

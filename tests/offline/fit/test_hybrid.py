@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from inward.errors import DataError
+from inward.offline.annotate.held_out import HeldOut
 from inward.offline.data.pairs import grouped_folds
 from inward.offline.fit.hybrid import fit_hybrid
 from inward.offline.fit.joint import Joint, Training
@@ -17,6 +18,7 @@ from inward.offline.states.saved import Origin, PairStates, load_states, save_st
 from inward.offline.states.stored import StoredPairs
 from inward.types import Reading
 from support.real_data import DATA
+from support.small_heads import pair_states
 
 LLAMA = DATA / "llama2_7b_states.safetensors"
 QUICK = {"shrinkage": (1.0,), "joint": Joint(steps=20), "folds": 3, "progress": False}
@@ -256,3 +258,11 @@ def test_on_real_llama_states_the_hybrid_head_beats_a_mean_difference():
     fresh = rewards(head, states.rows(test))
     assert pair_accuracy(fresh) >= 0.82 and auc(fresh) >= 0.82
     assert report.auc > max(row.mean_difference_auc for row in report.layers)
+
+
+def test_an_interval_is_of_the_pairs_that_were_judged(monkeypatch):
+    monkeypatch.setattr("inward.offline.fit.hybrid.JUDGED_PAIRS", 20)
+    head, report = fit_hybrid(pair_states(60), joint=Joint(steps=2), progress=False)
+    assert report.pairs == 60 and 15 <= report.judged < 30
+    held_out = HeldOut.of(head.manifest.fit)
+    assert held_out is not None and (held_out.pairs, held_out.agreement) == (report.judged, report.accuracy)

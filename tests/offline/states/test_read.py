@@ -249,6 +249,33 @@ async def test_sums_that_were_interrupted_are_gone_on_with(tmp_path):
     np.testing.assert_array_equal(summed.kept.chosen_NLD, whole.kept.chosen_NLD)
 
 
+async def test_sums_of_other_labels_are_begun_anew(tmp_path):
+    said = ["aa x", "bb y", "cc z"]
+    rows = [Pair(f"question {k}", said[a], said[b]) for k in range(6) for a, b in ((0, 1), (1, 2), (0, 2))]
+    turned = [Pair(p.prompt, p.rejected, p.chosen) if i % 3 == 1 else p for i, p in enumerate(rows)]
+    backbone = FakeBackbone(tokens=60)
+    backbone.fail_on(lambda group: "question 4" in decoded(group))
+    with pytest.raises(InternalError):
+        await sum_pairs(backbone, prompts(), rows, checkpoint=tmp_path, **FOLDERS)
+    backbone.fail_on(lambda group: False)
+    summed = await sum_pairs(backbone, prompts(), turned, checkpoint=tmp_path, **FOLDERS)  # the groups are the same
+    whole = await sum_pairs(FakeBackbone(tokens=60), prompts(), turned, **FOLDERS)
+    np.testing.assert_allclose(summed.sums(1).mean_difference_D, whole.sums(1).mean_difference_D, rtol=1e-4, atol=1e-6)
+
+
+async def test_a_file_that_was_left_unfinished_by_a_pass_of_other_groups_is_begun_anew(tmp_path):
+    rows = [Pair(f"question {q}", f"good answer {q} {i}", f"bad reply {q} {i}") for q in range(2) for i in range(12)]
+    backbone, path = FakeBackbone(tokens=120), tmp_path / "s.safetensors"
+    backbone.fail_on(lambda group: "question 1" in decoded(group))
+    with pytest.raises(InternalError):
+        await store_pairs(backbone, prompts(), rows, path, **FOLDERS)
+    stored = await store_pairs(FakeBackbone(tokens=1000), prompts(), rows, path, **FOLDERS)
+    whole = await extract_pairs(FakeBackbone(), prompts(), rows, **FOLDERS)
+    chosen_NLD, rejected_NLD = stored.take(np.arange(len(rows)))
+    np.testing.assert_allclose(chosen_NLD, whole.chosen_NLD, atol=1e-2)
+    np.testing.assert_allclose(rejected_NLD, whole.rejected_NLD, atol=1e-2)
+
+
 async def test_responses_without_labels_give_mean_and_covariance():
     rows = [(pair.prompt, (pair.chosen, pair.rejected)) for pair in PAIRS]
     moments = await sum_responses(FakeBackbone(), prompts(), rows, **FOLDERS)

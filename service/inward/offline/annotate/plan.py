@@ -94,6 +94,8 @@ def _firsts(options: AnnotateOptions, sources: Sequence[Source]) -> list[Row]:
 
 def outputs(out: Path, sources: Sequence[Source]) -> tuple[list[Path], Format]:
     """A file for each source; for a folder Parquet, which keeps types and what was annotated."""
+    if str(out) == "-" or (out.exists() and not out.is_dir() and not out.is_file()):
+        raise SetupError(f"OUT can't be {out}, standard output or a device: name a file such as out.jsonl")
     if out.suffix and not out.is_dir():
         if len(sources) > 1:
             names = ", ".join(source.name for source in sources)

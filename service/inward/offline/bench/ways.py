@@ -120,9 +120,8 @@ def http(model: Path, pairs: Sequence[Pair], *, dtype: str, heads: Path, callers
                 break
         else:
             raise RuntimeError("the server did not start")
-        threading.Thread(
-            target=server.stderr.read, daemon=True
-        ).start()  # it logs every request, and a full pipe stops it
+        # it logs every request, and a full pipe would stop it
+        threading.Thread(target=server.stderr.read, daemon=True).start()
         asyncio.run(_call(url, pairs[:WARM_UP], callers))
         began = time.perf_counter()
         asyncio.run(_call(url, pairs, callers))

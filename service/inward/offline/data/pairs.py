@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -103,23 +104,34 @@ def read_calibration(path: Path) -> list[CalibrationRow]:
 
 
 @data_errors()
-def read_texts(path: Path) -> list[tuple[Prompt, tuple[str, ...]]]:
-    """Prompts with their responses, whatever the file calls them, and whatever it says of them.
+def read_texts(path: Path, *, acceptable: bool = False) -> list[tuple[Prompt, tuple[str, ...]]]:
+    """Prompts with their responses, whatever the file calls them.
 
     Rows have ``response``, ``responses``, ``harmful`` and ``refusal``, or are pairs in any layout; see ``read_pairs``.
+
+    Args:
+        acceptable: without those that the file says are not: ``safe`` is false, harmful or rejected ones. Standard
+            error says how many.
     """
     if has_refusals(path):
-        return [(row.prompt, (row.refusal, row.harmful)) for row in read_calibration(path)]
-    if not {"response", "responses"} & _first(path).keys():
-        return [(pair.prompt, (pair.chosen, pair.rejected)) for pair in read_pairs(path)]
+        texts = [(row.prompt, ((row.refusal, True), (row.harmful, False))) for row in read_calibration(path)]
+    elif not {"response", "responses"} & _first(path).keys():
+        texts = [(pair.prompt, ((pair.chosen, True), (pair.rejected, False))) for pair in read_pairs(path)]
+    else:
 
-    def read(row: rows.Row) -> tuple[Prompt, tuple[str, ...]]:
-        prompt = rows.read_prompt(row)
-        if "responses" not in row:
-            return prompt, (rows.text(rows.get(row, "response"), "'response'", "response"),)
-        return prompt, tuple(_said(one, i) for i, one in enumerate(rows.get(row, "responses")))
+        def read(row: rows.Row) -> tuple[Prompt, tuple[tuple[str, bool], ...]]:
+            prompt = rows.read_prompt(row)
+            if "responses" not in row:
+                said = rows.text(rows.get(row, "response"), "'response'", "response")
+                return prompt, ((said, row.get("safe") is not False),)
+            return prompt, tuple((_said(one, i), _safe(one)) for i, one in enumerate(rows.get(row, "responses")))
 
-    return told(rows.collect(Path(path), read)).values
+        texts = told(rows.collect(Path(path), read)).values
+    if left_out := sum(not good for _, said in texts for _, good in said) if acceptable else 0:
+        total = sum(len(said) for _, said in texts)
+        print(f"note: {left_out} of {total} responses are labelled as not acceptable, and left out", file=sys.stderr)
+    kept = [(prompt, tuple(text for text, good in said if good or not acceptable)) for prompt, said in texts]
+    return [(prompt, said) for prompt, said in kept if said]
 
 
 @data_errors()
@@ -222,6 +234,10 @@ def _said(value: Any, i: int) -> str:
     """The text of a response, whatever else is known of it."""
     text = value.get("text") if isinstance(value, dict) else value
     return rows.text(text, f"'responses.{i}'", f"responses.{i}")
+
+
+def _safe(value: Any) -> bool:
+    return not isinstance(value, dict) or value.get("safe") is not False
 
 
 def _responses(value: Any) -> tuple[Response, ...]:

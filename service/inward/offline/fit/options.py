@@ -22,7 +22,7 @@ Rows: prompt, harmful, refusal (the paper's calibration) or prompt, chosen, reje
     "value": "example: inward fit value --head hybrid --prompts prompts.jsonl --out heads/hybrid-value\n"
     "Rows: prompt. Each is answered --samples times; better 200 prompts and more.",
     "guard": "example: inward fit guard --head hybrid --safe answers.jsonl --out heads/hybrid\n"
-    "Rows: prompt, response (or responses), all of them acceptable.",
+    "Rows: prompt, response (or responses): the acceptable ones, which those labelled safe, chosen or refusal are.",
 }
 ABOUT = {
     "legend": "a safety direction without training (arXiv 2406.08124)",

@@ -315,6 +315,9 @@ def _ensemble(args: Namespace, opened: OpenModel) -> Fitted:
 def _value(args: Namespace, opened: OpenModel, cache: Path) -> Fitted:
     asked = read_prompts(args.rows)[: args.limit]
 
+    if args.samples < 2:
+        raise SetupError("--samples: a value head needs two answers to each prompt at least, better eight")
+
     async def draw(backbone: Backbone, prompts: Prompts) -> tuple[Head, Runs]:
         head = store.load(args.of, fingerprint=backbone.info.fingerprint, template=prompts.template)
         if head.ref.kind in ("srr", "value"):
@@ -337,7 +340,7 @@ def quarters(depth: int) -> list[int]:
 
 
 def _guard(args: Namespace, opened: OpenModel) -> Fitted:
-    texts = read_texts(args.rows)[: args.limit]
+    texts = read_texts(args.rows, acceptable=True)[: args.limit]
 
     async def use(backbone: Backbone, prompts: Prompts) -> Fitted:
         head = store.load(args.of, fingerprint=backbone.info.fingerprint, template=prompts.template)

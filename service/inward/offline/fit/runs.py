@@ -67,13 +67,14 @@ async def draw_runs(
     grouped = await prompts.group_many([Texts(prompt, ()) for prompt in asked])
     room = backbone.info.max_tokens - spec.max_tokens - 1
     ids = [g.group.prompt_ids for g in grouped if not isinstance(g, InwardError) and len(g.group.prompt_ids) <= room]
+    identity = _identity(head)
     turns = asyncio.Semaphore(max(AT_ONCE, min(backbone.capacity.concurrency, 64)))
     with tqdm(total=len(ids), desc="drawing", unit="prompt") as bar:
 
         async def one(i: int, prompt: Ids) -> dict[str, Floats] | None:
             own = replace(spec, seed=((spec.seed or 0) * 1_000_003 + i * spec.n) % 2**32)
             async with turns:
-                run = await _run(backbone, head, Group(prompt, sampling=own), at, layers, cache)
+                run = await _run(backbone, head, identity, Group(prompt, sampling=own), at, layers, cache)
             bar.update()
             return run
 
@@ -97,9 +98,15 @@ def _identity(head: Head) -> str:
 
 
 async def _run(
-    backbone: Backbone, head: Head, group: Group, at: Sequence[int], layers: Sequence[int], cache: Path
+    backbone: Backbone,
+    head: Head,
+    identity: str,
+    group: Group,
+    at: Sequence[int],
+    layers: Sequence[int],
+    cache: Path,
 ) -> dict[str, Floats] | None:
-    what = repr((group, tuple(at), tuple(layers), _identity(head), backbone.info.identity))
+    what = repr((group, tuple(at), tuple(layers), identity, backbone.info.identity))
     kept = cache / f"{hashlib.sha256(what.encode()).hexdigest()[:32]}.safetensors"
     if kept.exists():
         return dict(load_file(kept))
