@@ -93,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger(name).setLevel(logging.INFO)
     try:
         status: int = import_module(args.module).run(read_options(args.options, args))
+        _leave()
         return status
     except KeyboardInterrupt:
         problem, status = "interrupted; the same command goes on from the last checkpoint", 128 + signal.SIGINT
@@ -103,6 +104,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         problem, status = found, 2
     print(f"inward-train {args.command}: {problem}", file=sys.stderr)
     return status
+
+
+def _leave() -> None:
+    """Ends what the processes of one run talk through. Its threads may abort a process that ends while they run."""
+    distributed = sys.modules.get("torch.distributed")  # where none of it was used, it is not imported for this
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def mendable(error: Exception) -> str | None:
