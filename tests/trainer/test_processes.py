@@ -10,6 +10,7 @@ import threading
 import pytest
 
 from inward_trainer import cdpo
+from inward_trainer.__main__ import main
 from inward_trainer.checkpoints import last_checkpoint
 from inward_trainer.logs import read_log
 from support.fake_inward import FakeInward, served
@@ -79,3 +80,13 @@ def test_processes_that_wait_for_the_service_end_together_with_a_checkpoint(tmp_
     assert "inward-train cdpo: stopped by SIGTERM, step 2 of 8 is kept" in said, said[-3000:]
     assert last_checkpoint(tmp_path / "run/checkpoints").name == "checkpoint-2"
     assert not (tmp_path / "run/final").exists()
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_one_of_several_processes_ends_at_once_with_its_status(several, monkeypatch, tmp_path):
+    ended = []
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: several)
+    monkeypatch.setattr("os._exit", ended.append)
+    missing = str(tmp_path / "nothing.jsonl")
+    assert main(["cdpo", "--model", str(tmp_path), "--pairs", missing, "--out", str(tmp_path / "run")]) == 2
+    assert ended == ([2] if several else [])

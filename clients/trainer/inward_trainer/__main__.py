@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -93,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger(name).setLevel(logging.INFO)
     try:
         status: int = import_module(args.module).run(read_options(args.options, args))
-        _leave()
+        _end_if_several(status)
         return status
     except KeyboardInterrupt:
         problem, status = "interrupted; the same command goes on from the last checkpoint", 128 + signal.SIGINT
@@ -103,14 +104,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         problem, status = found, 2
     print(f"inward-train {args.command}: {problem}", file=sys.stderr)
+    _end_if_several(status)
     return status
 
 
-def _leave() -> None:
-    """Ends what the processes of one run talk through. Its threads may abort a process that ends while they run."""
+def _end_if_several(status: int) -> None:
+    """Ends a process of a run of several at once, without taking Python down: gloo's threads let go of tensors after
+    the last exchange, and one that asks for Python's lock while Python ends aborts the process.
+    """
     distributed = sys.modules.get("torch.distributed")  # where none of it was used, it is not imported for this
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def mendable(error: Exception) -> str | None:
