@@ -3,6 +3,7 @@ client, ``tests/litellm`` a real proxy."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ ACCEPTABLE = {"acceptable": {"rates": [0.01, 0.5], "scores": [5.0, 50.0]}}
 ASK = {"type": "predicate", "instructions": "?"}
 CHOICE = {"type": "choice", "instructions": "?"}
 SHOWN = {"role": "user", "content": [{"type": "input_image"}]}
+LEVELS = [{"label": "low"}, {"label": "high"}]
 DECILES = {"score_deciles": [10.0, 20.0, 30.0, 40.0, 50.0, 60.0, 70.0, 80.0, 90.0]}
 
 
@@ -132,9 +134,65 @@ async def test_a_response_is_judged_after_what_was_asked_and_a_request_by_itself
         assert "".join(map(chr, group.prompt_ids)).startswith(begins)
 
 
-async def test_the_setting_names_the_head_that_guards(api):
-    from dataclasses import replace
+@pytest.mark.parametrize(
+    ("content", "begins"),
+    [
+        ([{"type": "text", "text": "Well?"}, {"type": "image_url", "image_url": {"url": "data:"}}], "Well?"),
+        ([{"type": "image_url", "image_url": {"url": "data:"}}], "\n\n"),  # nothing to be read: no context
+    ],
+)
+async def test_text_only_lets_images_pass_in_the_context_of_a_response_too(api, content, begins):
+    body = {
+        "input_type": "response",
+        "texts": ["long enough"],
+        "structured_messages": [{"role": "user", "content": content}],
+    }
+    path = "/beta/litellm_basic_guardrail_api"
+    refused = await api.post(path, body)
+    assert (refused.status_code, error(refused)["param"][:-1]) == (422, "structured_messages.0.content.")
+    await post(api, path, {**body, "additional_provider_specific_params": {"text_only": True}})
+    (group,) = api.intake.calls[-1]["groups"]
+    assert "".join(map(chr, group.prompt_ids)).startswith(begins)
 
+
+STRICTER = {"acceptable": {"rates": [0.01, 0.5], "scores": [12.0, 50.0]}, "score_deciles": [1.0 + i for i in range(9)]}
+VERDICTS = [
+    ("/v1/moderations", {"input": "long enough"}, lambda body: body["results"][0]["flagged"]),
+    ("/beta/litellm_basic_guardrail_api", {"texts": ["long enough"]}, lambda body: body["action"] == "BLOCKED"),
+    (
+        "/v1/decisions",
+        {
+            "input": "long enough",
+            "questions": [{"type": "score", "name": HYBRID.name, "instructions": "", "levels": LEVELS}],
+        },
+        lambda body: body["answers"][0]["score"] == 1.0,
+    ),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "strict"), VERDICTS)
+async def test_a_head_that_is_switched_meanwhile_is_judged_by_its_own_thresholds(api, path, body, strict):
+    """What is known is of the version that is active when the request begins; its texts are read by the next one."""
+    score, known = api.intake.score, api.head_control
+
+    async def after_a_switch(*args: Any, **options: Any) -> Any:
+        api.refs[HYBRID.name] = known.refs[HYBRID.name] = replace(HYBRID, version=HYBRID.version + 1)
+        known.calibrations[HYBRID.name] = STRICTER
+        return await score(*args, **options)
+
+    assert not strict(await post(api, path, body))
+    api.intake.score = after_a_switch
+    assert strict(await post(api, path, body))
+
+
+@pytest.mark.parametrize(("path", "body", "strict"), VERDICTS)
+async def test_without_the_thresholds_of_the_version_that_read_there_is_no_verdict(api, path, body, strict):
+    api.intake.outcome = lambda i, s: replace(s, heads=tuple(replace(head, version=99) for head in s.heads))
+    response = await api.post(path, body)
+    assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+
+
+async def test_the_setting_names_the_head_that_guards(api):
     from inward.api.app import create_app
 
     api.services = replace(api.services, guard_head=LEGEND.name)
@@ -167,8 +225,6 @@ async def test_questions_are_answered_in_their_order_by_those_who_can(api):
 
 
 async def test_a_question_joins_the_input_where_two_turns_of_the_user_may_not_follow_each_other(api):
-    from dataclasses import replace
-
     from inward.api.app import create_app
     from inward.prompts import Prompts
     from support.chat_templates import tokenizer_of

@@ -164,6 +164,27 @@ def test_asleep_it_answers_nobody_and_awake_it_reads_as_before(backbone: VllmBac
     asyncio.run(scenario())
 
 
+def test_what_began_as_it_woke_is_waited_for_before_it_sleeps_again_and_nothing_else_begins(
+    backbone: VllmBackbone,
+) -> None:
+    async def scenario() -> None:
+        engine, drawing = backbone._engine, Group(PROMPT, sampling=SPEC)
+        asyncio.run_coroutine_threadsafe(engine._switching.acquire(), engine._loop).result()  # as /wake holds it
+        sleeping = asyncio.create_task(backbone.sleep())
+        await until(lambda: backbone.asleep)
+        engine.asleep = False  # as /wake leaves it
+        begun = asyncio.create_task(backbone.sample_and_read(drawing, [PLAIN]))
+        await until(lambda: bool(engine._tasks))
+        engine._loop.call_soon_threadsafe(engine._switching.release)
+        await until(lambda: backbone.asleep)
+        assert not begun.done()
+        await sleeping
+        assert backbone.asleep and begun.done() and len((await begun)[0]) == SPEC.n
+        await backbone.wake()
+
+    asyncio.run(scenario())
+
+
 def test_a_caller_that_leaves_ends_all_of_it(backbone: VllmBackbone) -> None:
     async def scenario() -> None:
         spec = replace(SPEC, max_tokens=500, early_rejection=EarlyRejection(0.5, (400,)))

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 
 from inward.api.candidates import Candidates, candidates
 from inward.api.compat import POINTWISE, Conversation
 from inward.api.scoring import Deadline
 from inward.api.services import Services
-from inward.api.verdicts import read
+from inward.api.verdicts import judged
 from inward.errors import InvalidField, NotFound
 from inward.heads.calibration import Deciles
-from inward.types import Kind, Scored, Usage
+from inward.types import HeadRef, Kind, Scored, Scores, Usage
 from inward.wire import RerankRequest
 from inward.wire.compat import conversation
 from inward.wire.verdicts import (
@@ -31,6 +32,14 @@ RANKERS: tuple[Kind, ...] = ("srr", "hybrid", "legend", "ensemble")
 Decision = PredicateDecision | ChoiceDecision | ScoreDecision | Refusal
 
 
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A head, and how its scores are spread, if that is known."""
+
+    ref: HeadRef
+    deciles: Deciles | None
+
+
 async def decide(services: Services, request: DecisionRequest) -> tuple[list[Decision], Usage]:
     """Answers in the order of the questions, and what they cost.
 
@@ -43,10 +52,14 @@ async def decide(services: Services, request: DecisionRequest) -> tuple[list[Dec
     turns = [{"role": "user", "content": given}] if isinstance(given, str) else given
     named = [None if one.type == "choice" else _head(services, request, one) for one in request.questions]
     heads = sorted({name for name in named if name is not None})
+    known: dict[str, Known] = {}
     usage = Usage()
     scored: Scored | None = None
     if heads:
-        (scored,) = await read(services, [_judged(turns)], heads, "input", deadline)
+        found, (scored,) = await judged(
+            services, [_judged(turns)], lambda: [_known(services, name) for name in heads], "input", deadline
+        )
+        known = {one.ref.name: one for one in found}
         usage += scored.usage
     answers: list[Decision] = []
     for i, (question, name) in enumerate(zip(request.questions, named, strict=True)):
@@ -56,7 +69,7 @@ async def decide(services: Services, request: DecisionRequest) -> tuple[list[Dec
         elif name is None or scored is None:
             answer = Refusal(name=question.name)
         else:
-            answer = _answer(services, question, name, scored, heads.index(name))
+            answer = _answer(question, known[name], scored.scores[heads.index(name)])
         answers.append(answer)
     return answers, usage
 
@@ -82,18 +95,21 @@ def _head(services: Services, request: DecisionRequest, question: Question) -> s
         return None
 
 
-def _answer(services: Services, question: Question, name: str, scored: Scored, head: int) -> Decision:
-    scores = scored.scores[head]
+def _known(services: Services, name: str) -> Known:
+    ref = services.heads.resolve(name, POINTWISE)
+    return Known(ref, Deciles.load(services.heads.show(name).get("calibration") or {}))
+
+
+def _answer(question: Question, head: Known, scores: Scores) -> Decision:
     if question.type == "predicate":
         probability = scores.probability(0)
         if probability is None:  # not calibrated for it
             return Refusal(name=question.name)
         return PredicateDecision(name=question.name, probability=probability)
-    deciles = Deciles.load(services.heads.show(name).get("calibration") or {})
     score = scores.scores_N[0]
-    if deciles is None or score is None:
+    if head.deciles is None or score is None:
         return Refusal(name=question.name)
-    return _levels(question.name, question.levels or [], deciles.quantile(score))
+    return _levels(question.name, question.levels or [], head.deciles.quantile(score))
 
 
 def _levels(name: str | None, levels: Sequence[Level], quantile: float) -> ScoreDecision:

@@ -211,13 +211,16 @@ async def score_groups(
     switches = 0
     while stale := _stale(outcomes, latest):
         if (switches := switches + 1) > MOST_SWITCHES:
-            raise Unavailable(
-                "the head was switched again and again during this request; send it again", retry_after=1.0
-            )
+            raise switched_too_often()
         latest = await score([groups[i] for i in stale])
         for i, outcome in zip(stale, latest, strict=True):
             outcomes[i] = outcome
     return outcomes
+
+
+def switched_too_often() -> Unavailable:
+    """Why a request during which heads were switched again and again has no answer."""
+    return Unavailable("the head was switched again and again during this request; send it again", retry_after=1.0)
 
 
 async def charge(services: Services, groups: Sequence[Group]) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from inward.api.compat import POINTWISE, Conversation, unit
-from inward.api.scoring import Deadline, score_groups, tokenise
+from inward.api.scoring import MOST_SWITCHES, Deadline, score_groups, switched_too_often, tokenise
 from inward.api.services import Services
 from inward.errors import InvalidField, InwardError, NotFinite, NotFound
 from inward.heads.calibration import Acceptable
@@ -66,6 +67,41 @@ def judge(services: Services, name: str | None, rate: float | None, param: str =
     if acceptable is None:
         raise InvalidField(f"head {ref.name!r} is not calibrated for thresholds; {_fit_again()}", param=param)
     return Judge(ref, acceptable.threshold(rate), rate, acceptable.estimated)
+
+
+class OfHead(Protocol):
+    """What is known of one version of a head."""
+
+    @property
+    def ref(self) -> HeadRef: ...
+
+
+K = TypeVar("K", bound=OfHead)
+
+
+async def judged(
+    services: Services,
+    conversations: Sequence[Conversation],
+    known: Callable[[], Sequence[K]],
+    field: str,
+    deadline: Deadline | None = None,
+) -> tuple[Sequence[K], list[Scored]]:
+    """Each text, which came in the request's ``field``, by all heads of ``known`` in one pass; and what is known of
+    those versions that have read them: a threshold is no other version's.
+
+    Raises:
+        InwardError: as ``read`` and ``known``; or heads were switched again and again meanwhile.
+    """
+    asked = known()
+    for _ in range(MOST_SWITCHES):
+        scored = await read(services, conversations, [one.ref.name for one in asked], field, deadline)
+        if _by(asked, scored) or _by(asked := known(), scored):
+            return asked, scored
+    raise switched_too_often()
+
+
+def _by(asked: Sequence[OfHead], scored: Sequence[Scored]) -> bool:
+    return all(one.heads == tuple(known.ref for known in asked) for one in scored)
 
 
 async def read(

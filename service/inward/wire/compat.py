@@ -149,6 +149,7 @@ class VerifyRequest(BaseModel):
 
 TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
 """Types of the parts of a message's content that are text."""
+OF_TEXT = TEXT_PARTS | {"refusal"}
 UNSAID = ("reasoning_content", "reasoning", "thinking", "audio", "images")
 """Fields of a message that hold something else than what was said; one that has nothing else is no empty answer."""
 
@@ -172,6 +173,14 @@ def message(turn: dict[str, Any], where: str) -> dict[str, str]:
             f"{where}.content is empty beside {unsaid!r}: there is no text to score", param=f"{where}.content"
         )
     return {"role": turn["role"], "content": text_of(content, f"{where}.content")}
+
+
+def texts_of(turn: dict[str, Any]) -> dict[str, Any]:
+    """A chat message without what is no text: images, tool calls."""
+    content = turn.get("content")
+    if isinstance(content, list):
+        content = [part for part in content if isinstance(part, dict) and part.get("type", "text") in OF_TEXT]
+    return {name: turn[name] for name in ("role", "refusal") if name in turn} | {"content": content}
 
 
 def conversation(given: str | list[dict[str, Any]], field: str) -> str | list[dict[str, str]]:

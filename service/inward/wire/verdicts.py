@@ -10,7 +10,7 @@ from pydantic import Discriminator, Field, StrictBool, StrictStr, Tag
 
 from inward.errors import InvalidField
 from inward.wire.base import Lenient, Wire
-from inward.wire.compat import HeadName, ModelRequest, TextOrMessages, text_of
+from inward.wire.compat import HeadName, ModelRequest, TextOrMessages, conversation, text_of, texts_of
 from inward.wire.requests import Text
 
 Rate = Annotated[float, Field(gt=0, le=0.5)]
@@ -116,6 +116,23 @@ class GuardrailRequest(Lenient):
         if params is not None and params.text_only:
             return None
         return "images" if self.images else "tool_calls" if self.tool_calls else None
+
+    def context(self) -> str | list[dict[str, str]]:
+        """What a response answers, where that came with it; none, if a turn has no text and may pass unread.
+
+        Raises:
+            InvalidField: a turn holds what can't be judged.
+        """
+        turns = list(self.structured_messages or []) if self.input_type == "response" else []
+        while turns and turns[-1].get("role") == "assistant":
+            turns.pop()
+        params, field = self.additional_provider_specific_params, "structured_messages"
+        if params is None or not params.text_only:
+            return conversation(turns or "", field)
+        try:
+            return conversation([texts_of(turn) for turn in turns] or "", field)
+        except InvalidField:
+            return ""
 
 
 class GuardrailAnswer(Wire):

@@ -14,9 +14,9 @@ from inward.api.compat import Conversation
 from inward.api.decisions import decide
 from inward.api.errors import OVER_QUOTA, RESPONSES
 from inward.api.services import FromApp, Services
-from inward.api.verdicts import Judge, badness, judge, judges, raw, read
+from inward.api.verdicts import Judge, badness, judge, judged, judges, raw
 from inward.errors import InvalidField, NotFound
-from inward.types import Prompt, Scored, slowest
+from inward.types import Scored, slowest
 from inward.wire.compat import conversation
 from inward.wire.verdicts import (
     DecisionAnswer,
@@ -40,10 +40,9 @@ async def moderate(request: ModerationRequest, services: FromApp) -> Response:
     threshold is set by the share of acceptable texts that it flags by mistake: `false_positives`, else the setting
     `INWARD_FALSE_POSITIVES`.
     """
-    asked = _moderators(services, request)
     prompt = conversation(request.prompt or "", "prompt")
     conversations = [Conversation(prompt, text) for text in request.texts()]
-    scored = await read(services, conversations, [one.ref.name for one in asked], "input")
+    asked, scored = await judged(services, conversations, lambda: _moderators(services, request), "input")
     answer = ModerationAnswer(
         id=f"modr-{uuid.uuid4().hex}", model=services.model, results=[_moderation(asked, one) for one in scored]
     )
@@ -72,10 +71,13 @@ async def guard(request: GuardrailRequest, services: FromApp) -> Response:
     params = request.additional_provider_specific_params or GuardrailParams()
     if field := request.unread():
         raise InvalidField(f"{field} can't be judged by a head of texts; `text_only` lets them pass", param=field)
-    one = judge(services, params.head or services.guard_head, params.false_positives)
-    texts = [text for text in request.texts or [] if text.strip()]
-    conversations = [Conversation(_context(request), text) for text in texts]
-    scored = await read(services, conversations, [one.ref.name], "texts") if texts else []
+    context = request.context()
+    conversations = [Conversation(context, text) for text in request.texts or [] if text.strip()]
+
+    def named() -> list[Judge]:
+        return [judge(services, params.head or services.guard_head, params.false_positives)]
+
+    (one,), scored = await judged(services, conversations, named, "texts") if conversations else (named(), [])
     lowest = min((raw(text, 0) for text in scored), default=one.threshold)
     blocked = lowest < one.threshold
     answer = GuardrailAnswer(
@@ -103,16 +105,6 @@ def _moderation(asked: Sequence[Judge], scored: Scored) -> Moderation:
         category_applied_input_types={name: ["text"] for name in flags},
         inward={one.ref.name: one.verdict(scores[one.ref.name]) for one in asked},
     )
-
-
-def _context(request: GuardrailRequest) -> Prompt:
-    """What a response answers, where that came with it."""
-    turns = request.structured_messages or []
-    if request.input_type == "request" or not turns:
-        return ""
-    while turns and turns[-1].get("role") == "assistant":
-        turns = turns[:-1]
-    return conversation(turns or "", "structured_messages")
 
 
 def _timing(scored: Sequence[Scored]) -> dict[str, str]:

@@ -84,7 +84,7 @@ class Engine:
 
     def _begin(self, loop: asyncio.AbstractEventLoop) -> None:
         self.error: str | None = None
-        self.asleep = False
+        self.asleep = self._sleeps = False  # what is asleep or about to be takes no calls
         self._llm, self._loop = None, loop
         self._switching = asyncio.Lock()
         self._ids = (f"inward-{number}" for number in itertools.count())
@@ -143,15 +143,16 @@ class Engine:
         """Nothing new begins from now on, and what is under way ends first, even if the caller leaves meanwhile."""
 
         async def alone() -> None:
-            try:
-                async with self._switching:
-                    if others := self._tasks - {asyncio.current_task()}:
-                        await asyncio.wait(others)
-                    await self._answer(switch(self._alive))
-                self.asleep = asleep
-            except BaseException:
-                self.asleep = not asleep
-                raise
+            async with self._switching:
+                self.asleep = True  # a switch that ended meanwhile may have let calls in
+                try:
+                    if self._sleeps != asleep:
+                        if others := self._tasks - {asyncio.current_task()}:
+                            await asyncio.wait(others)
+                        await self._answer(switch(self._alive))
+                        self._sleeps = asleep
+                finally:
+                    self.asleep = self._sleeps
 
         if self.dead:
             raise EngineDead(f"the backbone cannot compute any more: {self.dead}")
