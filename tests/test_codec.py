@@ -42,7 +42,7 @@ SCORED = Scored(
     (Sample((4, 5), "text", "stop"),),
     Timing(0.5, 0.125),
 )
-FAILED = Failed("a1", "not_found", "no head 'x'", Timing(0.5, 0.0))
+FAILED = Failed("a1", "not_found", "no head 'x'", Timing(0.5, 0.0), param="head")
 
 
 @pytest.mark.parametrize("outcome", [SCORED, FAILED])
@@ -71,6 +71,14 @@ def test_a_job_of_a_replica_that_knows_nothing_of_pieces_is_not_told():
     fields = msgspec.msgpack.decode(codec.encode(replace(JOB, told=True))[2:])
     assert fields.pop("told") is True
     assert codec.decode_job(codec.encode(JOB)[:2] + msgspec.msgpack.encode(fields)) == JOB
+
+
+def test_a_failure_of_a_worker_that_does_not_say_what_is_to_blame_is_read():
+    fields = msgspec.msgpack.decode(codec.encode(FAILED)[2:])
+    assert fields.pop("param") == "head"
+    assert codec.decode_outcome(codec.encode(FAILED)[:2] + msgspec.msgpack.encode(fields)) == replace(
+        FAILED, param=None
+    )
 
 
 ids = st.lists(st.integers(0, 2**31 - 1), max_size=20).map(tuple)

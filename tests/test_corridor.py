@@ -59,6 +59,7 @@ async def test_a_head_that_does_not_exist_and_a_detail_it_does_not_have_fail_alo
     assert isinstance(fine[0], Scored)
     assert isinstance(missing[0], NotFound)
     assert isinstance(refused[0], InvalidField)
+    assert refused[0].param == "detail"
 
 
 async def test_more_than_the_queue_holds_is_refused_and_nothing_is_half_admitted():

@@ -86,7 +86,7 @@ class Engine:
             )
             defect = None if isinstance(error, InwardError) else error
             logs.event(LOG, "job_failed", job=jobs[0].id, code=failure.code, error=defect)
-            return [Failed(jobs[0].id, failure.code, failure.message)]
+            return [_failed(jobs[0], failure)]
 
     async def _together(self, jobs: Sequence[Job], snapshot: Snapshot, tell: Tell | None) -> list[Outcome]:
         heads = {name: snapshot.resolve(name) for job in jobs for name in job.heads}
@@ -191,7 +191,7 @@ class Engine:
                 for name in job.heads
             ]
         except InwardError as error:  # a detail that this head does not have: this job's fault alone
-            return Failed(job.id, error.code, error.message)
+            return _failed(job, error)
         read = [n for n in range(len(group.responses_ids)) if not samples or samples[n].finished]
         scores = [_alike(score, group.responses_ids, read) for score in scores]
         for name, score in zip(job.heads, scores, strict=True):
@@ -204,6 +204,10 @@ class Engine:
             job.id, refs, tuple(scores), reading.policy_version, usage, samples,
             fingerprint=info.fingerprint, dtype=info.dtype,
         )  # fmt: skip
+
+
+def _failed(job: Job, error: InwardError) -> Failed:
+    return Failed(job.id, error.code, error.message, param=error.param)
 
 
 def _usage(group: Group, samples: Sequence[Sample], cached: int) -> Usage:

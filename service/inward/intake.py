@@ -279,4 +279,6 @@ def _late(timeout: float) -> DeadlineExceeded:
 
 
 def _value(outcome: Outcome) -> Scored | InwardError:
-    return from_code(outcome.code, outcome.message) if isinstance(outcome, Failed) else outcome
+    if isinstance(outcome, Failed):
+        return from_code(outcome.code, outcome.message, param=outcome.param)
+    return outcome

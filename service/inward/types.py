@@ -423,6 +423,8 @@ class Failed:
     code: str
     message: str
     timing: Timing = field(default_factory=Timing)
+    param: str | None = None
+    """Field of the request to blame, where that is not the whole job."""
 
 
 Outcome = Scored | Failed

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inward.errors import DataError, HeadError, InvalidField
+from inward.errors import DataError, HeadError, InvalidField, NotFound
 from inward.heads.base import BackboneRef, Manifest
 from inward.heads.guard import GuardThresholds, guard_threshold
 from inward.heads.legend import LegendHead
@@ -33,6 +33,8 @@ class Heads:
         self._heads = {one.ref.name: one for one in heads}
 
     def resolve(self, name):
+        if name not in self._heads:
+            raise NotFound(f"there is no head {name!r}", param="head")
         return self._heads[name]
 
     def value_of(self, name):
@@ -228,3 +230,16 @@ def test_who_ended_early_is_final_once_the_points_that_it_reached_have_passed_an
     assert decided == []
     assert set(looks.look({2: [middle]}, [])) == {1}
     assert decided == [[True, False, False]]
+
+
+@pytest.mark.parametrize(
+    ("asked", "param"),
+    [
+        ({"stop_when": StopRule("gone", below=0.0)}, "stop_when.head"),
+        ({"early_rejection": EarlyRejection(keep=0.5, at=(4,), head="gone")}, "early_rejection.head"),
+    ],
+)
+def test_a_head_that_was_unloaded_meanwhile_is_blamed_on_who_named_it(asked, param):
+    with pytest.raises(NotFound) as refused:
+        watch(SamplingSpec(2, **asked), "plain", Heads(head()))
+    assert refused.value.param == param

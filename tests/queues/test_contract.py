@@ -86,6 +86,14 @@ async def test_each_caller_gets_its_own_outcome_once(opened):
         assert await q.tokens() == 0
 
 
+async def test_a_failure_says_which_field_is_to_blame(opened):
+    async with opened() as q:
+        (wait,) = await q.producer.submit([job("a")])
+        await q.consumer.take(1000)
+        await q.consumer.settle([Failed("a", "invalid_field", "not calibrated", param="stop_when.fpr")])
+        assert (await wait).param == "stop_when.fpr"
+
+
 async def test_pieces_come_in_order_before_the_outcome_to_who_wants_them(opened):
     async with opened() as q:
         heard = []

@@ -86,11 +86,13 @@ class FakeInward:
 
     def _policy(self, method, body):
         if method == "POST" and body["version"] != self.policy:
-            if (
-                body["version"] != "base"
-                and not (self.adapters / body["version"] / "adapter_model.safetensors").is_file()
-            ):
-                return 404, {"error": {"message": "no such adapter"}}
+            if body["version"] != "base":
+                if self.adapters is None:
+                    return 409, {"error": {"message": "there is no adapters folder", "param": "version"}}
+                if not (folder := self.adapters / body["version"]).is_dir():
+                    return 404, {"error": {"message": "no such adapter", "param": "version"}}
+                if not (folder / "adapter_model.safetensors").is_file():
+                    return 422, {"error": {"message": "it holds no matrices", "param": "version"}}
             self.policies.append(body["version"])
         return 200, {"policy_version": self.policy, "available": [], "history": []}
 

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -16,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from inward_trainer import cdpo, loop
 from inward_trainer.errors import DataError, DivergedError, OptionsError, ServiceError
 from inward_trainer.fingerprint import fingerprint
-from inward_trainer.journal import Journal
+from inward_trainer.journal import Journal, Step
 from inward_trainer.logs import read_log
 from inward_trainer.loop import HeadUpdates
 from inward_trainer.losses import cdpo_loss
@@ -362,6 +363,83 @@ def test_a_run_that_goes_on_says_which_options_differ_and_refuses_what_can_not(w
     assert steps_of(run)[:2] == before
 
 
+def test_a_run_that_failed_before_it_took_anything_begins_anew_with_other_options(world, tmp_path, capsys):
+    fake, run = world
+    original = fake.answer
+
+    def refusing(method, path, body):
+        if path == "/rerank" and body.get("early_rejection"):
+            return 422, {"error": {"message": "not so small a loss", "param": "early_rejection.max_loss"}}
+        return original(method, path, body)
+
+    fake.answer = refusing
+    wrong = {"lora_rank": 8, "accumulate": 2, "update_head": False, "early_rejection": {"max_loss": 0.01}}
+    wrong["model"] = str(write_policy(tmp_path / "another", seed=9))
+    with pytest.raises(ServiceError, match="not so small a loss"):
+        cdpo.run(run.model_copy(update=wrong))
+    assert cdpo.run(run) == 0
+    said = capsys.readouterr().err
+    assert "begins anew, with other options than before: --lora-rank 8 → 4; --model: another model" in said
+    assert "4 → 2 pairs a step" in said and "without --update-head" in said
+    looks = [line for line in read_log(run.out / "log.jsonl") if "policy_version" in line]
+    assert [look["step"] for look in looks] == [0, 2, 4, 6] and len(fake.updates) == STEPS
+    drawn = [body for path, body in fake.asked if path == "/rerank" and body["n"] == 1]  # two of each, for KL as well
+    assert len(drawn) == 2 * run.held_out_prompts * (1 + len(looks)), "what was said of the other model is forgotten"
+    with pytest.raises(OptionsError, match="Choose another --out"):
+        cdpo.run(run.model_copy(update=wrong))
+
+
+def test_a_run_of_which_only_the_policy_was_kept_is_not_begun_anew(world):
+    _, run = world
+    run = run.model_copy(update={"steps": 1, "adapters": None, "held_out": None})
+    cdpo.run(run)
+    shutil.rmtree(run.out / "checkpoints")
+    shutil.rmtree(run.out / "journal")
+    with pytest.raises(OptionsError, match="Choose another --out"):
+        cdpo.run(run.model_copy(update={"lora_rank": 8}))
+
+
+@pytest.mark.parametrize(
+    ("theirs", "said"),
+    [
+        (None, "--adapters: the service can load nothing: there is no adapters folder"),
+        ("elsewhere", "--adapters: the service does not find what is published in .*adapters: give the folder"),
+    ],
+)
+def test_a_service_that_can_not_load_what_is_published_is_told_before_anything_is_drawn(world, tmp_path, theirs, said):
+    fake, run = world
+    fake.adapters = theirs and tmp_path / theirs
+    with pytest.raises(OptionsError, match=said):
+        cdpo.run(run)
+    assert not fake.drawn and not list(run.adapters.iterdir())
+    fake.adapters = run.adapters
+    assert cdpo.run(run.model_copy(update={"steps": 1})) == 0
+
+
+def test_a_key_that_may_not_switch_policies_is_told_before_anything_is_drawn(world):
+    fake, run = world
+    original = fake.answer
+
+    def forbidding(method, path, body):
+        if path == "/policy" and method == "POST":
+            return 403, {"error": {"message": "this key has not the scope admin"}}
+        return original(method, path, body)
+
+    fake.answer = forbidding
+    with pytest.raises(ServiceError, match="403: this key has not the scope admin"):
+        cdpo.run(run)
+    assert not fake.drawn and not list(run.adapters.iterdir())
+
+
+def test_samples_that_may_be_longer_than_the_model_takes_are_refused_before_anything_is_drawn(world):
+    fake, run = world
+    fake.about = {"limits": {"tokens": 100}}
+    with pytest.raises(OptionsError, match=r"--sampling: max_tokens is 99, .* takes 100 tokens"):
+        cdpo.run(run.model_copy(update={"sampling": {"max_tokens": 99}}))
+    assert not fake.drawn
+    assert cdpo.run(run.model_copy(update={"sampling": {"max_tokens": 98}, "steps": 1})) == 0
+
+
 def test_secrets_are_not_written_down(world):
     _, run = world
     secrets = {"api_key": SecretStr("sesame"), "redis_url": "redis://:open@host", "training": {"hub_token": "hf_x"}}
@@ -374,6 +452,7 @@ def test_secrets_are_not_written_down(world):
 def test_head_updates_can_not_begin_in_the_middle_of_a_run(world):
     _, run = world
     new_run(run.model_copy(update={"update_head": False}), BATCH, fingerprint(Path(run.model)))
+    Journal(run.out / "journal").write(Step(1, (), (), None))
     with pytest.raises(OptionsError, match="without --update-head"):
         cdpo.run(run)
 

@@ -1,5 +1,6 @@
 import argparse
 import errno
+import re
 
 import pytest
 import torch
@@ -124,6 +125,49 @@ def test_the_streams_key_is_the_services(tmp_path):
         assert stream_key(CdpoOptions(**given, stream="dpo")) == key.scores("dpo")
 
 
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        (b"beta = \n", "mine.toml is no TOML: Invalid value (at line 1, column 8)"),
+        (b"\xff\xfe", "mine.toml is no TOML: 'utf-8' codec can't decode byte 0xff"),
+        (b'beta = "x"', "mine.toml: beta: Input should be a valid number"),
+        (b"teapot = 3", "mine.toml: teapot is no option of this command"),
+        (b'sampling = "{"', "mine.toml: sampling: "),
+        (None, "mine.toml can't be read: Is a directory"),
+    ],
+)
+def test_a_recipe_that_can_not_be_used_is_named(written, said, tmp_path):
+    recipe = tmp_path / "mine.toml"
+    recipe.mkdir() if written is None else recipe.write_bytes(written)
+    with pytest.raises(OptionsError, match=re.escape(said)) as refused:
+        read(["--recipe", str(recipe)])
+    assert str(recipe) in str(refused.value)
+
+
+def test_a_value_is_blamed_on_where_it_was_given(tmp_path):
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('beta = "x"\nsteps = 0\n')
+    with pytest.raises(OptionsError) as refused:
+        read(["--recipe", str(recipe), "--beta", "y"], {"INWARD_TRAIN_GAMMA": "2"})
+    named = [problem.rpartition(": ")[0] for problem in str(refused.value).split("; ")]
+    assert sorted(named) == sorted(["--beta", "INWARD_TRAIN_GAMMA", f"--recipe {recipe}: steps"])
+
+
+@pytest.mark.parametrize("words", [["cdpo"], ["rm"], ["export"], ["paper", "--tables", "report"]], ids=lambda w: w[0])
+@pytest.mark.parametrize("there", ["file", "file/below", "nowhere"])
+def test_a_file_in_the_place_of_a_folder_is_told_before_anything_is_done(words, there, capsys, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "nowhere").symlink_to(tmp_path / "missing")
+    out = tmp_path / there
+    assert main([*words, "--out", str(out)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    in_the_way = tmp_path / there.partition("/")[0]
+    assert line == f"inward-train {words[0]}: --out: {in_the_way} is there and is no folder: name another"
+    if words == ["cdpo"]:
+        with pytest.raises(OptionsError, match=r"--adapters: .* is no folder"):
+            read(["--adapters", str(out)])
+
+
 PAIRS = ["--pairs", "no-such-pairs.jsonl"]
 
 
@@ -166,6 +210,11 @@ def test_an_error_that_can_be_mended_is_one_line(words, said, capsys, tmp_path):
             "disk is full",
         ),
         (PermissionError(errno.EACCES, "Permission denied", "/run.json"), "/run.json can't be written or read"),
+        (
+            NotADirectoryError(errno.ENOTDIR, "Not a directory", "out/journal/1"),
+            "out/journal/1 can't be written or read",
+        ),
+        (OSError(errno.EROFS, "Read-only file system", "out/lock"), "out/lock can't be written or read: Read-only"),
         (ModuleNotFoundError("no", name="trackio"), "pip install trackio"),
         (torch.OutOfMemoryError("CUDA out of memory"), "a smaller --batch-size"),
         (KeyError("a defect"), None),

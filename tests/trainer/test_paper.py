@@ -163,6 +163,27 @@ def test_a_folder_is_of_one_setting_and_of_any_seeds(policy, data, tmp_path):
     assert paper.run(options(policy, data, tmp_path, tables=["report"], sizes={"steps": 8})) == 0
 
 
+def test_a_folder_of_a_former_version_has_its_report_and_keeps_its_device(policy, data, tmp_path):
+    def ran(*tables):
+        assert paper.run(options(policy, data, tmp_path, tables=[*tables], minutes=1e-9)) == 0
+        return (tmp_path / "report.md").read_text(), json.loads((tmp_path / "setting.json").read_text())
+
+    _, setting = ran("srr")
+    del setting["devices"]
+    (tmp_path / "setting.json").write_text(json.dumps(setting | {"device": "cuda, a GPU"}))
+    assert "on cuda, a GPU, in " in ran("report")[0]
+    text, setting = ran("srr")
+    assert setting["devices"] == ["cuda, a GPU", "cpu, no GPU"] and "on cuda, a GPU; cpu, no GPU, in " in text
+    (tmp_path / "setting.json").write_text(json.dumps({n: v for n, v in setting.items() if n != "precision"}))
+    assert "on cuda, a GPU; cpu, no GPU; seeds 0" in ran("report")[0]
+
+
+@pytest.mark.parametrize("device", ["gpu", "meta", "cuda:77"])
+def test_a_device_that_is_not_there_is_named(policy, data, tmp_path, device):
+    with pytest.raises(OptionsError, match=f"--device {device}: "):
+        paper.run(options(policy, data, tmp_path / "out").model_copy(update={"device": device}))
+
+
 def test_where_time_is_up_rows_say_so(policy, data, tmp_path):
     assert paper.run(options(policy, data, tmp_path, tables=["srr"], minutes=1e-9, sizes={"steps": 7})) == 0
     assert json.loads((tmp_path / "setting.json").read_text())["sizes"]["steps"] == 7

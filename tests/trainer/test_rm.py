@@ -114,11 +114,34 @@ def test_margins_come_from_the_service_once(policy, tmp_path):
     assert len([path for path, _ in fake.asked if path == "/margin"]) == 1
     constant = rows_of(run.model_copy(update={"margins": "constant"}), fake)
     assert {row.margin for row in constant} == {sum(bins) / 8}
+    (run.out / "final").mkdir()
     with pytest.raises(DataError, match="not of --head another"):
         rows_of(run.model_copy(update={"head": "another"}), fake)
     write_rows(run.pairs, rows(8)[::-1])  # a row's number alone is not the pair
     with pytest.raises(DataError, match="of 8 other pairs than the 8"):
         rows_of(run, fake)
+
+
+def test_margins_of_other_pairs_or_another_head_keep_no_run_from_beginning(policy, tmp_path):
+    heads = ({"name": "legend", "kind": "legend"}, {"name": "another", "kind": "legend"})
+    fake, run = FakeInward(heads=heads), options(policy, tmp_path, epochs=1)
+    rows_of(run, fake)
+    write_rows(run.pairs, rows(4))
+    assert {row.id for row in rows_of(run, fake)} == {"0", "1", "2", "3"}
+    rows_of(run.model_copy(update={"head": "another"}), fake)
+    assert [body["head"] for path, body in fake.asked if path == "/margin"] == ["legend", "legend", "another"]
+
+
+def test_a_reward_model_that_was_not_begun_is_begun_anew_with_another_one(policy, tmp_path, capsys):
+    with served(FakeInward()) as url:
+        run = options(policy, tmp_path, url=url, steps=1)
+        wrong = {"model": str(write_policy(tmp_path / "another", seed=9)), "attn_implementation": "no-such-attention"}
+        with pytest.raises(OptionsError, match="can't be loaded"):
+            rm.run(run.model_copy(update=wrong))
+        first = (run.out / "margins.jsonl").stat().st_ino
+        assert rm.run(run) == 0
+    assert "begins anew, with other options than before: --model: another model" in capsys.readouterr().err
+    assert (run.out / "margins.jsonl").stat().st_ino != first, "the service serves another model now"
 
 
 def test_what_is_dropped_is_written_down_with_its_reason(policy, tmp_path, caplog):

@@ -149,6 +149,40 @@ def test_a_request_that_is_wrong_for_every_prompt_ends_the_draw_and_one_prompt_d
             asked.draw(draws(3), 2, {"top_k": -1}, "hybrid")
 
 
+@pytest.mark.parametrize(
+    ("status", "param", "ends"),
+    [
+        (422, "prompt", False),
+        (422, "prompt.0.role", False),
+        (413, "prompt", False),
+        (413, "sampling.max_tokens", False),
+        (413, None, False),
+        (422, "early_rejection.max_loss", True),
+        (422, "stop_when.fpr", True),
+        (422, None, True),
+        (413, "n", True),
+        (404, "early_rejection.head", True),
+        (400, None, True),
+    ],
+)
+def test_only_what_is_wrong_with_a_prompt_costs_no_more_than_that_prompt(status, param, ends):
+    fake = FakeInward()
+    original = fake.answer
+
+    def refusing(method, path, body):
+        if body["prompt"] == "prompt 1":
+            return status, {"error": {"message": "not like this", "param": param}}
+        return original(method, path, body)
+
+    fake.answer = refusing
+    with service(fake) as asked:
+        if ends:
+            with pytest.raises(ServiceError, match=f"{status}: not like this"):
+                asked.draw(draws(3), 2, {}, "hybrid")
+        else:
+            assert [one is None for one in asked.draw(draws(3), 2, {}, "hybrid")] == [False, True, False]
+
+
 def test_if_no_pair_of_a_list_can_be_scored_none_is():
     def refused(request):
         first = {"message": "no text", "param": "pairs.0.chosen", "code": "invalid_field"}

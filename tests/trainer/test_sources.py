@@ -185,6 +185,22 @@ def test_prompts_whose_samples_never_differ_are_an_error_and_no_endless_loop(cap
     assert len(fake.drawn) == 200
 
 
+def test_an_option_that_is_refused_ends_the_draw_at_once():
+    fake = FakeInward()
+    original = fake.answer
+
+    def refusing(method, path, body):
+        if body.get("early_rejection"):
+            param = "early_rejection.max_loss"
+            return 422, {"error": {"message": "a loss of at most 0.01 can't be kept", "param": param}}
+        return original(method, path, body)
+
+    fake.answer = refusing
+    with service(fake) as asked, pytest.raises(ServiceError, match=r"a loss of at most 0\.01 can't be kept"):
+        SampledPairs(asked, ["Birds?"], n=4, head="hybrid", early_rejection={"max_loss": 0.01}).take(1, None)
+    assert len(fake.asked) == 0
+
+
 # bulk jobs
 
 
@@ -207,7 +223,8 @@ class FakeJobs:
         if path.endswith("/results"):
             scored = {"chosen_score": 1.0, "rejected_score": 0.0, "confidence": 0.8, "policy_version": "base"}
             results = [
-                {"index": i} | ({"error": {"message": "no"}} if i == 1 else scored) for i in range(len(self.uploads[0]))
+                {"index": i} | ({"error": {"message": "no"}} if i == 1 else scored)
+                for i in range(len(self.uploads[-1]))
             ]
             jsonl = {"content-type": "application/x-ndjson"}
             return httpx.Response(200, text="".join(json.dumps(r) + "\n" for r in results), headers=jsonl)
@@ -230,10 +247,24 @@ def test_a_bulk_job_scores_a_file_once(tmp_path, monkeypatch, caplog):
     for others in (rows(5), rows(3)[::-1]):
         write_rows(path, others)
         with service_of(jobs.answer) as asked, pytest.raises(DataError, match="other rows than this run began with"):
-            pairs_of_job(asked, path, tmp_path)
-    write_rows(path, rows(5))
-    with service_of(jobs.answer) as asked, pytest.raises(DataError, match="that was uploaded"):
-        pairs_of_job(asked, path, tmp_path / "another", id="j1")
+            pairs_of_job(asked, path, tmp_path, begun=True)
+
+
+def test_a_job_of_other_rows_keeps_no_run_from_beginning_with_the_right_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("inward_trainer.sources.job.POLL_S", 0.01)
+    path, jobs = write_rows(tmp_path / "pairs.jsonl", rows(3)), FakeJobs()
+    with service_of(jobs.answer) as asked:
+        pairs = pairs_of_job(asked, path, tmp_path / "first")
+        write_rows(path, rows(5))
+        with pytest.raises(DataError, match="that was uploaded"):
+            pairs_of_job(asked, path, tmp_path / "run", id="j1")
+        write_rows(path, rows(3))
+        assert pairs_of_job(asked, path, tmp_path / "run", id="j1") == pairs
+        with pytest.raises(DataError, match="--job j2: this run began with job j1"):
+            pairs_of_job(asked, path, tmp_path / "run", id="j2", begun=True)
+        write_rows(path, rows(5))
+        assert len(pairs_of_job(asked, path, tmp_path / "run")) == 4
+    assert [len(upload) for upload in jobs.uploads] == [3, 5]
 
 
 def test_an_upload_whose_answer_is_lost_is_not_sent_again_by_itself_and_then_makes_the_same_job(tmp_path, monkeypatch):

@@ -130,7 +130,9 @@ def mendable(error: Exception) -> str | None:
     if full or any(said in str(error) for said in FULL):
         where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
         return f"the disk is full{where}; the same command goes on when there is room"
-    if isinstance(error, PermissionError):
+    if isinstance(error, PermissionError | FileExistsError | NotADirectoryError | IsADirectoryError) or (
+        isinstance(error, OSError) and error.errno in (errno.EROFS, errno.ENAMETOOLONG)
+    ):
         return f"{error.filename} can't be written or read: {error.strerror}"
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for this
         return "the device has too little memory: a smaller --batch-size with more --accumulate, a smaller --max-length"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from inward_trainer.confidence import Mode, Scale
 from inward_trainer.errors import OptionsError
@@ -41,6 +42,15 @@ def _counts(value: Any) -> Any:
     return dict(part.partition("=")[::2] for part in _names(value)) if isinstance(value, str) else value
 
 
+def _folder(path: Path) -> Path:
+    above = next((one for one in (path, *path.parents) if os.path.lexists(one)), path)
+    if os.path.lexists(above) and not above.is_dir():
+        raise PydanticCustomError("no_folder", "{above} is there and is no folder: name another", {"above": str(above)})
+    return path
+
+
+Folder = Annotated[Path, AfterValidator(_folder)]
+"""That is there or can be made."""
 JsonObject = Annotated[dict[str, Any], BeforeValidator(_object)]
 Names = Annotated[list[str], BeforeValidator(_names)]
 Counts = Annotated[dict[str, Annotated[int, Field(ge=1)]], BeforeValidator(_counts)]
@@ -53,7 +63,7 @@ class _Options(BaseModel):
 class RunOptions(_Options):
     """the run"""
 
-    out: Path = Path("out")
+    out: Folder = Path("out")
     """Folder of checkpoints, logs and the result. A run that finds its own folder goes on where it was stopped."""
     model: str = ""
     """The policy to start from: Hugging Face id or folder. `service`: the one that the service of --url serves."""
@@ -199,7 +209,7 @@ class ModelOptions(RunOptions, TrainOptions):
 class OnlineOptions(_Options):
     """the policy that moves"""
 
-    adapters: Path | None = None
+    adapters: Folder | None = None
     """The service's --adapters folder. Given, every new version of the policy is published there and loaded by the
     service."""
     publish_every: int = Field(10, ge=1)
@@ -282,7 +292,7 @@ class ExportOptions(_Options):
     """Its base model; by default the one that the adapter names."""
     revision: str | None = None
     """Branch, tag or commit of a base model from the hub."""
-    out: Path | None = None
+    out: Folder | None = None
     """Folder to write to."""
     merge: bool = True
     """Write the whole model, with the adapter merged into its weights; else the adapter alone."""
@@ -297,7 +307,7 @@ class ExportOptions(_Options):
 class PaperOptions(_Options):
     """what is measured"""
 
-    out: Path = Path("runs/paper")
+    out: Folder = Path("runs/paper")
     """Folder of tables, cells and the report. What is there is not made again; the same command, started several times,
     shares the work."""
     data: Path | None = None
@@ -373,8 +383,20 @@ def read_options(options: type[O], args: argparse.Namespace, environment: Mappin
     try:
         return options.model_validate({**recipe, **from_env, **given})
     except ValidationError as error:
-        problems = [f"--{'-'.join(map(str, e['loc'])).replace('_', '-')}: {e['msg']}" for e in error.errors()]
+        problems = [_problem(one, given, from_env, named) for one in error.errors()]
         raise OptionsError("; ".join(problems)) from None
+
+
+def _problem(error: ErrorDetails, given: Mapping[str, Any], from_env: Mapping[str, Any], recipe: str | None) -> str:
+    """One line about a value, with where it was given."""
+    name, *inner = map(str, error["loc"])
+    if name in given:
+        return f"--{'-'.join((name, *inner)).replace('_', '-')}: {error['msg']}"
+    if name in from_env:
+        return f"{'.'.join((PREFIX + name.upper(), *inner))}: {error['msg']}"
+    if error["type"] == "extra_forbidden":
+        return f"--recipe {recipe}: {name} is no option of this command"
+    return f"--recipe {recipe}: {'.'.join((name, *inner))}: {error['msg']}"
 
 
 def recipes() -> list[str]:
@@ -393,8 +415,10 @@ def read_recipe(name: str) -> dict[str, Any]:
         return tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise OptionsError(f"there is no recipe {name!r}: give a TOML file, or one of {', '.join(recipes())}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise OptionsError(f"{path}: {error}") from None
+    except OSError as error:
+        raise OptionsError(f"--recipe {path} can't be read: {error.strerror}") from None
+    except ValueError as error:  # tomllib's, and that of text that is not UTF-8
+        raise OptionsError(f"--recipe {path} is no TOML: {error}") from None
 
 
 def _help(field: Any) -> str:

@@ -25,7 +25,7 @@ from inward_trainer.models import checkpoints
 from inward_trainer.options import CdpoOptions
 from inward_trainer.pairs import ScoredPair
 from inward_trainer.policy import Publisher
-from inward_trainer.runs import Run, locked, new_run, resumed
+from inward_trainer.runs import Run, has_begun, locked, new_run, resumed
 from inward_trainer.service import POINTWISE, Info, Service
 from inward_trainer.sources import Source
 from inward_trainer.sources.file import FilePairs, read_pairs, read_prompts
@@ -35,6 +35,8 @@ from inward_trainer.sources.stream import StreamedPairs
 from inward_trainer.stopping import Stopping
 
 LOG = logging.getLogger(__name__)
+PROMPT_AND_END = 2
+"""Tokens that an answer leaves to the shortest prompt and to what ends a text."""
 
 
 def stream_key(options: CdpoOptions, served: str | None = None) -> str:
@@ -44,6 +46,17 @@ def stream_key(options: CdpoOptions, served: str | None = None) -> str:
     model = Path(options.model).expanduser()
     queue = options.queue or served or (model.resolve().name if model.is_dir() else options.model)
     return f"inward:{{{queue}}}:scores:{options.stream}"
+
+
+def check_room(options: CdpoOptions, info: Info) -> None:
+    """Raises ``OptionsError`` where samples may become longer than the model takes, whatever the prompt is."""
+    most, asked = info.most_tokens, options.sampling.get("max_tokens")
+    draws = options.source == "samples" or options.held_out is not None
+    if draws and isinstance(most, int) and isinstance(asked, int) and asked > most - PROMPT_AND_END:
+        raise OptionsError(
+            f"--sampling: max_tokens is {asked}, and the service's model takes {most} tokens of prompt and answer "
+            "together: give fewer"
+        )
 
 
 class Parts:
@@ -62,6 +75,7 @@ class Parts:
         stack.enter_context(locked(options.out))
         if info is not None:
             check_same(model.folder, model.tokeniser, info)
+            check_room(options, info)
         if service and options.lend_device:
             service.wake()  # a run that was killed may have left it asleep
             stack.callback(service.wake)
@@ -120,6 +134,7 @@ class Parts:
             return None
         keep = max(self._options.keep_adapters, (self._options.max_lag or 0) + 2)
         publisher = Publisher(self._options.adapters, self.run.name, self._service, keep=keep)
+        publisher.check()
         if self._options.adapter is not None and not done:
             publisher.publish(0, self._options.adapter)
         return publisher
@@ -171,10 +186,7 @@ class Parts:
     def _head_updates(self) -> HeadUpdates | None:
         if not self._options.update_head or self._service is None:
             return None
-        if self.run.head_sequence is None:
-            raise OptionsError(
-                f"the run in {self._options.out} began without --update-head: go on without, or choose another --out"
-            )
+        assert self.run.head_sequence is not None
         return HeadUpdates(self._service, self._named_head(), lr=self._options.update_lr, first=self.run.head_sequence)
 
     def _held_out(self) -> HeldOut | None:
@@ -220,8 +232,9 @@ class Parts:
         if options.source == "job":
             assert self._service is not None
             pairs = pairs_of_job(
-                self._service, options.pairs, options.out, id=options.job, head=options.head, stopping=self._stopping
-            )
+                self._service, options.pairs, options.out,
+                id=options.job, head=options.head, begun=has_begun(options), stopping=self._stopping,
+            )  # fmt: skip
         else:
             pairs = read_pairs(options.pairs)
         pairs = fitting(pairs, self._model.tokeniser, options.max_length)

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from inward_trainer.durable import copy_folder
+from inward_trainer.errors import OptionsError
 from inward_trainer.service import BASE, Service
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -25,6 +26,26 @@ class Publisher:
 
     def __init__(self, folder: Path, run: str, service: Service, *, keep: int) -> None:
         self._folder, self._run, self._service, self._keep = folder, run, service, keep
+
+    def check(self) -> None:
+        """Has the service look for an empty folder among the adapters, which it refuses only if it finds it: so it is
+        known before anything is learnt, and not when the first version is there.
+
+        Raises:
+            OptionsError: it loads no adapters, or those of another folder.
+            ServiceError: it may not be asked for it.
+        """
+        probe = self._folder / f"{self._run}-probe"
+        probe.mkdir(parents=True, exist_ok=True)
+        try:
+            found = self._service.finds_adapter(probe.name)
+        finally:
+            probe.rmdir()
+        if not found:
+            raise OptionsError(
+                f"--adapters: the service does not find what is published in {self._folder}: give the folder that it "
+                "was started with (--adapters, on a disk that both see)"
+            )
 
     def version(self, step: int) -> str:
         """What is served after ``step`` steps."""

@@ -33,7 +33,7 @@ from inward_trainer.models import checkpoints, configuration, load_model, lora
 from inward_trainer.options import RewardOptions
 from inward_trainer.pairs import ScoredPair, digest, number, read_row
 from inward_trainer.processes import agreed
-from inward_trainer.runs import connected, locked, new_run, resumed, until_stopped
+from inward_trainer.runs import connected, has_begun, locked, new_run, resumed, until_stopped
 from inward_trainer.service import Service
 from inward_trainer.sources.file import read_pairs, read_table
 from inward_trainer.statistics import estimates
@@ -299,7 +299,11 @@ def _margins(
 def _said(options: RewardOptions, pairs: Sequence[ScoredPair], service: Service | None) -> dict[str, dict[str, Any]]:
     """What the LEGEND head says of each pair."""
     note = options.out / "margins.jsonl"
-    if not note.is_file():
+    known = _known(note)
+    other = _other(note, known, options, pairs) if known else None
+    if other and has_begun(options):
+        raise DataError(f"{other}: choose another --out")
+    if other or not known:
         if service is None:
             raise OptionsError(f"--margins {options.margins} asks the service: give --url")
         head = service.find_head(options.head, "--head", ("legend",)).name
@@ -309,15 +313,26 @@ def _said(options: RewardOptions, pairs: Sequence[ScoredPair], service: Service 
             for pair, found in zip(pairs, service.margins(pairs, head), strict=True)
         ]  # fmt: skip
         write_text(note, "".join(json.dumps(line) + "\n" for line in lines))
-    known = {line["id"]: line for line in map(json.loads, note.read_text("utf-8").splitlines())}
+        known = _known(note)
+    return known
+
+
+def _known(note: Path) -> dict[str, dict[str, Any]]:
+    """What was written down, by the pairs' ids."""
+    lines = note.read_text("utf-8").splitlines() if note.is_file() else []
+    return {line["id"]: line for line in map(json.loads, lines)}
+
+
+def _other(
+    note: Path, known: Mapping[str, Mapping[str, Any]], options: RewardOptions, pairs: Sequence[ScoredPair]
+) -> str | None:
+    """What is wrong with what was written down, if it is not of these pairs or this head."""
     if {id: line.get("pair") for id, line in known.items()} != {pair.id: digest([pair])[:16] for pair in pairs}:
-        raise DataError(f"{note} is of {len(known)} other pairs than the {len(pairs)} of --pairs: choose another --out")
+        return f"{note} is of {len(known)} other pairs than the {len(pairs)} of --pairs"
     heads = {line.get("head") for line in known.values()}
     if options.head and heads - {options.head}:
-        raise DataError(
-            f"{note} has margins of {', '.join(map(str, heads))}, not of --head {options.head}: choose another --out"
-        )
-    return known
+        return f"{note} has margins of {', '.join(map(str, heads))}, not of --head {options.head}"
+    return None
 
 
 def _problem(found: Margin) -> str | None:

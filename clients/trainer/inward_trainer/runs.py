@@ -30,6 +30,8 @@ ELSEWHERE = frozenset(
 """Options that say nothing of what is learnt; secrets among them."""
 FIXED = frozenset("full lora_rank lora_alpha lora_targets adapter quantize source template".split())
 """Options that a checkpoint, or the place in a source, depends on."""
+SAID = ("margins.jsonl", "job", "job-key", "job-rows", "job-given", "job-results.jsonl")
+"""Files of what a service that serves the run's model said of its pairs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +57,18 @@ def new_run(options: ModelOptions, rows: int, fingerprint: str, head_sequence: i
     return run
 
 
+def has_begun(options: ModelOptions) -> bool:
+    """Whether there is anything that a run took from its source or learnt."""
+    learnt = last_checkpoint(checkpoints(options)) is not None or (options.out / "final").exists()
+    return learnt or any((options.out / "journal").glob("*.json"))
+
+
 def resumed(options: ModelOptions, rows: int, fingerprint: str) -> Run | None:
     """The run of this folder, if there is one, which goes on. Says which options differ from those that it began with.
+    None also where some of them can't while it goes on and it has not begun, since they may be what kept it from that.
 
     Raises:
-        OptionsError: some of them can't.
+        OptionsError: some of them can't, and it has begun.
     """
     path = options.out / "run.json"
     if not path.is_file():
@@ -70,14 +79,22 @@ def resumed(options: ModelOptions, rows: int, fingerprint: str) -> Run | None:
     changed = {name: values for name, values in both.items() if values[0] != values[1]}
     told = {name: f"--{name.replace('_', '-')} {_said(old)} → {_said(new)}" for name, (old, new) in changed.items()}
     fixed = [line for name, line in told.items() if name in FIXED]
-    if run.fingerprint and run.fingerprint != fingerprint:
+    other_model = bool(run.fingerprint) and run.fingerprint != fingerprint
+    if other_model:
         fixed.append(f"--model: another model ({run.fingerprint} → {fingerprint})")
     if run.rows != rows:
         fixed.append(f"{run.rows} → {rows} pairs a step (--batch-size × --accumulate × processes)")
-    if fixed:
+    if getattr(options, "update_head", False) and run.head_sequence is None:
+        fixed.append("without --update-head")
+    if fixed and has_begun(options):
         raise OptionsError(
             f"the run in {options.out} began with other options: {'; '.join(fixed)}. Choose another --out"
         )
+    if fixed:
+        print(f"begins anew, with other options than before: {'; '.join(fixed)}", file=sys.stderr)
+        for name in ("log.jsonl", *(SAID if other_model else ())):
+            (options.out / name).unlink(missing_ok=True)
+        return None
     if told:
         print(f"goes on with other options than it began with: {'; '.join(told.values())}", file=sys.stderr)
     return run

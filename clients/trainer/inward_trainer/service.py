@@ -14,12 +14,14 @@ from typing import Any, Self, TypeVar
 from inward_client import (
     Answer,
     AsyncInward,
+    Conflict,
     DeadlineExceeded,
     HeadInfo,
     InvalidField,
     InwardError,
     Job,
     Margin,
+    NotFound,
     RerankAnswer,
     Retries,
     RewardPair,
@@ -51,8 +53,8 @@ TRANSFER_S = 30.0
 """What an answer may take beyond the service's own deadline."""
 SEED_STRIDE = 0x9E3779B1
 """Between the seeds of the parts of one prompt's samples (the golden ratio of 2**32: no two parts meet)."""
-OPTIONS = ("sampling", "n", "head", "return_token_ids", "early_rejection")
-"""Fields of a draw that are refused whatever the prompt is."""
+PROMPT = ("prompt", "messages")
+"""Fields of a draw that are refused for one prompt's sake; the others are refused whatever the prompt is."""
 SHORTER = "fewer --samples, a smaller max_tokens in --sampling, a smaller --batch-size"
 
 
@@ -72,6 +74,8 @@ class Info:
     """That one request may ask for."""
     concurrency: int
     """Requests that the backbones compute at once."""
+    most_tokens: int | None = None
+    """Of prompt and answer together; None if it is not told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +171,7 @@ class Service:
             deadline_s=float(limits.get("timeout_seconds", 100.0)),
             most_samples=int(limits.get("candidates", MOST_SAMPLES)),
             concurrency=max(1, int(told.get("concurrency", self._at_once))),
+            most_tokens=limits.get("tokens"),
         )
         self._at_once, self._most_drawn = min(self._at_once, info.concurrency), info.most_samples
         event_loop.run(self._client.close())
@@ -190,7 +195,7 @@ class Service:
         ``early_rejection`` did not let come to their end are left out.
 
         Raises:
-            ServiceError: one sample takes longer than the service allows.
+            ServiceError: one sample takes longer than the service allows, or it refuses an option.
         """
         options = {"sampling": sampling, "head": head, "early_rejection": early_rejection or None}
 
@@ -264,6 +269,22 @@ class Service:
         self.version = version
         self._wait(self._carry(), GRACE_S)
 
+    def finds_adapter(self, version: str) -> bool:
+        """Whether its folder of adapters has one of this name, which it may refuse to load.
+
+        Raises:
+            OptionsError: it has no folder of adapters.
+        """
+        try:
+            self._wait(self._client.load_policy(version))
+        except ServiceError as error:
+            if isinstance(error.__cause__, Conflict):
+                raise OptionsError(f"--adapters: the service can load nothing: {error.__cause__.message}") from None
+            if not isinstance(error.__cause__, InvalidField | NotFound):
+                raise
+            return isinstance(error.__cause__, InvalidField)
+        return True
+
     def sleep(self) -> None:
         """Has it lend its device, until ``wake``."""
         self._wait(self._client.sleep(), GRACE_S)
@@ -301,7 +322,7 @@ class Service:
                     progress.done += most
                     progress.tokens += sum(ranked.completion_tokens or 0 for ranked in answer.results)
         except (TooLarge, InvalidField) as error:
-            if isinstance(error, InvalidField) and (error.param or "").partition(".")[0] in OPTIONS:
+            if not _of_the_prompt(error):
                 raise
             progress.done += n - start
             LOG.warning("prompt %d is left out: %s", draw.place, error)
@@ -377,6 +398,13 @@ async def _together(jobs: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     except BaseExceptionGroup as failures:
         raise failures.exceptions[0] from None
     return [task.result() for task in tasks]
+
+
+def _of_the_prompt(error: StatusError) -> bool:
+    """Whether a draw was refused for its prompt's sake, and not for an option's."""
+    field = (error.param or "").partition(".")[0]
+    too_long = isinstance(error, TooLarge) and error.param in (None, "sampling.max_tokens")
+    return field in PROMPT or too_long
 
 
 def _ranked(parts: Sequence[RerankAnswer]) -> Drawn | None:

@@ -12,10 +12,27 @@ from inward.errors import SetupError
 
 
 def choose_device(device: str) -> torch.device:
-    """torch's device of that name; ``auto`` is a CUDA GPU if there is one."""
-    if device != "auto":
-        return torch.device(device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """torch's device of that name; ``auto`` is a CUDA GPU if there is one.
+
+    Raises:
+        SetupError: there is no such device here, or this torch can't use it.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        on = torch.device(device)
+        if on.type == "cuda":  # not tried as others are: that takes memory, which vLLM's own process may want
+            there = torch.cuda.is_available() and (on.index or 0) < torch.cuda.device_count()
+        else:
+            there = torch.zeros(1, device=on).item() == 0
+    except (RuntimeError, AssertionError, ImportError):
+        there = False
+    if not there:
+        raise SetupError(
+            f"--device {device}: there is no such device here, or torch {torch.__version__} can't use it: take auto, "
+            "cpu, or with a GPU and a torch for it cuda or cuda:1 …"
+        )
+    return on
 
 
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:

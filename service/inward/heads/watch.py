@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from inward.errors import InvalidField
+from inward.errors import InvalidField, NotFound
 from inward.heads.base import Head
 from inward.heads.calibration import Platt
 from inward.heads.guard import Guard, guard_threshold
@@ -78,9 +78,16 @@ def watch(spec: SamplingSpec, ranking: str, heads: Heads) -> HeadWatch | None:
 
 
 def _guard_rule(rule: StopRule, heads: Heads) -> GuardRule:
-    head = heads.resolve(rule.head)
+    head = _head(rule.head, heads, "stop_when.head")
     pool = running_pool(head, rule.pool, Pool(name="max_ema"), param="stop_when.pool")
     return GuardRule(head, pool, _threshold(rule, head, pool), rule.after)
+
+
+def _head(name: str, heads: Heads, param: str) -> Head:
+    try:
+        return heads.resolve(name)
+    except NotFound as error:  # it was there when the request came
+        raise error.at(param) from None
 
 
 def _threshold(rule: StopRule, head: Head, pool: Pool) -> float:
@@ -100,7 +107,7 @@ def _threshold(rule: StopRule, head: Head, pool: Pool) -> float:
 
 def _rejection_rule(asked: EarlyRejection, ranking: str, heads: Heads) -> RejectionRule:
     value = heads.value_of(ranking)
-    head = heads.resolve(asked.head) if asked.head else value or heads.resolve(ranking)
+    head = _head(asked.head, heads, "early_rejection.head") if asked.head else value or heads.resolve(ranking)
     pool = running_pool(head, "", Pool(name="mean"), param="early_rejection.head")
     if asked.max_loss is None:
         return RejectionRule(head, pool, asked.at, keep_share(1.0 if asked.keep is None else asked.keep))

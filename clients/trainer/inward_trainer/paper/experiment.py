@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import inward
+from inward.backbones.device import choose_device
 from inward.backbones.loading import resolve
 from inward.errors import InwardError
 from inward.heads import store
@@ -257,12 +258,7 @@ def _release() -> None:
 
 
 def _device(name: str) -> torch.device:
-    """``auto``: the GPU, if there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise OptionsError(f"--device {name}: torch sees no GPU here; --device cpu works, slowly")
     try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise OptionsError(f"--device {name}: {error}") from error
+        return choose_device(name)
+    except InwardError as error:
+        raise OptionsError(str(error)) from None

@@ -105,13 +105,19 @@ def _read(out: Path, name: str) -> Table | str:
 def _setting(setting: dict[str, Any]) -> list[str]:
     if not setting:
         return []
+    precision = f", in {setting['precision']}" if "precision" in setting else ""
     quick = " A quick run: its numbers say nothing." if setting["quick"] else ""
     first = (
-        f"Model {setting['model']}, on {'; '.join(setting['devices'])}, in {setting['precision']}; "
+        f"Model {setting['model']}, on {'; '.join(devices(setting))}{precision}; "
         f"seeds {', '.join(map(str, setting['seeds']))}; learning rate {setting['learning rate']:g}; "
         f"scale {setting['scale']:g}.{quick}"
     )
     return [first, *setting["data"]]
+
+
+def devices(setting: dict[str, Any]) -> list[str]:
+    """Where a folder's figures were made; former versions wrote one."""
+    return list(setting.get("devices") or [setting.get("device", "an unknown device")])
 
 
 def _notes(table: Table, setting: dict[str, Any]) -> list[str]:

@@ -22,7 +22,7 @@ from inward_trainer.options import PaperOptions
 from inward_trainer.paper.cells import OutOfTime
 from inward_trainer.paper.experiment import Experiment
 from inward_trainer.paper.language_model import reading_dtype
-from inward_trainer.paper.report import write_report
+from inward_trainer.paper.report import devices, write_report
 from inward_trainer.paper.table import Table
 from inward_trainer.paper.tables import alignment, cost, judge, legend, probes, srr, topk
 from inward_trainer.paper.workers import work
@@ -125,8 +125,9 @@ def _settle(experiment: Experiment) -> None:
             f"--out {experiment.options.out} has a run with another {', '.join(other)}: give the options that it has "
             "(setting.json), or another folder"
         )
+    before = {"seeds": earlier["seeds"], "devices": devices(earlier)}
     for name in MAY_DIFFER:
-        setting[name] = list(dict.fromkeys([*earlier.get(name, []), *setting[name]]))
+        setting[name] = list(dict.fromkeys([*before[name], *setting[name]]))
     write_text(path, json.dumps(setting, indent=1))
 
 

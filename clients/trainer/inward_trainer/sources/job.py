@@ -29,6 +29,7 @@ def pairs_of_job(
     *,
     id: str | None = None,
     head: str | None = None,
+    begun: bool = False,
     stopping: Stopping | None = None,
 ) -> list[ScoredPair]:
     """The pairs of ``path`` with what the job says of them; those that could not be scored are left out.
@@ -38,18 +39,17 @@ def pairs_of_job(
         folder: where the id of the job and its results are kept, so that a trainer that starts again asks for nothing
             twice.
         id: of the job; None uploads the rows as a new one.
+        begun: whether pairs of the folder's job were used already, so that it can't be another one any more.
         stopping: ends the wait.
 
     Raises:
-        DataError: the results are not those of these rows.
+        DataError: the results are not those of these rows, or the job is another one than the run began with.
         ServiceError: the job was cancelled, or there is no such job.
     """
     rows = read_table(path)
     pairs = [read_row(row, str(i)) for i, row in enumerate(rows)]
-    results, asked = folder / "job-results.jsonl", folder / "job-rows"
-    if asked.is_file() and asked.read_text("utf-8") != digest(pairs):
-        raise DataError(f"{path} has other rows than this run began with: give that file, or another --out")
-    write_text(asked, digest(pairs))
+    results = folder / "job-results.jsonl"
+    _check(folder, path, digest(pairs), id, begun)
     if not results.is_file():
         id = id or _uploaded(service, pairs, folder, head)
         _wait(service, id, stopping or Stopping())
@@ -67,6 +67,28 @@ def pairs_of_job(
         for i, result in sorted(scored.items())
         if not result.get("error")
     ]
+
+
+def _check(folder: Path, path: Path, rows: str, id: str | None, begun: bool) -> None:
+    """Writes down which rows and job the folder is of; what it has of others, of which nothing was used, is dropped.
+
+    Raises:
+        DataError: some of it was used.
+    """
+    asked, given = folder / "job-rows", folder / "job-given"
+    rows_before, id_before = (file.read_text("utf-8") if file.is_file() else "" for file in (asked, given))
+    other_rows, other_job = rows_before not in ("", rows), id_before != (id or "")
+    if begun and other_rows:
+        raise DataError(f"{path} has other rows than this run began with: give that file, or another --out")
+    if begun and other_job and id and id_before:
+        raise DataError(f"--job {id}: this run began with job {id_before}: give that one, or another --out")
+    if begun:
+        return
+    if other_rows or other_job:
+        for name in ("job", "job-key", "job-results.jsonl"):
+            (folder / name).unlink(missing_ok=True)
+    write_text(asked, rows)
+    write_text(given, id or "")
 
 
 def _uploaded(service: Service, pairs: list[ScoredPair], folder: Path, head: str | None) -> str:
