@@ -5,9 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
+
+ABANDONED_S = 3600.0
+"""Age from which an unfinished folder is nobody's any more: what is copied so takes seconds."""
 
 
 def write(path: Path, content: bytes) -> None:
@@ -37,6 +42,29 @@ def whole(path: Path) -> Iterator[Path]:
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes ``folder`` in the end, unless another process was first: it has made the same.
+    What processes that were killed had begun goes away.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f".{escape(folder.name)}[-.]*"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_ctime > ABANDONED_S:
+                shutil.rmtree(left)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        unfinished.chmod(0o755)  # mkdtemp's folders are for the owner only
+        yield unfinished
+        try:
+            unfinished.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def replace_folder(fresh: Path, folder: Path) -> None:

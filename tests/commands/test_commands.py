@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from inward.__main__ import main
+from inward.errors import HeadError
 from inward.heads import store
 from inward.offline.bench import measure as bench
 from inward.offline.bench import ways
@@ -118,6 +119,46 @@ def test_a_head_that_is_there_already_is_not_overwritten_unasked(folder, tmp_pat
         == 2
     )
     assert "--replace" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("out", "more", "said"),
+    [
+        ("my head", (), "'my head' can't be a head's name"),
+        ("head", ("--name", "my head"), "'my head' can't be a head's name"),
+        ("pairs.jsonl", ("--replace",), "holds no head"),
+        ("head", ("--save-states", "."), "is a folder"),
+        ("head", ("--save-states", "pairs.jsonl"), "is there already and is no file of states"),
+        ("head", ("--save-states", "s", "--covariance", "s"), "an input is never written to"),
+    ],
+)
+def test_where_nothing_can_be_written_is_said_before_the_model_is_loaded(
+    folder, tmp_path, capsys, monkeypatch, out, more, said
+):
+    monkeypatch.setattr("inward.processes.wiring.open_backbone", None)  # would raise
+    monkeypatch.chdir(tmp_path)
+    before = (folder / "pairs.jsonl").read_bytes()
+    (tmp_path / "pairs.jsonl").write_bytes(before)
+    assert inward("fit", "legend", "--model", folder / "model", "--pairs", "pairs.jsonl", "--out", out, *more) == 2
+    assert said in capsys.readouterr().err
+    assert (tmp_path / "pairs.jsonl").read_bytes() == before
+
+
+def test_a_head_that_can_not_be_saved_in_the_end_is_reported_and_kept_elsewhere(folder, tmp_path, capsys, monkeypatch):
+    save = store.save
+
+    def full(head, path, **options):
+        if path == tmp_path / "head":
+            raise HeadError("no space left")
+        return save(head, path, **options)
+
+    monkeypatch.setattr(store, "save", full)
+    rows = ("--model", folder / "model", "--pairs", folder / "pairs.jsonl")
+    assert inward("fit", "legend", *rows, "--out", tmp_path / "head") == 2
+    said = capsys.readouterr()
+    assert "agreement, held out" in said.out
+    kept = re.search("no space left; the head is in (.*) instead: move it", said.err)
+    assert kept and store.load(kept[1]).ref.name == "head"
 
 
 def test_bad_rows_are_named_by_file_line_and_field(folder, tmp_path, capsys):

@@ -100,6 +100,29 @@ def test_html_is_written_beside_the_json(evaluate, states, head, tmp_path):
     assert "data:image/svg+xml" in (tmp_path / "new" / "report.html").read_text()
 
 
+def test_a_page_that_can_not_be_written_is_refused_before_the_work(evaluate, head, tmp_path):
+    """The states are not there: nobody has looked for them."""
+    (tmp_path / "rows.csv").write_text("prompt,chosen,rejected\n")
+    for place, said in ((tmp_path, "is a folder"), (tmp_path / "rows.csv", "is there already and is no page")):
+        assert said in evaluate("--head", head, "--states", tmp_path / "none", "--html", place, status=2)
+    assert (tmp_path / "rows.csv").read_text() == "prompt,chosen,rejected\n"
+
+
+@pytest.mark.parametrize("form", [(), ("--json",)], ids=["table", "json"])
+def test_what_was_found_is_printed_also_where_the_page_can_not_be_written_in_the_end(
+    states, head, tmp_path, monkeypatch, capsys, form
+):
+    def full(self, *_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    words = ("--head", head, "--states", states, "--html", tmp_path / "page.html", *QUICK)
+    assert main(["evaluate", *map(str, words), *form]) == 2
+    said = capsys.readouterr()
+    assert f"can't write the page to {tmp_path / 'page.html'}: No space left on device" in said.err
+    assert "120 comparisons" in said.out or json.loads(said.out)["input"]["comparisons"] == 120
+
+
 @pytest.mark.parametrize("kind", ["legend", "hybrid"])
 def test_heads_are_refitted_by_folds(evaluate, states, kind):
     report = evaluate("--cross-validate", kind, "--states", states, "--json", "--folds", 3, *QUICK)
@@ -306,6 +329,7 @@ def test_a_pooled_head_is_judged_by_texts_as_a_guard_and_by_category(evaluate, t
     )
     report = evaluate(*asked)
     assert report["head"]["pool"] == "max_rolling"
+    assert report["cost"]["head_ms"] is None and report["cost"]["with_forward_ms"] > 0
     assert [one["rate"] for one in report["guard"]] == [0.01, 0.05] and report["guard"][0]["threshold"] is not None
     assert report["parts"].keys() == {"one", "two"} and report["parts"]["one"]["responses"] == 20
     cut = evaluate(*asked, "--response-tokens", "2")  # of what sets the threshold, too

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from inward.__main__ import main
 from inward.heads import store
@@ -63,3 +64,79 @@ def test_a_value_head_needs_two_answers_to_each_prompt(tmp_path: Path, capsys) -
         options = ["--prompts", prompts, "--out", str(tmp_path / "v"), "--samples", n]
         assert main(["fit", "value", "--head", "hybrid", *options, *MODEL]) == 2
         assert "two answers to each prompt" in capsys.readouterr().err
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inward.processes.wiring.open_backbone", None)  # would raise
+
+
+def fit(*words: object) -> int:
+    return main(["fit", *map(str, words), *MODEL])
+
+
+@pytest.mark.parametrize(
+    ("sampling", "said"),
+    [
+        ('{"temperature": 99}', "temperature: Input should be less than or equal to 10"),
+        ('{"top": 1}', "top: Extra inputs are not permitted"),
+        ("[1]", "Input should be an object"),
+        ("{", "Invalid JSON"),
+    ],
+)
+def test_how_answers_are_drawn_is_checked_as_rerank_does(sampling, said, no_model, tmp_path: Path, capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        fit("value", "--head", "hybrid", "--prompts", "gone", "--out", tmp_path / "v", "--sampling", sampling)
+    assert stopped.value.code == 2
+    assert f"argument --sampling: {said}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--limit", "9"], "9 different prompts, and 10 at least are needed"),
+        (["--limit", "0"], "--limit 0: at least 1"),
+        (["--seed", "-1"], "--seed -1: at least 0"),
+        (["--sampling", '{"max_tokens": 8}'], "--at 8: answers have 8 tokens at most"),
+        (["--head", "srr"], "--head srr: a srr head gives no answer a reward of its own"),
+    ],
+)
+def test_what_no_value_head_can_be_fitted_with_is_said_before_anything_is_drawn(
+    words, said, no_model, tmp_path: Path, capsys
+) -> None:
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": f"Question {i}?"} for i in range(12)])
+    assert fit("value", "--head", "hybrid", "--prompts", prompts, "--out", tmp_path / "v", *words) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("at", ["0", "8,-1", "a"])
+def test_decision_points_are_numbers_of_tokens(at, tmp_path: Path, capsys) -> None:
+    with pytest.raises(SystemExit):
+        fit("value", "--head", "hybrid", "--prompts", "gone", "--out", tmp_path / "v", f"--at={at}")
+    assert "numbers of tokens from 1" in capsys.readouterr().err
+
+
+def lists(*safe: list[bool]) -> list[dict[str, object]]:
+    return [
+        {"prompt": f"p {i}", "responses": [{"text": f"r {j}", "safe": one} for j, one in enumerate(of)]}
+        for i, of in enumerate(safe)
+    ]
+
+
+PAIRS = [{"prompt": f"p {i // 2}", "chosen": "yes", "rejected": "no"} for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "option", "rows", "said"),
+    [
+        ("guard --head hybrid", "--safe", PAIRS, "needs 100 acceptable responses, not 4"),
+        ("ensemble --heads hybrid legend", "--pairs", PAIRS[:2], "1 different prompts, and 2 at least"),
+        ("hybrid", "--pairs", PAIRS[:2], "1 different prompts, and 2 at least"),
+        ("legend", "--pairs", PAIRS, "2 different prompts, and 3 at least"),
+        ("legend --direction whitened", "--pairs", PAIRS, "2 different prompts, and 3 at least"),
+        ("srr", "--lists", lists([True, False], [True]), "1 different prompts with a safe and an unsafe response"),
+    ],
+)
+def test_too_few_rows_are_told_before_they_are_read(kind, option, rows, said, no_model, tmp_path: Path, capsys) -> None:
+    assert fit(*kind.split(), option, write(tmp_path / "rows.jsonl", rows), "--out", tmp_path / "head") == 2
+    assert said in capsys.readouterr().err

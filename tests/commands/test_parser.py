@@ -98,6 +98,31 @@ def test_a_module_of_ours_that_is_not_there_is_a_defect(monkeypatch):
         main(["info"])
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("both", [False, True])
+def test_whose_reader_left_ends_without_a_word(unbuffered, both, monkeypatch):
+    """As before ``| head``: with the status that a shell has for SIGPIPE."""
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    code = "import sys; from inward.__main__ import main; sys.stdin.read(); sys.exit(main(['info', '--model', 'toy']))"
+    errors = subprocess.STDOUT if both else subprocess.PIPE
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors
+    ) as process:
+        process.stdout.close()
+        process.stdin.close()
+        said = b"" if both else process.stderr.read()
+    assert (process.returncode, said) == (141, b"")
+
+
+def test_another_pipe_that_broke_is_a_defect(monkeypatch):
+    def run(args):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("inward.commands.info.run", run)
+    with pytest.raises(BrokenPipeError):
+        main(["info"])
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
 def test_a_shell_completes_commands_and_options(shell, capsys):
     pytest.importorskip("shtab", reason="shtab is not installed: pip install shtab")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -107,3 +108,11 @@ def test_updates_stay_beside_what_was_fetched_and_another_commit_is_another_fold
     assert fetch(HubHeads("org/heads"), tmp_path / "state") == first and (first / "own").is_dir()
     push(TOY / "heads/legend", HubHeads("org/heads"))
     assert fetch(HubHeads("org/heads"), tmp_path / "state") != first
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_in_nobodys_way(a_hub, tmp_path):
+    push(HYBRID, HubHeads("org/heads"))
+    folder = fetch(HubHeads("org/heads"), tmp_path / "state")
+    folder.rename(folder.with_name(f".{folder.name}.{os.getpid()}"))
+    assert fetch(HubHeads("org/heads"), tmp_path / "state") == folder
+    assert store.load(folder / "hybrid").ref.name == "hybrid"

@@ -29,8 +29,11 @@ def run(args: argparse.Namespace) -> int:
     from inward.offline.evaluate.options import check
     from inward.offline.evaluate.run import compare_heads, evaluate
     from inward.offline.evaluate.tables import show, table
+    from inward.offline.places import check_page
 
     check(args)
+    if args.html:
+        check_page(args.html)
     folders = [head_folder(args, given) for given in args.compare or ([args.head] if args.head else [])]
 
     def opened() -> Any:
@@ -49,15 +52,13 @@ def run(args: argparse.Namespace) -> int:
             show(compare.table(differences, names, "both on the same responses; 95 % intervals, paired over prompts"))
         return 0
     judgement, report = evaluate(*reading)
-    if args.html:
-        from inward.offline.evaluate.page import page
-
-        args.html.parent.mkdir(parents=True, exist_ok=True)
-        args.html.write_text(page(judgement, report), encoding="utf-8")
     if args.json:
         print(json.dumps(report, indent=2, allow_nan=False))
     else:
         show(table(judgement, report))
     if args.html:
+        from inward.offline.evaluate.page import write
+
+        write(args.html, judgement, report)
         print(f"wrote {args.html}", file=sys.stderr)
     return 0

@@ -9,7 +9,7 @@ from functools import partial
 from rich.console import Console
 
 from inward.commands.options import MODEL_SETTINGS, add_settings, cache_folder, head_folder, settings_of
-from inward.errors import SetupError
+from inward.errors import HeadError
 from inward.heads import store
 from inward.processes.wiring import opened_model
 
@@ -32,11 +32,11 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from inward.offline.fit.options import check
     from inward.offline.fit.run import fit
 
-    if args.out.exists() and not args.replace:
-        raise SetupError(f"{args.out} exists already: choose another folder, or say --replace")
     args.name = args.name or args.out.name
+    check(args)
     if args.kind in ("value", "guard"):
         args.of = head_folder(args, args.of)
     elif args.kind == "ensemble":
@@ -45,9 +45,13 @@ def run(args: argparse.Namespace) -> int:
         args.position = args.position or ("mean" if args.pool else "eos" if args.kind == "hybrid" else "last")
     cache = cache_folder(str(args.out.resolve()).strip("/").replace("/", "-"))
     head, report = fit(args, partial(opened_model, settings_of(args)), cache)
-    path = store.save(head, args.out, replace=args.replace)
-    shutil.rmtree(cache, ignore_errors=True)
     console = Console(width=None if Console().is_terminal else 120)
     console.print(report)
+    try:
+        path = store.save(head, args.out, replace=args.replace)
+    except HeadError as error:
+        kept = store.save(head, cache / args.name, replace=True)
+        raise HeadError(f"{error.message}; the head is in {kept} instead: move it") from error
+    shutil.rmtree(cache, ignore_errors=True)
     console.print(f"saved {args.kind} head {head.ref.name!r} in {path}")
     return 0

@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import sys
+import time
 from datetime import UTC, datetime, timedelta
 
 from inward.commands.options import add_settings, settings_of
@@ -52,6 +53,8 @@ def run(args: argparse.Namespace) -> int:
         raise SetupError("which file? name it with --api-keys-file or INWARD_API_KEYS_FILE")
     if args.verb == "new":
         secret, key = keys.make_key(args.name, scope=args.scope, expires=_moment(args.expires), quota=args.quota)
+        if key.expired(time.time()):
+            raise SetupError(f"--expires {args.expires} is past: the key would open nothing; give a later time")
         keys.add_key(file, key)
         print(f"{key.name} is in {file}; this is its key, which is shown this once:", file=sys.stderr)
         print(secret)

@@ -14,7 +14,7 @@ from pathlib import Path
 from inward import codec, logs
 from inward.control.channel import ControlChannel
 from inward.errors import SetupError, Unavailable
-from inward.files import replace_folder
+from inward.files import whole_folder
 
 LOG = logs.logger("control")
 VERB = "tokenizer"
@@ -43,15 +43,14 @@ def unpack(files: Mapping[str, bytes], root: Path) -> Path:
         SetupError: one is damaged or too long, or there is no room.
     """
     digest = hashlib.sha256(b"".join(name.encode() + files[name] for name in NAMES if name in files)).hexdigest()[:32]
-    folder, aside = root / digest, root / f".{digest}-{id(files)}"
+    folder = root / digest
     if folder.is_dir():
         return folder
     try:
-        aside.mkdir(parents=True, exist_ok=True)
-        for name in NAMES:
-            if name in files:
-                (aside / name).write_bytes(_plain(files[name]))
-        replace_folder(aside, folder)
+        with whole_folder(folder) as aside:
+            for name in NAMES:
+                if name in files:
+                    (aside / name).write_bytes(_plain(files[name]))
     except OSError as error:
         raise SetupError(f"the worker's tokenizer can't be kept in {root}: {error.strerror}") from None
     except zlib.error as error:

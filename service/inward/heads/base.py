@@ -15,6 +15,8 @@ from inward.heads.pooling import Pool
 from inward.types import BackboneInfo, Detail, HeadRef, Kind, Position, Reading, Readout, Scores
 
 FORMAT_VERSION = 1
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+"""What heads may be called."""
 
 
 class BackboneRef(BaseModel):
@@ -38,7 +40,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format_version: int = FORMAT_VERSION
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    name: str = Field(pattern=NAME)
     kind: Kind
     version: int = Field(ge=1)
     created: str

@@ -62,12 +62,21 @@ class GuardThresholds:
         Raises:
             DataError: too few to tell the smallest rate.
         """
-        if len(lowest_N) * min(rates) < 1:
+        cls.check(len(lowest_N), rates)
+        return cls(pool, tuple(rates), tuple(float(t) for t in np.quantile(np.asarray(lowest_N), rates)))
+
+    @staticmethod
+    def check(responses: int, rates: Sequence[float] = RATES) -> None:
+        """That so many acceptable responses are enough.
+
+        Raises:
+            DataError: too few to tell the smallest rate.
+        """
+        if responses * min(rates) < 1:
             raise DataError(
                 f"a false-positive rate of {min(rates):g} needs {math.ceil(1 / min(rates))} acceptable responses, not "
-                f"{len(lowest_N)}"
+                f"{responses}"
             )
-        return cls(pool, tuple(rates), tuple(float(t) for t in np.quantile(np.asarray(lowest_N), rates)))
 
     def dump(self) -> dict[str, Any]:
         """The element."""

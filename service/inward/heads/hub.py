@@ -7,7 +7,6 @@ unpickled; that a head belongs to the model that is served, its fingerprint says
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Self
 
 from inward.errors import InwardError, SetupError
+from inward.files import whole_folder
 from inward.heads.base import Manifest
 from inward.heads.card import card
 from inward.heads.store import MANIFEST, TENSORS, load_manifest
@@ -67,16 +67,12 @@ def fetch(address: HubHeads, state: Path) -> Path:
         raise SetupError(f"{address.repository} has no heads: none of its folders holds a {MANIFEST}")
     folder = state / f"{address.repository.replace('/', '--')}-{fetched.name[:12]}"
     if not folder.is_dir():
-        fresh = folder.with_name(f".{folder.name}.{os.getpid()}")
-        for head in found:
-            place = fresh / load_manifest(head).name
-            place.mkdir(parents=True)
-            for name in (MANIFEST, TENSORS):
-                shutil.copyfile(head / name, place / name)
-        try:
-            fresh.rename(folder)
-        except OSError:  # another process was first
-            shutil.rmtree(fresh)
+        with whole_folder(folder) as fresh:
+            for head in found:
+                place = fresh / load_manifest(head).name
+                place.mkdir()
+                for name in (MANIFEST, TENSORS):
+                    shutil.copyfile(head / name, place / name)
     return folder
 
 

@@ -260,9 +260,14 @@ def folders(heads_dir: Path) -> list[tuple[Path, Path]]:
     below = [p for p in sorted(heads_dir.iterdir()) if p.is_dir() and not p.name.startswith(".")]
     return [
         (root, path)
-        for root in ([heads_dir] if _holds_head(heads_dir) else below)
-        for path in filter(_holds_head, [root, *sorted(p for p in root.iterdir() if p.is_dir() and p.name.isdigit())])
+        for root in ([heads_dir] if holds_head(heads_dir) else below)
+        for path in filter(holds_head, [root, *sorted(p for p in root.iterdir() if p.is_dir() and p.name.isdigit())])
     ]
+
+
+def holds_head(folder: Path) -> bool:
+    """Whether a folder claims to be a version of a head."""
+    return (folder / MANIFEST).is_file() or (folder / TENSORS).is_file()
 
 
 def active_path(heads_dir: Path, name: str) -> Path:
@@ -324,10 +329,6 @@ def _written(manifest: Manifest) -> bytes:
     """``head.json``; without ``pool`` where there is none, so that older versions read it."""
     unsaid = {"pool"} if manifest.pool is None else None
     return (manifest.model_dump_json(indent=2, exclude=unsaid) + "\n").encode()
-
-
-def _holds_head(folder: Path) -> bool:
-    return (folder / MANIFEST).is_file() or (folder / TENSORS).is_file()
 
 
 def _load_tensors(folder: Path) -> dict[str, Floats]:

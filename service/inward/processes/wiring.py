@@ -7,13 +7,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from inward import __version__, logs
+from inward.api.elements import RERANK_KINDS, SCORE_KINDS
 from inward.api.keys import KeyRing
 from inward.api.services import Limits
 from inward.backbones import vllm
@@ -24,10 +25,11 @@ from inward.backbones.loading import SMOLLM2, NoTokenizerHere, name_of, resolve
 from inward.control import tokenizer_files
 from inward.control.channel import ControlChannel
 from inward.control.lora_adapters import LocalPolicyControl
-from inward.errors import HeadError, InvalidField, InwardError, SetupError
+from inward.errors import HeadError, InvalidField, InwardError, NotFound, SetupError
+from inward.files import whole_folder
 from inward.heads import store
 from inward.heads.hub import HubHeads, fetch
-from inward.heads.registry import Registry
+from inward.heads.registry import Registry, choose
 from inward.prompts import Prompts
 from inward.queues.redis.consumer import RedisConsumer
 from inward.queues.redis.producer import RedisProducer
@@ -35,7 +37,7 @@ from inward.queues.redis.sharded import ShardedConsumer, ShardedProducer
 from inward.settings import Settings
 from inward.stores.connection import Connection
 from inward.stores.keys import Keys
-from inward.types import BASE, BackboneInfo, Group
+from inward.types import BASE, BackboneInfo, Group, HeadRef, Kind
 
 LOG = logs.logger("processes")
 LET_GO_S = 30.0
@@ -43,6 +45,10 @@ LET_GO_S = 30.0
 MODELS = Path(__file__).parents[1] / "models"
 """What comes with Inward: heads for some models, and one small model."""
 TOY = MODELS / "toy"
+ANSWERING: Mapping[str, Sequence[Kind]] = {
+    "rerank_head": RERANK_KINDS, "compat_head": RERANK_KINDS, "guard_head": SCORE_KINDS,
+}  # fmt: skip
+"""Settings that name a head, and of which kinds it may be."""
 AnyProducer = RedisProducer | ShardedProducer
 AnyConsumer = RedisConsumer | ShardedConsumer
 
@@ -169,12 +175,8 @@ def heads_folder(settings: Settings) -> Path | None:
         return None
     folder = state / f"{settings.model}-heads-{_hash(bundled)}"
     if not folder.is_dir():
-        fresh = folder.with_name(f".{folder.name}.{os.getpid()}")
-        shutil.copytree(bundled, fresh)
-        try:
-            fresh.rename(folder)
-        except OSError:  # another process was first
-            shutil.rmtree(fresh)
+        with whole_folder(folder) as fresh:
+            shutil.copytree(bundled, fresh, dirs_exist_ok=True)
     return folder
 
 
@@ -199,16 +201,21 @@ def check_heads(settings: Settings) -> None:
     """What can be known of the heads before the model is loaded, which takes longer.
 
     Raises:
-        SetupError: there is no such folder, or a manifest in it can't be used.
+        SetupError: there is no such folder, a manifest in it can't be used, or a head that shall answer is not there.
     """
-    if settings.heads is None:
-        return
     folder = heads_folder(settings)
-    if folder is None or not folder.is_dir():
+    if settings.heads is not None and (folder is None or not folder.is_dir()):
         raise SetupError(
             f"there is no folder of heads at {folder}: fit some with `inward fit … --out`, or correct --heads"
         )
-    store.find(folder)
+    found = [] if folder is None else store.find(folder)
+    refs = {one.name: HeadRef(one.name, one.kind, one.version) for one in found}
+    for setting, kinds in ANSWERING.items():
+        if (name := getattr(settings, setting)) is not None:
+            try:
+                choose(refs, name, kinds)
+            except NotFound as error:
+                raise SetupError(f"--{setting.replace('_', '-')}: {error.message}") from None
 
 
 def limits(settings: Settings) -> Limits:

@@ -29,3 +29,8 @@ def test_decisions_go_with_what_says_how_rows_are_read_and_written():
 def test_decisions_go_with_nothing_that_annotates(given):
     with pytest.raises(SetupError, match=f"does not go with {given.split()[0]}$"):
         options(f"in out --apply x {given}")
+
+
+def test_no_rows_at_all_are_no_limit():
+    with pytest.raises(SetupError, match=r"^--limit 0: at least 1$"):
+        options("in out --limit 0")

@@ -96,3 +96,26 @@ def test_standard_output_is_no_place_for_an_output(path, tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SetupError, match="standard output or a device"):
         plan(AnnotateOptions(path, Path(out)))
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_page_takes_the_place_of_a_page_and_of_nothing_else(path, tmp_path, restart):
+    (tmp_path / "page.html").write_text("<!doctype html>\n<p>an older one")
+    plan(AnnotateOptions(path, tmp_path / "out.jsonl", html=tmp_path / "page.html", restart=restart))
+    (tmp_path / "rows.csv").write_text("a,b\n")
+    with pytest.raises(SetupError, match=r"rows.csv is there already and is no page"):
+        plan(AnnotateOptions(path, tmp_path / "out.jsonl", html=tmp_path / "rows.csv", restart=restart))
+
+
+def test_records_are_overwritten_as_an_output_is(path, tmp_path):
+    records = tmp_path / "records.json"
+    records.write_text("[]")
+    with pytest.raises(SetupError, match=r"records.json is there already: --restart overwrites it"):
+        plan(AnnotateOptions(path, tmp_path / "out.jsonl", argilla=records))
+    plan(AnnotateOptions(path, tmp_path / "out.jsonl", argilla=records, restart=True))
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "records.json"])
+def test_what_is_written_is_in_files_of_their_own(path, tmp_path, name):
+    with pytest.raises(SetupError, match=f"{name} is named twice"):
+        plan(AnnotateOptions(path, tmp_path / "out.jsonl", html=tmp_path / name, argilla=tmp_path / "records.json"))

@@ -11,6 +11,7 @@ from inward.errors import DataError
 from inward.offline.data.pairs import (
     Pair,
     Response,
+    check_prompts,
     data_hash,
     grouped_folds,
     grouped_split,
@@ -169,6 +170,17 @@ def test_folds_hold_out_every_row_once_and_never_a_prompt_on_both_sides():
 def test_too_few_prompts_to_split_is_an_error():
     with pytest.raises(DataError, match="2 different prompts"):
         grouped_folds([1, 1, 2], 3, 0)
+
+
+def test_one_prompt_makes_no_folds():
+    with pytest.raises(DataError, match="1 different prompts"):
+        grouped_folds([4, 4, 4], 1, 0)
+
+
+def test_too_few_prompts_are_counted():
+    check_prompts([1, 1, 2], 2)
+    with pytest.raises(DataError, match=r"^2 different prompts of these, and 3 at least are needed"):
+        check_prompts([1, 1, 2], 3, "of these")
 
 
 def test_the_group_of_a_prompt_depends_on_its_content_alone():

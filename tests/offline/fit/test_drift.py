@@ -7,12 +7,15 @@ import pytest
 
 from inward.errors import DataError, SetupError
 from inward.offline.fit.drift import drift
+from inward.offline.fit.ensemble import Judges, fit_ensemble
 from inward.offline.fit.hybrid import fit_hybrid
 from inward.offline.fit.joint import Joint
 from inward.offline.fit.legend import fit_legend
 from inward.offline.fit.like import fit_like, like_of
 from inward.offline.fit.whitened import FromStates, fit_whitened
 from inward.offline.states.saved import Origin
+from inward.offline.states.scores import score_states
+from inward.offline.states.stored import SomeLayers
 from support.small_heads import pair_states
 
 
@@ -48,6 +51,26 @@ def test_a_head_is_refitted_in_its_own_way():
     assert again.manifest.layers == (2,) and again.manifest.options["direction"] == "whitened"
     with pytest.raises(SetupError, match="ensemble"):
         fit_like("ensemble", None, pair_states())
+
+
+@pytest.mark.parametrize("final_norm", [False, True])
+@pytest.mark.parametrize("layers", [(1, 2), (2,), (2, 3)])
+def test_a_head_is_refitted_on_the_layers_that_it_reads(layers, final_norm):
+    """States may hold more, of which the last was read after the final norm."""
+    states = replace(pair_states(), origin=replace(pair_states().origin, final_norm=final_norm))
+    own = SomeLayers.of(states, layers)
+    whitened = fit_whitened(FromStates.of(own))[0]
+    hybrid = fit_hybrid(own, joint=Joint(steps=20), progress=False)[0]
+    both = fit_ensemble([whitened, hybrid], score_states(states, [whitened, hybrid]), Judges(states.groups_N, ""))[0]
+    for head in (whitened, hybrid, both):
+        again = fit_like(like_of(head), head, states)
+        assert (again.manifest.layers, again.manifest.final_norm) == (layers, final_norm and 3 in layers)
+        assert drift(head, states).cosine > 0.9
+
+
+def test_states_without_a_layer_of_the_head_are_refused():
+    with pytest.raises(DataError, match="layer 3 is not among"):
+        fit_like("hybrid", heads(pair_states())[2], SomeLayers.of(pair_states(), (1, 2)))
 
 
 def test_states_that_the_head_does_not_read_are_refused():

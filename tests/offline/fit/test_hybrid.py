@@ -266,3 +266,13 @@ def test_an_interval_is_of_the_pairs_that_were_judged(monkeypatch):
     assert report.pairs == 60 and 15 <= report.judged < 30
     held_out = HeldOut.of(head.manifest.fit)
     assert held_out is not None and (held_out.pairs, held_out.agreement) == (report.judged, report.accuracy)
+
+
+def test_layers_are_judged_by_the_pairs_that_judge_the_head(monkeypatch):
+    """One layer's probe and the sum of one layer, before they are trained, say the same."""
+    monkeypatch.setattr("inward.offline.fit.hybrid.JUDGED_PAIRS", 20)
+    states = pair_states(200, layers=(1,), strength=(0.7,))
+    _, report = fit_hybrid(states, joint=Joint(steps=2), progress=False)
+    [layer] = report.layers
+    assert report.judged < 40
+    assert (layer.accuracy, layer.auc) == pytest.approx((report.warm_start_accuracy, report.warm_start_auc))

@@ -9,7 +9,7 @@ from safetensors.torch import save_file as save_torch
 
 from inward.errors import DataError
 from inward.offline.states.saved import Origin, load_states, save_states
-from inward.offline.states.stored import PairWriter, StoredPairs, Subset, blocks
+from inward.offline.states.stored import PairWriter, SomeLayers, StoredPairs, Subset, blocks
 from support.small_heads import BACKBONE, pair_states
 
 SHAPE = (5, 2, 3)
@@ -52,6 +52,22 @@ def test_a_subset_is_the_rows_it_names(tmp_path):
     part = Subset(saved, np.array([5, 50, 2]))
     np.testing.assert_array_equal(part.take(np.array([1]))[0], saved.chosen_NLD[[50]])
     assert list(part.groups_N) == list(saved.groups_N[[5, 50, 2]]) and len(part) == 3
+
+
+def test_some_layers_are_those_they_name(tmp_path):
+    saved = replace(pair_states(), origin=replace(ORIGIN, final_norm=True))
+    save_states(saved, tmp_path / "s.safetensors")
+    stored = StoredPairs.open(tmp_path / "s.safetensors")
+    assert SomeLayers.of(stored, (1, 2, 3)) is stored
+    some = SomeLayers.of(stored, (1, 3))
+    index = np.array([7, 3])
+    for axes, numbers in ((None, [1, 3]), ([1], [3]), ([1, 0], [3, 1])):
+        for mine, theirs in zip(some.take(index, axes), saved.take(index, [k - 1 for k in numbers]), strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+    assert (some.layers, len(some), some.width) == ((1, 3), 120, 12)
+    assert some.origin.final_norm and not SomeLayers.of(stored, (1, 2)).origin.final_norm
+    with pytest.raises(DataError, match="layer 4 is not among"):
+        SomeLayers.of(stored, (3, 4))
 
 
 def test_bfloat16_is_read_as_it_is(tmp_path):

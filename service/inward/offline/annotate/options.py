@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from inward.errors import SetupError
 from inward.offline import cluster
 from inward.offline.annotate import fetch
+from inward.offline.options import check_least
 from inward_client.rows import AUTO, LAYOUTS
 
 SUSPICIOUS = 10
@@ -79,16 +80,7 @@ class AnnotateOptions:
             SetupError: names the option.
         """
         given: dict[str, Any] = {field.name: getattr(args, field.name) for field in fields(cls)}
-        for name, least in (
-            ("limit", 0),
-            ("at_once", 1),
-            ("actors", 1),
-            ("suspicious", 0),
-            ("page_rows", 1),
-            ("clusters", 0),
-        ):
-            if given[name] is not None and given[name] < least:
-                raise SetupError(f"--{name.replace('_', '-')} {given[name]}: at least {least}")
+        check_least(args, at_once=1, actors=1, suspicious=0, page_rows=1, clusters=0)
         if args.drop_below is not None and not 0 <= args.drop_below <= 1:
             raise SetupError(f"--drop-below {args.drop_below}: a probability, from 0 to 1")
         if args.token_scores and (args.html is None or args.engine != "local"):
@@ -102,6 +94,7 @@ class AnnotateOptions:
                     "--apply writes all rows but those that were dropped, and annotates none: it does not go with "
                     + ", ".join(f"--{name.replace('_', '-')}" for name in others)
                 )
+        check_least(args, limit=1)
         return cls(**given | {"columns": _columns(args.columns)})
 
 
@@ -137,7 +130,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--url", help="a running service instead of a model here (key: $INWARD_API_KEY, or in the URL)")
     cluster.add_arguments(how, "ray: on the Ray cluster at $RAY_ADDRESS")
     add("--at-once", type=int, metavar="N", help="chunks in flight (default: 1, which is reproducible; with --url 4)")
-    add("--restart", action="store_true", help="throw away what an interrupted job has done, and an OUT that is there")
+    add(
+        "--restart",
+        action="store_true",
+        help="throw away what an interrupted job has done, and an OUT (or records of --argilla) that is there",
+    )
     add = parser.add_argument_group("what is shown in the end").add_argument
     add("--by", metavar="COLUMN", help="estimate the share of wrong labels for each value of a column, too")
     add(

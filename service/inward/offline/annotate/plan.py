@@ -11,6 +11,7 @@ from inward.errors import DataError, SetupError
 from inward.offline.annotate import fetch
 from inward.offline.annotate.merge import Shape, Table, fresh, schema_for
 from inward.offline.annotate.options import AnnotateOptions
+from inward.offline.places import check_file, check_page
 from inward_client import rows
 from inward_client.rows import LOOKED_AT, Format, PairReader, Row, Source, as_turns
 
@@ -100,7 +101,8 @@ def outputs(out: Path, sources: Sequence[Source]) -> tuple[list[Path], Format]:
         if len(sources) > 1:
             names = ", ".join(source.name for source in sources)
             raise SetupError(f"the input has {len(sources)} tables ({names}): OUT must be a folder, not {out}")
-        _check_place(out)
+        if not out.parent.is_dir():
+            raise SetupError(f"{out.parent} is not a folder")
         if (format := rows.format_of(out)) == "arrow":
             raise SetupError(f"{out}: write .parquet, which every reader of Arrow files also reads")
         return [out], format
@@ -132,22 +134,24 @@ def protect_outputs(options: AnnotateOptions, outs: Sequence[Path]) -> None:
     Raises:
         SetupError: names what is there, or what is not.
     """
-    for path in (options.html, options.argilla):
-        if path is not None:
-            _check_place(path)
-    if there := [str(out) for out in outs if out.exists() and not options.restart]:
+    besides = [path for path in (options.html, options.argilla) if path is not None]
+    for path in besides:
+        if not path.parent.is_dir():
+            raise SetupError(f"{path.parent} is not a folder")
+    tables = [path for path in (*outs, options.argilla) if path is not None]
+    for path in tables:
+        check_file(path, "file of rows")
+    if there := [str(path) for path in tables if path.exists() and not options.restart]:
         raise SetupError(f"{', '.join(there)} is there already: --restart overwrites it")
+    if options.html is not None:
+        check_page(options.html)
+    written = [path.resolve() for path in (*outs, *besides)]
+    if twice := [str(path) for path in written if written.count(path) > 1]:
+        raise SetupError(f"{twice[0]} is named twice: OUT, --html and --argilla are files of their own")
 
 
 def _is_same(read: Path, written: Path) -> bool:
     return read.resolve() == written.resolve() or (written.exists() and read.samefile(written))
-
-
-def _check_place(path: Path) -> None:
-    if not path.parent.is_dir():
-        raise SetupError(f"{path.parent} is not a folder")
-    if path.is_dir():
-        raise SetupError(f"{path} is a folder: name a file in it")
 
 
 def _check_names(path: Path, firsts: Sequence[Row], shape: Shape) -> None:

@@ -166,6 +166,21 @@ def prompt_groups(prompts: Iterable[Prompt]) -> Indices:
     return np.array([int.from_bytes(key[:8], "big") >> 1 for key in keys], dtype=np.int64)
 
 
+def check_prompts(groups: ArrayLike, least: int, which: str = "") -> None:
+    """That there are so many different prompts.
+
+    Args:
+        groups: ``[N]``, see ``prompt_groups``.
+        which: prompts are meant, if not all are.
+
+    Raises:
+        DataError: there are fewer.
+    """
+    if (found := len(np.unique(np.asarray(groups)))) < least:
+        kind = f"different prompts {which}".rstrip()
+        raise DataError(f"{found} {kind}, and {least} at least are needed: give more rows, or a larger --limit")
+
+
 def grouped_split(groups: ArrayLike, fractions: Sequence[float], seed: int) -> list[Indices]:
     """Splits rows into parts of about the given sizes; rows of one group stay together, and no part is empty.
 
@@ -200,9 +215,9 @@ def grouped_folds(groups: ArrayLike, k: int, seed: int) -> list[tuple[Indices, I
     """``k`` times (train, held out) of a cross-validation in which rows of one group are always on the same side.
 
     Raises:
-        DataError: fewer groups than folds.
+        DataError: fewer groups than folds, or one group only.
     """
-    parts = grouped_split(groups, [1.0] * k, seed)
+    parts = grouped_split(groups, [1.0] * max(k, 2), seed)
     return [(np.sort(np.concatenate([p for p in parts if p is not held_out])), held_out) for held_out in parts]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 from inward.errors import SetupError
+from inward.offline.options import check_least
 from inward.types import Kind
 
 EPILOG = """examples:
@@ -108,8 +109,7 @@ def check(args: argparse.Namespace) -> None:
             raise SetupError(f"--{_dashed(option)} {why}: it does not go with --{_dashed(given[0])}")
     if args.folds < 3:
         raise SetupError(f"--folds {args.folds}: at least 3, since a layer is chosen on folds that are not judged")
-    if args.resamples < 1:
-        raise SetupError(f"--resamples {args.resamples}: at least 1")
+    check_least(args, resamples=1, limit=1, response_tokens=1, seed=0)
 
 
 def _dashed(name: str) -> str:

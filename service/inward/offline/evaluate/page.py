@@ -5,8 +5,11 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterator, Mapping
 from html import escape
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from inward.errors import SetupError
+from inward.files import whole
 from inward.offline.evaluate import heatmap, plots
 from inward.offline.evaluate.judge import Judgement
 from inward.offline.evaluate.metrics import MEANINGS, NAMES
@@ -133,6 +136,20 @@ a head that was fitted elsewhere.</p>
 <section id="tokens"><h2>Token by token</h2>{heatmap.section(judgement.tokens)}</section>
 </body></html>
 """
+
+
+def write(path: Path, judgement: Judgement, report: Mapping[str, Any]) -> None:
+    """Writes the page.
+
+    Raises:
+        SetupError: it can't be written.
+    """
+    content = page(judgement, report)
+    try:
+        with whole(path) as file:
+            file.write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise SetupError(f"can't write the page to {path}: {error.strerror or error}") from error
 
 
 def _sections(judgement: Judgement) -> Iterator[str]:

@@ -56,7 +56,7 @@ class Material:
     states: States
     """Theirs."""
     seconds: float | None = None
-    """Of the forward passes; None where states were given."""
+    """Of the forward passes for the states, or for ``said`` where there is that; None where states were given."""
     said: list[Judged] = field(default_factory=list)
     """Scores of heads that read through the backbone what no stored state holds."""
     calibration: Doubles | None = None
@@ -108,7 +108,9 @@ def evaluate(
         parts=by_part(examples, ours, resampling),
         tokens=found.tokens,
     )
-    head_ms = 1e3 * spent / (len(examples) * len(heads))
+    forward_ms = None if found.seconds is None else 1e3 * found.seconds / len(examples)
+    # what was said was said between the forward passes, which cannot be told apart from the head there
+    head_ms = None if found.said else 1e3 * spent / (len(examples) * len(heads))
     report = {
         "input": {
             "file": next(Path(p).name for p in (args.pairs, args.lists, args.responses, args.states) if p),
@@ -128,7 +130,7 @@ def evaluate(
         "verdict": verdict(judgement, resampling).paragraph,
         "cost": {
             "head_ms": head_ms,
-            "with_forward_ms": None if found.seconds is None else head_ms + 1e3 * found.seconds / len(examples),
+            "with_forward_ms": None if forward_ms is None else forward_ms + (head_ms or 0.0),
             "with_generation_ms": None,
         },
         "notes": notes,
@@ -224,7 +226,10 @@ async def _of_rows(
     if args.html and head:
         found.tokens = await read_examples(backbone, prompts, rows.lists, head)
     if not all(_readable(one, examples) for one in heads):
-        said = await score_groups(backbone, groups_of_rows(prompts, rows), heads)
+        groups = groups_of_rows(prompts, rows)
+        started = time.perf_counter()
+        said = await score_groups(backbone, groups, heads)
+        found.seconds = time.perf_counter() - started
         found.said = [of_texts(one, examples, [of_group[h] for of_group in said]) for h, one in enumerate(heads)]
     if calibration:
         safe = [response.safe for one in calibration.lists for response in one.responses]

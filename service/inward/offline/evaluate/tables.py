@@ -105,10 +105,10 @@ def summary(report: Mapping[str, Any]) -> str:
 
 
 def cost(report: Mapping[str, Any]) -> str:
-    """The head alone, and with the forward pass that it reads."""
-    spent = report["cost"]
-    forward = spent["with_forward_ms"]
-    whole = "forward pass not measured (states were given)"
-    if forward is not None:
-        whole = f"{forward:.2f} ms with the forward pass"
-    return f"cost of a response: {spent['head_ms']:.3f} ms for the head alone, {whole}, generation not part of this"
+    """The head alone, where it was measured apart, and with the forward pass that it reads."""
+    alone, whole = report["cost"]["head_ms"], report["cost"]["with_forward_ms"]
+    told = [] if alone is None else [f"{alone:.3f} ms for the head alone"]
+    told.append(
+        "forward pass not measured (states were given)" if whole is None else f"{whole:.2f} ms with the forward pass"
+    )
+    return f"cost of a response: {', '.join(told)}, generation not part of this"

@@ -39,7 +39,7 @@ from inward.offline.fit.joint import (
     Training,
 )
 from inward.offline.fit.prepare import calibration, manifest
-from inward.offline.fit.probes import SHRINKAGE, LayerProbes, auc, fit_layer, labels, pair_accuracy
+from inward.offline.fit.probes import SHRINKAGE, LayerProbes, auc, both, fit_layer, labels, pair_accuracy
 from inward.offline.fit.reproducible import LARGE, reproducible
 from inward.offline.states.stored import PairSource
 from inward.types import Doubles, Floats, Indices
@@ -159,7 +159,7 @@ def fit_hybrid(
     if not axes:
         raise DataError("a hybrid head needs the states of at least one block; these are of the embedding only")
     prompts = len(np.unique(states.groups_N))
-    parts = grouped_folds(states.groups_N, min(folds, prompts) if prompts > 1 else 2, seed)
+    parts = grouped_folds(states.groups_N, min(folds, prompts), seed)
     fold_N = np.empty(len(states), dtype=np.int64)
     for fold, (_, held_out) in enumerate(parts):
         fold_N[held_out] = fold
@@ -191,7 +191,9 @@ def fit_hybrid(
         auc=auc(rewards_M),
         warm_start_accuracy=pair_accuracy(trained.start_M),
         warm_start_auc=auc(trained.start_M),
-        layers=tuple(_skills([states.layers[axis] for axis in axes], layers, single_LM, share_L)),
+        layers=tuple(
+            _skills([states.layers[axis] for axis in axes], layers, single_LM, share_L, both(judged_N, len(states)))
+        ),
     )
     own = manifest(
         name,
@@ -306,10 +308,11 @@ def _tensors(parameters: Parameters, layers: Sequence[LayerProbes], width: int) 
 
 
 def _skills(
-    numbers: Sequence[int], layers: Sequence[LayerProbes], single_LM: Doubles, share_L: Doubles
+    numbers: Sequence[int], layers: Sequence[LayerProbes], single_LM: Doubles, share_L: Doubles, judged: Indices
 ) -> Iterator[LayerSkill]:
-    for number, layer, one, share in zip(numbers, layers, single_LM, share_L, strict=True):
-        difference = layer.difference_M
+    """``judged``: the responses of the report's figures, so that layers and head are compared on the same ones."""
+    for number, layer, one_M, share in zip(numbers, layers, single_LM, share_L, strict=True):
+        one, difference = one_M[judged], layer.difference_M[judged]
         accuracies = pair_accuracy(one), auc(one), pair_accuracy(difference), auc(difference)
         yield LayerSkill(number, *accuracies, float(share))
 

@@ -18,7 +18,7 @@ from inward.offline.fit.legend import fit_legend
 from inward.offline.fit.probes import both
 from inward.offline.fit.whitened import Choice, FromStates, fit_whitened
 from inward.offline.states.scores import score_states
-from inward.offline.states.stored import PairSource, Subset, in_memory
+from inward.offline.states.stored import PairSource, SomeLayers, Subset, in_memory
 from inward.types import Doubles, Kind
 
 Like = Kind | Literal["whitened"]
@@ -35,16 +35,20 @@ def fit_like(like: Like, head: Head | None, pairs: PairSource, *, seed: int = 0)
     """Fits a head on pairs.
 
     Args:
-        head: one whose layer, gate and parts are kept; None: the defaults.
+        head: one whose layers, gate and parts are kept; None: the defaults.
 
     Raises:
+        DataError: the pairs lack one of the head's layers.
         SetupError: a kind that is not fitted on pairs, or an ensemble without a ``head``.
     """
+    if head is not None and like != "ensemble":  # whose parts have layers of their own
+        pairs = SomeLayers.of(pairs, head.manifest.layers)
+    single = head.manifest.layers[0] if head and len(head.manifest.layers) == 1 else None
     match like:
         case "legend":
-            return fit_legend(in_memory(pairs), layer=head.manifest.layers[0] if head else "sweep", seed=seed)[0]
+            return fit_legend(in_memory(pairs), layer="sweep" if single is None else single, seed=seed)[0]
         case "whitened":
-            layer: Choice = head.manifest.layers[0] if head and len(head.manifest.layers) == 1 else "sum"
+            layer: Choice = "sum" if single is None else single
             return fit_whitened(FromStates.of(pairs), layer=layer, bootstraps=1, seed=seed)[0]
         case "hybrid":
             gate = head.options.gate if isinstance(head, HybridHead) else "sigmoid"

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
+from pydantic import ValidationError
+
+from inward.errors import SetupError
 from inward.offline import cluster
+from inward.offline.options import check_least
+from inward.wire.requests import Sampling
 
 EPILOG = {
     "legend": """examples:
@@ -32,6 +36,8 @@ ABOUT = {
     "value": "what a head will say of a finished answer, predicted from any token of it (arXiv 2310.17022)",
     "guard": "a head's thresholds for ending answers, by false-positive rate",
 }
+DRAWN_TOKENS = 128
+"""Most tokens of an answer that a value head is fitted on, where ``--sampling`` does not say."""
 ROWS = {"srr": "lists", "value": "prompts", "guard": "safe"}
 """The option that names the rows; pairs where nothing is said."""
 
@@ -40,6 +46,27 @@ def add_arguments(parser: argparse.ArgumentParser, kind: str) -> None:
     """The options of ``inward fit KIND``, but those that are settings."""
     _add_common(parser, ROWS.get(kind, "pairs"))
     _ADD[kind](parser)
+
+
+def check(args: argparse.Namespace) -> None:
+    """What can be said of the options, and of the places that are to be written to, before anything is read.
+
+    Raises:
+        SetupError: names the option or the place.
+    """
+    from inward.offline.places import check_head, check_states  # which takes its time: not for --help
+
+    check_least(args, limit=1, seed=0)
+    check_head(args.out, args.name, replace=args.replace)
+    if kept := getattr(args, "save_states", None):
+        check_states(kept)
+        if (read := getattr(args, "covariance", None)) and read.resolve() == kept.resolve():
+            raise SetupError(f"{kept} is {read}, which is read: name another file, an input is never written to")
+    if args.kind == "value":
+        if args.samples < 2:
+            raise SetupError("--samples: a value head needs two answers to each prompt at least, better eight")
+        if args.at[0] >= (drawn := args.sampling.max_tokens or DRAWN_TOKENS):
+            raise SetupError(f"--at {args.at[0]}: answers have {drawn} tokens at most; decide sooner, or draw more")
 
 
 def _add_common(parser: argparse.ArgumentParser, rows: str) -> None:
@@ -130,8 +157,8 @@ def _add_value(parser: argparse.ArgumentParser) -> None:
     _add_of(parser, "head whose reward is predicted")
     add("--samples", type=int, default=8, metavar="N", help="answers to each prompt (default: 8)")
     add(
-        "--sampling", type=json.loads, default={}, metavar="JSON",
-        help='how they are drawn, such as {"top_p": 0.95} (default: up to 128 tokens)'
+        "--sampling", type=_sampling, default=Sampling(), metavar="JSON",
+        help=f'how they are drawn, such as {{"top_p": 0.95}} (default: up to {DRAWN_TOKENS} tokens)'
     )  # fmt: skip
     add(
         "--at", type=_points, default=(8, 16, 32, 64), help="tokens after which it may be decided (default: 8,16,32,64)"
@@ -151,8 +178,24 @@ def _add_of(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--head", dest="of", required=True, metavar="HEAD", help=f"{what}: {where}")
 
 
+def _sampling(text: str) -> Sampling:
+    """As ``/rerank`` takes it."""
+    try:
+        return Sampling.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise argparse.ArgumentTypeError(f"{field}: {first['msg']}" if field else first["msg"]) from None
+
+
 def _points(text: str) -> tuple[int, ...]:
-    return tuple(sorted({int(part) for part in text.split(",")}))
+    try:
+        points = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        points = [0]
+    if points[0] < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: numbers of tokens from 1, such as 8,16,32")
+    return tuple(points)
 
 
 _ADD = {

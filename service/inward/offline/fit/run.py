@@ -13,11 +13,13 @@ from inward.backbones.base import Backbone
 from inward.errors import DataError, SetupError
 from inward.heads import store
 from inward.heads.base import Head
+from inward.heads.guard import GuardThresholds
 from inward.heads.pooling import Pool
 from inward.offline.cluster import Cluster
 from inward.offline.data.pairs import (
     CalibrationRow,
     Pair,
+    check_prompts,
     data_hash,
     has_refusals,
     prompt_groups,
@@ -31,10 +33,12 @@ from inward.offline.fit.ensemble import Judges, fit_ensemble
 from inward.offline.fit.guard import fit_guard
 from inward.offline.fit.hybrid import fit_hybrid
 from inward.offline.fit.legend import constant_refusal, fit_legend
+from inward.offline.fit.options import DRAWN_TOKENS
 from inward.offline.fit.pool import fit_pool
 from inward.offline.fit.ray import SpreadPairs
 from inward.offline.fit.runs import Runs, draw_runs
 from inward.offline.fit.srr import fit_srr
+from inward.offline.fit.value import PROMPTS as VALUE_PROMPTS
 from inward.offline.fit.value import fit_value
 from inward.offline.fit.whitened import Choice, Evidence, FromStates, fit_whitened
 from inward.offline.model import OpenModel, with_model
@@ -45,9 +49,12 @@ from inward.offline.states.scores import score_pairs, score_states
 from inward.offline.states.stored import PairSource, StoredPairs, blocks
 from inward.prompts import Prompts
 from inward.types import SamplingSpec
+from inward.wire.requests import Sampling
 
 Fitted = tuple[Head, Any]
 """A head, and a report that can be printed."""
+PROMPTS = {"legend": 3, "hybrid": 2, "srr": 2, "ensemble": 2, "value": VALUE_PROMPTS}
+"""Different prompts without which a fit can't split its rows: it is told before they are read."""
 
 
 def fit(args: Namespace, opened: OpenModel, cache: Path) -> Fitted:
@@ -280,6 +287,7 @@ def _hybrid(args: Namespace, opened: OpenModel, cache: Path) -> Fitted:
         states = StoredPairs.open(args.states)
     else:
         pairs = read_pairs(args.rows, parse_json=args.parse_json)[: args.limit]
+        check_prompts(prompt_groups(pair.prompt for pair in pairs), PROMPTS[args.kind])
         path = args.save_states or cache / "states.safetensors"
 
         async def store(backbone: Backbone, prompts: Prompts) -> StoredPairs:
@@ -298,15 +306,17 @@ def _ensemble(args: Namespace, opened: OpenModel) -> Fitted:
             raise DataError(f"heads {names} were fitted on different backbones: they cannot be one head")
     if args.states:
         states = StoredPairs.open(args.states)
+        check_prompts(states.groups_N, PROMPTS[args.kind])
         judges = Judges(states.groups_N, states.origin.data_hash)
         return fit_ensemble(heads, score_states(states, heads), judges, name=args.name, seed=args.seed)
     pairs = read_pairs(args.rows, parse_json=args.parse_json)[: args.limit]
+    groups_N = prompt_groups(pair.prompt for pair in pairs)
+    check_prompts(groups_N, PROMPTS[args.kind])
 
     async def use(backbone: Backbone, prompts: Prompts) -> Fitted:
         for path in args.parts:  # again, as the server would: the backbone is known now
             store.load(path, fingerprint=backbone.info.fingerprint, template=prompts.template)
         scores_PM = await score_pairs(backbone, prompts, pairs, heads)
-        groups_N = prompt_groups(pair.prompt for pair in pairs)
         return fit_ensemble(heads, scores_PM, Judges(groups_N, data_hash(pairs)), name=args.name, seed=args.seed)
 
     return with_model(opened, use)
@@ -314,20 +324,21 @@ def _ensemble(args: Namespace, opened: OpenModel) -> Fitted:
 
 def _value(args: Namespace, opened: OpenModel, cache: Path) -> Fitted:
     asked = read_prompts(args.rows)[: args.limit]
-
-    if args.samples < 2:
-        raise SetupError("--samples: a value head needs two answers to each prompt at least, better eight")
+    check_prompts(prompt_groups(asked), PROMPTS[args.kind])
+    of = store.load_manifest(args.of)
+    if of.kind in ("srr", "value"):
+        raise SetupError(f"--head {of.name}: a {of.kind} head gives no answer a reward of its own")
+    how: Sampling = args.sampling
+    given = how.model_dump(exclude={"max_tokens", "seed", "stop"})
+    seed = args.seed if how.seed is None else how.seed
+    spec = SamplingSpec(
+        args.samples, max_tokens=how.max_tokens or DRAWN_TOKENS, seed=seed, stop=tuple(how.stop), **given
+    )
+    at = [point for point in args.at if point < spec.max_tokens]
 
     async def draw(backbone: Backbone, prompts: Prompts) -> tuple[Head, Runs]:
         head = store.load(args.of, fingerprint=backbone.info.fingerprint, template=prompts.template)
-        if head.ref.kind in ("srr", "value"):
-            raise SetupError(f"--head {head.ref.name}: a {head.ref.kind} head gives no answer a reward of its own")
-        try:
-            spec = SamplingSpec(args.samples, **{"max_tokens": 128, "seed": args.seed} | args.sampling)
-        except TypeError as error:
-            raise SetupError(f"--sampling: {error}") from None
         layers = numbers(args.layers, backbone.info.layers) if args.layers else quarters(backbone.info.layers)
-        at = [point for point in args.at if point < spec.max_tokens]
         return head, await draw_runs(backbone, prompts, head, asked, spec, at=at, layers=layers, cache=cache)
 
     head, runs = with_model(opened, draw)
@@ -341,6 +352,7 @@ def quarters(depth: int) -> list[int]:
 
 def _guard(args: Namespace, opened: OpenModel) -> Fitted:
     texts = read_texts(args.rows, acceptable=True)[: args.limit]
+    GuardThresholds.check(sum(len(responses) for _, responses in texts))
 
     async def use(backbone: Backbone, prompts: Prompts) -> Fitted:
         head = store.load(args.of, fingerprint=backbone.info.fingerprint, template=prompts.template)
@@ -363,6 +375,8 @@ def _srr(args: Namespace, opened: OpenModel, cache: Path) -> Fitted:
 
 def _states_of_lists(args: Namespace, opened: OpenModel, cache: Path) -> ListStates:
     lists = read_lists(args.rows)[: args.limit]
+    mixed = [one.prompt for one in lists if len({response.safe for response in one.responses}) == 2]
+    check_prompts(prompt_groups(mixed), PROMPTS[args.kind], "with a safe and an unsafe response")
 
     async def extract(backbone: Backbone, prompts: Prompts) -> ListStates:
         layers = numbers(args.layers, backbone.info.layers)
@@ -383,6 +397,8 @@ def _pairs(args: Namespace) -> tuple[list[list[Pair]], list[str]]:
     files = [[row.pair if isinstance(row, CalibrationRow) else row for row in rows]]
     if args.validation:
         files.append(read_pairs(args.validation, parse_json=args.parse_json))
+    for pairs, least in zip(files, (PROMPTS[args.kind], 2), strict=False):
+        check_prompts(prompt_groups(pair.prompt for pair in pairs), least)
     return files, constant_refusal(rows)
 
 

@@ -32,6 +32,8 @@ from inward.offline.fit.runs import Runs
 from inward.types import Doubles, Indices
 
 FOLDS = 5
+PROMPTS = 2 * FOLDS
+"""At least."""
 RIDGES = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
 """In units of the mean variance of a state's number."""
 BOLDNESS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
@@ -82,8 +84,8 @@ def fit_value(runs: Runs, of: Head, *, name: str, seed: int = 0) -> tuple[Head, 
         DataError: too few prompts, or responses that end before the first decision point.
     """
     P, N = runs.rewards_PN.shape
-    if P < 2 * FOLDS or N < 2:
-        raise DataError(f"{P} prompts with {N} responses each: a value head needs {2 * FOLDS} and 2 at least")
+    if P < PROMPTS or N < 2:
+        raise DataError(f"{P} prompts with {N} responses each: a value head needs {PROMPTS} and 2 at least")
     fold_P = np.random.default_rng(seed).permutation(P) % FOLDS
     best: _Candidate | None = None
     for found in _candidates(runs, fold_P, own=of.ref.kind in PARTS):

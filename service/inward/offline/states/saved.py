@@ -177,7 +177,11 @@ def layer_axis(layers: tuple[int, ...], layer: int) -> int:
 
 
 def save_states(states: PairStates | ListStates, path: Path) -> None:
-    """Writes one safetensors file, at once or not at all."""
+    """Writes one safetensors file, at once or not at all.
+
+    Raises:
+        DataError: the file can't be written.
+    """
     tensors: dict[str, NDArray[Any]] = {"layers": np.array(states.layers, dtype=np.int64)}
     if isinstance(states, PairStates):
         tensors |= {"chosen": states.chosen_NLD, "rejected": states.rejected_NLD, "group": states.groups_N}
@@ -187,8 +191,11 @@ def save_states(states: PairStates | ListStates, path: Path) -> None:
         tensors |= {"prompt": states.prompt_GLD, "candidates": states.candidates_MLD}
         tensors |= {"group": states.group_M, "safe": states.safe_M, "prompt_group": states.groups_G}
     tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    with whole(Path(path)) as file:
-        save_file(tensors, file, metadata={METADATA: states.origin.dump()})
+    try:
+        with whole(Path(path)) as file:
+            save_file(tensors, file, metadata={METADATA: states.origin.dump()})
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"can't write states to {path}: {error}") from error
 
 
 def load_states(path: Path) -> PairStates | ListStates:
@@ -219,6 +226,16 @@ def load_list_states(path: Path) -> ListStates:
     if not isinstance(states, ListStates):
         raise DataError(f"{path} holds pairs (chosen, rejected), but lists (prompt, candidates) are needed")
     return states
+
+
+def holds_states(path: Path) -> bool:
+    """Whether a file holds states of pairs or of lists, as far as its header tells."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            tensors = set(file.keys())
+    except (SafetensorError, OSError):
+        return False
+    return any({"layers", *sides} <= tensors for sides in (("chosen", "rejected"), ("prompt", "candidates")))
 
 
 def near_duplicates(states_ND: Floats) -> Indices:

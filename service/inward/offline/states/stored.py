@@ -25,6 +25,7 @@ from inward.offline.states.saved import (
     as_numpy,
     check_tensor,
     hash_rows,
+    layer_axis,
     layers_of,
     near_duplicates,
 )
@@ -213,6 +214,50 @@ class Subset:
     @property
     def origin(self) -> Origin:
         return self.whole.origin
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SomeLayers:
+    """A source at some of its layers; nothing is copied."""
+
+    whole: PairSource
+    layers: tuple[int, ...]
+
+    @classmethod
+    def of(cls, whole: PairSource, layers: Sequence[int]) -> PairSource:
+        """The source itself, where these are all of its layers.
+
+        Raises:
+            DataError: it lacks one.
+        """
+        for layer in layers:
+            layer_axis(whole.layers, layer)
+        return whole if tuple(layers) == whole.layers else cls(whole, tuple(layers))
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+    def take(self, index: Indices, axes: Sequence[int] | None = None) -> tuple[Floats, Floats]:
+        layers = self.layers if axes is None else [self.layers[axis] for axis in axes]
+        return self.whole.take(index, [self.whole.layers.index(layer) for layer in layers])
+
+    @property
+    def groups_N(self) -> Indices:
+        return self.whole.groups_N
+
+    @property
+    def length_difference_N(self) -> Doubles | None:
+        return self.whole.length_difference_N
+
+    @property
+    def width(self) -> int:
+        return self.whole.width
+
+    @property
+    def origin(self) -> Origin:
+        """The final norm is of the last layer only."""
+        origin = self.whole.origin
+        return replace(origin, final_norm=origin.final_norm and max(self.whole.layers) in self.layers)
 
 
 def blocks(source: PairSource, axes: Sequence[int] | None = None) -> Iterator[tuple[Indices, Floats, Floats]]:
