@@ -21,8 +21,8 @@ def sampling_of(group: Group) -> SamplingSpec:
 
 
 def finished(row: Sequence[int], tokenizer: Any, end_ids: Ids, spec: SamplingSpec) -> Sample:
-    """The drawn ids ``row``, cut where they end: before one of ``end_ids``, or before a stop string. Whatever follows
-    is padding.
+    """The drawn ids ``row``, cut where they end: before one of ``end_ids``, or before a stop string, which may begin
+    within a token: then other ids than the drawn ones are the text before it. Whatever follows is padding.
     """
     end = next((i for i, token in enumerate(row) if token in end_ids), None)
     ids = list(row[:end])
@@ -30,7 +30,12 @@ def finished(row: Sequence[int], tokenizer: Any, end_ids: Ids, spec: SamplingSpe
     cut = min((at for stop in spec.stop if (at := text.find(stop)) >= 0), default=None)
     if cut is None:
         return Sample(tuple(ids), text, "length" if end is None and len(ids) >= spec.max_tokens else "stop")
-    # a stop string is no part of the answer, as in vLLM: the ids end with the last token that is wholly before it
-    while ids and len(tokenizer.decode(ids, skip_special_tokens=True)) > cut:
+    # a stop string is no part of the answer, as in vLLM: of a token in which one begins only the text before it is
+    given = text[:cut]
+    while ids and not given.startswith(tokenizer.decode(ids, skip_special_tokens=True)):
         ids = ids[:-1]
-    return Sample(tuple(ids), text[:cut], "stop")
+    if rest := given[len(tokenizer.decode(ids, skip_special_tokens=True)) :]:
+        whole = [*ids, *tokenizer(rest, add_special_tokens=False)["input_ids"]]
+        if len(whole) <= spec.max_tokens and tokenizer.decode(whole, skip_special_tokens=True) == given:
+            ids = whole
+    return Sample(tuple(ids), given, "stop")

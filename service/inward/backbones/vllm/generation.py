@@ -124,8 +124,9 @@ class Generation:
         computed = len(prompt) + len(drawn) - 1 - cached
         if in_flight and drawn[-1] == self.end_ids[0]:
             return sample, Text(key, start, computed + 1, cached)
-        if request.eos:
-            fed = await feed(self._engine, prompt + sample.ids + self.end_ids[:1], start, request, key)
+        if request.eos or sample.ids != tuple(drawn[: len(sample.ids)]):
+            text = prompt + sample.ids + (self.end_ids[:1] if request.eos else ())
+            fed = await feed(self._engine, text, start, request, key)
             computed, cached = computed + fed.computed, cached + fed.cached
         return sample, Text(key, start, computed, cached)
 
