@@ -54,6 +54,27 @@ async def test_drawn_answers_come_best_first_with_the_pair_of_best_and_worst():
     assert {result["finish_reason"] for result in body["results"]} <= {"stop", "length"}
 
 
+@pytest.mark.parametrize("path", ["/rerank", "/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize("most", [4, None])
+async def test_a_prompt_that_may_be_cut_leaves_room_for_what_is_to_be_drawn(path, most):
+    """Cut until ``max_tokens`` fit; where the request says none, until a quarter of the room is free."""
+    text = "word " * MAX_TOKENS
+    asked: dict[str, Any] = {"messages": [{"role": "user", "content": text}]} if "chat" in path else {"prompt": text}
+    if path == "/rerank":
+        asked |= {"n": 2, "sampling": {"max_tokens": most} if most else {}}
+    else:
+        asked["max_tokens"] = most
+    room = MAX_TOKENS - 1
+    async with serving() as (api, _):
+        refused = await api.post(path, asked)
+        response = await api.post(path, {**asked, "truncate": True})
+    assert (refused.status_code, response.status_code) == (413, 200), response.text
+    body = response.json()
+    n = 1 if path.startswith("/v1") else 2
+    assert body["usage"]["prompt_tokens"] == n * (room - (most or room // 4))
+    assert all(result["truncated"] for result in body.get("results", ()))
+
+
 async def test_each_answer_says_how_it_ended_and_how_long_it_is_and_usage_counts_all():
     body = await ask(ASK)
     assert {result["finish_reason"] for result in body["results"]} == {"stop", "length"}

@@ -259,6 +259,22 @@ async def test_equal_candidates_make_no_pair_and_keep_their_order(api):
     assert body["pair"] is None
 
 
+async def test_what_is_cut_for_a_long_candidate_is_cut_of_no_other_where_each_is_judged_by_itself(api):
+    """The prompt is cut alike for all only where a listwise head compares them."""
+    prompt, short, long = "p" * (MAX_TOKENS // 2), "No.", "y" * (MAX_TOKENS * 2 // 3)
+    bodies = {}
+    for head in (LEGEND.name, SRR.name):
+        api.refs[SRR.name] = api.head_control.refs[SRR.name] = SRR
+        asked = {"prompt": prompt, "candidates": [short, long, "Yes."], "head": head, "truncate": True}
+        bodies[head] = (await api.post("/rerank", asked)).json()
+    alone, together = bodies[LEGEND.name], bodies[SRR.name]
+    assert {r["index"]: r["truncated"] for r in alone["results"]} == {0: False, 1: True, 2: False}
+    assert {r["index"]: r["score"] for r in alone["results"]} == {0: 3.0, 1: float(len(long)), 2: 4.0}
+    assert alone["usage"]["completion_tokens"] == len(short) + len(long) + len("Yes.")
+    assert [len(call["groups"]) for call in api.intake.calls] == [2, 1]
+    assert all(r["truncated"] for r in together["results"])
+
+
 async def test_an_answer_comes_wholly_from_one_version(api):
     """Two items are scored before a switch, the third after it: the first two are scored again."""
 

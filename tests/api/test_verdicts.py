@@ -224,6 +224,19 @@ async def test_questions_are_answered_in_their_order_by_those_who_can(api):
     assert api.intake.calls[0]["heads"] == tuple(sorted({HYBRID.name, LEGEND.name}))  # one pass for all
 
 
+async def test_a_conversation_that_ends_with_the_user_is_not_judged_by_its_last_turn_alone(api):
+    turns = [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": "No."}]
+    response = await api.post("/v1/decisions", {"input": [*turns, turns[0]], "questions": [ASK]})
+    assert (response.status_code, error(response)["param"]) == (422, "input")
+    await post(
+        api,
+        "/v1/decisions",
+        {"input": [*turns, turns[0]], "questions": [{**CHOICE, "choices": [{"value": "a"}, {"value": "b"}]}]},
+    )
+    (group,) = api.intake.calls[-1]["groups"]  # a choice is asked after all of them
+    assert "No." in "".join(map(chr, group.prompt_ids))
+
+
 async def test_a_question_joins_the_input_where_two_turns_of_the_user_may_not_follow_each_other(api):
     from inward.api.app import create_app
     from inward.prompts import Prompts

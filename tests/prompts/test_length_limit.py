@@ -22,6 +22,15 @@ def test_one_token_is_kept_free_for_the_eos():
     assert fit_length(group, 5, bos=(), truncate=True).group == Group((5, 6), ((7, 8),))
 
 
+def test_a_response_that_is_still_to_be_drawn_has_its_place_where_text_may_be_cut():
+    group = Group((0, 5, 6, 7, 8, 9, 10, 11))
+    assert fit_length(group, 9, bos=(0,), truncate=False, reserve=3).group == group
+    cut = fit_length(group, 9, bos=(0,), truncate=True, reserve=3)
+    assert cut.truncated and cut.group == Group((0, 8, 9, 10, 11))
+    assert fit_length(group, 9, bos=(0,), truncate=True, reserve=100).group == Group((0, 11))  # a quarter is left
+    assert not fit_length(Group((0, 5, 6)), 9, bos=(0,), truncate=True, reserve=5).truncated
+
+
 def test_text_that_is_too_long_is_refused_and_the_longest_response_named():
     with pytest.raises(TooLarge) as caught:
         prompts(max_tokens=40).group("short", ["fine", "x y z " * 50])

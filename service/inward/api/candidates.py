@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from inward.api.elements import SCORE_KINDS
@@ -10,6 +10,7 @@ from inward.api.scoring import Deadline, find_head, score_groups
 from inward.api.services import Services
 from inward.errors import InvalidField, InwardError, NotFinite, TooLarge
 from inward.heads.hybrid import confidence
+from inward.heads.registry import KINDS
 from inward.prompts import Grouped, Texts
 from inward.types import (
     EarlyRejection,
@@ -19,7 +20,10 @@ from inward.types import (
     Sample,
     SamplingSpec,
     Scored,
+    Scores,
     StopRule,
+    Usage,
+    slowest,
 )
 from inward.wire import Parts, RerankRequest, Sampling
 from inward.wire.requests import GuardOptions, RejectionOptions
@@ -44,6 +48,8 @@ class Candidate:
     """Tokens that were drawn and are not given."""
     not_drawn: int | None = None
     """Of a drawn one: at most so many more tokens would have been drawn, had it not been ended."""
+    truncated: bool = False
+    """Whether text of it or of what it answers was cut."""
 
     @property
     def finished(self) -> bool:
@@ -66,7 +72,6 @@ class Candidates:
 
     scored: Scored
     answers: Sequence[Candidate]
-    truncated: bool = False
 
     @property
     def order(self) -> list[int]:
@@ -91,12 +96,12 @@ class Generation:
     def found(self, scored: Scored) -> Candidates:
         """What was drawn."""
         answers = [sampled(scored, i) for i in range(len(scored.samples))]
-        return Candidates(scored, [self.counted(answer) for answer in answers], self.truncated)
+        return Candidates(scored, [self.counted(answer) for answer in answers])
 
     def counted(self, answer: Candidate) -> Candidate:
-        """``answer``, which was drawn, with what was not drawn of it."""
+        """``answer``, which was drawn, with what was not drawn of it and what was cut for it."""
         left = self.spec.max_tokens - len(answer.ids) - answer.held_back
-        return replace(answer, not_drawn=0 if answer.finished else left)
+        return replace(answer, not_drawn=0 if answer.finished else left, truncated=self.truncated)
 
 
 async def candidates(
@@ -142,13 +147,15 @@ async def to_draw(services: Services, texts: Texts, field: str, n: int, sampling
     """
     if n > (most := services.limits.candidates):
         raise TooLarge(f"n is {n} and one request may draw {most} answers; send several", param="n")
-    (grouped,) = await services.prompts.group_many([texts])
+    room = services.prompts.max_tokens - 1
+    reserve = sampling.max_tokens or min(MAX_TOKENS, room // 4)
+    (grouped,) = await services.prompts.group_many([replace(texts, reserve=reserve)])
     if isinstance(grouped, InwardError):
         raise grouped.at(Parts(texts.prompt, (), field, ()).blame(grouped.param))
     prompt_ids = grouped.group.prompt_ids
     if not prompt_ids:
         raise InvalidField("the prompt is empty: there is nothing to go on with", param=field)
-    spec = _spec(n, sampling, services.prompts.max_tokens - 1 - len(prompt_ids))
+    spec = _spec(n, sampling, room - len(prompt_ids))
     return Generation(prompt_ids, spec, grouped.truncated)
 
 
@@ -204,10 +211,61 @@ async def _given(
         grouped = await group(usable)
     if isinstance(grouped, InwardError):
         raise grouped
-    scored = await score_one(services, grouped.group, heads, deadline)
-    for n, i in enumerate(usable):
-        answers[i] = answered(scored, n, replace(answers[i], ids=grouped.group.responses_ids[n]), f"candidates.{i}")
-    return Candidates(scored, answers, grouped.truncated)
+    pieces: list[tuple[Sequence[int], Grouped]] = [(usable, grouped)]
+    if grouped.truncated and all(services.heads.resolve(name, KINDS).kind in SCORE_KINDS for name in heads):
+        pieces = await _cut_alone(usable, group)
+    outcomes = await score_groups(services, [piece.group for _, piece in pieces], heads, deadline)
+    done: list[tuple[Sequence[int], Scored]] = []
+    for (places, piece), outcome in zip(pieces, outcomes, strict=True):
+        for n, i in enumerate(places):
+            one = replace(answers[i], ids=piece.group.responses_ids[n], truncated=piece.truncated)
+            if isinstance(outcome, InwardError):
+                answers[i] = replace(one, error=outcome)
+            else:
+                answers[i] = answered(outcome, n, one, f"candidates.{i}")
+        if not isinstance(outcome, InwardError):
+            done.append((places, outcome))
+    if not done:
+        raise next(outcome for outcome in outcomes if isinstance(outcome, InwardError))
+    return Candidates(_joined(done, len(texts)), answers)
+
+
+async def _cut_alone(
+    places: Sequence[int], group: Callable[[Sequence[int]], Awaitable[Grouped | InwardError]]
+) -> list[tuple[Sequence[int], Grouped]]:
+    """Where heads judge each answer by itself, what another one needs is no reason to cut: those that fit stay together
+    as they are, and each of the others is cut for itself.
+    """
+    alone = [(place, await group([place])) for place in places]
+    cut: list[tuple[Sequence[int], Grouped]] = [
+        ([place], one) for place, one in alone if isinstance(one, Grouped) and one.truncated
+    ]
+    fits = [place for place, one in alone if isinstance(one, Grouped) and not one.truncated]
+    together = await group(fits) if fits else None
+    return [(fits, together), *cut] if isinstance(together, Grouped) else cut
+
+
+def _joined(parts: Sequence[tuple[Sequence[int], Scored]], n: int) -> Scored:
+    """What was scored in parts, whose responses are these places of ``n``, as one; None in the other places."""
+    first = parts[0][1]
+
+    def placed(values: Callable[[Scores], Sequence[float | None] | None], head: int) -> tuple[float | None, ...]:
+        found: list[float | None] = [None] * n
+        for places, scored in parts:
+            for place, value in zip(places, values(scored.scores[head]) or (), strict=False):
+                found[place] = value
+        return tuple(found)
+
+    scores = tuple(
+        replace(
+            one,
+            scores_N=placed(lambda s: s.scores_N, head),
+            probability_N=None if one.probability_N is None else placed(lambda s: s.probability_N, head),
+        )
+        for head, one in enumerate(first.scores)
+    )
+    usage = sum((scored.usage for _, scored in parts), Usage())
+    return replace(first, scores=scores, usage=usage, timing=slowest(scored for _, scored in parts))
 
 
 async def score_one(services: Services, group: Group, heads: tuple[str, ...], deadline: Deadline) -> Scored:

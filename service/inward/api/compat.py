@@ -143,7 +143,7 @@ async def score_candidates(
         if answer.error is not None:
             raise _renamed(answer.error, field)
     scores, n = found.scored.scores[0], range(len(texts))
-    cuts = (found.truncated,) * len(texts)
+    cuts = tuple(answer.truncated for answer in found.answers)
     return CompatScores((found.scored,), tuple(_finite(scores, i) for i in n), tuple(unit(scores, i) for i in n), cuts)
 
 

@@ -75,9 +75,19 @@ async def decide(services: Services, request: DecisionRequest) -> tuple[list[Dec
 
 
 def _judged(turns: Sequence[dict[str, str]]) -> Conversation:
-    """The last turn, as an answer to those before it where it is one."""
+    """The last turn, as an answer to those before it.
+
+    Raises:
+        InvalidField: it is none, and heads would not read those before it.
+    """
     *before, last = turns
-    return Conversation(before if before and last["role"] == "assistant" else "", last["content"])
+    if before and last["role"] != "assistant":
+        raise InvalidField(
+            f"the last turn is of the role {last['role']!r}: heads judge one text, or an answer to the turns before; "
+            "send the last turn alone, or end with the assistant's",
+            param="input",
+        )
+    return Conversation(before or "", last["content"])
 
 
 def _head(services: Services, request: DecisionRequest, question: Question) -> str | None:

@@ -25,7 +25,7 @@ def ranking(services: Services, request: RerankRequest, found: Candidates) -> tu
     errors = [answer.error for answer in found.answers if answer.error is not None]
     if len(errors) == len(found.answers):
         raise errors[0]
-    results = [one_ranked(i, found.answers[i], request, found.truncated) for i in found.order]
+    results = [one_ranked(i, found.answers[i], request) for i in found.order]
     answer = RerankAnswer(
         **named(services, [found.scored]),
         results=results,
@@ -36,7 +36,7 @@ def ranking(services: Services, request: RerankRequest, found: Candidates) -> tu
     return answer, found.scored.timing
 
 
-def one_ranked(index: int, answer: Candidate, request: RerankRequest, truncated: bool) -> Ranked:
+def one_ranked(index: int, answer: Candidate, request: RerankRequest) -> Ranked:
     """One candidate as the answer tells it."""
     if answer.error is not None:
         return Ranked(index=index, text=_unicode(answer.text), error=ErrorDetail(**answer.error.body()["error"]))
@@ -50,7 +50,7 @@ def one_ranked(index: int, answer: Candidate, request: RerankRequest, truncated:
         not_drawn_tokens=answer.not_drawn,
         token_ids=list(answer.ids) if request.return_token_ids else None,
         finish_reason=answer.finish_reason,
-        truncated=truncated,
+        truncated=answer.truncated,
     )
 
 

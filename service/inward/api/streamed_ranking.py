@@ -50,7 +50,7 @@ async def _events(
         yield ""  # admitted; a generator that was never begun would not close what comes when it is closed
         async with aclosing(drawing.answers()) as answers:
             async for i, one in answers:
-                yield event("sample", one_ranked(i, one, request, wanted.truncated))
+                yield event("sample", one_ranked(i, one, request))
     answer, _ = ranking(services, request, await drawing.whole())
     await finish(answer)
     yield event("result", answer)

@@ -55,6 +55,8 @@ class Texts:
     truncate: bool = False
     rendered: bool = False
     """The prompt is text to which a template was applied already; see ``Turns.split``."""
+    reserve: int = 0
+    """Tokens of a response that is still to be drawn."""
 
     @property
     def characters(self) -> int:
@@ -116,7 +118,13 @@ class Prompts:
         return self._format.removesuffix("{response}").replace("{prompt}", text)
 
     def group(
-        self, prompt: Prompt, responses: Sequence[str | Ids], *, truncate: bool = False, rendered: bool = False
+        self,
+        prompt: Prompt,
+        responses: Sequence[str | Ids],
+        *,
+        truncate: bool = False,
+        rendered: bool = False,
+        reserve: int = 0,
     ) -> Grouped:
         """One prompt and its responses as token ids, the prompt with exactly one BOS. A ``rendered`` prompt is a string
         to which the template was applied already.
@@ -149,7 +157,8 @@ class Prompts:
         ]
         responses_ids = tuple(own if isinstance(r, str) else r for r, own in zip(responses, tokenised, strict=True))
         bos = () if self.tokenizer.bos_token_id is None else (self.tokenizer.bos_token_id,)
-        return fit_length(Group(prompt_ids, responses_ids), self.max_tokens, bos=bos, truncate=truncate)
+        group = Group(prompt_ids, responses_ids)
+        return fit_length(group, self.max_tokens, bos=bos, truncate=truncate, reserve=reserve)
 
     def pieces(self, ids: Ids) -> list[str]:
         """The text of each token of a response; together they are its text. Of a character that takes several tokens
@@ -183,7 +192,13 @@ class Prompts:
 
     def _try(self, texts: Texts) -> Grouped | InwardError:
         try:
-            return self.group(texts.prompt, texts.responses, truncate=texts.truncate, rendered=texts.rendered)
+            return self.group(
+                texts.prompt,
+                texts.responses,
+                truncate=texts.truncate,
+                rendered=texts.rendered,
+                reserve=texts.reserve,
+            )
         except InwardError as error:
             return error
         except Exception as error:  # a tokenizer's own failure: this item's, not its neighbours'

@@ -16,11 +16,12 @@ class Grouped:
     truncated: bool = False
 
 
-def fit_length(group: Group, max_tokens: int, *, bos: Ids, truncate: bool) -> Grouped:
+def fit_length(group: Group, max_tokens: int, *, bos: Ids, truncate: bool, reserve: int = 0) -> Grouped:
     """The group as it is, or cut until the longest of its texts and one EOS are at most ``max_tokens``.
 
     The oldest tokens of the prompt are cut (never its ``bos``), the same for all responses; a response that would leave
-    the prompt less than a quarter of the room loses its end.
+    the prompt less than a quarter of the room loses its end. Where text may be cut, a response of ``reserve`` tokens
+    that is still to be drawn has its place, too.
 
     Raises:
         TooLarge: it is longer, and ``truncate`` is off.
@@ -28,7 +29,8 @@ def fit_length(group: Group, max_tokens: int, *, bos: Ids, truncate: bool) -> Gr
     room = max_tokens - 1  # one EOS
     prompt_ids, responses_ids = group.prompt_ids, group.responses_ids
     longest = max(map(len, responses_ids), default=0)
-    if len(prompt_ids) + longest <= room:
+    drawn = reserve if truncate else 0
+    if len(prompt_ids) + max(longest, drawn) <= room:
         return Grouped(group)
     if not truncate:
         worst = max(range(len(responses_ids)), key=lambda i: len(responses_ids[i]), default=0)
@@ -41,5 +43,5 @@ def fit_length(group: Group, max_tokens: int, *, bos: Ids, truncate: bool) -> Gr
     least = min(len(prompt_ids), room // 4)  # of the prompt, so that a long response never stands without one
     responses_ids = tuple(ids[: room - least] for ids in responses_ids)
     rest = prompt_ids[len(kept) :]
-    left = room - len(kept) - max(map(len, responses_ids), default=0)
+    left = room - len(kept) - max((min(drawn, room - least), *map(len, responses_ids)))
     return Grouped(Group(kept + rest[max(0, len(rest) - left) :], responses_ids), truncated=True)
