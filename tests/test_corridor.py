@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from inward.errors import DeadlineExceeded, EngineDead, InternalError, InvalidField, NotFound, Overloaded, TooLarge
-from inward.types import Group, PairScores, SamplingSpec, Scored, Scores
+from inward.heads.pooling import Pool
+from inward.types import Group, PairScores, SamplingSpec, Scored, Scores, StopRule
 from inward.worker import DRAWINGS_HELD
 from support.corridor import Corridor, FakeHead, FakeRegistry, corridor, groups
+from support.small_heads import legend
 from support.waiting import PATIENCE, until
 
 
@@ -269,6 +271,19 @@ async def test_where_nobody_else_draws_scores_wait_for_no_drawing_however_many_t
         assert not any(drawing.done() for drawing in drawings)
         go_on.set()
         await asyncio.gather(*drawings)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("pool", [None, Pool(name="mean"), Pool(name="max_ema")], ids=lambda pool: pool and pool.name)
+async def test_where_a_guard_ends_all_answers_they_have_no_score_whether_or_not_the_head_pools(pool, n):
+    guarding = legend(width=16, name="guarding", layers=(4,), position="mean", pool=pool, calibration={})
+    spec = SamplingSpec(n, max_tokens=12, seed=1, stop_when=StopRule("guarding", below=1e9))
+    async with corridor() as c:
+        c.registry.heads = {"guarding": guarding}
+        (scored,) = await c.score([Group((5, 6, 7), sampling=spec)], heads=("guarding",))
+    assert isinstance(scored, Scored), scored
+    assert [sample.finish_reason for sample in scored.samples] == ["guard"] * n
+    assert scored.scores[0].scores_N == (None,) * n
 
 
 async def test_a_job_that_may_end_its_worker_runs_when_nothing_else_does():

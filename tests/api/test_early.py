@@ -196,6 +196,24 @@ async def test_a_listwise_head_ranks_at_the_end_of_such_a_stream():
     assert any(one["score"] is not None for one in result["results"] if one["finish_reason"] != "rejected")
 
 
+@pytest.mark.parametrize(("below", "some"), [(-6.0, True), (1e6, False)])
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_listwise_head_ranks_only_what_was_drawn_to_its_end(stream, below, some):
+    guard = {"stop_when": {"head": LEGEND.name, "below": below, "pool": "last"}}
+    async with serving() as (api, c):
+        api.refs[SRR.name] = SRR
+        c.registry.heads[SRR.name] = ListHead(SRR.name, SRR.version)
+        response = await api.post("/rerank", {**ASK, **guard, "n": 9, "head": SRR.name, "stream": stream})
+    result = events(response.text)[-1][1] if stream else response.json()
+    finished = [one for one in result["results"] if one["finish_reason"] != "guard"]
+    n = len(finished)
+    assert (1 < n < 9) if some else n == 0
+    assert [one["score"] for one in finished] == [float(place) for place in reversed(range(n))]
+    assert [one["probability"] for one in finished] == [(place + 1) / n for place in reversed(range(n))]
+    assert all(one["score"] < below and one["probability"] is None for one in result["results"][n:])
+    assert (result["pair"] and result["pair"]["margin"]) == (n - 1 if some else None)
+
+
 async def test_what_goes_wrong_in_such_a_stream_is_an_event():
     async with serving() as (api, c):
         c.backbone.fail_on(lambda group: True)

@@ -38,7 +38,8 @@ class ListHead(FakeHead):
         scores = super().score(reading).scores_N
         given = [one for one in scores if one is not None]
         places = [None if one is None else float(sum(other < one for other in given)) for one in scores]
-        return Scores(tuple(places), listwise=True)
+        shares = [None if place is None else (place + 1) / len(given) for place in places]
+        return Scores(tuple(places), tuple(shares), listwise=True)
 
 
 async def test_each_answer_comes_as_an_event_and_the_end_is_the_answer_that_is_given_without_streaming():

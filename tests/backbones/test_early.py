@@ -111,6 +111,22 @@ def test_a_guard_stops_within_the_token_and_gives_what_is_safe(backbone):
         assert one.text.startswith(sample.text)
 
 
+def assert_nothing_read(backbone):
+    """Of a group whose every response a guard has ended: numbers that are NaN, and no tokens."""
+    rule = StopRule("plain", below=1e6)
+    group = Group(PROMPT, sampling=replace(SPEC, stop_when=rule))
+    looks = watch(group.sampling, "plain", HEADS)
+    samples, read = asyncio.run(backbone.sample_and_read(group, [PLAIN], tokens=True, watch=looks))
+    assert {sample.finish_reason for sample in samples} == {"guard"}
+    (reading,) = read.readings
+    assert reading.values_NK.shape == (6, 1) and np.isnan(reading.values_NK).all()
+    assert [tokens.shape for tokens in reading.tokens_TK] == [(0, 1)] * 6
+
+
+def test_where_a_guard_ends_all_answers_their_tokens_are_read_as_none(backbone):
+    assert_nothing_read(backbone)
+
+
 def test_the_last_token_of_a_cut_answer_is_checked_too(backbone):
     """It never enters the model while the answer is drawn."""
     ((whole, _),) = draw(backbone, SPEC)

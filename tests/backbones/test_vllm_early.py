@@ -15,7 +15,7 @@ from support.parity import EAGER, ids
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm does it", exc_type=ImportError)
 
-from backbones.test_early import HEADS, PLAIN, assert_ends_told, assert_told, follow
+from backbones.test_early import HEADS, PLAIN, assert_ends_told, assert_nothing_read, assert_told, follow
 from inward.backbones.vllm.backbone import VllmBackbone
 from inward.backbones.vllm.protocol import HELD
 from inward.errors import Unavailable
@@ -90,6 +90,10 @@ def test_a_guard_stops_and_gives_what_is_safe(backbone: VllmBackbone) -> None:
         assert len(sample.ids) + sample.held_back <= unsafe[0] + 24
     assert ended
     assert np.isnan(reading.readings[0].values_NK).sum() == ended
+
+
+def test_where_a_guard_ends_all_answers_their_tokens_are_read_as_none(backbone: VllmBackbone) -> None:
+    assert_nothing_read(backbone)
 
 
 def test_tokens_are_told_while_they_are_drawn_and_a_guard_goes_first(backbone: VllmBackbone) -> None:

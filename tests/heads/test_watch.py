@@ -15,16 +15,18 @@ from inward.heads.base import BackboneRef, Manifest
 from inward.heads.guard import GuardThresholds, guard_threshold
 from inward.heads.legend import LegendHead
 from inward.heads.pooling import Pool
+from inward.heads.registry import Registry
 from inward.heads.value import Boldness, RejectionCurve, rejection_gaps
 from inward.heads.watch import GUARD_INTERVAL, watch
 from inward.types import EarlyRejection, SamplingSpec, StopRule
+from support.small_heads import legend
 
 
 def head(name="plain", kind="legend", **more):
-    manifest = Manifest(
-        name=name, kind=kind, version=1, created="", backbone=BackboneRef(name="x", fingerprint="f"), layers=(1,),
-        template="", **more,
-    )  # fmt: skip
+    manifest = Manifest(**{
+        "name": name, "kind": kind, "version": 1, "created": "", "backbone": BackboneRef(name="x", fingerprint="f"),
+        "layers": (1,), "template": "", **more,
+    })  # fmt: skip
     return LegendHead(manifest, np.ones((1, 4), np.float32))
 
 
@@ -230,6 +232,53 @@ def test_who_ended_early_is_final_once_the_points_that_it_reached_have_passed_an
     assert decided == []
     assert set(looks.look({2: [middle]}, [])) == {1}
     assert decided == [[True, False, False]]
+
+
+def served(*heads):
+    return Registry(heads).snapshot()
+
+
+def ranking(version, created="then"):
+    return legend(name="h", version=version, created=created)
+
+
+def value(name, **of):
+    calibration = {"rejection": RejectionCurve((4,), (0.5,), 8, (Boldness(1.0, 0.1, 0.2, 0.5),)).dump()}
+    return legend(name=name, kind="value", calibration=calibration, options={"of": "h", **of})
+
+
+KEEP = SamplingSpec(2, early_rejection=EarlyRejection(0.5, (2,)))
+LOSS = SamplingSpec(2, early_rejection=EarlyRejection(max_loss=0.2))
+
+
+def test_a_value_head_decides_after_online_updates_of_its_head_and_promises_a_loss_for_its_own_version_only():
+    first, second = (value(name, of_version=n, of_created="then") for name, n in (("a", 1), ("b", 2)))
+    for spec in (KEEP, LOSS):
+        assert watch(spec, "h", served(ranking(1), first, second)).readouts == (first.readout,)
+        assert watch(spec, "h", served(ranking(2), first, second)).readouts == (second.readout,)
+    assert watch(KEEP, "h", served(ranking(3), first, second)).readouts == (first.readout,)
+    with pytest.raises(InvalidField, match=r"version 1 of head 'h', .* again for version 3 \(inward fit") as refused:
+        watch(LOSS, "h", served(ranking(3), first, second))
+    assert refused.value.param == "early_rejection.max_loss"
+
+
+def test_a_head_that_was_fitted_anew_has_no_value_head_and_the_former_one_promises_nothing_when_it_is_named():
+    anew, former = ranking(1, created="now"), value("a", of_version=1, of_created="then")
+    assert watch(KEEP, "h", served(anew, former)).readouts == (anew.readout,)
+    with pytest.raises(InvalidField, match="again where this one was fitted anew"):
+        watch(LOSS, "h", served(anew, former))
+    named = SamplingSpec(2, early_rejection=EarlyRejection(max_loss=0.2, head="a"))
+    with pytest.raises(InvalidField, match="fitted then, but version 1 of 'h', fitted now, ranks"):
+        watch(named, "h", served(anew, former))
+    copied = legend(name="guarded", version=1, created="then")  # the same head under another name
+    assert watch(named, "guarded", served(copied, former)).readouts == (former.readout,)
+
+
+def test_a_value_head_that_only_names_its_head_is_taken_for_every_version_of_it():
+    old = value("a")
+    for of in (ranking(1), ranking(7, created="now")):
+        for spec in (KEEP, LOSS):
+            assert watch(spec, "h", served(of, old)).readouts == (old.readout,)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ def manifest(**changes):
 
 def legend(seed=0, width=4, **changes):
     direction = np.random.default_rng(seed).normal(size=width)
-    return LegendHead(manifest(**changes), (direction / np.linalg.norm(direction)).astype(np.float32))
+    tensors = {"direction": (direction / np.linalg.norm(direction)).astype(np.float32)}
+    return LegendHead.from_tensors(manifest(**changes), tensors)
 
 
 def pair_states(n=120, layers=(1, 2, 3), width=12, per_prompt=3, seed=0, strength=(0.2, 2.0, 0.5)):

@@ -325,6 +325,16 @@ def test_a_head_is_found_by_its_kind_whatever_it_is_called(world):
         cdpo.run(run.model_copy(update={"head": "kindest", "monitor": "danger"}))
 
 
+def test_a_head_that_pools_is_refused_for_online_updates_before_anything_is_drawn(world):
+    fake, run = world
+    pool = {"name": "max_ema", "alpha": 0.5, "window": 10, "k": 10, "layer": None}
+    fake.heads = tuple(head | {"pool": pool} for head in fake.heads)
+    with pytest.raises(OptionsError, match="--update-head: head 'hybrid' pools the scores of its tokens"):
+        cdpo.run(run)
+    assert "/rerank" not in {path for path, _ in fake.asked} and not fake.updates
+    assert cdpo.run(run.model_copy(update={"update_head": False, "steps": 1})) == 0
+
+
 def test_a_held_out_prompt_that_is_too_long_does_not_end_a_run(world, caplog):
     fake, run = world
     original = fake.answer

@@ -65,6 +65,7 @@ def test_bundled_recipes_are_valid(name):
         ({"source": "samples", "prompts": "p"}, "--source samples needs --url"),
         ({"source": "stream", "redis_url": "r"}, "--steps"),
         ({"pairs": "p", "update_head": True}, "--update-head needs --url"),
+        ({"update_head": True, "early_rejection": {"max_loss": 0.1}}, "max_loss is calibrated for one"),
         ({"pairs": "p", "url": "u", "adapters": "a", "full": True}, "leave out --full"),
         ({"pairs": "p", "url": "u", "held_out": "h"}, "--held-out needs --adapters"),
         ({"pairs": "p", "stop_after": 2}, "--stop-after needs --eval-pairs"),

@@ -253,6 +253,8 @@ class HeadInfo:
     """Name, revision and fingerprint of the backbone that it was fitted on."""
     layers: list[int] = field(default_factory=list)
     position: str | None = None
+    pool: Mapping[str, Any] | None = None
+    """How the scores of a response's tokens make its score."""
     template: str | None = None
     calibration: Mapping[str, Any] = field(default_factory=dict)
     fit: Mapping[str, Any] = field(default_factory=dict)

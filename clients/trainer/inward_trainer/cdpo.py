@@ -71,6 +71,11 @@ def check(options: CdpoOptions) -> None:
         problems.append("--source stream needs --redis-url, and --steps, since it has no end")
     if options.stop_after is not None and options.eval_pairs is None:
         problems.append("--stop-after needs --eval-pairs")
+    if options.update_head and "max_loss" in options.early_rejection:
+        problems.append(
+            "--update-head makes a new version of the head at every step, and max_loss is calibrated for one: give "
+            "--early-rejection keep and at"
+        )
     if options.held_out is not None and options.adapters is None:
         problems.append("--held-out needs --adapters: without, the service's policy does not move")
     if options.adapters is not None and options.full:

@@ -222,7 +222,7 @@ class OnlineOptions(_Options):
     """The service sleeps while a step is computed and wakes for the next samples, so that both fit one GPU; for vLLM
     with --vllm-options '{"enable_sleep_mode": true}'."""
     update_head: bool = False
-    """Update the hybrid head online with the pairs of every step."""
+    """Update the hybrid head, one without a pool, online with the pairs of every step."""
     update_lr: float = Field(1e-3, gt=0, le=1)
     """Its learning rate."""
     held_out: Path | None = None

@@ -126,6 +126,11 @@ class Parts:
         sequence = None
         if options.update_head and self._service:
             head = self._service.find_head(self._named_head(), "--head")
+            if head.pool is not None:
+                raise OptionsError(
+                    f"--update-head: head {head.name!r} pools the scores of its tokens, and only one that was fitted "
+                    "without --pool learns online"
+                )
             sequence = int(head.sequence or 0)
         return new_run(options, rows, print_, sequence)
 

@@ -227,7 +227,7 @@ async def _given(
             done.append((places, outcome))
     if not done:
         raise next(outcome for outcome in outcomes if isinstance(outcome, InwardError))
-    return Candidates(_joined(done, len(texts)), answers)
+    return Candidates(joined(done, len(texts)), answers)
 
 
 async def _cut_alone(
@@ -245,8 +245,8 @@ async def _cut_alone(
     return [(fits, together), *cut] if isinstance(together, Grouped) else cut
 
 
-def _joined(parts: Sequence[tuple[Sequence[int], Scored]], n: int) -> Scored:
-    """What was scored in parts, whose responses are these places of ``n``, as one; None in the other places."""
+def joined(parts: Sequence[tuple[Sequence[int], Scored]], n: int) -> Scored:
+    """What was scored in parts, whose responses are these places of ``n``, as one, with no score in other places."""
     first = parts[0][1]
 
     def placed(values: Callable[[Scores], Sequence[float | None] | None], head: int) -> tuple[float | None, ...]:

@@ -12,7 +12,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from inward.api.candidates import Candidate, Candidates, Generation, drawn, generation, sampled, score_one
+from inward.api.candidates import Candidate, Candidates, Generation, drawn, generation, joined, sampled, score_one
 from inward.api.elements import with_confidence
 from inward.api.events import EventStream, event
 from inward.api.ranking import one_ranked, ranking
@@ -20,7 +20,7 @@ from inward.api.scoring import Deadline, charge
 from inward.api.services import Services
 from inward.errors import InwardError, Unavailable
 from inward.intake import Coming, ComingSamples
-from inward.types import Group, HeadRef, Scored, Scores, Usage, slowest
+from inward.types import Group, HeadRef, Scored
 from inward.wire import RerankAnswer, RerankRequest
 
 
@@ -152,7 +152,7 @@ def candidate(scored: Scored, n: int = 0) -> Candidate:
 
 
 async def together(services: Services, wanted: Generation, drawn: Sequence[Scored], deadline: Deadline) -> Candidates:
-    """All answers as one list, which a listwise head has still to see.
+    """All answers as one list, of which a listwise head has still to see those that were drawn to their end.
 
     Raises:
         Unavailable: they are not all of one version of head and policy.
@@ -161,28 +161,12 @@ async def together(services: Services, wanted: Generation, drawn: Sequence[Score
     if len({scored.version for scored in drawn}) > 1:
         raise switched
     samples = tuple(scored.samples[0] for scored in drawn)
-    one = _as_one(drawn)
-    if one.scores[0].listwise:
-        listed = Group(wanted.prompt_ids, tuple(sample.ids for sample in samples))
+    one = joined([([i], scored) for i, scored in enumerate(drawn)], len(drawn))
+    finished = [i for i, sample in enumerate(samples) if sample.finished]
+    if one.scores[0].listwise and finished:
+        listed = Group(wanted.prompt_ids, tuple(samples[i].ids for i in finished))
         read = await score_one(services, listed, tuple(ref.name for ref in one.heads), deadline)
         if read.version != one.version:
             raise switched
-        one = replace(read, samples=samples, usage=one.usage)
-    return wanted.found(one)
-
-
-def _as_one(drawn: Sequence[Scored]) -> Scored:
-    """Outcomes of one answer each as one of all of them."""
-    listed = tuple(map(_listed, zip(*(scored.scores for scored in drawn), strict=True)))
-    samples = tuple(scored.samples[0] for scored in drawn)
-    usage = sum((scored.usage for scored in drawn), Usage())
-    return replace(drawn[0], scores=listed, samples=samples, usage=usage, timing=slowest(drawn))
-
-
-def _listed(scores: Sequence[Scores]) -> Scores:
-    """What one head says of one answer each as what it says of all of them."""
-    return replace(
-        scores[0],
-        scores_N=tuple(one.scores_N[0] for one in scores),
-        probability_N=tuple(one.probability(0) for one in scores) if scores[0].probability_N else None,
-    )
+        one = replace(joined([(finished, read)], len(samples)), usage=one.usage)
+    return wanted.found(replace(one, samples=samples))

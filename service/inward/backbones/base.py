@@ -200,9 +200,11 @@ async def read_samples(
 def spread(
     reading: GroupReading | None, readouts: Sequence[Readout], rows: Sequence[int | None], policy_version: str
 ) -> GroupReading:
-    """What was read of some responses as that of all: of each the row of ``reading`` that it has; NaN without one."""
+    """What was read of some responses as that of all: of each the row of ``reading`` that it has; NaN and no tokens
+    without one.
+    """
     if reading is None:
-        none = tuple(Reading(np.zeros((0, width(readout)), np.float32)) for readout in readouts)
+        none = tuple(Reading(np.zeros((0, width(readout)), np.float32), ()) for readout in readouts)
         reading = GroupReading(none, 0, 0, policy_version)
     return replace(reading, readings=tuple(_spread(own, rows) for own in reading.readings))
 

@@ -79,6 +79,12 @@ class LocalHeadControl:
                 raise InvalidField(
                     f"head {name!r} is of kind {head.manifest.kind}; only hybrid heads are updated online", param="name"
                 )
+            if head.pools:
+                raise InvalidField(
+                    f"head {name!r} pools the scores of its tokens, and a step would teach it another score than the "
+                    "one it gives; update one that was fitted without --pool",
+                    param="name",
+                )
             chosen_NLD, rejected_NLD = await self._states(head, pairs)
             new = await asyncio.to_thread(online_step, head, chosen_NLD, rejected_NLD, lr=lr)
             added = await asyncio.to_thread(lambda: self._registry.add_version(new, sequence=sequence))

@@ -51,6 +51,8 @@ class EnsembleOptions(BaseModel):
     confidence: Confidence = Confidence()
     of: str | None = None
     """Of a value head: the head whose reward it predicts."""
+    of_version: int | None = None
+    of_created: str | None = None
 
 
 @dataclass(slots=True, eq=False)

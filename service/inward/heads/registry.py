@@ -19,7 +19,7 @@ from inward import metrics
 from inward.errors import Conflict, HeadError, NotFound
 from inward.heads import store
 from inward.heads.base import Head, Manifest
-from inward.heads.value import OF
+from inward.heads.value import calibrated_for, predicts
 from inward.types import BackboneInfo, HeadRef, Kind
 
 KINDS: tuple[Kind, ...] = ("legend", "hybrid", "srr", "ensemble", "value")
@@ -57,6 +57,7 @@ class LoadedHead:
             "backbone": manifest.backbone.model_dump(),
             "layers": list(manifest.layers),
             "position": manifest.position,
+            "pool": manifest.pool.model_dump() if manifest.pool else None,
             "template": manifest.template,
             "calibration": manifest.calibration,
             "fit": manifest.fit,
@@ -89,9 +90,13 @@ class Snapshot:
         return self.loaded[choose(self._refs(), name, kinds).name].head
 
     def value_of(self, name: str) -> Head | None:
-        """The value head that predicts the finished reward of head ``name``; of several the first by name."""
-        heads = (loaded.head for loaded in self.loaded.values())
-        return next((h for h in heads if h.ref.kind == "value" and h.manifest.options.get(OF) == name), None)
+        """The value head that predicts the finished reward of head ``name``; of several one that is calibrated for its
+        active version, and the first by name.
+        """
+        of = self.resolve(name).manifest
+        heads = [one.head for one in self.loaded.values() if one.head.ref.kind == "value"]
+        fitted = [head for head in heads if predicts(head.manifest, of)]
+        return min(fitted, key=lambda head: not calibrated_for(head.manifest, of), default=None)
 
     def _refs(self) -> dict[str, HeadRef]:
         return {name: loaded.head.ref for name, loaded in self.loaded.items()}

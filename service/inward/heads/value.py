@@ -21,8 +21,9 @@ from inward.heads.legend import LegendHead
 from inward.types import Floats
 
 KEY = "rejection"
-OF = "of"
-"""Key of ``Manifest.options`` under which a value head names the head whose reward it predicts."""
+OF, OF_VERSION, OF_CREATED = "of", "of_version", "of_created"
+"""Keys of ``Manifest.options`` under which a value head says which head's reward it predicts: its name, its version,
+and when it was fitted, which online updates leave as it is. Where there is only the name, that decides."""
 
 
 class ValueHead:
@@ -37,6 +38,41 @@ class ValueHead:
         """
         kind = LegendHead if "direction" in tensors else EnsembleHead
         return kind.from_tensors(manifest, tensors)
+
+
+def options_for(of: Manifest) -> dict[str, Any]:
+    """What a value head for the head ``of`` says of it in its options."""
+    return {OF: of.name, OF_VERSION: of.version, OF_CREATED: of.created}
+
+
+def predicts(value: Manifest, of: Manifest) -> bool:
+    """Whether a value head was fitted for this head, be it before online updates of it, and for none that was fitted
+    anew since.
+    """
+    return value.options.get(OF) == of.name and value.options.get(OF_CREATED, of.created) == of.created
+
+
+def calibrated_for(value: Manifest, of: Manifest) -> bool:
+    """Whether the calibration of a value head is of this version of this head, whatever it is called."""
+    if OF_VERSION not in value.options:
+        return True
+    return (value.options[OF_VERSION], value.options.get(OF_CREATED)) == (of.version, of.created)
+
+
+def check_calibrated_for(value: Manifest, of: Manifest) -> None:
+    """That what a value head promises holds where the head ``of`` ranks.
+
+    Raises:
+        InvalidField: it does not.
+    """
+    if not calibrated_for(value, of):
+        told = value.options
+        raise InvalidField(
+            f"head {value.name!r} is calibrated for version {told[OF_VERSION]} of head {told.get(OF)!r}, fitted "
+            f"{told.get(OF_CREATED)}, but version {of.version} of {of.name!r}, fitted {of.created}, ranks: fit the "
+            f"value head again for version {of.version} (inward fit value), or give early_rejection.keep and at",
+            param="early_rejection.max_loss",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +146,8 @@ def rejection_gaps(
     curve = RejectionCurve.load(calibration)
     if curve is None:
         raise InvalidField(
-            f"head {head!r} is not calibrated for early rejection: fit a value head (inward fit value), or give "
-            "early_rejection.keep and at",
+            f"head {head!r} is not calibrated for early rejection: fit a value head (inward fit value), again where "
+            "this one was fitted anew, or give early_rejection.keep and at",
             param="early_rejection.max_loss",
         )
     gaps = curve.gaps(max_loss)

@@ -17,7 +17,7 @@ from inward.heads.guard import Guard, guard_threshold
 from inward.heads.pooling import Pool
 from inward.heads.rejection import Rejecting, Rule, keep_near, keep_share
 from inward.heads.running import RunningScore, running_pool, token_scores
-from inward.heads.value import rejection_gaps
+from inward.heads.value import check_calibrated_for, rejection_gaps
 from inward.types import Doubles, EarlyRejection, Floats, Readout, SamplingSpec, Stop, StopRule
 
 GUARD_INTERVAL = 8
@@ -106,11 +106,12 @@ def _threshold(rule: StopRule, head: Head, pool: Pool) -> float:
 
 
 def _rejection_rule(asked: EarlyRejection, ranking: str, heads: Heads) -> RejectionRule:
-    value = heads.value_of(ranking)
-    head = _head(asked.head, heads, "early_rejection.head") if asked.head else value or heads.resolve(ranking)
+    ranks, value = heads.resolve(ranking), heads.value_of(ranking)
+    head = _head(asked.head, heads, "early_rejection.head") if asked.head else value or ranks
     pool = running_pool(head, "", Pool(name="mean"), param="early_rejection.head")
     if asked.max_loss is None:
         return RejectionRule(head, pool, asked.at, keep_share(1.0 if asked.keep is None else asked.keep))
+    check_calibrated_for(head.manifest, ranks.manifest)
     at, gaps = rejection_gaps(head.manifest.calibration, asked.max_loss, head=head.ref.name)
     return RejectionRule(head, pool, at, keep_near(gaps))
 

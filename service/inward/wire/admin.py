@@ -33,6 +33,8 @@ class HeadInfo(Lenient):
     layers: list[int]
     """Index k is the residual stream after k blocks."""
     position: Position
+    pool: dict[str, Any] | None
+    """How the scores of a response's tokens make its score, with `name`; null: the score at `position` is its score."""
     template: str
     """What turned a conversation into text at fitting."""
     calibration: dict[str, Any]

@@ -284,7 +284,7 @@ class RejectionOptions(Wire):
     """Tokens of an answer after which it is decided, ascending."""
     max_loss: Annotated[StrictFloat, Field(gt=0, lt=1)] | None = None
     """Instead of `keep` and `at`: the share of what the best of `n` gains over a single answer that may be lost on
-    average, by the calibration of a value head."""
+    average, by the calibration of a value head, which is for one version of the head that ranks."""
     head: str | None = None
     """Whose running score decides. By default the value head that was fitted for the one that ranks (`inward fit
     value`), else the mean of that one's own scores so far."""

@@ -76,6 +76,34 @@ async def test_a_head_gets_a_pool_and_a_calibration_of_pooled_scores(tmp_path, n
     assert isinstance(reading.readings[0], Reading)
 
 
+class Huge(FakeBackbone):
+    """One dimension is beyond float16, as in models with a few huge ones."""
+
+    def _states(self, place, prefixes_R):
+        states = super()._states(place, prefixes_R)
+        states[:, 3] *= 1e5
+        return states
+
+
+@pytest.mark.parametrize("name", ["attention", "gated_mean"])
+async def test_states_beyond_float16_train_a_pool_and_count_twice_as_much(tmp_path, monkeypatch, name):
+    backbone = Huge(tokens=200)
+    pairs = [Pair(f"question {i // 2}", f"good {i} answer", f"bad {i} answer") for i in range(60)]
+    where = {"layers": (2,), "position": "mean", "progress": False}
+    states = await store_pairs(backbone, prompts(), pairs, tmp_path / "s.safetensors", **where)
+
+    def fit(some):
+        return fit_whitened(FromStates.of(some), layer="sweep")
+
+    head, whole = await fit_pool(backbone, prompts(), pairs, states, fit, name, progress=False)
+    assert whole.pairs == 60
+    assert np.isfinite(head.tensors()["pool_weight"]).all() and np.isfinite(whole.auc)
+    longest = max(len(pair.chosen) + len(pair.rejected) for pair in pairs)
+    monkeypatch.setattr("inward.offline.fit.pool.TOKEN_BYTES", 40 * longest * 4 * backbone.info.width)
+    _, part = await fit_pool(backbone, prompts(), pairs, states, fit, name, progress=False)
+    assert 40 <= part.pairs < 60
+
+
 async def test_pairs_whose_tokens_do_not_fit_in_memory_are_left_out_of_all_that_is_said_of_the_pool(
     tmp_path, monkeypatch
 ):

@@ -15,7 +15,7 @@ from inward.heads import store
 from inward.heads.base import BackboneRef
 from inward.heads.pooling import Pool
 from inward.heads.running import RunningScore, running_pool, token_scores
-from inward.heads.value import RejectionCurve
+from inward.heads.value import RejectionCurve, calibrated_for
 from inward.offline.fit.runs import Runs, draw_runs
 from inward.offline.fit.value import fit_value
 from inward.prompts import Prompts
@@ -47,11 +47,12 @@ def runs(noise=0.5, prompts=P, seed=0):
 
 def test_it_finds_the_layer_and_the_direction_and_says_how_well_it_predicts():
     made, direction = runs()
-    value, report = fit_value(made, head("plain"), name="value")
+    value, report = fit_value(made, head("plain", version=3, created="then"), name="value")
     assert (report.layer, report.pool) == (2, "last")
     found = value.tensors()["direction"][0]
     assert found @ direction / np.linalg.norm(found) > 0.97
-    assert value.manifest.options["of"] == "plain"
+    of = {"of": "plain", "of_version": 3, "of_created": "then"}
+    assert of.items() <= value.manifest.options.items()
     assert value.ref.kind == "value"
     assert list(report.correlations) == sorted(report.correlations)
     assert report.correlations[-1] > 0.9 > 0.2 > max(map(abs, report.own_correlations))
@@ -59,7 +60,7 @@ def test_it_finds_the_layer_and_the_direction_and_says_how_well_it_predicts():
 
 
 def test_it_stands_on_the_own_mean_of_the_head_where_that_says_much_already(tmp_path):
-    of = head("plain")
+    of = head("plain", version=3, created="then")
     made = dataclasses.replace(runs(noise=1.5)[0], backbone=of.manifest.backbone, template=of.manifest.template)
     made.means_PNALD[:] = made.states_PNALD
     own = made.rewards_PN[:, :, None] + np.random.default_rng(1).normal(size=made.own_PNA.shape)
@@ -71,7 +72,9 @@ def test_it_stands_on_the_own_mean_of_the_head_where_that_says_much_already(tmp_
         report.correlations, alone.correlations, report.own_correlations, strict=True
     ))  # fmt: skip
     loaded = store.load(store.save(value, tmp_path / "value"))
-    assert (loaded.ref.kind, loaded.manifest.options["of"], len(loaded.readout.taps)) == ("value", "plain", 2)
+    assert (loaded.ref.kind, len(loaded.readout.taps)) == ("value", 2)
+    assert calibrated_for(loaded.manifest, of.manifest)
+    assert not calibrated_for(loaded.manifest, head("plain", version=4, created="then").manifest)
     score, along = np.array([0.5, 1.5, -1.0]), np.array([2.0, 0.0, 1.0])
     said = token_scores(loaded, {0: np.stack([score, along], axis=1).astype(np.float32)})[0]
     assert said == pytest.approx(report.own_weight * score + along)

@@ -64,7 +64,7 @@ async def activate(name: Name, request: ActivateRequest, services: FromApp) -> R
 )
 async def update(name: Name, request: UpdateRequest, services: FromApp) -> Response:
     """Makes a new version, which is active at once. Sending the last sequence number again changes nothing and
-    answers the same. The key needs the scope `update`.
+    answers the same. For hybrid heads without a pool. The key needs the scope `update`.
     """
     texts: list[Texts] = []
     for i, pair in enumerate(request.pairs):

@@ -30,7 +30,8 @@ from inward.offline.fit.probes import auc, both, floored, pair_accuracy
 from inward.offline.fit.reproducible import reproducible
 from inward.offline.states.model_pass import by_group, read_every_token
 from inward.offline.states.read import groups_of
-from inward.offline.states.stored import PairSource, Subset
+from inward.offline.states.saved import layer_axis
+from inward.offline.states.stored import HALF_MAX, PairSource, Subset
 from inward.prompts import Prompts
 from inward.types import Doubles, Floats, Indices, Readout, Tap
 
@@ -38,8 +39,8 @@ FOLDS = 3
 POOL_PAIRS = 2000
 """Pairs whose tokens are read: a pool has few parameters, and a calibration two."""
 TOKEN_BYTES = 2**30
-"""Most memory for token states, float16, that a trained pool learns from; what is more than that is left out, pairs and
-all, of its calibration and figures, too."""
+"""Most memory for token states, float16 where that holds them, that a trained pool learns from; what is more than that
+is left out, pairs and all, of its calibration and figures, too."""
 FitHead = Callable[[PairSource], tuple[Head, Any]]
 
 
@@ -83,7 +84,7 @@ class Tokens:
     position_M: Doubles
     """Scores where the heads read."""
     states_M: list[Floats]
-    """Float16 ``[T, D]`` of each, where a pool is to be trained."""
+    """``[T, D]`` of each, float16 where that holds them, where a pool is to be trained."""
 
 
 async def fit_pool(
@@ -117,7 +118,9 @@ async def fit_pool(
     if pool.layer is not None:
         is_last = pool.layer == max(head.manifest.layers)
         tap = Tap(pool.layer, "last", final_norm=head.manifest.final_norm and is_last)
-        index_N = index_N[: _first_that_fit(backbone, prompts, [pairs[i] for i in index_N])]
+        most = max(np.abs(side).max() for side in states.take(index_N, [layer_axis(states.layers, pool.layer)]))
+        bytes_each = np.dtype(_kept_as(most)).itemsize
+        index_N = index_N[: _first_that_fit(backbone, prompts, [pairs[i] for i in index_N], bytes_each)]
     chosen = [pairs[i] for i in index_N]
     tokens = await _read(backbone, prompts, chosen, heads, fold_N[index_N], tap, progress=progress)
     with reproducible(seed):
@@ -144,11 +147,16 @@ def _layer(head: Head) -> int:
     return int(max(metrics["sweep"], key=lambda row: (row["weight"], -row["layer"]))["layer"])
 
 
-def _first_that_fit(backbone: Backbone, prompts: Prompts, pairs: Sequence[Pair]) -> int:
-    """How many of the pairs have token states that fit in memory together."""
+def _kept_as(most: float) -> type[np.float16 | np.float32]:
+    """The type of numbers up to ``most``."""
+    return np.float16 if most <= HALF_MAX else np.float32
+
+
+def _first_that_fit(backbone: Backbone, prompts: Prompts, pairs: Sequence[Pair], bytes_each: int) -> int:
+    """How many of the pairs have token states, of so many bytes a number, that fit in memory together."""
     groups, places = groups_of(backbone, prompts, pairs)
     tokens_M = np.array([len(groups[group].responses_ids[response]) for group, response in places])
-    bytes_N = tokens_M.reshape(2, -1).sum(axis=0) * 2 * backbone.info.width
+    bytes_N = tokens_M.reshape(2, -1).sum(axis=0) * bytes_each * backbone.info.width
     return int(np.searchsorted(np.cumsum(bytes_N), TOKEN_BYTES, side="right"))
 
 
@@ -178,7 +186,8 @@ async def _read(
             tokens.position_M[row] = np.nan if position is None else position
             tokens.scores_M[row] = np.array(said.tokens_N[response] if said.tokens_N else ())
             if tap:
-                tokens.states_M[row] = readings[-1].tokens_TK[response].astype(np.float16)
+                states_TD = readings[-1].tokens_TK[response]
+                tokens.states_M[row] = states_TD.astype(_kept_as(np.abs(states_TD).max(initial=0)))
 
     await read_every_token(backbone, groups, readouts, deliver, progress=progress)
     return tokens

@@ -26,7 +26,7 @@ from inward.heads.base import Head, Manifest
 from inward.heads.ensemble import PARTS, Part
 from inward.heads.pooling import Pool
 from inward.heads.rejection import Rejecting, keep_near
-from inward.heads.value import KEY, OF, Boldness, RejectionCurve, ValueHead
+from inward.heads.value import KEY, Boldness, RejectionCurve, ValueHead, options_for
 from inward.offline.fit.prepare import created, record
 from inward.offline.fit.runs import Runs
 from inward.types import Doubles, Indices
@@ -159,7 +159,7 @@ def _head(runs: Runs, of: Head, best: _Candidate, offset: float, report: ValueRe
     alone = Manifest(
         name=name, kind="value", version=1, created=created(), backbone=runs.backbone, layers=(report.layer,),
         position="last", pool=Pool(name=best.pool), template=runs.template, calibration={KEY: report.curve.dump()},
-        fit=fit, options={OF: of.ref.name, "offset": offset},
+        fit=fit, options={**options_for(of.manifest), "offset": offset},
     )  # fmt: skip
     if best.own_weight is None:
         return ValueHead.from_tensors(alone, tensors)
@@ -168,7 +168,7 @@ def _head(runs: Runs, of: Head, best: _Candidate, offset: float, report: ValueRe
     both = [Part(manifest=one, weight=weight, centre=0.0, spread=1.0) for one, weight in weighed]
     manifest = alone.model_copy(update={
         "layers": tuple(sorted({report.layer, *of.manifest.layers})), "final_norm": of.manifest.final_norm,
-        "options": {OF: of.ref.name, "parts": [one.model_dump(mode="json") for one in both]},
+        "options": {**options_for(of.manifest), "parts": [one.model_dump(mode="json") for one in both]},
     })  # fmt: skip
     joined = {f"0.{key}": tensor for key, tensor in of.tensors().items()}
     return ValueHead.from_tensors(manifest, joined | {f"1.{key}": tensor for key, tensor in tensors.items()})
