@@ -22,16 +22,30 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
-from inward_client import rows
+from inward_client import Inward, InwardError, rows
 from inward_client.adapters.trl import InwardReward
+
+LEAST_STEPS = 4
+"""Of which two are the first and two the last quarter: a deviation needs two."""
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Trains, and tells how the rewards of the first and of the last quarter of the steps compare."""
-    args = _arguments().parse_args(argv)
-    prompts = [prompt for prompt in rows.collect(args.prompts, rows.read_prompt).values if isinstance(prompt, str)]
+    parser = _arguments()
+    args = parser.parse_args(argv)
+    if args.steps < LEAST_STEPS:
+        parser.error(f"--steps {args.steps}: at least {LEAST_STEPS}, or the first and the last quarter are the same")
+    try:
+        read = rows.collect(args.prompts, rows.read_prompt).values
+        with Inward(args.url, timeout=args.timeout) as service:
+            known = [head.name for head in service.heads()]
+    except (rows.DataError, InwardError) as error:
+        raise SystemExit(str(error)) from None
+    prompts = [prompt for prompt in read if isinstance(prompt, str)]
     if not prompts:
         raise SystemExit(f"{args.prompts} has no prompts that are texts")
+    if unknown := [head for head in (args.head, args.monitor) if head is not None and head not in known]:
+        raise SystemExit(f"the service has no head {unknown[0]!r}: it has {', '.join(known)}")
     rewards = [InwardReward(args.url, head=args.head, timeout=args.timeout, name="reward")]
     if args.monitor:
         rewards.append(InwardReward(args.url, head=args.monitor, timeout=args.timeout, name="monitor"))

@@ -81,6 +81,14 @@ def test_a_failure_of_a_worker_that_does_not_say_what_is_to_blame_is_read():
     )
 
 
+def test_the_share_of_a_list_that_an_older_worker_sends_as_a_probability_is_none():
+    listed = replace(SCORED, scores=(Scores((0.5, 0.25), (0.75, 0.25), listwise=True),))
+    fields = msgspec.msgpack.decode(codec.encode(listed)[2:])
+    assert fields["scores"][0].pop("share_N") is None
+    (scores,) = codec.decode_outcome(codec.encode(listed)[:2] + msgspec.msgpack.encode(fields)).scores
+    assert (scores.probability(0), scores.share(0)) == (None, None)
+
+
 ids = st.lists(st.integers(0, 2**31 - 1), max_size=20).map(tuple)
 groups = st.builds(
     Group, ids, st.lists(ids, max_size=4).map(tuple), st.none() | st.builds(SamplingSpec, st.integers(1, 64))

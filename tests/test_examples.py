@@ -38,22 +38,34 @@ def test_datatrove_annotates_pairs_at_a_service(demo_server, tmp_path):
     assert got["3"]["chosen"] == "Turn the lid."
 
 
-def test_a_slurm_task_annotates_the_file_of_its_number(tmp_path):
-    for name in ("a", "b"):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(6)))
-    (tmp_path / "files.txt").write_text(f"{tmp_path}/a.jsonl\n{tmp_path}/b.jsonl\n")
+def test_a_slurm_task_annotates_the_file_of_its_number_once(tmp_path):
+    """Two files of one name in two folders; the array is submitted again."""
+    files = [tmp_path / folder / "pairs.jsonl" for folder in ("a", "b")]
+    for n, file in zip((4, 6), files, strict=True):
+        file.parent.mkdir()
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows(n)))
+    (tmp_path / "files.txt").write_text(f"{files[0]}\nb/pairs.jsonl\n")
     (tmp_path / "inward").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m inward "$@" --backbone fake\n')
     (tmp_path / "inward").chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
     environment = os.environ | FRESH | {"PATH": path, "PYTHONPATH": os.pathsep.join(sys.path)}
-    script = ["bash", str(EXAMPLES / "annotate.sbatch"), "files.txt", "out", "toy"]
-    second = subprocess.run(
-        script, cwd=tmp_path, env=environment | {"SLURM_ARRAY_TASK_ID": "2"}, check=False, capture_output=True
-    )
-    assert second.returncode == 0, second.stderr
-    assert [one.name for one in (tmp_path / "out").glob("*.jsonl")] == ["b.jsonl"]
-    assert len((tmp_path / "out/b.jsonl").read_text().splitlines()) == 6
-    third = subprocess.run(
-        script, cwd=tmp_path, env=environment | {"SLURM_ARRAY_TASK_ID": "3"}, check=False, capture_output=True
-    )
+
+    def task(number):
+        return subprocess.run(
+            ["bash", str(EXAMPLES / "annotate.sbatch"), "files.txt", "out", "toy"],
+            cwd=tmp_path,
+            env=environment | {"SLURM_ARRAY_TASK_ID": number},
+            check=False,
+            capture_output=True,
+        )
+
+    for number in "12":
+        assert (done := task(number)).returncode == 0, done.stderr
+    written = [tmp_path / f"out{file}" for file in files]
+    assert [len(one.read_text().splitlines()) for one in written] == [4, 6]
+    before = [one.stat().st_mtime_ns for one in written]
+    again = task("2")
+    assert again.returncode == 0 and b"is finished" in again.stdout, again.stderr
+    assert [one.stat().st_mtime_ns for one in written] == before
+    third = task("3")
     assert third.returncode == 2 and b"no line 3" in third.stderr

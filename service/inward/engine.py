@@ -237,6 +237,7 @@ def _alike(scores: Scores, responses_ids: Sequence[Ids], read: Sequence[int]) ->
         layers_N=scores.layers_N and tuple(scores.layers_N[n] for n in places),
         tokens_N=scores.tokens_N and tuple(scores.tokens_N[n] for n in places),
         map_N=scores.map_N and tuple(scores.map_N[n] for n in places),
+        share_N=scores.share_N and tuple(scores.share_N[n] for n in places),
         pair=scores.pair and _tie(scores.pair),
     )
 

@@ -35,6 +35,7 @@ def whole(path: Path) -> Iterator[Path]:
     """A file to write to, which takes the place of ``path`` in the end; its folder is made. Nothing is left of one that
     was not finished.
     """
+    path = path.resolve()  # what a link names, not the link
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:

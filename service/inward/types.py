@@ -350,10 +350,18 @@ class Scores:
     """Whether a score depends on the other responses of its list (SRR, by design)."""
     gamma: Gamma | None = None
     """Of a head that states confidences: any two of ``scores_N`` give one."""
+    share_N: tuple[float | None, ...] | None = None
+    """Of a listwise head: softmax over the list, where it has several responses with a score."""
 
     def probability(self, n: int) -> float | None:
         """Of response number ``n``, where the head is calibrated for it."""
+        if self.listwise:  # older workers send the share of the list here
+            return None
         return self.probability_N[n] if self.probability_N else None
+
+    def share(self, n: int) -> float | None:
+        """Of response number ``n`` in its list, where the head is listwise."""
+        return self.share_N[n] if self.share_N else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,9 +78,9 @@ async def test_verl_reads_the_last_probability_of_the_last_row(api):
     answer = (await api.post("/classify", body)).json()
     assert answer["data"][-1]["probs"][-1] == 0.0
     assert answer["data"][0]["num_classes"] == 1
-    many = (await api.post("/classify", {"input": ["a", "b"], "use_activation": True})).json()
+    many = (await api.post("/classify", {"input": ["ab", "cd"], "use_activation": True})).json()
     assert [row["probs"] for row in many["data"]] == [[0.5], [0.5]]
-    assert many["usage"] == {"prompt_tokens": 2, "total_tokens": 2, "completion_tokens": 0}
+    assert many["usage"] == {"prompt_tokens": 4, "total_tokens": 4, "completion_tokens": 0}
 
 
 async def test_nemo_gym_gets_its_request_back_with_a_reward(api):
@@ -166,14 +166,18 @@ async def test_the_field_the_model_and_the_setting_choose_the_head():
     api = FakeServices(LEGEND, HYBRID, SRR)
 
     async def answering(**fields):
-        response = await api.post("/get_reward", {"query": ["a"], **fields})
+        response = await api.post("/get_reward", {"query": ["ab"], **fields})
         return response.headers.get("x-inward-head", response.status_code)
 
     assert await answering() == "helpful/1"
     assert await answering(head="harmless") == "harmless/3"
     assert await answering(head="nobody") == 404
-    response = await api.post("/classify", {"input": "a", "model": "harmless"})
+    response = await api.post("/classify", {"input": "ab", "model": "harmless"})
     assert response.headers["x-inward-head"] == "harmless/3"
+    for path, named in (("/classify", "model"), ("/classify", "head"), ("/v1/score", "model")):
+        body = {"input": "ab", "text_1": "a", "text_2": "b", named: "lists"}  # a ranker is asked for one text's score
+        refused = await api.post(path, body)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (404, named)
     api = FakeServices(LEGEND, HYBRID, SRR, compat_head="harmless")
     assert await answering() == "harmless/3"
     assert await answering(head="helpful") == "helpful/1"
@@ -196,10 +200,10 @@ async def test_a_hybrid_head_ranks_else_legend_else_a_ranker_unless_it_is_set_ot
 
 
 FAMILIES = [
-    ("/get_reward", {"query": ["a"]}, lambda e: e["error"]["message"]),
+    ("/get_reward", {"query": ["ab"]}, lambda e: e["error"]["message"]),
     ("/slime", {"prompt": "a", "response": "b"}, lambda e: e["error"]["message"]),
-    ("/llama-factory", {"messages": ["a"]}, lambda e: e["error"]["message"]),
-    ("/classify", {"input": "a"}, lambda e: e["error"]["message"] if isinstance(e["error"]["code"], int) else None),
+    ("/llama-factory", {"messages": ["ab"]}, lambda e: e["error"]["message"]),
+    ("/classify", {"input": "ab"}, lambda e: e["error"]["message"] if isinstance(e["error"]["code"], int) else None),
     (
         "/v1/score",
         {"text_1": "a", "text_2": "b"},
@@ -243,8 +247,10 @@ async def test_each_family_reads_its_own_errors_and_never_a_429(api, path, body,
 async def test_the_element_to_blame_is_named_in_the_callers_words(api):
     bad = "\ud800"
     for path, body, param in [
-        ("/get_reward", {"query": ["a", bad]}, "query.1"),
-        ("/classify", {"input": ["a", bad]}, "input.1"),
+        ("/get_reward", {"query": ["ab", bad]}, "query.1"),
+        ("/classify", {"input": ["ab", bad]}, "input.1"),
+        ("/get_reward", {"query": ["ab", "a"]}, "query.1"),
+        ("/classify", {"input": ["ab", "a"]}, "input.1"),
         ("/v1/rerank", {"query": "a", "documents": ["a", bad]}, "documents.1"),
         ("/v1/rerank", {"query": bad, "documents": ["a"]}, "query"),
         ("/v1/score", {"text_1": "a", "text_2": ["b", bad]}, "text_2.1"),

@@ -138,6 +138,7 @@ async def test_both_at_once():
         ({"early_rejection": {"keep": 0.5, "at": [4], "max_loss": 0.1}}, 422, "early_rejection.max_loss"),
         ({"early_rejection": {"keep": 0.5, "at": [4], "head": "nobody"}}, 404, "early_rejection.head"),
         ({"early_rejection": {"max_loss": 0.1}}, 422, "early_rejection.max_loss"),
+        ({"early_rejection": {"keep": 0.5, "at": [24, 32]}, "sampling": {"max_tokens": 24}}, 422, "early_rejection.at"),
         ({"stop_when": {}}, 422, "stop_when.below"),
         ({"stop_when": {"below": 0.0, "fpr": 0.01}}, 422, "stop_when.fpr"),
         ({"stop_when": {"below": 0.0, "head": "nobody"}}, 404, "stop_when.head"),
@@ -209,8 +210,9 @@ async def test_a_listwise_head_ranks_only_what_was_drawn_to_its_end(stream, belo
     n = len(finished)
     assert (1 < n < 9) if some else n == 0
     assert [one["score"] for one in finished] == [float(place) for place in reversed(range(n))]
-    assert [one["probability"] for one in finished] == [(place + 1) / n for place in reversed(range(n))]
-    assert all(one["score"] < below and one["probability"] is None for one in result["results"][n:])
+    assert [one["share"] for one in finished] == [(place + 1) / n for place in reversed(range(n))]
+    assert all(one["score"] < below and one["share"] is None for one in result["results"][n:])
+    assert all(one["probability"] is None for one in result["results"])
     assert (result["pair"] and result["pair"]["margin"]) == (n - 1 if some else None)
 
 

@@ -16,6 +16,24 @@ from support.fake_services import LEGEND, MAX_TOKENS, SRR, FakeServices, error
 CHAT = {"model": "gpt-4o", "messages": [{"role": "user", "content": "Which way?"}], "max_tokens": 20, "seed": 3}
 TEXT = {"model": "gpt-4o", "prompt": "Once upon", "max_tokens": 20, "seed": 3}
 
+OTHERS = """
+    audio best_of echo frequency_penalty function_call functions logit_bias logprobs max_completion_tokens
+    max_tokens messages metadata modalities model moderation n parallel_tool_calls prediction presence_penalty
+    prompt prompt_cache_key prompt_cache_options prompt_cache_retention reasoning_effort response_format
+    safety_identifier seed service_tier stop store stream stream_options suffix temperature tool_choice tools
+    top_logprobs top_p user verbosity web_search_options add_generation_prompt add_special_tokens allowed_token_ids
+    bad_words cache_salt chat_template chat_template_kwargs continue_final_message detokenize documents
+    early_stopping guided_choice guided_decoding_backend guided_grammar guided_json guided_regex
+    guided_whitespace_pattern ignore_eos include_reasoning include_stop_str_in_output kv_transfer_params
+    length_penalty logits_processors media_io_kwargs min_p min_tokens mm_processor_kwargs priority prompt_embeds
+    prompt_logprobs repetition_detection repetition_penalty request_id return_prompt_text return_token_ids
+    return_tokens_as_token_ids skip_special_tokens spaces_between_special_tokens stop_token_ids structural_tag
+    structured_outputs thinking_token_budget tokenization_kwargs top_k truncate_prompt_tokens truncation
+    truncation_side use_beam_search vllm_xargs extra_body extra_headers extra_query drop_params num_retries api_key
+    base_url min_k mirostat n_predict num_beams num_predict think thinking tfs_z top_a top_n_sigma typical_p
+""".split()
+"""What OpenAI's clients, vLLM's and gateways before and beside it send."""
+
 
 async def ask(path: str, body: dict[str, Any]) -> dict[str, Any]:
     async with serving() as (api, _):
@@ -104,6 +122,14 @@ async def test_a_completion_may_say_no_too():
         ({"logit_bias": {"5": 1}}, 422, "logit_bias"),
         ({"n": 3, "best_of": 2}, 422, "best_of"),
         ({"early_rejection": {"keep": 0.5}}, 422, "early_rejection.at"),
+        ({"early_rejection": {"keep": 0.5, "at": [20]}}, 422, "early_rejection.at"),
+        ({"stopwhen": {"below": 0}}, 422, "stopwhen"),
+        ({"stop_wen": {"below": 0}}, 422, "stop_wen"),
+        ({"stopWhen": {"below": 0}}, 422, "stopWhen"),
+        ({"earlyrejection": {"keep": 0.5, "at": [4]}}, 422, "earlyrejection"),
+        ({"bestof": 4}, 422, "bestof"),
+        ({"heads": "hybrid"}, 422, "heads"),
+        ({"time_out": 5}, 422, "time_out"),
         ({"stop_when": {"below": 0, "fpr": 0.1}}, 422, "stop_when.fpr"),
         ({"stop_when": {"below": 0, "head": "nobody"}}, 404, "stop_when.head"),
         ({"best_of": 11}, 413, "best_of"),
@@ -147,6 +173,20 @@ async def test_what_can_not_be_completed_is_refused_by_its_field(change, status,
 async def test_fields_that_say_no_are_let_pass():
     no = {"tools": [], "tool_choice": "auto", "logprobs": False, "frequency_penalty": 0, "logit_bias": None}
     assert await ask("/v1/chat/completions", {**CHAT, **no, "response_format": {"type": "text"}, "user": "me"})
+
+
+@pytest.mark.parametrize(("path", "body"), [("/v1/chat/completions", CHAT), ("/v1/completions", TEXT)])
+async def test_parameters_of_openai_and_vllm_are_no_misspelt_ones_of_ours(path, body):
+    assert await ask(path, {**dict.fromkeys(OTHERS), "stop_when\u20ac": 1, **body})
+    async with serving() as (api, _):
+        half = await api.post(path, json.dumps({**body, "stop_whe\ud800": 1}).encode())
+    assert half.status_code == 200  # half a character can't be told
+
+
+async def test_a_misspelt_field_is_told_with_the_one_that_was_meant():
+    async with serving() as (api, _):
+        response = await api.post("/v1/chat/completions", {**CHAT, "stop_wen": {"below": 0}})
+    assert error(response)["message"] == "stop_wen is not a field of this request; did you mean `stop_when`?"
 
 
 async def test_a_stream_tells_the_progress_and_then_gives_the_best():
@@ -241,6 +281,10 @@ async def test_a_head_as_model_ranks_and_a_list_is_ranked_as_a_whole():
             rating = (chunks(response.text)[-1]["choices"][0] if options else response.json()["choices"][0])["inward"]
             assert rating["head"]["name"] == SRR.name
             assert rating["score"] == 3.0  # above the three others
+            assert (rating["probability"], rating["share"]) == (None, 1.0)
+            alone = await api.post("/v1/chat/completions", {**CHAT, "model": SRR.name, **options})
+            rating = (chunks(alone.text)[-1]["choices"][0] if options else alone.json()["choices"][0])["inward"]
+            assert (rating["probability"], rating["share"]) == (None, None)
 
 
 async def test_models_are_the_backbone_the_policies_and_the_heads():

@@ -39,7 +39,7 @@ class ListHead(FakeHead):
         given = [one for one in scores if one is not None]
         places = [None if one is None else float(sum(other < one for other in given)) for one in scores]
         shares = [None if place is None else (place + 1) / len(given) for place in places]
-        return Scores(tuple(places), tuple(shares), listwise=True)
+        return Scores(tuple(places), listwise=True, share_N=tuple(shares) if len(given) > 1 else None)
 
 
 async def test_each_answer_comes_as_an_event_and_the_end_is_the_answer_that_is_given_without_streaming():
@@ -74,6 +74,9 @@ async def test_a_listwise_head_scores_in_the_end_only():
         *samples, (_, result) = events((await api.post("/rerank", {**STREAM, "head": SRR.name})).text)
     assert {sample["score"] for _, sample in samples} == {None}
     assert {sample["error"] for _, sample in samples} == {None}
+    assert {sample["share"] for _, sample in samples} == {None}
+    assert {one["probability"] for one in [*result["results"], *(sample for _, sample in samples)]} == {None}
+    assert [one["share"] for one in result["results"]] == [(place + 1) / 6 for place in reversed(range(6))]
     assert len({ranked["score"] for ranked in result["results"]}) == 6
     assert result["listwise"] is True
 

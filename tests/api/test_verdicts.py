@@ -65,12 +65,22 @@ async def test_parts_are_one_text_and_the_prompt_is_context(api):
         ("/v1/moderations", {"input": [{"type": "image_url"}]}, 422, "input.0"),
         ("/v1/moderations", {"input": ["ok", "x" * MAX_TOKENS]}, 413, "input.1"),
         ("/v1/moderations", {"input": "ok", "head": LEGEND.name}, 422, "head"),
+        ("/v1/moderations", {"input": "ok", "head": SRR.name}, 404, "head"),
+        ("/v1/moderations", {"input": "ok", "model": SRR.name}, 404, "model"),
         ("/v1/moderations", {"input": "ok", "head": HYBRID.name, "false_positives": 0.001}, 422, "false_positives"),
+        ("/v1/moderations", {"input": "ok", "false_positive": 0.1}, 422, "false_positive"),
+        ("/v1/moderations", {"input": "ok", "promt": "Well?"}, 422, "promt"),
         ("/v1/moderations", {"input": []}, 422, "input"),
         ("/v1/moderations", {"input": ["ok"] * 51}, 413, "input"),
         ("/v1/decisions", {"input": "ok", "questions": []}, 422, "questions"),
         ("/v1/decisions", {"input": "ok", "questions": [CHOICE]}, 422, "questions.0.choices"),
         ("/v1/decisions", {"input": [SHOWN], "questions": [ASK]}, 422, "input.0.content.0"),
+        (
+            "/beta/litellm_basic_guardrail_api",
+            {"texts": ["ok"], "additional_provider_specific_params": {"false_positive": 0.1}},
+            422,
+            "additional_provider_specific_params.false_positive",
+        ),
         ("/beta/litellm_basic_guardrail_api", {"texts": ["ok"], "images": ["data:"]}, 422, "images"),
         ("/beta/litellm_basic_guardrail_api", {"texts": ["ok"], "tool_calls": [{}]}, 422, "tool_calls"),
         ("/beta/litellm_basic_guardrail_api", {"texts": ["ok", "x" * MAX_TOKENS]}, 413, "texts.1"),
@@ -86,6 +96,20 @@ async def test_without_a_calibrated_head_nothing_is_moderated(api):
     api.head_control.calibrations.clear()
     response = await api.post("/v1/moderations", {"input": "ok"})
     assert (response.status_code, error(response)["param"]) == (404, "head")
+
+
+async def test_a_rate_that_no_head_is_calibrated_for_is_told_with_those_that_are(api):
+    api.head_control.calibrations[LEGEND.name] = {"acceptable": {"rates": [0.02, 0.5], "scores": [5.0, 50.0]}}
+    response = await api.post("/v1/moderations", {"input": "ok", "false_positives": 0.0001})
+    assert (response.status_code, error(response)["param"]) == (422, "false_positives")
+    assert f"{HYBRID.name!r} 0.01 to 0.5" in error(response)["message"]
+    assert f"{LEGEND.name!r} 0.02 to 0.5" in error(response)["message"]
+
+
+async def test_a_model_that_names_a_head_which_can_not_judge_has_no_decision(api):
+    for named in ({"model": SRR.name}, {"head": SRR.name}):
+        (answer,) = (await post(api, "/v1/decisions", {"input": "ok", "questions": [ASK], **named}))["answers"]
+        assert answer["type"] == "refusal"
 
 
 async def test_a_score_that_is_not_finite_is_an_error_and_no_verdict(api):
@@ -138,7 +162,7 @@ async def test_a_response_is_judged_after_what_was_asked_and_a_request_by_itself
     ("content", "begins"),
     [
         ([{"type": "text", "text": "Well?"}, {"type": "image_url", "image_url": {"url": "data:"}}], "Well?"),
-        ([{"type": "image_url", "image_url": {"url": "data:"}}], "\n\n"),  # nothing to be read: no context
+        ([{"type": "image_url", "image_url": {"url": "data:"}}], "\n\n"),  # a turn without text
     ],
 )
 async def test_text_only_lets_images_pass_in_the_context_of_a_response_too(api, content, begins):
@@ -150,9 +174,30 @@ async def test_text_only_lets_images_pass_in_the_context_of_a_response_too(api, 
     path = "/beta/litellm_basic_guardrail_api"
     refused = await api.post(path, body)
     assert (refused.status_code, error(refused)["param"][:-1]) == (422, "structured_messages.0.content.")
-    await post(api, path, {**body, "additional_provider_specific_params": {"text_only": True}})
+    only = {"additional_provider_specific_params": {"text_only": True}}
+    await post(api, path, body | only)
     (group,) = api.intake.calls[-1]["groups"]
     assert "".join(map(chr, group.prompt_ids)).startswith(begins)
+
+
+@pytest.mark.parametrize(
+    ("turn", "read"),
+    [
+        ({"role": "assistant", "content": None, "tool_calls": [{}]}, True),
+        ({"role": "user", "content": [{"type": "text", "text": 5}]}, False),
+        ({"role": "user", "content": None}, False),
+        ({"content": "go on"}, False),
+    ],
+)
+async def test_text_only_loses_no_turn_and_lets_nothing_malformed_pass(api, turn, read):
+    asked = [{"role": "user", "content": "Well?"}, turn, {"role": "user", "content": "And?"}]
+    body = {"input_type": "response", "texts": ["long enough"], "structured_messages": asked}
+    only = {"additional_provider_specific_params": {"text_only": True}}
+    response = await api.post("/beta/litellm_basic_guardrail_api", body | only)
+    assert response.status_code == (200 if read else 422), response.text
+    if read:
+        text = "".join(map(chr, api.intake.calls[-1]["groups"][0].prompt_ids))
+        assert text.index("Well?") < text.index("And?")
 
 
 STRICTER = {"acceptable": {"rates": [0.01, 0.5], "scores": [12.0, 50.0]}, "score_deciles": [1.0 + i for i in range(9)]}
@@ -183,6 +228,21 @@ async def test_a_head_that_is_switched_meanwhile_is_judged_by_its_own_thresholds
     assert not strict(await post(api, path, body))
     api.intake.score = after_a_switch
     assert strict(await post(api, path, body))
+
+
+async def test_what_a_replica_has_not_heard_of_yet_is_asked_for(api):
+    """A worker has switched; the replica knows of it when it looks."""
+    new = replace(HYBRID, version=HYBRID.version + 1)
+    api.intake.outcome = lambda i, s: replace(s, heads=(new,))
+
+    def refreshed() -> None:
+        api.head_control.refs[HYBRID.name] = new
+        api.head_control.calibrations[HYBRID.name] = STRICTER
+
+    api.head_control.refreshed = refreshed
+    path, body, strict = VERDICTS[0]
+    assert strict(await post(api, path, body))
+    assert len(api.intake.calls) == 1
 
 
 @pytest.mark.parametrize(("path", "body", "strict"), VERDICTS)

@@ -153,6 +153,7 @@ def test_what_can_not_be_done_is_one_line_that_says_what_to_do(tmp_path, capsys)
         ((path, tmp_path / "out.xlsx", "--replace-columns"), "must end with one of"),
         ((path, tmp_path / "out.jsonl", "--columns", "prompt"), "OURS=THEIRS"),
         ((path, tmp_path / "out.jsonl", "--layout", "other"), "sharegpt"),
+        ((path, tmp_path / "out.jsonl", "--columns", "chosen="), "Name one with --layout, or say which columns"),
         ((tmp_path / "gone.jsonl", tmp_path / "out.jsonl"), "does not exist"),
         ((path, tmp_path / "out.jsonl", "--replace-columns", "--url", "http://127.0.0.1:1"), "did not answer"),
         ((path, tmp_path / "out.jsonl", "--replace-columns", *FAKE, "--head", "nobody"), "nobody"),

@@ -1,6 +1,7 @@
 """``inward evaluate``, end to end."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from inward.__main__ import main
 from inward.heads import store
 from inward.heads.legend import LegendHead
 from inward.offline.evaluate.metrics import NAMES
+from inward.offline.fit.seen_prompts import dump
 from inward.offline.states.saved import ListStates, save_states
 from support.serving import write_model
 from support.small_heads import manifest, pair_states
@@ -148,6 +150,21 @@ def test_a_head_that_was_fitted_on_these_rows_is_told_apart(evaluate, states, tm
     )
 
 
+def test_a_head_that_was_fitted_on_some_of_the_prompts_is_not_called_good(evaluate, head, tmp_path):
+    """All the same figures, but of a head that says what it has seen."""
+    judged = pair_states()
+    save_states(replace(judged, origin=replace(judged.origin, data_hash="sha256:part")), tmp_path / "part.safetensors")
+    asked = ("--states", tmp_path / "part.safetensors", "--json", *QUICK)
+    more = {"data": "sha256:more", "prompts": dump(np.arange(35, 90))}
+    own = save_legend(tmp_path / "own", fit=more)
+    report, other = evaluate("--head", own, *asked), evaluate("--head", head, *asked)
+    assert (report["input"]["prompts_in_the_fit"], other["input"]["prompts_in_the_fit"]) == (5, None)
+    assert report["verdict"].startswith("5 of 40 prompts were in the fit: these figures say nothing about other texts.")
+    assert "Good enough" in other["verdict"] and "ood enough" not in report["verdict"]
+    assert any(note.startswith("5 of 40 prompts were in the fit, which flatters") for note in report["notes"])
+    assert report["metrics"] == other["metrics"]
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -227,6 +244,21 @@ def test_xstests_form_says_whether_refusals_of_harmless_prompts_win(evaluate, fo
     assert "A refusal of a harmless prompt outranks" in report["over_refusal"]["sentence"]
 
 
+def test_pairs_are_read_in_the_columns_that_are_named(evaluate, folder, tmp_path):
+    rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    renamed = [{"ask": row["prompt"], "good": row["chosen"], "bad": row["rejected"]} for row in rows]
+    path = tmp_path / "renamed.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in renamed))
+    usual = options(folder, "pairs")
+    other = [path if word == folder / "pairs.jsonl" else word for word in usual]
+    named = ("--columns", "prompt=ask,chosen=good,rejected=bad", "--no-baselines")
+    assert evaluate(*other, *named)["metrics"] == evaluate(*usual, "--no-baselines")["metrics"]
+    assert "--columns prompt=question" in evaluate(*other, status=2)
+    lists = [folder / "lists.jsonl" if word == folder / "pairs.jsonl" else word for word in usual]
+    assert "Lists of labelled responses go with --lists" in evaluate(*lists, status=2)
+    assert "they go with --pairs" in evaluate(*options(folder, "lists"), *named, status=2)
+
+
 def test_without_baselines_only_the_heads_layers_are_read(evaluate, folder):
     report = evaluate(*options(folder, "pairs"), "--no-baselines")
     assert report["baselines"] == {}
@@ -284,6 +316,13 @@ def test_two_heads_are_compared_on_the_same_rows(evaluate, states, head, tmp_pat
     printed = evaluate("--compare", other, head, "--states", states, *QUICK)
     assert "legend minus worse" in printed
     assert "--cross-validate" in evaluate("--compare", other, head, "--cross-validate", "--states", states, status=2)
+
+
+def test_of_two_heads_the_one_that_has_seen_the_prompts_is_named(states, head, tmp_path, capsys):
+    own = save_legend(tmp_path / "own", name="own", fit={"prompts": dump(np.arange(40))})
+    assert main(["evaluate", "--compare", str(own), str(head), "--states", str(states), "--resamples", "50"]) == 0
+    said = capsys.readouterr().err
+    assert "head 'own': 40 of 40 prompts were in the fit" in said and "'legend'" not in said
 
 
 def test_no_column_is_cut_off_whatever_the_terminal(evaluate, states, head, monkeypatch):

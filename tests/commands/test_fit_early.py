@@ -126,6 +126,35 @@ def lists(*safe: list[bool]) -> list[dict[str, object]]:
 PAIRS = [{"prompt": f"p {i // 2}", "chosen": "yes", "rejected": "no"} for i in range(4)]
 
 
+def test_pairs_are_read_in_the_columns_that_are_named_and_few_are_warned_of(
+    tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    asked = [{"ask": f"p {i}", "good": f"yes {i}", "bad": "no"} for i in range(4)]
+    rows, named = write(tmp_path / "rows.jsonl", asked), "prompt=ask,chosen=good,rejected=bad"
+    out = ("--out", tmp_path / "hybrid", "--layers", "1")
+    assert fit("hybrid", "--pairs", rows, *out) == 2
+    assert capsys.readouterr().err.rstrip().endswith("--columns prompt=question,chosen=answer_a,rejected=answer_b")
+    assert fit("hybrid", "--pairs", rows, *out, "--columns", named) == 0
+    said = capsys.readouterr()
+    assert "warning: 4 prompts are too few to trust: thousands of pairs are usual" in said.err
+    assert "the 95 % interval of the head's accuracy is" in said.out.replace("\n", " ")
+    assert store.load(tmp_path / "hybrid").manifest.fit["prompts"]["count"] == 4
+    assert fit("hybrid", "--pairs", rows, *out, "--layout", "other") == 2
+    monkeypatch.setattr("inward.processes.wiring.open_backbone", None)  # would raise: one prompt only
+    for kind in (["legend"], ["ensemble", "--heads", "hybrid", "legend"]):
+        words = ("--pairs", rows, "--out", tmp_path / "x", "--columns", named, "--limit", 1)
+        assert fit(*kind, *words) == 2
+        assert "1 different prompts" in capsys.readouterr().err
+
+
+def test_what_a_guard_is_fitted_on_is_said_where_it_is_not_there(no_model, tmp_path: Path, capsys) -> None:
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "a"}])
+    assert fit("guard", "--head", "hybrid", "--safe", prompts, "--out", tmp_path / "v") == 2
+    said = capsys.readouterr().err
+    assert "the columns prompt and response" in said and "--layout" not in said
+
+
 @pytest.mark.parametrize(
     ("kind", "option", "rows", "said"),
     [
@@ -133,7 +162,7 @@ PAIRS = [{"prompt": f"p {i // 2}", "chosen": "yes", "rejected": "no"} for i in r
         ("ensemble --heads hybrid legend", "--pairs", PAIRS[:2], "1 different prompts, and 2 at least"),
         ("hybrid", "--pairs", PAIRS[:2], "1 different prompts, and 2 at least"),
         ("legend", "--pairs", PAIRS, "2 different prompts, and 3 at least"),
-        ("legend --direction whitened", "--pairs", PAIRS, "2 different prompts, and 3 at least"),
+        ("legend --direction whitened", "--pairs", PAIRS[:2], "1 different prompts, and 2 at least"),
         ("srr", "--lists", lists([True, False], [True]), "1 different prompts with a safe and an unsafe response"),
     ],
 )

@@ -1,8 +1,10 @@
 import json
 
+import numpy as np
 import pytest
 
 from inward.heads import store
+from inward.heads.calibration import Acceptable
 from inward.heads.card import KINDS, POSITIONS, card, headline
 from inward.processes.wiring import MODELS
 
@@ -29,5 +31,14 @@ def test_a_head_without_calibration_says_so():
 
 def test_accuracy_is_the_held_out_one():
     folder = next(folder for folder in FOLDERS if folder.parts[-3:] == ("toy", "heads", "hybrid"))
-    accuracy = json.loads((folder / "head.json").read_text())["fit"]["metrics"]["accuracy"]
-    assert headline(store.load_manifest(folder))["accuracy"] == f"{accuracy:.1%}"
+    metrics = json.loads((folder / "head.json").read_text())["fit"]["metrics"]
+    accuracy = headline(store.load_manifest(folder))["accuracy"]
+    assert accuracy == f"{metrics['accuracy']:.1%} of {metrics['pairs']} pairs"
+
+
+def test_a_small_fit_has_no_thresholds_to_tell():
+    """Of two responses only the half below is known."""
+    manifest = store.load_manifest(FOLDERS[0])
+    few = manifest.model_copy(update={"calibration": {"margin_std": 1.0, **Acceptable.fit([0.1, 0.2]).dump()}})
+    many = manifest.model_copy(update={"calibration": Acceptable.fit(np.arange(200.0)).dump()})
+    assert "Thresholds" not in card(few) and "Thresholds: 1.0% of acceptable" in card(many)

@@ -78,12 +78,12 @@ def test_readout_projects_prompt_and_response_at_one_layer():
     assert prompt.weight_DK.shape == (D, K) and prompt.weight_DK is response.weight_DK
 
 
-def test_probabilities_are_the_softmax_of_the_list_at_the_heads_temperature():
+def test_shares_are_the_softmax_of_the_list_at_the_heads_temperature_and_no_probabilities():
     one = head(options={"tau": 0.5})
     scores = one.score(read(one, states(5)))
     weights = np.exp(np.array(scores.scores_N) / 0.5)
-    assert scores.probability_N == pytest.approx(weights / weights.sum())
-    assert scores.listwise
+    assert scores.share_N == pytest.approx(weights / weights.sum())
+    assert scores.listwise and scores.probability_N is None
 
 
 def test_order_of_the_candidates_does_not_matter():
@@ -99,9 +99,9 @@ def test_a_score_depends_on_the_other_candidates():
     assert abs(one.score(read(one, h)).scores_N[0] - one.score(read(one, h[:3])).scores_N[0]) > 1e-4
 
 
-def test_a_list_of_one_has_its_cosine_and_probability_one():
+def test_a_list_of_one_has_its_cosine_and_no_share():
     scores = head().score(read(head(), states(1)))
-    assert -1 <= scores.scores_N[0] <= 1 and scores.probability_N == (1.0,)
+    assert -1 <= scores.scores_N[0] <= 1 and scores.share_N is None
 
 
 def test_a_candidate_that_is_not_finite_is_left_out_and_the_others_are_ranked_without_it():
@@ -111,10 +111,10 @@ def test_a_candidate_that_is_not_finite_is_left_out_and_the_others_are_ranked_wi
     with np.errstate(invalid="ignore"):
         reading = read(one, broken)
     scores = one.score(reading)
-    assert scores.scores_N[1] is None and scores.probability_N[1] is None
+    assert scores.scores_N[1] is None and scores.share_N[1] is None
     alone = one.score(read(one, np.delete(h, 2, axis=0)))
     np.testing.assert_allclose([scores.scores_N[i] for i in (0, 2, 3)], alone.scores_N, rtol=1e-6)
-    assert sum(p for p in scores.probability_N if p is not None) == pytest.approx(1)
+    assert sum(p for p in scores.share_N if p is not None) == pytest.approx(1)
 
 
 def test_a_list_without_any_finite_candidate_has_no_scores():

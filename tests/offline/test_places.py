@@ -1,12 +1,14 @@
 """What is said of a place before the work whose result shall stand there."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from inward.errors import SetupError
+from inward.files import whole
 from inward.heads import store
 from inward.offline.places import check_file, check_head, check_page, check_states
 from inward.offline.states.saved import save_states
@@ -66,3 +68,15 @@ def test_a_folder_that_can_not_be_written_to_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
     with pytest.raises(SetupError, match=f"{tmp_path} can't be written to"):
         check_file(tmp_path / "new" / "page.html", "page")
+
+
+def test_a_page_is_written_to_what_a_link_names(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    page = tmp_path / "real/page.html"
+    page.write_text("old")
+    link = tmp_path / "latest.html"
+    link.symlink_to(page)
+    with whole(link) as unfinished:
+        unfinished.write_text("new")
+    assert link.is_symlink() and page.read_text() == "new"
+    assert sorted(one.name for one in page.parent.iterdir()) == ["page.html"]

@@ -89,6 +89,24 @@ def test_an_empty_response_is_legal_but_nothing_at_all_is_not():
         prompts(tokenizer(chat=False, bos=False), format="{prompt}{response}").group("", [""])
 
 
+@pytest.mark.parametrize(
+    ("prompt", "responses", "param"),
+    [("T", [""], "responses.0"), ("", ["a harbour", "T"], "responses.1")],
+)
+def test_a_single_token_is_judged_after_a_bos_only(prompt, responses, param):
+    tok = tokenizer(chat=False, bos=False)
+    with pytest.raises(InvalidField, match="nothing before it") as caught:
+        prompts(tok).group(prompt, responses, rendered=True)
+    assert caught.value.param == param
+    assert prompts(tok).group("T", [], rendered=True).group.prompt_ids  # to go on from
+    assert len(prompts(PLAIN).group("T", [""], rendered=True).group.prompt_ids) == 2
+
+
+def test_a_bos_alone_is_nothing_to_judge():
+    with pytest.raises(InvalidField, match="no token"):
+        prompts(PLAIN).group("", [""], rendered=True)
+
+
 @pytest.mark.parametrize("format", ["{response}", "{prompt}", "{prompt}{response}."])
 def test_a_format_that_lacks_a_field_or_goes_on_after_the_response_is_refused(format):
     with pytest.raises(SetupError, match="template"):

@@ -4,7 +4,7 @@ import pytest
 
 from inward.errors import TooLarge
 from inward.prompts import Prompts
-from inward.prompts.length_limit import fit_length
+from inward.prompts.length_limit import fit_each, fit_length
 from inward.types import Group
 from support.tiny_tokenizer import tokenizer
 
@@ -29,6 +29,21 @@ def test_a_response_that_is_still_to_be_drawn_has_its_place_where_text_may_be_cu
     assert cut.truncated and cut.group == Group((0, 8, 9, 10, 11))
     assert fit_length(group, 9, bos=(0,), truncate=True, reserve=100).group == Group((0, 11))  # a quarter is left
     assert not fit_length(Group((0, 5, 6)), 9, bos=(0,), truncate=True, reserve=5).truncated
+
+
+def test_where_each_is_judged_by_itself_the_prompt_is_cut_by_its_own_length_and_few_prompts_are_computed():
+    prompt = tuple(range(1000))
+    own = [Group(prompt, ((7,) * n,)) for n in (1, 3, 150, 151, 190, 900)]
+    together = Group(prompt, tuple(group.responses_ids[0] for group in own))
+    found = {i: piece for places, piece in fit_each(together, 1001, bos=(0,)) for i in places}
+    for i, group in enumerate(own):
+        ((_, alone),) = fit_each(group, 1001, bos=(0,))
+        assert alone.group.prompt_ids == found[i].group.prompt_ids
+        assert len(alone.group.prompt_ids) + len(alone.group.responses_ids[0]) <= 1000
+    many = Group(prompt, tuple((7,) * n for n in range(1, 700)))
+    assert len(fit_each(many, 1001, bos=(0,))) <= 16
+    ((places, whole), *_) = fit_each(Group(prompt[:500], ((7,) * 600, (7,), (8,))), 1001, bos=(0,))[1:]
+    assert places == (1, 2) and not whole.truncated
 
 
 def test_text_that_is_too_long_is_refused_and_the_longest_response_named():

@@ -106,6 +106,10 @@ class FakeHeadControl:
         self.refs = refs
         self.updates: list[tuple[Any, ...]] = []
         self.calibrations: dict[str, dict[str, Any]] = {}
+        self.refreshed: Callable[[], None] = lambda: None
+
+    async def refresh(self) -> None:
+        self.refreshed()
 
     def resolve(self, name: str | None, kinds: Sequence[Kind]) -> HeadRef:
         return choose(self.refs, name, kinds)

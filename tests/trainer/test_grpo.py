@@ -9,7 +9,7 @@ import pytest
 
 from support.small_policy import DEMO, write_rows
 
-EXAMPLE = Path(__file__).parents[2] / "examples/grpo.py"
+main = runpy.run_path(str(Path(__file__).parents[2] / "examples/grpo.py"))["main"]
 
 
 def test_the_recipe_takes_steps_on_our_rewards_and_logs_the_monitor(demo_server, tmp_path):
@@ -19,7 +19,6 @@ def test_the_recipe_takes_steps_on_our_rewards_and_logs_the_monitor(demo_server,
         "out": tmp_path, "monitor": "legend", "steps": 4, "prompts-per-step": 2, "samples": 4, "max-tokens": 8,
         "learning-rate": 1e-4,
     }  # fmt: skip
-    main = runpy.run_path(str(EXAMPLE))["main"]
     told = main([word for name, value in given.items() for word in (f"--{name}", str(value))] + ["--lora"])
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert len(lines) == 4
@@ -31,3 +30,23 @@ def test_the_recipe_takes_steps_on_our_rewards_and_logs_the_monitor(demo_server,
     assert told.keys() == {"reward", "monitor"}
     assert told["reward"]["low"] < told["reward"]["rise"] < told["reward"]["high"]
     assert (tmp_path / "final/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"steps": 3}, "--steps 3: at least 4"),
+        ({"prompts": "nowhere.jsonl"}, "nowhere.jsonl does not exist"),
+        ({"head": "nobody"}, "the service has no head 'nobody': it has "),
+        ({"monitor": "nobody"}, "'nobody'"),
+    ],
+)
+def test_what_can_not_be_trained_with_is_told_before_the_policy_is_loaded(
+    changes, said, demo_server, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setitem(main.__globals__, "GRPOTrainer", None)  # would raise
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "How do I open a jar?"}])
+    given = {"url": demo_server.url, "model": "none", "prompts": prompts, "out": tmp_path} | changes
+    with pytest.raises(SystemExit) as stopped:
+        main([word for name, value in given.items() for word in (f"--{name}", str(value))])
+    assert said in f"{stopped.value} {capsys.readouterr().err}"

@@ -218,7 +218,7 @@ class FakeJobs:
                 self.lose -= 1
                 raise httpx.ReadTimeout("the answer is lost")
             self.uploads.append([json.loads(line) for line in request.content.decode().splitlines()])
-            assert dict(request.url.params) == {"kind": "reward"}
+            assert request.url.params["kind"] == "reward"
             return httpx.Response(201, json=job | {"state": "running"})
         if path.endswith("/results"):
             scored = {"chosen_score": 1.0, "rejected_score": 0.0, "confidence": 0.8, "policy_version": "base"}
@@ -265,6 +265,20 @@ def test_a_job_of_other_rows_keeps_no_run_from_beginning_with_the_right_one(tmp_
         write_rows(path, rows(5))
         assert len(pairs_of_job(asked, path, tmp_path / "run")) == 4
     assert [len(upload) for upload in jobs.uploads] == [3, 5]
+
+
+def test_a_job_of_another_head_keeps_no_run_from_beginning_with_the_right_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("inward_trainer.sources.job.POLL_S", 0.01)
+    path, jobs = write_rows(tmp_path / "pairs.jsonl", rows(3)), FakeJobs()
+    with service_of(jobs.answer) as asked:
+        for head in ("wrong", "right"):
+            pairs_of_job(asked, path, tmp_path, head=head)
+        with pytest.raises(DataError, match="--head wrong: this run began with right"):
+            pairs_of_job(asked, path, tmp_path, head="wrong", begun=True)
+        with pytest.raises(DataError, match="--job j9: this run began with job"):
+            pairs_of_job(asked, path, tmp_path, id="j9", head="right", begun=True)
+        pairs_of_job(asked, path, tmp_path, head="right", begun=True)
+    assert len(jobs.uploads) == len(set(jobs.keys)) == 2
 
 
 def test_an_upload_whose_answer_is_lost_is_not_sent_again_by_itself_and_then_makes_the_same_job(tmp_path, monkeypatch):

@@ -130,6 +130,9 @@ class Ranked:
     score: float | None = None
     """Of an answer that was rejected or ended by a guard: the score that ended it."""
     probability: float | None = None
+    """Calibrated probability that the response is acceptable; None with a listwise head."""
+    share: float | None = None
+    """Of a listwise head: softmax over the list. It says nothing of whether any candidate is acceptable."""
     completion_tokens: int | None = None
     drawn_tokens: int | None = None
     """Of a drawn answer: all that were drawn, those that are not given included."""

@@ -25,6 +25,7 @@ COLUMNS = (
     "label_agrees",
 )  # fmt: skip
 """What an annotation adds to a row."""
+ADVICE = 'Name one with layout=…, or say which columns to take: columns={"prompt": "question", "chosen": "answer_a", …}'
 ERROR = "annotation_error"
 """Beside them: why a row has none."""
 PLACE = re.compile(r"^pairs\.\d+\.")
@@ -70,7 +71,7 @@ def annotate(
             """The new columns of some rows."""
             if taken := sorted({prefix + name for name in (*COLUMNS, ERROR)} & {name for row in rows for name in row}):
                 raise DataError(f"the data have the columns {', '.join(taken)} already: a prefix keeps them")
-            reader = recognise(rows, columns, name=layout) if rows else None
+            reader = recognise(rows, columns, name=layout, advice=ADVICE) if rows else None
             return _columns(_asked(rows, reader, asked, head, truncate, shown) if reader else [], prefix)
 
         return cast(T, _of_kind(data)(data, new))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from inward.api.elements import SCORE_KINDS
@@ -40,6 +40,8 @@ class Candidate:
     ids: Ids = ()
     score: float | None = None
     probability: float | None = None
+    share: float | None = None
+    """Of its list, by a listwise head."""
     reward: float | None = None
     """By the head that states confidences, if any does."""
     finish_reason: FinishReason | None = None
@@ -134,8 +136,9 @@ def watched(
 
     Raises:
         NotFound: a head that shall decide is not loaded.
+        InvalidField: no answer is ever long enough to be rejected.
     """
-    rejection, rule = _early_rejection(services, early), _stop_rule(services, guard, head)
+    rejection, rule = _early_rejection(services, early, spec.max_tokens), _stop_rule(services, guard, head)
     return replace(spec, early_rejection=rejection, stop_when=rule)
 
 
@@ -170,9 +173,15 @@ def _spec(n: int, sampling: Sampling, room: int) -> SamplingSpec:
     return SamplingSpec(n, max_tokens=sampling.max_tokens or min(MAX_TOKENS, room), stop=tuple(sampling.stop), **given)
 
 
-def _early_rejection(services: Services, asked: RejectionOptions | None) -> EarlyRejection | None:
+def _early_rejection(services: Services, asked: RejectionOptions | None, most: int) -> EarlyRejection | None:
     if asked is None:
         return None
+    if asked.at is not None and asked.at[0] >= most:
+        raise InvalidField(
+            f"early_rejection.at begins with {asked.at[0]}, and an answer has at most {most} tokens: none would ever "
+            "be rejected; decide earlier, or draw longer answers",
+            param="early_rejection.at",
+        )
     if asked.head is not None:
         find_head(services, asked.head, (*SCORE_KINDS, "value"), "early_rejection.head")
     return EarlyRejection(asked.keep, tuple(asked.at or ()), asked.max_loss, asked.head)
@@ -211,38 +220,22 @@ async def _given(
         grouped = await group(usable)
     if isinstance(grouped, InwardError):
         raise grouped
-    pieces: list[tuple[Sequence[int], Grouped]] = [(usable, grouped)]
-    if grouped.truncated and all(services.heads.resolve(name, KINDS).kind in SCORE_KINDS for name in heads):
-        pieces = await _cut_alone(usable, group)
+    pointwise = all(services.heads.resolve(name, KINDS).kind in SCORE_KINDS for name in heads)
+    pieces = services.prompts.each(grouped) if pointwise else [(tuple(range(len(usable))), grouped)]
     outcomes = await score_groups(services, [piece.group for _, piece in pieces], heads, deadline)
     done: list[tuple[Sequence[int], Scored]] = []
     for (places, piece), outcome in zip(pieces, outcomes, strict=True):
-        for n, i in enumerate(places):
+        for n, i in enumerate(usable[place] for place in places):
             one = replace(answers[i], ids=piece.group.responses_ids[n], truncated=piece.truncated)
             if isinstance(outcome, InwardError):
                 answers[i] = replace(one, error=outcome)
             else:
                 answers[i] = answered(outcome, n, one, f"candidates.{i}")
         if not isinstance(outcome, InwardError):
-            done.append((places, outcome))
+            done.append(([usable[place] for place in places], outcome))
     if not done:
         raise next(outcome for outcome in outcomes if isinstance(outcome, InwardError))
     return Candidates(joined(done, len(texts)), answers)
-
-
-async def _cut_alone(
-    places: Sequence[int], group: Callable[[Sequence[int]], Awaitable[Grouped | InwardError]]
-) -> list[tuple[Sequence[int], Grouped]]:
-    """Where heads judge each answer by itself, what another one needs is no reason to cut: those that fit stay together
-    as they are, and each of the others is cut for itself.
-    """
-    alone = [(place, await group([place])) for place in places]
-    cut: list[tuple[Sequence[int], Grouped]] = [
-        ([place], one) for place, one in alone if isinstance(one, Grouped) and one.truncated
-    ]
-    fits = [place for place, one in alone if isinstance(one, Grouped) and not one.truncated]
-    together = await group(fits) if fits else None
-    return [(fits, together), *cut] if isinstance(together, Grouped) else cut
 
 
 def joined(parts: Sequence[tuple[Sequence[int], Scored]], n: int) -> Scored:
@@ -261,6 +254,7 @@ def joined(parts: Sequence[tuple[Sequence[int], Scored]], n: int) -> Scored:
             one,
             scores_N=placed(lambda s: s.scores_N, head),
             probability_N=None if one.probability_N is None else placed(lambda s: s.probability_N, head),
+            share_N=None if one.share_N is None else placed(lambda s: s.share_N, head),
         )
         for head, one in enumerate(first.scores)
     )
@@ -295,4 +289,10 @@ def answered(scored: Scored, n: int, candidate: Candidate, param: str | None = N
     if scores.scores_N[n] is None:
         return replace(candidate, error=NotFinite("the score is not a finite number", param=param))
     reward = scored.scores[-1].scores_N[n]
-    return replace(candidate, score=scores.scores_N[n], probability=scores.probability(n), reward=reward)
+    return replace(
+        candidate,
+        score=scores.scores_N[n],
+        probability=scores.probability(n),
+        share=scores.share(n),
+        reward=reward,
+    )

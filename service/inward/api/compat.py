@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Coroutine, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +18,9 @@ from inward.api.body import JsonRoute
 from inward.api.candidates import candidates
 from inward.api.elements import RERANK_KINDS
 from inward.api.errors import explain
-from inward.api.scoring import Deadline, find_head, score_all
+from inward.api.scoring import Deadline, find_head, is_head, score_all
 from inward.api.services import Services
-from inward.errors import InwardError, NotFinite, NotFound, OverQuota, Unavailable
+from inward.errors import InwardError, NotFinite, OverQuota, Unavailable
 from inward.types import HeadRef, Kind, Prompt, Scored, Scores, Usage, slowest
 from inward.wire import Parts, RerankRequest, ScoringOptions
 from inward.wire.compat import CompatRequest, rerank_dialect, score_dialect
@@ -154,11 +153,10 @@ def requested_head(
     ``default``, else the first that fits.
 
     Raises:
-        NotFound: there is none.
+        NotFound: there is none, or the one that is named is of another kind.
     """
-    if request.head is None and (model := getattr(request, "model", None)):
-        with suppress(NotFound):
-            return services.heads.resolve(model, kinds)
+    if request.head is None and (model := getattr(request, "model", None)) and is_head(services, model):
+        return find_head(services, model, kinds, "model")
     return find_head(services, request.head or services.compat_head or default, kinds)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from inward.api.candidates import Candidates, candidates
 from inward.api.compat import POINTWISE, Conversation
-from inward.api.scoring import Deadline
+from inward.api.scoring import Deadline, is_head
 from inward.api.services import Services
 from inward.api.verdicts import judged
 from inward.errors import InvalidField, NotFound
@@ -55,7 +55,8 @@ async def decide(services: Services, request: DecisionRequest) -> tuple[list[Dec
     known: dict[str, Known] = {}
     usage = Usage()
     scored: Scored | None = None
-    if heads:
+    choices = any(one.type == "choice" for one in request.questions)
+    if heads and not (choices and _unread(turns)):  # a choice is asked after all turns
         found, (scored,) = await judged(
             services, [_judged(turns)], lambda: [_known(services, name) for name in heads], "input", deadline
         )
@@ -74,6 +75,11 @@ async def decide(services: Services, request: DecisionRequest) -> tuple[list[Dec
     return answers, usage
 
 
+def _unread(turns: Sequence[dict[str, str]]) -> bool:
+    """Whether heads, which judge answers, would leave out turns."""
+    return len(turns) > 1 and turns[-1]["role"] != "assistant"
+
+
 def _judged(turns: Sequence[dict[str, str]]) -> Conversation:
     """The last turn, as an answer to those before it.
 
@@ -81,7 +87,7 @@ def _judged(turns: Sequence[dict[str, str]]) -> Conversation:
         InvalidField: it is none, and heads would not read those before it.
     """
     *before, last = turns
-    if before and last["role"] != "assistant":
+    if _unread(turns):
         raise InvalidField(
             f"the last turn is of the role {last['role']!r}: heads judge one text, or an answer to the turns before; "
             "send the last turn alone, or end with the assistant's",
@@ -92,12 +98,11 @@ def _judged(turns: Sequence[dict[str, str]]) -> Conversation:
 
 def _head(services: Services, request: DecisionRequest, question: Question) -> str | None:
     """The head that knows what is asked; None where there is none."""
-    for name in (question.name, request.head, request.model):
+    for name in [one for one in (question.name, request.head, request.model) if one is not None]:
         try:
-            if name is not None:
-                return services.heads.resolve(name, POINTWISE).name
+            return services.heads.resolve(name, POINTWISE).name
         except NotFound:
-            if name == question.name or name == request.head:
+            if name in (question.name, request.head) or is_head(services, name):
                 return None
     try:
         return services.heads.resolve(services.compat_head, POINTWISE).name

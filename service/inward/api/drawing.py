@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from inward.api.candidates import Candidate, Candidates, Generation, to_draw, watched
 from inward.api.compat import requested_head
 from inward.api.elements import RERANK_KINDS
-from inward.api.scoring import Deadline, score_groups
+from inward.api.scoring import Deadline, is_head, score_groups
 from inward.api.services import Services
 from inward.errors import InwardError, NotFound, TooLarge
-from inward.heads.registry import KINDS
 from inward.prompts import Texts
 from inward.types import Group, HeadRef
 from inward.wire import NamedHead
@@ -83,6 +81,7 @@ def _given(found: Candidates, i: int) -> Given:
     rating = Rating(
         score=answer.score,
         probability=answer.probability,
+        share=answer.share,
         drawn=i,
         of=len(found.answers),
         finish_reason=answer.finish_reason or "stop",
@@ -123,10 +122,7 @@ async def _check_model(services: Services, name: str | None) -> None:
     Raises:
         NotFound: it is a policy that isn't carried now, so that the answer would be another one's.
     """
-    if name is None or name == services.model:
-        return
-    with suppress(NotFound):
-        services.heads.resolve(name, KINDS)
+    if name is None or name == services.model or is_head(services, name):
         return
     policy = await services.policies.show()
     if name in policy["available"] and name != policy["policy_version"]:

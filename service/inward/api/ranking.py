@@ -45,6 +45,7 @@ def one_ranked(index: int, answer: Candidate, request: RerankRequest) -> Ranked:
         text=answer.text,
         score=answer.score,
         probability=answer.probability,
+        share=answer.share,
         completion_tokens=len(answer.ids),
         drawn_tokens=None if answer.not_drawn is None else len(answer.ids) + answer.held_back,
         not_drawn_tokens=answer.not_drawn,

@@ -11,6 +11,7 @@ from inward import metrics
 from inward.api.auth import CALLER
 from inward.api.services import Services
 from inward.errors import DeadlineExceeded, InwardError, NotFinite, NotFound, ShardAway, Unavailable
+from inward.heads.registry import KINDS
 from inward.prompts import Grouped, Texts
 from inward.types import Detail, Group, HeadRef, Ids, Kind, Scored, Scores, Timing, Usage, slowest
 from inward.wire import ErrorDetail, NamedHead, Parts, Scorable, ScoringOptions, TokenUsage
@@ -101,6 +102,15 @@ def find_head(services: Services, name: str | None, kinds: Sequence[Kind], field
         return services.heads.resolve(name, kinds)
     except NotFound as error:
         raise error.at(field) from None
+
+
+def is_head(services: Services, name: str) -> bool:
+    """Whether a head of this name is loaded, of whatever kind."""
+    try:
+        services.heads.resolve(name, KINDS)
+    except NotFound:
+        return False
+    return True
 
 
 async def score_all(

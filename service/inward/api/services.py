@@ -68,6 +68,10 @@ class HeadControl(Protocol):
     isn't loaded.
     """
 
+    async def refresh(self) -> None:
+        """Looks anew, where what is known may be of a moment ago. Raises ``Unavailable``."""
+        ...
+
     def resolve(self, name: str | None, kinds: Sequence[Kind]) -> HeadRef:
         """The active version of ``name``, or of the first head of the first of ``kinds`` that is loaded."""
         ...

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from inward.api.compat import POINTWISE, Conversation, unit
-from inward.api.scoring import MOST_SWITCHES, Deadline, score_groups, switched_too_often, tokenise
+from inward.api.scoring import MOST_SWITCHES, Deadline, find_head, score_groups, switched_too_often, tokenise
 from inward.api.services import Services
 from inward.errors import InvalidField, InwardError, NotFinite, NotFound
 from inward.heads.calibration import Acceptable
@@ -43,14 +43,23 @@ def judges(services: Services, rate: float | None) -> list[Judge]:
 
     Raises:
         NotFound: there are none.
+        InvalidField: none of them is calibrated for such a rate.
     """
+    names = [row["name"] for row in services.heads.listing() if row["kind"] in POINTWISE]
+    calibrated = {name: acceptable for name in names if (acceptable := _acceptable(services, name)) is not None}
+    if not calibrated:
+        raise NotFound(f"no head is calibrated for thresholds; {_fit_again()}", param="head")
     found = []
-    for row in services.heads.listing():
-        if row["kind"] in POINTWISE:
-            with suppress(InvalidField):
-                found.append(judge(services, row["name"], rate))
+    for name in calibrated:
+        with suppress(InvalidField):
+            found.append(judge(services, name, rate))
     if not found:
-        raise NotFound(f"no head is calibrated for thresholds at this rate; {_fit_again()}", param="head")
+        known = ", ".join(f"{name!r} {one.rates[0]:g} to {one.rates[-1]:g}" for name, one in calibrated.items())
+        raise InvalidField(
+            f"a false-positive rate of {rate or services.false_positives:g} is not known for any head: their "
+            f"calibrations tell: {known}",
+            param="false_positives",
+        )
     return found
 
 
@@ -61,12 +70,16 @@ def judge(services: Services, name: str | None, rate: float | None, param: str =
         NotFound: there is no such head.
         InvalidField: it isn't calibrated, or not for such a rate.
     """
-    ref = services.heads.resolve(name, POINTWISE)
+    ref = find_head(services, name, POINTWISE, param)
     rate = rate or services.false_positives
-    acceptable = Acceptable.load(services.heads.show(ref.name).get("calibration") or {})
+    acceptable = _acceptable(services, ref.name)
     if acceptable is None:
         raise InvalidField(f"head {ref.name!r} is not calibrated for thresholds; {_fit_again()}", param=param)
     return Judge(ref, acceptable.threshold(rate), rate, acceptable.estimated)
+
+
+def _acceptable(services: Services, name: str) -> Acceptable | None:
+    return Acceptable.load(services.heads.show(name).get("calibration") or {})
 
 
 class OfHead(Protocol):
@@ -95,7 +108,10 @@ async def judged(
     asked = known()
     for _ in range(MOST_SWITCHES):
         scored = await read(services, conversations, [one.ref.name for one in asked], field, deadline)
-        if _by(asked, scored) or _by(asked := known(), scored):
+        if _by(asked, scored):
+            return asked, scored
+        await services.heads.refresh()
+        if _by(asked := known(), scored):
             return asked, scored
     raise switched_too_often()
 

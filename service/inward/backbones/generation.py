@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from inward.errors import InvalidField
@@ -22,7 +22,7 @@ def sampling_of(group: Group) -> SamplingSpec:
 
 def finished(row: Sequence[int], tokenizer: Any, end_ids: Ids, spec: SamplingSpec) -> Sample:
     """The drawn ids ``row``, cut where they end: before one of ``end_ids``, or before a stop string, which may begin
-    within a token: then other ids than the drawn ones are the text before it. Whatever follows is padding.
+    within a token: then other ids than the drawn ones are the text before it, if any are. Whatever follows is padding.
     """
     end = next((i for i, token in enumerate(row) if token in end_ids), None)
     ids = list(row[:end])
@@ -35,7 +35,17 @@ def finished(row: Sequence[int], tokenizer: Any, end_ids: Ids, spec: SamplingSpe
     while ids and not given.startswith(tokenizer.decode(ids, skip_special_tokens=True)):
         ids = ids[:-1]
     if rest := given[len(tokenizer.decode(ids, skip_special_tokens=True)) :]:
-        whole = [*ids, *tokenizer(rest, add_special_tokens=False)["input_ids"]]
-        if len(whole) <= spec.max_tokens and tokenizer.decode(whole, skip_special_tokens=True) == given:
-            ids = whole
+        for more in _continuations(rest, tokenizer):
+            whole = [*ids, *more]
+            if len(whole) <= spec.max_tokens and tokenizer.decode(whole, skip_special_tokens=True) == given:
+                return Sample(tuple(whole), given, "stop")
     return Sample(tuple(ids), given, "stop")
+
+
+def _continuations(text: str, tokenizer: Any) -> Iterator[list[int]]:
+    """Ids of a text that goes on with another one: as it is, and without the space that some tokenizers put before what
+    stands first.
+    """
+    yield tokenizer(text, add_special_tokens=False)["input_ids"]
+    before, ids = (tokenizer(one, add_special_tokens=False)["input_ids"] for one in ("\n", f"\n{text}"))
+    yield ids[len(before) :] if ids[: len(before)] == before else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 from functools import partial
 
 from rich.console import Console
@@ -32,7 +33,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from inward.offline.fit.options import check
+    from inward.offline.fit.options import FEW_PROMPTS, USUAL, check
     from inward.offline.fit.run import fit
 
     args.name = args.name or args.out.name
@@ -47,6 +48,8 @@ def run(args: argparse.Namespace) -> int:
     head, report = fit(args, partial(opened_model, settings_of(args)), cache)
     console = Console(width=None if Console().is_terminal else 120)
     console.print(report)
+    if args.kind in USUAL and (prompts := head.manifest.fit["prompts"]["count"]) < FEW_PROMPTS:
+        print(f"warning: {prompts} prompts are too few to trust: {USUAL[args.kind]} are usual", file=sys.stderr)
     try:
         path = store.save(head, args.out, replace=args.replace)
     except HeadError as error:

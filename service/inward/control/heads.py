@@ -39,6 +39,9 @@ class LocalHeadControl:
         """
         return self._registry.snapshot().resolve(name, kinds).ref
 
+    async def refresh(self) -> None:
+        """It always knows."""
+
     def listing(self) -> list[dict[str, Any]]:
         """What ``GET /heads`` answers."""
         return self._registry.listing()

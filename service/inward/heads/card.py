@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from inward.heads.base import Manifest
+from inward.heads.held_out import HeldOut
 
 KINDS = {
     "legend": "a safety direction found without training (LEGEND): margins of preference pairs",
@@ -33,6 +34,8 @@ MEANINGS = {
     "stability": "cosine between directions of resampled pairs",
 }
 """Of measurements whose names don't say it."""
+TOLD_RATES = (0.01, 0.05, 0.1)
+"""Of the thresholds: a small fit may know none of them."""
 
 
 def card(manifest: Manifest, *, at: str | None = None) -> str:
@@ -55,11 +58,10 @@ def card(manifest: Manifest, *, at: str | None = None) -> str:
 
 
 def headline(manifest: Manifest) -> dict[str, str]:
-    """What one wants to know of a head among others: accuracy, base model and date."""
-    metrics = manifest.fit.get("metrics", {})
-    accuracy = next((metrics[name] for name in ("accuracy", "held_out") if _is_number(metrics.get(name))), None)
+    """What one wants to know of a head among others: accuracy and of how many pairs, base model and date."""
+    held_out = HeldOut.of(manifest.fit)
     return {
-        "accuracy": "" if accuracy is None else f"{accuracy:.1%}",
+        "accuracy": "" if held_out is None else f"{held_out.agreement:.1%} of {held_out.pairs:,} pairs",
         "base model": manifest.backbone.name,
         "fitted": manifest.created[:10],
     }
@@ -108,12 +110,12 @@ def _calibration(known: Mapping[str, Any]) -> list[str]:
     if deciles := known.get("score_deciles"):
         said.append(f"- Eight tenths of the calibration scores lie between {deciles[0]:.2f} and {deciles[-1]:.2f}.")
     if (acceptable := known.get("acceptable")) is not None:
-        told = (
+        told = [
             f"{rate:.1%} of acceptable responses below {score:.2f}"
             for rate, score in zip(acceptable["rates"], acceptable["scores"], strict=True)
-            if rate in (0.01, 0.05, 0.1)
-        )
-        said.append(f"- Thresholds: {', '.join(told)}.")
+            if rate in TOLD_RATES
+        ]
+        said += [f"- Thresholds: {', '.join(told)}."] if told else []
     return said or ["It is not calibrated: only the order of its scores means something."]
 
 

@@ -114,10 +114,11 @@ class SrrHead:
         return False
 
     def score(self, reading: Reading, *, details: frozenset[Detail] = frozenset(), pair: bool = False) -> Scores:
-        """Cosines of a list's responses to its instruction, and as ``probability_N`` their softmax over the list.
+        """Cosines of a list's responses to its instruction, and as ``share_N`` their softmax over the list. That is no
+        probability that a response is acceptable, which this head does not know.
 
         A response that is not finite gets None and is left out of the list, so that the others are ranked among
-        themselves. A list of one is legal: its score is its cosine, its probability 1.
+        themselves. A list of one is legal: its score is its cosine, and it has no share.
 
         Raises:
             InvalidField: detail ``tokens``.
@@ -134,15 +135,15 @@ class SrrHead:
         if finite_N.any():
             scores_N[finite_N] = self.rank(prompt_NK[finite_N][0], response_NK[finite_N])
         finite_N &= np.isfinite(scores_N)
-        probability_N = np.full(len(finite_N), np.nan)
-        probability_N[finite_N] = softmax(scores_N[finite_N] / self.options.tau)
+        share_N = np.full(len(finite_N), np.nan)
+        share_N[finite_N] = softmax(scores_N[finite_N] / self.options.tau)
         scores = tuple(map(finite, scores_N))
         return Scores(
             scores_N=scores,
-            probability_N=tuple(map(finite, probability_N)),
             layers_N=tuple(LayerScores(self.manifest.layers, (s,)) for s in scores) if "layers" in details else None,
             pair=self._pairs.compare(scores) if pair else None,
             listwise=True,
+            share_N=tuple(map(finite, share_N)) if finite_N.sum() > 1 else None,
         )
 
     def rank(self, prompt_K: Doubles, responses_NK: Doubles) -> Doubles:

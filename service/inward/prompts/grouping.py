@@ -11,7 +11,7 @@ from inward import logs, metrics, tracing
 from inward.errors import InternalError, InvalidField, InwardError, SetupError
 from inward.prompts.chat_template import DATE, ChatTemplate
 from inward.prompts.control_tokens import ControlTokens
-from inward.prompts.length_limit import Grouped, fit_length
+from inward.prompts.length_limit import Grouped, fit_each, fit_length
 from inward.prompts.turns import Turns
 from inward.types import Group, Ids, Prompt
 
@@ -19,6 +19,11 @@ LOG = logs.logger("prompts")
 DEFAULT_FORMAT = "{prompt}\n\n{response}"
 """For models without a chat template."""
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
+NOTHING = "prompt and response are both empty: there is no token to read"
+SINGLE = (
+    "a single token with nothing before it can't be judged: send what it answers as well, or text to which the chat "
+    "template was applied"
+)
 CONTEXT = 3
 """Tokens that are decoded before one, so that it has the white space that it has in the text."""
 INLINE_CHARACTERS = 20_000
@@ -132,7 +137,8 @@ class Prompts:
         Empty responses are legal. ``length_limit`` decides what is too long, and what is cut.
 
         Raises:
-            InvalidField: text that is not Unicode, a conversation that the template refuses, or no text at all.
+            InvalidField: text that is not Unicode, a conversation that the template refuses, no text at all, or a
+                single token with no BOS before it.
             TooLarge: more tokens than the backbone takes, and ``truncate`` is off.
         """
         for i, response in enumerate(responses):
@@ -150,15 +156,25 @@ class Prompts:
         apart = self._ids([text, *written], broken)
         together = self._ids([text + response for response in written], broken)
         prompt_ids, n = self._one_bos(apart[0]), len(apart[0])
-        if not prompt_ids and not all(responses):
-            raise InvalidField("prompt and response are both empty: there is no token to read", param="response")
         tokenised = [
             whole[n:] if whole[:n] == apart[0] else alone for whole, alone in zip(together, apart[1:], strict=True)
         ]
         responses_ids = tuple(own if isinstance(r, str) else r for r, own in zip(responses, tokenised, strict=True))
-        bos = () if self.tokenizer.bos_token_id is None else (self.tokenizer.bos_token_id,)
+        for i, ids in enumerate(responses_ids):
+            if len(prompt_ids) + len(ids) < 2:  # models park attention on the very first token: its state says nothing
+                raise InvalidField(SINGLE if text or responses[i] else NOTHING, param=f"responses.{i}")
         group = Group(prompt_ids, responses_ids)
-        return fit_length(group, self.max_tokens, bos=bos, truncate=truncate, reserve=reserve)
+        return fit_length(group, self.max_tokens, bos=self._bos, truncate=truncate, reserve=reserve)
+
+    def each(self, grouped: Grouped) -> list[tuple[tuple[int, ...], Grouped]]:
+        """``fit_each`` of a group that was cut; any other as it is."""
+        if grouped.whole is None:
+            return [(tuple(range(len(grouped.group.responses_ids))), grouped)]
+        return fit_each(grouped.whole, self.max_tokens, bos=self._bos)
+
+    @property
+    def _bos(self) -> Ids:
+        return () if self.tokenizer.bos_token_id is None else (self.tokenizer.bos_token_id,)
 
     def pieces(self, ids: Ids) -> list[str]:
         """The text of each token of a response; together they are its text. Of a character that takes several tokens

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from inward.errors import TooLarge
 from inward.types import Group, Ids
 
+CUTS = 16
+"""Different lengths at most to which the prompt of responses that are judged each by itself is cut."""
+
 
 @dataclass(frozen=True, slots=True)
 class Grouped:
@@ -14,6 +17,8 @@ class Grouped:
 
     group: Group
     truncated: bool = False
+    whole: Group | None = None
+    """What it was before it was cut."""
 
 
 def fit_length(group: Group, max_tokens: int, *, bos: Ids, truncate: bool, reserve: int = 0) -> Grouped:
@@ -44,4 +49,24 @@ def fit_length(group: Group, max_tokens: int, *, bos: Ids, truncate: bool, reser
     responses_ids = tuple(ids[: room - least] for ids in responses_ids)
     rest = prompt_ids[len(kept) :]
     left = room - len(kept) - max((min(drawn, room - least), *map(len, responses_ids)))
-    return Grouped(Group(kept + rest[max(0, len(rest) - left) :], responses_ids), truncated=True)
+    return Grouped(Group(kept + rest[max(0, len(rest) - left) :], responses_ids), truncated=True, whole=group)
+
+
+def fit_each(group: Group, max_tokens: int, *, bos: Ids) -> list[tuple[tuple[int, ...], Grouped]]:
+    """The responses that fit with the whole prompt, and the others by the prompt that they leave room for: each with
+    their places in ``group``. What is cut for one depends on its own length alone, in steps, so that few prompts have
+    to be computed.
+    """
+    room = max_tokens - 1
+    step = max(1, room // CUTS)
+    places: dict[int, list[int]] = {}
+    for i, ids in enumerate(group.responses_ids):
+        whole = len(group.prompt_ids) + len(ids) <= room
+        places.setdefault(0 if whole else max(1, -(-len(ids) // step)) * step, []).append(i)
+    return [
+        (tuple(own), fit_length(
+            Group(group.prompt_ids, tuple(group.responses_ids[i] for i in own)),
+            max_tokens, bos=bos, truncate=True, reserve=reserve,
+        ))
+        for reserve, own in places.items()
+    ]  # fmt: skip

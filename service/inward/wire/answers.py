@@ -177,7 +177,11 @@ class Ranked(Element):
     """None for candidates that can't be scored; they stand last. Of an answer that was rejected or ended by a guard:
     the score that ended it, which may be another head's; it stands after those that were drawn to their end."""
     probability: float | None = None
-    """Calibrated probability that the response is acceptable, where the head is calibrated for it."""
+    """Calibrated probability that the response is acceptable, where the head is calibrated for it; null with a listwise
+    head."""
+    share: float | None = None
+    """Of a listwise head: the candidate's share of the list, by a softmax over its scores. It says nothing of whether
+    any of them is acceptable. Null with other heads, and where no other candidate has a score."""
     completion_tokens: int | None = None
     drawn_tokens: int | None = None
     """Of a drawn answer: all that were drawn, those that are not given included."""

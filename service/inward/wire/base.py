@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from difflib import get_close_matches
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic_core import PydanticCustomError
+
+CLOSE = 0.85
+"""How alike an unknown field and one of ours are (``difflib``) before it is taken for a slip. Others' own names are
+further off, the nearest (``top_a``) at 0.8."""
+
+MOST_LOOKED_AT = 100
+"""Unknown fields of one object that are compared, which takes some 0.1 ms each."""
 
 
 class Wire(BaseModel):
@@ -12,6 +23,26 @@ class Wire(BaseModel):
 
 
 class Lenient(BaseModel):
-    """Base of models to which others, or newer versions, add fields: unknown ones are ignored."""
+    """Base of models to which others, or newer versions, add fields: unknown ones are ignored, except what can only be
+    a misspelt one of ``OWN``, since what it asks for would be left out without a word.
+    """
 
     model_config = ConfigDict(extra="ignore", use_attribute_docstrings=True)
+    OWN: ClassVar[tuple[str, ...]] = ()
+    """Fields of ours, which nobody else has a name like."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spelt(cls, value: Any) -> Any:
+        if not cls.OWN or not isinstance(value, dict):
+            return value
+        unknown = [name for name in value if name.isascii() and name not in cls.model_fields]
+        for name in unknown[:MOST_LOOKED_AT]:
+            if meant := get_close_matches(name.lower(), cls.OWN, n=1, cutoff=CLOSE):
+                raise at(name, f"is not a field of this request; did you mean `{meant[0]}`?")
+        return value
+
+
+def at(field: str, problem: str) -> PydanticCustomError:
+    """An error of a whole object that blames one of its fields."""
+    return PydanticCustomError("wrong_form", "{problem}", {"problem": problem, "field": field})

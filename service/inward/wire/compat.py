@@ -150,6 +150,7 @@ class VerifyRequest(BaseModel):
 TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
 """Types of the parts of a message's content that are text."""
 OF_TEXT = TEXT_PARTS | {"refusal"}
+CALLS = ("tool_calls", "function_call")
 UNSAID = ("reasoning_content", "reasoning", "thinking", "audio", "images")
 """Fields of a message that hold something else than what was said; one that has nothing else is no empty answer."""
 
@@ -162,7 +163,7 @@ def message(turn: dict[str, Any], where: str) -> dict[str, str]:
     """
     if not isinstance(turn.get("role"), str):
         raise InvalidField(f"{where}.role is missing", param=f"{where}.role")
-    for calls in ("tool_calls", "function_call"):
+    for calls in CALLS:
         if turn.get(calls):
             raise InvalidField(f"{where}.{calls} is no text and can't be scored", param=f"{where}.{calls}")
     content = turn.get("content")
@@ -176,11 +177,12 @@ def message(turn: dict[str, Any], where: str) -> dict[str, str]:
 
 
 def texts_of(turn: dict[str, Any]) -> dict[str, Any]:
-    """A chat message without what is no text: images, tool calls."""
-    content = turn.get("content")
+    """A chat message without what is no text, images and tool calls, be there any text left or none."""
+    content, calls = turn.get("content"), any(turn.get(calls) for calls in CALLS)
     if isinstance(content, list):
-        content = [part for part in content if isinstance(part, dict) and part.get("type", "text") in OF_TEXT]
-    return {name: turn[name] for name in ("role", "refusal") if name in turn} | {"content": content}
+        content = [part for part in content if not isinstance(part, dict) or part.get("type", "text") in OF_TEXT]
+    kept = {name: turn[name] for name in ("role", "refusal") if name in turn}
+    return kept | {"content": content or ("" if calls or turn.get("content") else content)}
 
 
 def conversation(given: str | list[dict[str, Any]], field: str) -> str | list[dict[str, str]]:

@@ -1,7 +1,7 @@
 """JSON of OpenAI's API as its clients send it: chat, completions. Answers are in ``wire.openai_answers``.
 
-Fields that change nothing here are ignored. Those that ask for something that isn't done are refused by their name:
-an answer without what was asked for would be wrong without a word.
+Fields that change nothing here are ignored. Those that ask for something that isn't done are refused by their name,
+and so are misspelt ones of ours: an answer without what was asked for would be wrong without a word.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pydantic import (
 )
 from pydantic.types import Discriminator
 
-from inward.wire.base import Lenient
+from inward.wire.base import Lenient, at
 from inward.wire.compat import Messages, ModelRequest, TextOrTexts
-from inward.wire.requests import MOST, GuardOptions, RejectionOptions, Sampling, at
+from inward.wire.requests import MOST, GuardOptions, RejectionOptions, Sampling
 
 SEEDS = 2**32
 OFF = (None, False, 0, "none", "auto", {"type": "text"}, ["text"])
@@ -63,6 +63,10 @@ class DrawRequest(ModelRequest):
     """What chat and completions have in common. Any field may be null, which is as if it were not there."""
 
     BUDGETS: ClassVar[tuple[str, ...]] = ("max_completion_tokens", "max_tokens")
+    OWN: ClassVar[tuple[str, ...]] = (
+        "head", "truncate", "best_of", "top_k", "min_p", "repetition_penalty",
+        "early_rejection", "stop_when", "timeout",
+    )  # fmt: skip
 
     n: Annotated[StrictInt, Field(ge=1, le=MOST)] | None = None
     """How many answers to give; 1 by default."""

@@ -52,7 +52,11 @@ class Rating(Wire):
     score: float | None
     """Null where it is not finite. Of an answer that was ended before its end, the score that ended it."""
     probability: float | None
-    """Calibrated probability that the answer is acceptable, where the head is calibrated for it."""
+    """Calibrated probability that the answer is acceptable, where the head is calibrated for it; null with a listwise
+    head."""
+    share: float | None
+    """Of a listwise head: the answer's share of all that were drawn, by a softmax over their scores. Null with other
+    heads, and where no other answer has a score."""
     drawn: int
     """Its place in the order of drawing, from 0."""
     of: int

@@ -23,11 +23,10 @@ from pydantic import (
     WithJsonSchema,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
 from inward.errors import InvalidField
 from inward.types import Detail, Ids, Prompt
-from inward.wire.base import Wire
+from inward.wire.base import Wire, at
 from inward.wire.conversations import Context, joined, same
 
 UNION_TAGS = frozenset({"as text", "as chat"})
@@ -408,11 +407,6 @@ class ActivateRequest(Wire):
 
     version: Annotated[StrictInt, Field(ge=1, le=MOST)]
     """A version that `GET /heads/{name}` lists."""
-
-
-def at(field: str, problem: str) -> PydanticCustomError:
-    """An error of a whole object that blames one of its fields."""
-    return PydanticCustomError("wrong_form", "{problem}", {"problem": problem, "field": field})
 
 
 def _plain(messages: Sequence[Message]) -> list[dict[str, str]]:

@@ -4,7 +4,7 @@ ignored.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, StrictBool, StrictStr, Tag
 
@@ -31,6 +31,8 @@ ModerationInput = Annotated[
 
 class ModerationRequest(ModelRequest):
     """OpenAI's moderation. A `model` that is a head's name asks that head alone."""
+
+    OWN: ClassVar[tuple[str, ...]] = ("head", "prompt", "false_positives")
 
     input: ModerationInput
     """A text, several, or the parts of one."""
@@ -90,6 +92,8 @@ class ModerationAnswer(Wire):
 class GuardrailParams(Lenient):
     """What a gateway's configuration may say (`additional_provider_specific_params`)."""
 
+    OWN: ClassVar[tuple[str, ...]] = ("head", "false_positives", "text_only")
+
     head: HeadName | None = None
     """Who judges; by default the setting `guard_head`, else the first hybrid head."""
     false_positives: Rate | None = None
@@ -118,7 +122,7 @@ class GuardrailRequest(Lenient):
         return "images" if self.images else "tool_calls" if self.tool_calls else None
 
     def context(self) -> str | list[dict[str, str]]:
-        """What a response answers, where that came with it; none, if a turn has no text and may pass unread.
+        """What a response answers, where that came with it; without what may pass unread, but with all turns.
 
         Raises:
             InvalidField: a turn holds what can't be judged.
@@ -129,10 +133,7 @@ class GuardrailRequest(Lenient):
         params, field = self.additional_provider_specific_params, "structured_messages"
         if params is None or not params.text_only:
             return conversation(turns or "", field)
-        try:
-            return conversation([texts_of(turn) for turn in turns] or "", field)
-        except InvalidField:
-            return ""
+        return conversation([texts_of(turn) for turn in turns] or "", field)
 
 
 class GuardrailAnswer(Wire):
@@ -178,6 +179,8 @@ class Question(Lenient):
 
 class DecisionRequest(ModelRequest):
     """OpenAI's decisions."""
+
+    OWN: ClassVar[tuple[str, ...]] = ("head",)
 
     input: TextOrMessages
     """What is judged: a text, or a conversation, of which the last turn is."""

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from inward.heads.held_out import HeldOut
 from inward.offline.annotate import noise
-from inward.offline.annotate.held_out import HeldOut
 from inward.offline.annotate.quality import Survey
 from inward.offline.annotate.scorer import Annotated
 from inward_client.rows import LAYOUTS, PairReader

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from inward.errors import NotFound, SetupError, Unavailable
+from inward.heads.held_out import HeldOut
 from inward.offline.annotate import scorer as scoring
-from inward.offline.annotate.held_out import HeldOut
 from inward.offline.annotate.scorer import COLUMNS, PATIENCE, RowScorer, ServiceScorer, TokenScores
 from inward_client import aio
 from inward_client.rows import Pair

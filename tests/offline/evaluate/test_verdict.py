@@ -7,6 +7,7 @@ from inward.offline.evaluate.judge import judge
 from inward.offline.evaluate.scoring import Judged
 from inward.offline.evaluate.statistics import Resampling
 from inward.offline.evaluate.verdict import verdict
+from inward.offline.fit.seen_prompts import Seen
 from support import made_examples as made
 
 
@@ -61,6 +62,16 @@ def test_margins_that_go_with_length_are_told():
     scores[examples.pairs_P2[:, 0]] = longer
     said = verdict(judge(examples, Judged(scores), made.folds(examples), Resampling(50)), resampling=Resampling(50))
     assert "Its margins go with length (+1.00)" in said.paragraph
+
+
+@pytest.mark.parametrize(("prompts", "told"), [(90, True), (3, False)])
+def test_where_the_fit_had_many_of_the_prompts_nothing_is_called_good(prompts, told):
+    examples = made.pairs(200)
+    known = judged(examples, 0.2, probability=lambda s: np.where(s > 0.5, 0.97, 0.03))
+    said = verdict(replace(known, seen=Seen(prompts, 100, 0.8)), Resampling(50)).paragraph
+    assert said.startswith(f"{prompts} of 100 prompts were in the fit: ") == told
+    assert ("Good enough" in said, "taken at their word" in said) == (not told, not told)
+    assert "The head ranks" in said
 
 
 def test_without_baselines_there_is_nothing_to_compare_with():

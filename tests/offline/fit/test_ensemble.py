@@ -59,7 +59,7 @@ def test_fitted_heads_become_one_that_loads_and_scores_the_same(tmp_path):
     states, others = pair_states(seed=1), pair_states(seed=2)
     parts = heads(states)
     scores = score_states(others, parts)
-    head, report = fit_ensemble(parts, scores, Judges(others.groups_N, "sha256:others"), name="both")
+    head, report = fit_ensemble(parts, scores, Judges(1000 + others.groups_N, "sha256:others"), name="both")
     assert head.manifest.position == "last" and head.manifest.layers == (1, 2, 3)
     loaded = store.load(store.save(head, tmp_path / "both"), fingerprint=BACKBONE.fingerprint, width=12)
     [sums] = score_states(others, [loaded])
@@ -73,6 +73,9 @@ def test_heads_fitted_on_the_same_pairs_are_warned_of():
     parts = heads(states)
     _, report = fit_ensemble(parts, score_states(states, parts), Judges(states.groups_N, states.origin.data_hash))
     assert len(report.warnings) == 3 and "flatters" in report.warnings[0]
+    first = states.rows(np.arange(60))
+    _, report = fit_ensemble(parts, score_states(first, parts), Judges(first.groups_N, "sha256:first"))
+    assert report.warnings[0] == "20 of 20 prompts were in the fit of head 'white', which flatters its weight"
 
 
 def test_one_head_or_a_score_that_is_no_number_is_refused():

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from inward.errors import DataError
-from inward.offline.annotate.held_out import HeldOut
+from inward.heads.held_out import HeldOut
 from inward.offline.data.pairs import grouped_folds
 from inward.offline.fit.hybrid import fit_hybrid
 from inward.offline.fit.joint import Joint, Training
@@ -266,6 +266,13 @@ def test_an_interval_is_of_the_pairs_that_were_judged(monkeypatch):
     assert report.pairs == 60 and 15 <= report.judged < 30
     held_out = HeldOut.of(head.manifest.fit)
     assert held_out is not None and (held_out.pairs, held_out.agreement) == (report.judged, report.accuracy)
+
+
+def test_of_two_pairs_that_are_both_right_little_is_said_to_be_known():
+    states = pair_states(2, per_prompt=1, strength=(9.0, 9.0, 9.0))
+    _, report = fit_hybrid(states, joint=Joint(steps=2), progress=False)
+    assert report.accuracy == 1.0
+    assert report.verdict.endswith("the 95 % interval of the head's accuracy is 0.342 to 1.000")
 
 
 def test_layers_are_judged_by_the_pairs_that_judge_the_head(monkeypatch):

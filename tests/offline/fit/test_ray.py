@@ -158,7 +158,7 @@ def test_a_mean_direction_of_blocks_is_that_of_one_pass_and_takes_no_scatter(tmp
         for found in (everything, some):
             np.testing.assert_allclose(found.sums(axis).mean_difference_D, wanted_D, rtol=1e-9)
             assert found.sums(axis).moments.scatter_DD is None
-    assert len(some.kept) == 30 and some.pairs == len(everything.kept) == 60
+    assert len(some.kept) == 30 and len(some.groups_N) == len(everything.kept) == 60
     head, report = fit_legend(states, layer="sweep")
     found_head, found = fit_legend(everything, layer="sweep")
     np.testing.assert_array_equal(found_head.direction, head.direction)

@@ -42,7 +42,8 @@ def runs(noise=0.5, prompts=P, seed=0):
         states[:, :, a][lengths < at] = np.nan
     own = np.where(np.isnan(states[..., 0, 0]), np.nan, rng.normal(size=states.shape[:3]))
     ref = BackboneRef(name="x", fingerprint="f")
-    return Runs(AT, (1, 2), rewards, lengths, states, np.full_like(states, np.nan), own, ref, "t", "hash"), direction
+    means, groups = np.full_like(states, np.nan), np.arange(prompts)
+    return Runs(AT, (1, 2), rewards, lengths, states, means, own, ref, "t", "hash", groups), direction
 
 
 def test_it_finds_the_layer_and_the_direction_and_says_how_well_it_predicts():

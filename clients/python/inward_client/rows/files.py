@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 from inward_client.rows import arrow, text
 from inward_client.rows.errors import DataError
 from inward_client.rows.pair import Pair
-from inward_client.rows.pair_layouts import AUTO, LOOKED_AT, recognise
+from inward_client.rows.pair_layouts import ADVICE, AUTO, LOOKED_AT, recognise
 from inward_client.rows.terminal import printable
 
 if TYPE_CHECKING:
@@ -176,9 +176,18 @@ def collect(path: Path, read: Callable[[Row], T], limit: int | None = None) -> C
 
 
 def collect_pairs(
-    path: Path, *, layout: str = AUTO, parse_json: bool = False, limit: int | None = None
+    path: Path,
+    *,
+    layout: str = AUTO,
+    columns: Mapping[str, str] | None = None,
+    parse_json: bool = False,
+    limit: int | None = None,
+    advice: str = ADVICE,
 ) -> Collected[Pair]:
     """Reads the pairs of a file or folder, in whatever layout it has.
+
+    Args:
+        columns, advice: see ``recognise``.
 
     Raises:
         DataError: no layout fits, there are no rows, or none of them can be read.
@@ -186,7 +195,7 @@ def collect_pairs(
     firsts = [row for _, row in islice(_all(path, limit), LOOKED_AT) if isinstance(row, dict)]
     if not firsts:  # nothing to recognise: say what is wrong with the rows
         collect(path, dict, limit)
-    reader = recognise(firsts, name=layout, parse_json=parse_json)
+    reader = recognise(firsts, columns, name=layout, parse_json=parse_json, advice=advice)
     found = collect(path, reader.pair, limit)
     found.notes.extend(reader.notes(firsts))
     return found

@@ -32,6 +32,8 @@ ALIKE = frozenset({"system_prompt", "system_message", "context", "functions", "c
 LOOKED_AT = 100
 """Rows of a table from which its layout is recognised."""
 PARSE = "store them as lists, or give --parse-json where there is that option"
+ADVICE = "Give the columns the names of one of them"
+"""What to do about a layout that nobody knows, where a caller does not say more."""
 AUTO = "auto"
 """Instead of a layout's name: recognise it."""
 
@@ -103,9 +105,17 @@ class PairReader:
 
 
 def recognise(
-    rows: Sequence[Row], rename: Mapping[str, str] | None = None, *, name: str = AUTO, parse_json: bool = False
+    rows: Sequence[Row],
+    rename: Mapping[str, str] | None = None,
+    *,
+    name: str = AUTO,
+    parse_json: bool = False,
+    advice: str = ADVICE,
 ) -> PairReader:
     """The reader of the first layout that fits most of the rows, or of the layout that is named.
+
+    Args:
+        advice: what the caller's user can do where none fits.
 
     Raises:
         DataError: none fits, or none has the name; says what columns there are and what is known.
@@ -128,9 +138,7 @@ def recognise(
         stored = sorted({str(column) for row in plain for column, value in row.items() if is_json_messages(value)})
         hint = f"Messages are stored as JSON text in {', '.join(map(repr, stored))}: {PARSE}.\n" if stored else ""
         raise DataError(
-            f"no layout of preference pairs recognised; the columns are: {found}. Known are\n{known}\n{hint}"
-            "Name one with --layout, or say which columns to take: "
-            "--columns prompt=question,chosen=answer_a,rejected=answer_b"
+            f"no layout of preference pairs recognised; the columns are: {found}. Known are\n{known}\n{hint}{advice}"
         )
     return PairReader(LAYOUTS[best], rename, parse_json)
 

@@ -7,6 +7,7 @@ import logging
 import uuid
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from inward_trainer.durable import write_text
 from inward_trainer.errors import DataError, ServiceError
@@ -49,7 +50,7 @@ def pairs_of_job(
     rows = read_table(path)
     pairs = [read_row(row, str(i)) for i, row in enumerate(rows)]
     results = folder / "job-results.jsonl"
-    _check(folder, path, digest(pairs), id, begun)
+    _check(folder, path, _Asked(digest(pairs), id, head), begun)
     if not results.is_file():
         id = id or _uploaded(service, pairs, folder, head)
         _wait(service, id, stopping or Stopping())
@@ -69,26 +70,42 @@ def pairs_of_job(
     ]
 
 
-def _check(folder: Path, path: Path, rows: str, id: str | None, begun: bool) -> None:
-    """Writes down which rows and job the folder is of; what it has of others, of which nothing was used, is dropped.
+class _Asked(NamedTuple):
+    """What the results of a folder are of."""
+
+    rows: str
+    job: str | None
+    head: str | None
+
+
+def _check(folder: Path, path: Path, now: _Asked, begun: bool) -> None:
+    """Writes down what the folder's results are of; what it has of something else, of which nothing was used, is
+    dropped.
 
     Raises:
         DataError: some of it was used.
     """
-    asked, given = folder / "job-rows", folder / "job-given"
-    rows_before, id_before = (file.read_text("utf-8") if file.is_file() else "" for file in (asked, given))
-    other_rows, other_job = rows_before not in ("", rows), id_before != (id or "")
-    if begun and other_rows:
-        raise DataError(f"{path} has other rows than this run began with: give that file, or another --out")
-    if begun and other_job and id and id_before:
-        raise DataError(f"--job {id}: this run began with job {id_before}: give that one, or another --out")
+    asked, given, note = folder / "job-rows", folder / "job-given", folder / "job"
+    before = json.loads(given.read_text("utf-8")) if given.is_file() else {}
+    rows = asked.read_text("utf-8") if asked.is_file() else now.rows
+    job = before.get("job") or (note.read_text("utf-8") if note.is_file() else None)
+    head = before.get("head", now.head)
     if begun:
+        if rows != now.rows:
+            raise DataError(f"{path} has other rows than this run began with: give that file, or another --out")
+        if now.job and job and now.job != job:
+            raise DataError(f"--job {now.job}: this run began with job {job}: give that one, or another --out")
+        if head != now.head:
+            raise DataError(
+                f"--head {now.head or '(the default)'}: this run began with {head or 'the default'}: give that one, or "
+                "another --out"
+            )
         return
-    if other_rows or other_job:
+    if (rows, before.get("job"), head) != (now.rows, now.job, now.head):
         for name in ("job", "job-key", "job-results.jsonl"):
             (folder / name).unlink(missing_ok=True)
-    write_text(asked, rows)
-    write_text(given, id or "")
+    write_text(asked, now.rows)
+    write_text(given, json.dumps({"job": now.job, "head": now.head}))
 
 
 def _uploaded(service: Service, pairs: list[ScoredPair], folder: Path, head: str | None) -> str:

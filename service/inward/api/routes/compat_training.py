@@ -12,6 +12,7 @@ from fastapi import APIRouter, Response
 from inward.api.answers import plain
 from inward.api.compat import CompatScores, Conversation, as_fastapi, as_inward, route_with_errors, score_conversations
 from inward.api.errors import RESPONSES, responses
+from inward.api.scoring import is_head
 from inward.api.services import FromApp
 from inward.errors import InvalidField
 from inward.wire.compat import (
@@ -94,7 +95,8 @@ async def _verified(request: VerifyRequest, services: FromApp) -> CompatScores:
         raise InvalidField("the response ends without a message of the assistant", param="response.output")
     if instructions := params.get("instructions"):
         turns.insert(0, {"role": "system", "content": str(instructions)})
-    named = CompatRequest(head=params.get("model")) if _is_head(services, params.get("model")) else CompatRequest()
+    model = params.get("model")
+    named = CompatRequest(head=model if isinstance(model, str) and is_head(services, model) else None)
     *before, last = turns
     rollout = Conversation(before, services.prompts.turns.strip(last["content"]))
     return await score_conversations(services, named, "response", [rollout], truncate=True)
@@ -120,7 +122,3 @@ def _turns(items: Any, where: str) -> list[dict[str, str]]:
         elif kind != "reasoning":
             raise InvalidField(f"{where}.{i} is a {kind!r}, which is no text and can't be scored", param=f"{where}.{i}")
     return turns
-
-
-def _is_head(services: FromApp, name: Any) -> bool:
-    return isinstance(name, str) and any(head["name"] == name for head in services.heads.listing())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from contextlib import suppress
 
 from fastapi import APIRouter, Response
 
@@ -13,9 +12,10 @@ from inward.api.body import JsonRoute
 from inward.api.compat import Conversation
 from inward.api.decisions import decide
 from inward.api.errors import OVER_QUOTA, RESPONSES
+from inward.api.scoring import is_head
 from inward.api.services import FromApp, Services
 from inward.api.verdicts import Judge, badness, judge, judged, judges, raw
-from inward.errors import InvalidField, NotFound
+from inward.errors import InvalidField
 from inward.types import Scored, slowest
 from inward.wire.compat import conversation
 from inward.wire.verdicts import (
@@ -89,9 +89,8 @@ async def guard(request: GuardrailRequest, services: FromApp) -> Response:
 def _moderators(services: Services, request: ModerationRequest) -> list[Judge]:
     if request.head is not None:
         return [judge(services, request.head, request.false_positives)]
-    if request.model is not None:
-        with suppress(NotFound):
-            return [judge(services, request.model, request.false_positives, param="model")]
+    if request.model is not None and is_head(services, request.model):
+        return [judge(services, request.model, request.false_positives, param="model")]
     return judges(services, request.false_positives)
 
 

@@ -13,6 +13,7 @@ from inward.offline.annotate.decisions import Applied, Decided
 from inward.offline.annotate.merge import column_names, together, write_text
 from inward.offline.annotate.options import AnnotateOptions
 from inward.offline.annotate.plan import inputs, outputs, protect_input, protect_outputs
+from inward.offline.options import ADVICE
 from inward_client import rows
 from inward_client.rows import LOOKED_AT, Format, PairReader, Row, Source, printable
 
@@ -32,7 +33,7 @@ def correct(options: AnnotateOptions) -> None:
     protect_input(options, sources, outs)
     protect_outputs(options, outs)
     firsts = [row for source in sources for row in islice(source.rows(), LOOKED_AT) if isinstance(row, dict)]
-    reader = rows.recognise(firsts, options.columns, name=options.layout, parse_json=options.parse_json)
+    reader = rows.recognise(firsts, options.columns, name=options.layout, parse_json=options.parse_json, advice=ADVICE)
     told = Applied()
     try:
         with together() as new:

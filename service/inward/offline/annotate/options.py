@@ -11,8 +11,8 @@ from typing import Any, Literal, get_args
 from inward.errors import SetupError
 from inward.offline import cluster
 from inward.offline.annotate import fetch
-from inward.offline.options import check_least
-from inward_client.rows import AUTO, LAYOUTS
+from inward.offline.options import add_layout, check_least, columns
+from inward_client.rows import AUTO
 
 SUSPICIOUS = 10
 """Pairs that are printed where ``--suspicious`` has no number."""
@@ -95,7 +95,7 @@ class AnnotateOptions:
                     + ", ".join(f"--{name.replace('_', '-')}" for name in others)
                 )
         check_least(args, limit=1)
-        return cls(**given | {"columns": _columns(args.columns)})
+        return cls(**given | {"columns": columns(args.columns)})
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,8 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("output", metavar="OUT", type=Path, help="a file, or for several tables a folder; its ending is the format")
     add = parser.add_argument_group("what is read and written").add_argument
-    add("--layout", default=AUTO, metavar="NAME", help=f"{', '.join(LAYOUTS)} (default: recognised)")
-    add("--columns", default="", metavar="OURS=THEIRS,…", help="the dataset's names, such as prompt=question")
+    add_layout(add)
     add("--parse-json", action="store_true", help="read messages that are stored as JSON text")
     add("--trl", action="store_true", help="write prompt, chosen, rejected and a margin in [0, 1] (the bin)")
     add("--prefix", default="", help="put before the names of the new columns")
@@ -159,11 +158,3 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--token-scores", action="store_true", help="with the score of every token of the pairs on the page")
     add("--argilla", type=Path, metavar="FILE", help="records for Argilla, with the head's suggestions")
     add("--json", action="store_true", help="print the summary as JSON")
-
-
-def _columns(text: str) -> dict[str, str]:
-    parts = [part.partition("=") for part in text.split(",") if part]
-    for ours, sign, theirs in parts:
-        if not ours or not sign:
-            raise SetupError(f"--columns {ours}{sign}{theirs}: write OURS=THEIRS,… (OURS= where there is none)")
-    return {ours: theirs for ours, _, theirs in parts}

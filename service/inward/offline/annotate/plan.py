@@ -11,6 +11,7 @@ from inward.errors import DataError, SetupError
 from inward.offline.annotate import fetch
 from inward.offline.annotate.merge import Shape, Table, fresh, schema_for
 from inward.offline.annotate.options import AnnotateOptions
+from inward.offline.options import ADVICE
 from inward.offline.places import check_file, check_page
 from inward_client import rows
 from inward_client.rows import LOOKED_AT, Format, PairReader, Row, Source, as_turns
@@ -47,7 +48,7 @@ def plan(options: AnnotateOptions) -> Plan:
     outs, format = outputs(options.output, sources)
     protect_input(options, sources, outs)
     firsts = _firsts(options, sources)
-    reader = rows.recognise(firsts, options.columns, name=options.layout, parse_json=options.parse_json)
+    reader = rows.recognise(firsts, options.columns, name=options.layout, parse_json=options.parse_json, advice=ADVICE)
     shape = Shape(reader, options.prefix, options.trl)
     if not options.replace_columns:
         _check_names(options.input, firsts, shape)

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from inward.heads.held_out import HeldOut
 from inward.offline.annotate.duplicates import Repeated, Seen, hashed, text_of
-from inward.offline.annotate.held_out import HeldOut
 from inward.offline.annotate.noise import FEWEST_PROMPTS, Noise, agreement, noise
 from inward.offline.annotate.scorer import Annotated
 from inward.offline.evaluate.responses import part_of

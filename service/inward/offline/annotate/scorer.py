@@ -12,7 +12,7 @@ import httpx
 
 from inward import errors
 from inward.errors import SetupError, Unavailable
-from inward.offline.annotate.held_out import HeldOut
+from inward.heads.held_out import HeldOut
 from inward.offline.annotate.options import AnnotateOptions
 from inward.types import Floats
 from inward_client import (

@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike
 from inward.errors import DataError
 from inward.offline.data import data_errors, told
 from inward.types import Indices
+from inward.types import Prompt as AnyPrompt
 from inward_client import rows
 from inward_client.rows import Pair as Pair
 from inward_client.rows import Prompt
@@ -58,22 +59,22 @@ class CalibrationRow:
         return Pair(self.prompt, chosen=self.refusal, rejected=self.harmful)
 
 
-def read_pairs(path: Path, *, parse_json: bool = False) -> list[Pair]:
+def read_pairs(path: Path, **how: Any) -> list[Pair]:
     """The pairs of a file or folder, in any layout. Rows that can't be read are left out, which standard error says.
 
     Args:
-        parse_json: messages may be stored as JSON text.
+        how: see ``inward_client.rows.collect_pairs``.
 
     Raises:
         DataError: there is none that can be read; names file, line and column.
     """
-    return collect_pairs(path, parse_json=parse_json).values
+    return collect_pairs(path, **how).values
 
 
 @data_errors()
-def collect_pairs(path: Path, *, parse_json: bool = False) -> rows.Collected[Pair]:
+def collect_pairs(path: Path, **how: Any) -> rows.Collected[Pair]:
     """``read_pairs`` with the number of each row."""
-    return told(rows.collect_pairs(Path(path), parse_json=parse_json))
+    return told(rows.collect_pairs(Path(path), **how))
 
 
 def read_lists(path: Path) -> list[ResponseList]:
@@ -116,7 +117,8 @@ def read_texts(path: Path, *, acceptable: bool = False) -> list[tuple[Prompt, tu
     if has_refusals(path):
         texts = [(row.prompt, ((row.refusal, True), (row.harmful, False))) for row in read_calibration(path)]
     elif not {"response", "responses"} & _first(path).keys():
-        texts = [(pair.prompt, ((pair.chosen, True), (pair.rejected, False))) for pair in read_pairs(path)]
+        pairs = read_pairs(path, advice="Single answers have the columns prompt and response (or responses)")
+        texts = [(pair.prompt, ((pair.chosen, True), (pair.rejected, False))) for pair in pairs]
     else:
 
         def read(row: rows.Row) -> tuple[Prompt, tuple[tuple[str, bool], ...]]:
@@ -160,7 +162,7 @@ def data_hash(rows: Iterable[Pair | ResponseList | CalibrationRow]) -> str:
     return f"sha256:{digest.hexdigest()[:32]}"
 
 
-def prompt_groups(prompts: Iterable[Prompt]) -> Indices:
+def prompt_groups(prompts: Iterable[AnyPrompt]) -> Indices:
     """``[N]``: a number for each prompt, made of its text, so that a split does not depend on the order of the rows."""
     keys = (hashlib.sha256(json.dumps(_plain(p), sort_keys=True).encode()).digest() for p in prompts)
     return np.array([int.from_bytes(key[:8], "big") >> 1 for key in keys], dtype=np.int64)
@@ -261,5 +263,5 @@ def _responses(value: Any) -> tuple[Response, ...]:
     return tuple(_response(response, i) for i, response in enumerate(value))
 
 
-def _plain(prompt: Prompt) -> Any:
+def _plain(prompt: AnyPrompt) -> Any:
     return prompt if isinstance(prompt, str) else [dict(m) for m in prompt]

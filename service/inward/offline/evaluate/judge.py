@@ -18,6 +18,7 @@ from inward.offline.evaluate.metrics import Metrics, measure, wins
 from inward.offline.evaluate.scoring import Judged
 from inward.offline.evaluate.statistics import USUAL, Resampling
 from inward.offline.evaluate.strategies import Strategy, metric_of, strategies
+from inward.offline.fit.seen_prompts import Seen
 from inward.types import Doubles
 
 REFERENCES = {"first": "first of the list", "random": "random pick (expectation)", "oracle": "oracle"}
@@ -41,6 +42,8 @@ class Judgement:
     """Responses and metrics of each part, where the rows were divided."""
     tokens: tuple[TokenScores, ...] = ()
     """A few responses token by token, for the page."""
+    seen: Seen | None = None
+    """How many of the prompts the head was fitted on, as far as it says."""
 
     def to_json(self) -> dict[str, Any]:
         """``metrics``, ``baselines``, ``layers``, ``strategies``, ``over_refusal``: the same keys whatever the

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import get_args
 
 from inward.errors import SetupError
-from inward.offline.options import check_least
+from inward.offline.options import add_layout, check_least
 from inward.types import Kind
+from inward_client.rows import AUTO
 
 EPILOG = """examples:
   inward evaluate --head hybrid --pairs pairs.jsonl --html report.html
@@ -76,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of folds, bootstrap and refits (default: %(default)s)")
     add("--response-tokens", type=int, metavar="N", help="judge by the first N tokens of each response")
     add("--limit", type=int, metavar="N", help="judge the first N rows only")
+    add_layout(add)
     add("--parse-json", action="store_true", help="read messages that are stored as JSON text")
 
 
@@ -107,6 +109,8 @@ def check(args: argparse.Namespace) -> None:
     for option, (ignored, why) in IGNORED.items():
         if getattr(args, option) and (given := [name for name in ignored if getattr(args, name) is not None]):
             raise SetupError(f"--{_dashed(option)} {why}: it does not go with --{_dashed(given[0])}")
+    if args.pairs is None and (args.layout != AUTO or args.columns):
+        raise SetupError("--layout and --columns say how pairs are read: they go with --pairs")
     if args.folds < 3:
         raise SetupError(f"--folds {args.folds}: at least 3, since a layer is chosen on folds that are not judged")
     check_least(args, resamples=1, limit=1, response_tokens=1, seed=0)

@@ -18,6 +18,7 @@ from inward.backbones.base import Backbone
 from inward.batching import within
 from inward.errors import DataError, SetupError
 from inward.heads.base import Head
+from inward.offline import options
 from inward.offline.data import data_errors
 from inward.offline.data.pairs import Folds, Response, ResponseList, collect_lists, collect_pairs, data_hash
 from inward.offline.evaluate.baselines import stable_rank
@@ -30,6 +31,7 @@ from inward.prompts import Prompts
 from inward.types import Doubles, Group, Indices, Position, Readout, Tap
 from inward_client import rows as rows_module
 
+ADVICE = f"{options.ADVICE}. Lists of labelled responses go with --lists, single ones with --responses"
 LARGEST = 8 * 2**30
 """Bytes of states that are held in memory."""
 States = PairStates | ListStates
@@ -56,19 +58,18 @@ class Rows:
         return tuple(response.text for one in self.lists for response in one.responses)
 
 
-def read_rows(
-    source: Source, path: Path, limit: int | None, *, parse_json: bool = False, by: str | None = None
-) -> Rows:
+def read_rows(source: Source, path: Path, limit: int | None, *, by: str | None = None, **how: Any) -> Rows:
     """The rows of a file; the first ``limit`` of them.
 
     Args:
+        how: pairs are read, see ``inward_client.rows.collect_pairs``.
         by: a column that divides the report.
 
     Raises:
         DataError: names file, line and field.
     """
     if source == "pairs":
-        found = collect_pairs(path, parse_json=parse_json)
+        found = collect_pairs(path, **how, advice=ADVICE)
         pairs = found.values[:limit]
         both = (ResponseList(p.prompt, (Response(p.chosen, True), Response(p.rejected, False))) for p in pairs)
         return Rows(source, tuple(both), data_hash(pairs), parts=_parts(path, by, found.numbers, [2] * len(pairs)))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,9 @@ from inward.offline.evaluate.scoring import Judged, of_texts, score, score_folds
 from inward.offline.evaluate.statistics import Resampling
 from inward.offline.evaluate.verdict import verdict
 from inward.offline.fit.like import Like, like_of
+from inward.offline.fit.seen_prompts import seen
 from inward.offline.model import OpenModel, with_model
+from inward.offline.options import columns
 from inward.offline.states.saved import PairStates, load_states
 from inward.offline.states.scores import check_readable, score_groups
 from inward.prompts import Prompts
@@ -92,8 +95,8 @@ def evaluate(
     heads: Sequence[Head] = found.heads
     if args.cross_validate:
         heads = refit(_like(args, head), head, examples, states, folds, args.seed)
-    elif head and head.manifest.fit.get("data") == states.origin.data_hash:
-        notes.append("the head was fitted on these very rows, which flatters it: use other rows, or --cross-validate")
+    elif head:
+        notes += [f"{one}: use other rows, or --cross-validate" for one in _flattered(head.manifest, found)]
     started = time.perf_counter()
     if args.cross_validate:
         ours = score_folds(heads, folds, examples)
@@ -107,6 +110,7 @@ def evaluate(
         guard=operations(examples, ours, folds, resampling, calibration=found.calibration, refusals=found.refusals),
         parts=by_part(examples, ours, resampling),
         tokens=found.tokens,
+        seen=None if args.cross_validate else seen(heads[0].manifest, examples.prompt_M),
     )
     forward_ms = None if found.seconds is None else 1e3 * found.seconds / len(examples)
     # what was said was said between the forward passes, which cannot be told apart from the head there
@@ -117,6 +121,7 @@ def evaluate(
             "kind": examples.source,
             "responses": len(examples),
             "prompts": examples.prompts,
+            "prompts_in_the_fit": judgement.seen and judgement.seen.prompts,
             "comparisons": len(examples.pairs_P2),
             "mixed_lists": len(examples.mixed),
             "layers": list(examples.layers),
@@ -144,6 +149,9 @@ def compare_heads(
     """Two heads on the same responses: every metric of both, and their difference."""
     found = _material(args, folders, opened, cache)
     first, second = found.said or [score(head, found.examples) for head in found.heads]
+    for head in found.heads:
+        for one in _flattered(head.manifest, found):
+            print(f"note: head {head.manifest.name!r}: {one}: use other rows", file=sys.stderr)
     names = found.heads[0].manifest.name, found.heads[1].manifest.name
     if names[0] == names[1]:
         names = f"{names[0]} ({folders[0].parent.name})", f"{names[1]} ({folders[1].parent.name})"
@@ -154,8 +162,9 @@ def _material(args: Namespace, folders: Sequence[Path], opened: OpenModel, cache
     if args.states:
         return _of_states(args, folders)
     source: Source = next(name for name in ("pairs", "lists", "responses") if getattr(args, name))
-    rows = read_rows(source, getattr(args, source), args.limit, parse_json=args.parse_json, by=args.by)
-    calibration = read_rows(source, args.calibration, None, parse_json=args.parse_json) if args.calibration else None
+    how: dict[str, Any] = {"layout": args.layout, "columns": columns(args.columns), "parse_json": args.parse_json}
+    rows = read_rows(source, getattr(args, source), args.limit, by=args.by, **how)
+    calibration = read_rows(source, args.calibration, None, **how) if args.calibration else None
     xstest = read_rows("responses", args.xstest, None) if args.xstest else None
     kept = cache(f"evaluate-{rows.data.rpartition(':')[2]}")
     found = with_model(
@@ -261,6 +270,15 @@ def _readable(head: Head, examples: Examples) -> bool:
     except DataError:
         return False
     return head.manifest.kind != "ensemble"
+
+
+def _flattered(of: Manifest, found: Material) -> Iterator[str]:
+    """What a head was fitted on of what it is judged by."""
+    was = seen(of, found.examples.prompt_M)
+    if of.fit.get("data") == found.states.origin.data_hash:
+        yield "the head was fitted on these very rows, which flatters it"
+    elif was and was.clear:
+        yield f"{was}, which flatters the head"
 
 
 def _describe(manifest: Manifest, head: Head | None, cross_validated: str | None) -> dict[str, Any]:

@@ -31,6 +31,8 @@ RIVALS = {"length": "length", "tfidf_logistic": "a bag of words"}
 class Verdict:
     """Sentences."""
 
+    doubt: tuple[str, ...]
+    """Whether the figures say anything."""
     better: tuple[str, ...]
     """Than what."""
     good_for: tuple[str, ...]
@@ -39,7 +41,7 @@ class Verdict:
     @property
     def paragraph(self) -> str:
         """All of it."""
-        return " ".join((*self.better, *self.good_for, *self.helps))
+        return " ".join((*self.doubt, *self.better, *self.good_for, *self.helps))
 
 
 def verdict(judgement: Judgement, resampling: Resampling = USUAL) -> Verdict:
@@ -48,7 +50,11 @@ def verdict(judgement: Judgement, resampling: Resampling = USUAL) -> Verdict:
     rivals = {
         name: _first(compare(judgement.examples, judged, judgement.ours, resampling)) for name, judged in beside.items()
     }
-    return Verdict(tuple(_better(judgement, rivals)), tuple(_good_for(judgement)), tuple(_helps(judgement, rivals)))
+    seen = judgement.seen
+    doubt = (f"{seen}: these figures say nothing about other texts.",) if seen and seen.substantial else ()
+    good_for = () if doubt else tuple(_good_for(judgement))
+    better = tuple(_better(judgement, rivals, trusted=not doubt))
+    return Verdict(doubt, better, good_for, tuple(_helps(judgement, rivals)))
 
 
 def _first(found: tuple[Difference, ...]) -> Difference | None:
@@ -57,7 +63,7 @@ def _first(found: tuple[Difference, ...]) -> Difference | None:
     return by_name.get("pair_accuracy") or by_name.get("auc")
 
 
-def _better(judgement: Judgement, rivals: dict[str, Difference | None]) -> Iterator[str]:
+def _better(judgement: Judgement, rivals: dict[str, Difference | None], *, trusted: bool) -> Iterator[str]:
     main = judgement.metrics.get("pair_accuracy") or judgement.metrics.get("auc")
     if main is None:
         return
@@ -75,7 +81,8 @@ def _better(judgement: Judgement, rivals: dict[str, Difference | None]) -> Itera
             )
             by = difference.difference
             yield f"It is {told} {RIVALS[name]} (difference {by.value:+.2f}, {by.low:+.2f} to {by.high:+.2f})."
-    if (error := judgement.metrics.get("calibration_error")) is not None:
+    error = judgement.metrics.get("calibration_error")
+    if error is not None and (trusted or error.value > CALIBRATED):
         fit = "can" if error.value <= CALIBRATED else "can't"
         yield f"Its probabilities {fit} be taken at their word (calibration error {error.value:.2f})."
 

@@ -6,7 +6,7 @@ alone does better, is chosen by cross-validation over prompts: so the sum is not
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,7 +21,8 @@ from inward.errors import DataError
 from inward.heads.base import Head, Manifest
 from inward.heads.ensemble import PARTS, EnsembleHead, Part
 from inward.offline.data.pairs import grouped_folds
-from inward.offline.fit.prepare import calibration, created, record
+from inward.offline.fit import seen_prompts
+from inward.offline.fit.prepare import UNKNOWN, calibration, created, record
 from inward.offline.fit.probes import auc, both, labels, pair_accuracy
 from inward.types import Doubles, Indices
 
@@ -115,8 +116,7 @@ def fit_ensemble(
     _check(heads, scores_PM)
     fitted = fit_weights(scores_PM, pairs.groups_N, seed=seed)
     first = heads[0].manifest
-    used = [head.manifest for head in heads if head.manifest.fit.get("data") == pairs.data_hash and pairs.data_hash]
-    warnings = [f"head {one.name!r} was fitted on these very pairs, which flatters its weight" for one in used]
+    warnings = [warning for head in heads for warning in _flattered(head.manifest, pairs)]
     report = EnsembleReport(
         pairs=len(pairs),
         prompts=len(np.unique(pairs.groups_N)),
@@ -133,6 +133,7 @@ def fit_ensemble(
         Part(manifest=head.manifest, weight=w, centre=c, spread=s).model_dump(mode="json")
         for head, w, c, s in zip(heads, fitted.weight_P, fitted.centre_P, fitted.spread_P, strict=True)
     ]
+    prompts = seen_prompts.dump(pairs.groups_N, hashed=first.backbone.name != UNKNOWN)
     own = Manifest(
         name=name,
         kind="ensemble",
@@ -144,11 +145,19 @@ def fit_ensemble(
         final_norm=any(head.manifest.final_norm for head in heads),
         template=first.template,
         calibration=calibration(fitted.held_out_M),
-        fit=record(pairs.data_hash, len(pairs), seed, report.metrics()),
+        fit=record(pairs.data_hash, len(pairs), prompts, seed, report.metrics()),
         options={"parts": parts},
     )
     tensors = {f"{i}.{key}": tensor for i, head in enumerate(heads) for key, tensor in head.tensors().items()}
     return EnsembleHead.from_tensors(own, tensors), report
+
+
+def _flattered(of: Manifest, pairs: Judges) -> Iterator[str]:
+    """A warning if a part was fitted on these pairs, or on some of their prompts."""
+    if pairs.data_hash and of.fit.get("data") == pairs.data_hash:
+        yield f"head {of.name!r} was fitted on these very pairs, which flatters its weight"
+    elif (seen := seen_prompts.seen(of, pairs.groups_N)) and seen.clear:
+        yield f"{seen} of head {of.name!r}, which flatters its weight"
 
 
 def fit_weights(scores_PM: Doubles, groups_N: Indices, *, seed: int = 0) -> Weights:

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from inward.errors import DataError
 from inward.files import whole
 from inward.heads.calibration import Platt
+from inward.heads.held_out import HeldOut
 from inward.heads.hybrid import Gate, HybridHead
 from inward.offline.data.pairs import grouped_folds, whole_prompts
 from inward.offline.fit.joint import (
@@ -102,9 +103,9 @@ class HybridReport:
 
     @property
     def verdict(self) -> str:
-        """Whether all layers together beat the best one, and if not, by how much that could be chance."""
+        """Whether all layers together beat the best one, and how much could be chance."""
         best = self.best_layer
-        error = (best.accuracy * (1 - best.accuracy) / self.judged) ** 0.5
+        low, high = HeldOut(self.accuracy, self.judged).interval
         figures = f"accuracy {self.accuracy:.3f} against {best.accuracy:.3f}, AUC {self.auc:.3f} against {best.auc:.3f}"
         if self.accuracy > best.accuracy and self.auc > best.auc:
             said = f"beats its best single layer ({best.layer}): {figures}; "
@@ -113,7 +114,7 @@ class HybridReport:
                 f"does not beat its best single layer ({best.layer}) on every count: {figures}; that layer is the best "
                 f"of {len(self.layers)} picked on these same pairs, and "
             )
-        return f"{said}one standard error of an accuracy is {error:.3f} here"
+        return f"{said}the 95 % interval of the head's accuracy is {low:.3f} to {high:.3f}"
 
     def __rich__(self) -> RenderableType:
         facts = Table("hybrid reward", f"{self.pairs} pairs of {self.prompts} prompts", box=None, pad_edge=False)

@@ -155,7 +155,8 @@ def fit_legend(
     """
     found, states = (states, states.kept) if isinstance(states, SummedPairs) else (None, states)
     rest = {} if found is None else {k: _rest(found, k) for k in states.layers}
-    prompts = len(np.unique(states.groups_N)) if found is None else found.prompts
+    groups_N = (found or states).groups_N
+    prompts = len(np.unique(groups_N))
     candidates = states.layers if layer == "sweep" else (states.layers[-1] if layer is None else layer,)
     if validation is not None:
         check_position(validation, states)
@@ -171,7 +172,7 @@ def fit_legend(
     low, mean, high = _stability(states, best.layer, direction_D, bootstraps, seed, others, prompts)
     report = LegendReport(
         layer=best.layer,
-        rows=len(states) if found is None else found.pairs,
+        rows=len(groups_N),
         prompts=prompts,
         train=best.train,
         validation=best.validation,
@@ -198,7 +199,7 @@ def fit_legend(
             "legend",
             states,
             [best.layer],
-            rows=report.rows,
+            groups_N=groups_N,
             seed=seed,
             calibration=calibrated,
             metrics=report.metrics(),
@@ -230,7 +231,7 @@ def constant_refusal(rows: Sequence[CalibrationRow | Pair]) -> list[str]:
 def _rest(found: SummedPairs, layer: int) -> Rest:
     """Of what was summed all that was not kept."""
     kept, axis = found.kept, layer_axis(found.kept.layers, layer)
-    if len(kept) == found.pairs:
+    if len(kept) == len(found.groups_N):
         return NONE
     sums = found.sums(axis)
     chosen_D, rejected_D = (

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from inward.errors import SetupError
 from inward.offline import cluster
-from inward.offline.options import check_least
+from inward.offline.options import add_layout, check_least
 from inward.wire.requests import Sampling
 
 EPILOG = {
@@ -18,7 +18,8 @@ EPILOG = {
   inward fit legend --direction whitened --pairs calibration.jsonl --covariance responses.jsonl --out heads/safety
 
 Rows: prompt, harmful, refusal (the paper's calibration) or prompt, chosen, rejected (labelled pairs).""",
-    "hybrid": "example: inward fit hybrid --pairs pairs.jsonl --out heads/hybrid\nRows: prompt, chosen, rejected.",
+    "hybrid": "example: inward fit hybrid --pairs pairs.jsonl --out heads/hybrid\n"
+    "Rows: prompt, chosen, rejected, or any layout that inward annotate reads.",
     "srr": "example: inward fit srr --lists lists.jsonl --layer 0.25 --out heads/ranker\n"
     'Rows: prompt, responses: [{"text", "safe"}, …].',
     "ensemble": "example: inward fit ensemble --heads heads/hybrid heads/legend --pairs others.jsonl --out heads/both\n"
@@ -40,6 +41,16 @@ DRAWN_TOKENS = 128
 """Most tokens of an answer that a value head is fitted on, where ``--sampling`` does not say."""
 ROWS = {"srr": "lists", "value": "prompts", "guard": "safe"}
 """The option that names the rows; pairs where nothing is said."""
+FEW_PROMPTS = 100
+"""Fewer are told to be too few."""
+USUAL = {
+    "legend": "some hundred pairs",
+    "hybrid": "thousands of pairs",
+    "srr": "some hundred lists",
+    "ensemble": "thousands of pairs",
+    "value": "some hundred prompts",
+}
+"""What a kind is usually fitted on."""
 
 
 def add_arguments(parser: argparse.ArgumentParser, kind: str) -> None:
@@ -81,6 +92,8 @@ def _add_common(parser: argparse.ArgumentParser, rows: str) -> None:
     add("--replace", action="store_true", help="overwrite a head that is there already")
     add("--seed", type=int, default=0, help="of splits and training (default: %(default)s)")
     add("--limit", type=int, metavar="N", help="use the first N rows only")
+    if rows == "pairs":
+        add_layout(add)
     add("--parse-json", action="store_true", help="read messages that are stored as JSON text")
 
 

@@ -13,10 +13,11 @@ from inward import __version__
 from inward.errors import DataError
 from inward.heads.base import BackboneRef, Manifest
 from inward.heads.calibration import Acceptable, Deciles, MarginScale, Platt
+from inward.offline.fit import seen_prompts
 from inward.offline.fit.probes import labels
 from inward.offline.states.saved import ListStates
 from inward.offline.states.stored import PairSource
-from inward.types import Doubles, Kind
+from inward.types import Doubles, Indices, Kind
 
 UNKNOWN = "unknown"
 """Backbone and template of states that came without: such a head can be evaluated, but is never served."""
@@ -28,7 +29,7 @@ def manifest(
     states: PairSource | ListStates,
     layers: Sequence[int],
     *,
-    rows: int | None = None,
+    groups_N: Indices | None = None,
     seed: int,
     calibration: Mapping[str, Any],
     metrics: Mapping[str, Any],
@@ -38,9 +39,12 @@ def manifest(
 
     Args:
         layers: those that the head reads, out of ``states.layers``.
-        rows: that it was fitted on, where ``states`` are only some of them.
+        groups_N: prompts of the rows that it was fitted on, where ``states`` are only some of them.
     """
     origin = states.origin
+    if groups_N is None:
+        groups_N = states.groups_G if isinstance(states, ListStates) else states.groups_N
+    prompts = seen_prompts.dump(groups_N, hashed=origin.backbone is not None)
     return Manifest(
         name=name,
         kind=kind,
@@ -53,7 +57,7 @@ def manifest(
         final_norm=origin.final_norm and max(states.layers) in layers,
         template=origin.template or UNKNOWN,
         calibration=dict(calibration),
-        fit=record(origin.data_hash, len(states) if rows is None else rows, seed, metrics),
+        fit=record(origin.data_hash, len(groups_N), prompts, seed, metrics),
         options=dict(options or {}),
     )
 
@@ -63,10 +67,11 @@ def created() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def record(data: str, rows: int, seed: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """``Manifest.fit``."""
+def record(data: str, rows: int, prompts: Mapping[str, Any], seed: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """``Manifest.fit``; ``prompts``: see ``seen_prompts.dump``."""
     versions = {"inward": __version__, "numpy": version("numpy"), "torch": version("torch")}
-    return {"data": data, "rows": rows, "seed": seed, "versions": versions, "metrics": dict(metrics)}
+    known = {"data": data, "rows": rows, "prompts": dict(prompts), "seed": seed}
+    return {**known, "versions": versions, "metrics": dict(metrics)}
 
 
 def calibration(scores_M: Doubles) -> dict[str, Any]:

@@ -118,7 +118,7 @@ class SpreadPairs:
                 sums.commit([number])
         sums.save()
         kept = self._pair_states(kept_2KLD, kept_N, layers, position)
-        return SummedPairs(kept, len(self._pairs), len(np.unique(self._groups_N)), tuple(sums.finish()))
+        return SummedPairs(kept, self._groups_N, tuple(sums.finish()))
 
     def _pair_states(
         self, states_2KLD: Floats, rows_K: Indices, layers: Sequence[int], position: Position

@@ -42,6 +42,7 @@ from inward.offline.fit.value import PROMPTS as VALUE_PROMPTS
 from inward.offline.fit.value import fit_value
 from inward.offline.fit.whitened import Choice, Evidence, FromStates, fit_whitened
 from inward.offline.model import OpenModel, with_model
+from inward.offline.options import ADVICE, columns
 from inward.offline.states.moments import Moments
 from inward.offline.states.read import extract_lists, store_pairs, sum_pairs, sum_responses
 from inward.offline.states.saved import ListStates, load_list_states, save_states
@@ -50,10 +51,11 @@ from inward.offline.states.stored import PairSource, StoredPairs, blocks
 from inward.prompts import Prompts
 from inward.types import SamplingSpec
 from inward.wire.requests import Sampling
+from inward_client.rows import AUTO
 
 Fitted = tuple[Head, Any]
 """A head, and a report that can be printed."""
-PROMPTS = {"legend": 3, "hybrid": 2, "srr": 2, "ensemble": 2, "value": VALUE_PROMPTS}
+PROMPTS = {"hybrid": 2, "srr": 2, "ensemble": 2, "value": VALUE_PROMPTS}
 """Different prompts without which a fit can't split its rows: it is told before they are read."""
 
 
@@ -286,7 +288,7 @@ def _hybrid(args: Namespace, opened: OpenModel, cache: Path) -> Fitted:
     if args.states:
         states = StoredPairs.open(args.states)
     else:
-        pairs = read_pairs(args.rows, parse_json=args.parse_json)[: args.limit]
+        pairs = _read(args, args.rows)[: args.limit]
         check_prompts(prompt_groups(pair.prompt for pair in pairs), PROMPTS[args.kind])
         path = args.save_states or cache / "states.safetensors"
 
@@ -309,7 +311,7 @@ def _ensemble(args: Namespace, opened: OpenModel) -> Fitted:
         check_prompts(states.groups_N, PROMPTS[args.kind])
         judges = Judges(states.groups_N, states.origin.data_hash)
         return fit_ensemble(heads, score_states(states, heads), judges, name=args.name, seed=args.seed)
-    pairs = read_pairs(args.rows, parse_json=args.parse_json)[: args.limit]
+    pairs = _read(args, args.rows)[: args.limit]
     groups_N = prompt_groups(pair.prompt for pair in pairs)
     check_prompts(groups_N, PROMPTS[args.kind])
 
@@ -388,17 +390,25 @@ def _states_of_lists(args: Namespace, opened: OpenModel, cache: Path) -> ListSta
     return states
 
 
+def _read(args: Namespace, path: Path) -> list[Pair]:
+    """The pairs of a file, as the options say."""
+    names = columns(args.columns)
+    return read_pairs(path, layout=args.layout, columns=names, parse_json=args.parse_json, advice=ADVICE)
+
+
 def _pairs(args: Namespace) -> tuple[list[list[Pair]], list[str]]:
     """The pairs of the file to fit on, and of the one to validate on, and what is to be warned of."""
+    plain = args.layout == AUTO and not args.columns
     rows: Sequence[Pair | CalibrationRow] = (
-        read_calibration(args.rows) if has_refusals(args.rows) else read_pairs(args.rows, parse_json=args.parse_json)
+        read_calibration(args.rows) if plain and has_refusals(args.rows) else _read(args, args.rows)
     )
     rows = rows[: args.limit]
     files = [[row.pair if isinstance(row, CalibrationRow) else row for row in rows]]
     if args.validation:
-        files.append(read_pairs(args.validation, parse_json=args.parse_json))
-    for pairs, least in zip(files, (PROMPTS[args.kind], 2), strict=False):
-        check_prompts(prompt_groups(pair.prompt for pair in pairs), least)
+        files.append(_read(args, args.validation))
+    least = (3 if args.direction == "mean" else 2) - bool(args.validation)  # a mean holds some out to choose its layer
+    for pairs, fewest in zip(files, (least, 2), strict=False):
+        check_prompts(prompt_groups(pair.prompt for pair in pairs), fewest)
     return files, constant_refusal(rows)
 
 

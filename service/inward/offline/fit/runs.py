@@ -19,8 +19,9 @@ from inward.errors import DataError, InwardError
 from inward.files import whole
 from inward.heads.base import BackboneRef, Head
 from inward.heads.running import token_scores
+from inward.offline.data.pairs import prompt_groups
 from inward.prompts import Prompts, Texts
-from inward.types import Doubles, Floats, Group, Ids, Prompt, Readout, SamplingSpec, Tap
+from inward.types import Doubles, Floats, Group, Ids, Indices, Prompt, Readout, SamplingSpec, Tap
 
 AT_ONCE = 4
 """Prompts that are drawn for at a time."""
@@ -45,6 +46,8 @@ class Runs:
     backbone: BackboneRef
     template: str
     data_hash: str
+    groups_P: Indices
+    """Numbers of the prompts, see ``prompt_groups``."""
 
 
 async def draw_runs(
@@ -66,7 +69,12 @@ async def draw_runs(
     """
     grouped = await prompts.group_many([Texts(prompt, ()) for prompt in asked])
     room = backbone.info.max_tokens - spec.max_tokens - 1
-    ids = [g.group.prompt_ids for g in grouped if not isinstance(g, InwardError) and len(g.group.prompt_ids) <= room]
+    fitting = {
+        i: g.group.prompt_ids
+        for i, g in enumerate(grouped)
+        if not isinstance(g, InwardError) and len(g.group.prompt_ids) <= room
+    }
+    ids = list(fitting.values())
     identity = _identity(head)
     turns = asyncio.Semaphore(max(AT_ONCE, min(backbone.capacity.concurrency, 64)))
     with tqdm(total=len(ids), desc="drawing", unit="prompt") as bar:
@@ -78,14 +86,16 @@ async def draw_runs(
             bar.update()
             return run
 
-        runs = [run for run in await asyncio.gather(*map(one, range(len(ids)), ids)) if run is not None]
+        drawn = await asyncio.gather(*map(one, range(len(ids)), ids))
+    groups_P = prompt_groups(asked[i] for i, run in zip(fitting, drawn, strict=True) if run is not None)
+    runs = [run for run in drawn if run is not None]
     if len(runs) < 2:
         raise DataError(f"{len(runs)} of {len(asked)} prompts can be used: a value head needs two at least, better 200")
     together = {name: np.stack([run[name] for run in runs]) for name in runs[0]}
     return Runs(
         tuple(at), tuple(layers), together["rewards"].astype(np.float64), together["lengths"].astype(np.int64),
         together["states"], together["means"], together["own"].astype(np.float64),
-        BackboneRef.of(backbone.info), prompts.template, hashlib.sha256(repr(ids).encode()).hexdigest(),
+        BackboneRef.of(backbone.info), prompts.template, hashlib.sha256(repr(ids).encode()).hexdigest(), groups_P,
     )  # fmt: skip
 
 

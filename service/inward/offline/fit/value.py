@@ -27,6 +27,7 @@ from inward.heads.ensemble import PARTS, Part
 from inward.heads.pooling import Pool
 from inward.heads.rejection import Rejecting, keep_near
 from inward.heads.value import KEY, Boldness, RejectionCurve, ValueHead, options_for
+from inward.offline.fit import seen_prompts
 from inward.offline.fit.prepare import created, record
 from inward.offline.fit.runs import Runs
 from inward.types import Doubles, Indices
@@ -149,7 +150,7 @@ def _inputs(runs: Runs, layer: int, pool: PoolChoice, own: bool) -> Doubles:
 
 
 def _head(runs: Runs, of: Head, best: _Candidate, offset: float, report: ValueReport, name: str, seed: int) -> Head:
-    fit = record(runs.data_hash, report.responses, seed, {
+    fit = record(runs.data_hash, report.responses, seen_prompts.dump(runs.groups_P), seed, {
         "at": list(runs.at), "correlations": list(report.correlations),
         "own_correlations": list(report.own_correlations), "prompts": report.prompts, "ridge": best.ridge,
         "own_weight": best.own_weight,

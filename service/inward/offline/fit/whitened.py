@@ -46,9 +46,9 @@ class Evidence(Protocol):
         ...
 
     @property
-    def pairs(self) -> int: ...
-    @property
-    def prompts(self) -> int: ...
+    def groups_N(self) -> Indices:
+        """The prompt of each pair, of all of them."""
+        ...
 
     def sums(self, axis: int) -> PairSums:
         """Of all pairs, at one entry of ``kept.layers``."""
@@ -73,12 +73,8 @@ class FromStates:
         return self.states if len(self.index_N) == len(self.states) else Subset(self.states, self.index_N)
 
     @property
-    def pairs(self) -> int:
-        return len(self.states)
-
-    @property
-    def prompts(self) -> int:
-        return len(np.unique(self.states.groups_N))
+    def groups_N(self) -> Indices:
+        return self.states.groups_N
 
     def sums(self, axis: int) -> PairSums:
         span = in_span(len(self.index_N), len(self.states), self.states.width // 2)
@@ -281,8 +277,8 @@ def _head(
         layers=layers,
         c=fits[0].shrinkage[c],
         lambda_=tuple(float(fit.lambda_C[c]) for fit in fits),
-        rows=found.pairs,
-        prompts=found.prompts,
+        rows=len(found.groups_N),
+        prompts=len(np.unique(found.groups_N)),
         judged=n,
         train=float(np.mean([fit.train_C[c] for fit in fits])),
         validation=agreement(margins_N),
@@ -315,7 +311,7 @@ def _head(
         "legend",
         kept,
         layers,
-        rows=found.pairs,
+        groups_N=found.groups_N,
         seed=seed,
         calibration=calibration(scores_M),
         metrics=report.metrics(),

@@ -167,7 +167,7 @@ async def sum_pairs(
     origin = _origin(backbone, prompts, readout, pairs)
     difference_N = _length_difference(groups, places)[index_N]
     states = rows.pairs(tuple(layers), groups_N[index_N], difference_N, origin)
-    return SummedPairs(states, n, len(np.unique(groups_N)), sums_L)
+    return SummedPairs(states, groups_N, sums_L)
 
 
 async def sum_responses(

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from inward.files import whole
 from inward.offline.states.moments import PairSums, number_format
 from inward.offline.states.saved import PairStates
-from inward.types import Doubles, Floats
+from inward.types import Doubles, Floats, Indices
 
 LOG = logging.getLogger(__name__)
 BLOCK_ROWS = 512
@@ -30,8 +30,8 @@ class SummedPairs:
     """What is left of pairs that were read once: sums over all of them, and some of them as they are."""
 
     kept: PairStates
-    pairs: int
-    prompts: int
+    groups_N: Indices
+    """The prompt of each pair, of all of them."""
     sums_L: tuple[PairSums, ...]
 
     def sums(self, axis: int) -> PairSums:

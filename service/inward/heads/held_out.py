@@ -26,8 +26,9 @@ class HeldOut:
         """From a manifest's ``fit``; None where it does not say."""
         metrics = fit.get("metrics") or {}
         for share, count in KEPT_AS:
-            if metrics.get(share) is not None and metrics.get(count):
-                return cls(float(metrics[share]), int(metrics[count]))
+            agreement, pairs = metrics.get(share), metrics.get(count)
+            if isinstance(agreement, int | float) and isinstance(pairs, int) and pairs > 0:
+                return cls(float(agreement), pairs)
         return None
 
     @property
