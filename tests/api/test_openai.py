@@ -21,6 +21,7 @@ OTHERS = """
     max_tokens messages metadata modalities model moderation n parallel_tool_calls prediction presence_penalty
     prompt prompt_cache_key prompt_cache_options prompt_cache_retention reasoning_effort response_format
     safety_identifier seed service_tier stop store stream stream_options suffix temperature tool_choice tools
+    repetition_penalty_range repetition_penalty_slope repetition_penalty_decay
     top_logprobs top_p user verbosity web_search_options add_generation_prompt add_special_tokens allowed_token_ids
     bad_words cache_salt chat_template chat_template_kwargs continue_final_message detokenize documents
     early_stopping guided_choice guided_decoding_backend guided_grammar guided_json guided_regex

@@ -53,6 +53,17 @@ def test_the_listing_names_what_the_routes_and_the_command_show(heads):
     assert listing[1]["backbone"]["fingerprint"] == "sha256:tiny"
 
 
+def test_the_listing_tells_how_many_prompts_were_in_the_fit_and_not_which(tmp_path):
+    kept = {"count": 3, "hashes": 7, "filter": "AAAA"}
+    head = legend()
+    fit = {**head.manifest.fit, "prompts": kept}
+    store.save(
+        type(head).from_tensors(head.manifest.model_copy(update={"fit": fit}), head.tensors()), tmp_path / "legend"
+    )
+    (row,) = opened(tmp_path).listing()
+    assert row["fit"] == {**fit, "prompts": {"count": 3}}
+
+
 def test_a_new_version_is_served_listed_and_survives_a_restart(heads):
     registry = opened(heads)
     added = registry.add_version(legend(seed=1))

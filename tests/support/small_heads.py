@@ -26,9 +26,9 @@ def legend(seed=0, width=4, **changes):
     return LegendHead.from_tensors(manifest(**changes), tensors)
 
 
-def pair_states(n=120, layers=(1, 2, 3), width=12, per_prompt=3, seed=0, strength=(0.2, 2.0, 0.5)):
+def pair_states(n=120, layers=(1, 2, 3), width=12, per_prompt=3, seed=0, strength=(0.2, 2.0, 0.5), first=0):
     """Chosen minus rejected is ``strength[l]`` along a known axis, plus noise; every ``per_prompt`` rows share a
-    prompt."""
+    prompt, numbered from ``first``."""
     rng = np.random.default_rng(seed)
     axis = np.eye(width)[0]
     rejected = rng.normal(size=(n, len(layers), width))
@@ -36,6 +36,7 @@ def pair_states(n=120, layers=(1, 2, 3), width=12, per_prompt=3, seed=0, strengt
     chosen = rejected + noise + np.array(strength)[None, :, None] * axis
     lengths = rng.integers(-20, 20, size=n).astype(float)
     return PairStates(
-        chosen.astype(np.float32), rejected.astype(np.float32), tuple(layers), np.arange(n) // per_prompt, lengths,
+        chosen.astype(np.float32), rejected.astype(np.float32), tuple(layers), first + np.arange(n) // per_prompt,
+        lengths,
         Origin(backbone=BACKBONE, template="format:{prompt}{response}", data_hash="sha256:made"),
     )  # fmt: skip

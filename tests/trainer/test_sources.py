@@ -267,6 +267,17 @@ def test_a_job_of_other_rows_keeps_no_run_from_beginning_with_the_right_one(tmp_
     assert [len(upload) for upload in jobs.uploads] == [3, 5]
 
 
+@pytest.mark.parametrize("kept", ["", "j1"])
+def test_a_folder_of_a_former_version_goes_on(kept, tmp_path, monkeypatch):
+    monkeypatch.setattr("inward_trainer.sources.job.POLL_S", 0.01)
+    path, jobs = write_rows(tmp_path / "pairs.jsonl", rows(3)), FakeJobs()
+    with service_of(jobs.answer) as asked:
+        pairs = pairs_of_job(asked, path, tmp_path)
+        (tmp_path / "job-given").write_text(kept)
+        assert pairs_of_job(asked, path, tmp_path, begun=True) == pairs
+    assert len(jobs.uploads) == 1
+
+
 def test_a_job_of_another_head_keeps_no_run_from_beginning_with_the_right_one(tmp_path, monkeypatch):
     monkeypatch.setattr("inward_trainer.sources.job.POLL_S", 0.01)
     path, jobs = write_rows(tmp_path / "pairs.jsonl", rows(3)), FakeJobs()

@@ -60,8 +60,14 @@ class LoadedHead:
             "pool": manifest.pool.model_dump() if manifest.pool else None,
             "template": manifest.template,
             "calibration": manifest.calibration,
-            "fit": manifest.fit,
+            "fit": _told(manifest.fit),
         }
+
+
+def _told(fit: dict[str, Any]) -> dict[str, Any]:
+    """Without what tells which prompts were in the fit: it is long, and for those who have the head."""
+    prompts = fit.get("prompts")
+    return fit | {"prompts": {"count": prompts.get("count")}} if isinstance(prompts, dict) else fit
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,8 @@ class Lenient(BaseModel):
             return value
         unknown = [name for name in value if name.isascii() and name not in cls.model_fields]
         for name in unknown[:MOST_LOOKED_AT]:
-            if meant := get_close_matches(name.lower(), cls.OWN, n=1, cutoff=CLOSE):
+            meant = get_close_matches(name.lower(), cls.OWN, n=1, cutoff=CLOSE)
+            if meant and not name.startswith(f"{meant[0]}_"):  # which is a name of its own: repetition_penalty_range
                 raise at(name, f"is not a field of this request; did you mean `{meant[0]}`?")
         return value
 

@@ -182,7 +182,8 @@ def texts_of(turn: dict[str, Any]) -> dict[str, Any]:
     if isinstance(content, list):
         content = [part for part in content if not isinstance(part, dict) or part.get("type", "text") in OF_TEXT]
     kept = {name: turn[name] for name in ("role", "refusal") if name in turn}
-    return kept | {"content": content or ("" if calls or turn.get("content") else content)}
+    silent = calls or turn.get("content") or turn.get("role") in ("tool", "function")
+    return kept | {"content": content or ("" if silent else content)}
 
 
 def conversation(given: str | list[dict[str, Any]], field: str) -> str | list[dict[str, str]]:

@@ -86,7 +86,7 @@ def _check(folder: Path, path: Path, now: _Asked, begun: bool) -> None:
         DataError: some of it was used.
     """
     asked, given, note = folder / "job-rows", folder / "job-given", folder / "job"
-    before = json.loads(given.read_text("utf-8")) if given.is_file() else {}
+    before = _read(given)
     rows = asked.read_text("utf-8") if asked.is_file() else now.rows
     job = before.get("job") or (note.read_text("utf-8") if note.is_file() else None)
     head = before.get("head", now.head)
@@ -106,6 +106,11 @@ def _check(folder: Path, path: Path, now: _Asked, begun: bool) -> None:
             (folder / name).unlink(missing_ok=True)
     write_text(asked, now.rows)
     write_text(given, json.dumps({"job": now.job, "head": now.head}))
+
+
+def _read(given: Path) -> dict[str, str | None]:
+    text = given.read_text("utf-8") if given.is_file() else ""
+    return dict(json.loads(text)) if text.startswith("{") else {"job": text or None}  # a former version's is the id
 
 
 def _uploaded(service: Service, pairs: list[ScoredPair], folder: Path, head: str | None) -> str:

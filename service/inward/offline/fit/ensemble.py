@@ -22,7 +22,7 @@ from inward.heads.base import Head, Manifest
 from inward.heads.ensemble import PARTS, EnsembleHead, Part
 from inward.offline.data.pairs import grouped_folds
 from inward.offline.fit import seen_prompts
-from inward.offline.fit.prepare import UNKNOWN, calibration, created, record
+from inward.offline.fit.prepare import calibration, created, record
 from inward.offline.fit.probes import auc, both, labels, pair_accuracy
 from inward.types import Doubles, Indices
 
@@ -133,7 +133,7 @@ def fit_ensemble(
         Part(manifest=head.manifest, weight=w, centre=c, spread=s).model_dump(mode="json")
         for head, w, c, s in zip(heads, fitted.weight_P, fitted.centre_P, fitted.spread_P, strict=True)
     ]
-    prompts = seen_prompts.dump(pairs.groups_N, hashed=first.backbone.name != UNKNOWN)
+    prompts = seen_prompts.dump(pairs.groups_N)
     own = Manifest(
         name=name,
         kind="ensemble",

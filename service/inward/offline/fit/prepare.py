@@ -44,7 +44,7 @@ def manifest(
     origin = states.origin
     if groups_N is None:
         groups_N = states.groups_G if isinstance(states, ListStates) else states.groups_N
-    prompts = seen_prompts.dump(groups_N, hashed=origin.backbone is not None)
+    prompts = seen_prompts.dump(groups_N)
     return Manifest(
         name=name,
         kind=kind,

@@ -49,16 +49,15 @@ class Seen:
         return f"{self.prompts:,} of {self.of:,} prompts were in the fit"
 
 
-def dump(groups_N: Indices, *, hashed: bool = True) -> dict[str, Any]:
+def dump(groups_N: Indices) -> dict[str, Any]:
     """``Manifest.fit["prompts"]``: how many different ones there are, and their filter.
 
     Args:
-        groups_N: of every row, see ``prompt_groups``.
-        hashed: whether the numbers come from there. Rows of somebody else's states have numbers that name no prompt,
-            and get no filter.
+        groups_N: of every row, see ``prompt_groups``. Rows of somebody else's states may have numbers that name no
+            prompt, and get no filter.
     """
     groups_P = np.unique(groups_N)
-    if not hashed:
+    if not _hashes(groups_P):
         return {"count": len(groups_P)}
     bits = 8 * min(MOST_BYTES, -(-max(LEAST_BITS, BITS * len(groups_P)) // 8))
     hashes = min(7, max(1, round(math.log(2) * bits / max(1, len(groups_P)))))
@@ -69,14 +68,15 @@ def dump(groups_N: Indices, *, hashed: bool = True) -> dict[str, Any]:
 
 
 def seen(manifest: Manifest, groups_N: Indices) -> Seen | None:
-    """How many of these prompts a head, or one of its parts, was fitted on; None where its manifest does not say.
+    """How many of these prompts a head, or one of its parts, was fitted on; None where its manifest does not say, or
+    the numbers name no prompts.
 
     Raises:
         DataError: what it says is damaged.
     """
     groups_P = np.unique(groups_N)
     found_P, new = np.zeros(len(groups_P), dtype=np.bool_), 1.0
-    filters = [one for one in _kept(manifest) if one.get("filter")]
+    filters = [one for one in _kept(manifest) if one.get("filter")] if _hashes(groups_P) else []
     for one in filters:
         try:
             filter_B = np.unpackbits(np.frombuffer(base64.b64decode(one["filter"]), dtype=np.uint8)).astype(np.bool_)
@@ -89,6 +89,11 @@ def seen(manifest: Manifest, groups_N: Indices) -> Seen | None:
     return Seen(int(found_P.sum()), len(groups_P), len(groups_P) * (1 - new)) if filters else None
 
 
+def _hashes(groups_P: Indices) -> bool:
+    """Whether the numbers are those of ``prompt_groups``, of 63 bits, and not somebody's 0, 1, 2, …"""
+    return len(groups_P) > 0 and float(np.median(groups_P)) > 2**40
+
+
 def _kept(manifest: Manifest) -> Iterator[Mapping[str, Any]]:
     """What the manifests of the head and of its parts say."""
     parts: Sequence[Mapping[str, Any]] = manifest.options.get("parts", ())
@@ -99,6 +104,6 @@ def _kept(manifest: Manifest) -> Iterator[Mapping[str, Any]]:
 
 def _places(groups_P: Indices, bits: int, hashes: int) -> NDArray[np.int64]:
     """``[P, hashes]``: a prompt's bits, by double hashing (Kirsch and Mitzenmacher, ESA 2006)."""
-    mixed_P = groups_P.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # somebody else's may be 0, 1, 2, …
+    mixed_P = groups_P.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     low_P, high_P = ((mixed_P >> np.uint64(shift) & np.uint64(0xFFFFFFFF)).astype(np.int64) for shift in (0, 32))
     return (low_P[:, None] + (high_P | 1)[:, None] * np.arange(hashes)) % bits

@@ -53,7 +53,7 @@ def table(run: Experiment) -> Table:
             continue
         for strategy in there[0]["rates"]:
             figures: dict[str, Figure | str | float] = {
-                column: _mean([one["rates"][strategy][column] for one in there]) for column in (*RATES, AGAINST)
+                column: _mean([one["rates"][strategy].get(column) for one in there]) for column in (*RATES, AGAINST)
             }
             if when == "before" and isinstance(pairs, dict) and strategy in pairs:
                 figures |= pairs[strategy]
