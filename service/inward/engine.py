@@ -266,6 +266,8 @@ def _observe_stops(samples: Sequence[Sample], usage: Usage) -> None:
 
 
 def _observe(head: Head, scores: Scores, read: Sequence[int], *, drawn: bool) -> None:
+    if drawn and scores.listwise and len(scores.scores_N) == 1:
+        return  # of a list that is still to come, or of none
     name, version = head.ref.name, str(head.ref.version)
     deciles = Deciles.load(head.manifest.calibration)
     finite = [score for n in read if (score := scores.scores_N[n]) is not None]

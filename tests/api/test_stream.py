@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from api.test_drawn import ASK, serving
+from inward import metrics
 from inward.api.streamed_ranking import stream_ranking
 from inward.errors import InternalError
 from inward.heads.hybrid import confidence
@@ -79,6 +80,20 @@ async def test_a_listwise_head_scores_in_the_end_only():
     assert [one["share"] for one in result["results"]] == [(place + 1) / 6 for place in reversed(range(6))]
     assert len({ranked["score"] for ranked in result["results"]}) == 6
     assert result["listwise"] is True
+
+
+async def test_a_list_is_observed_once_streamed_or_not():
+    def observed() -> float:
+        labels = {"head": SRR.name, "version": str(SRR.version)}
+        return metrics.REGISTRY.get_sample_value("inward_reward_count", labels) or 0.0
+
+    async with serving() as (api, c):
+        api.refs[SRR.name] = SRR
+        c.registry.heads[SRR.name] = ListHead(SRR.name, SRR.version)
+        for body in (STREAM, ASK):
+            before = observed()
+            await api.post("/rerank", {**body, "head": SRR.name})
+            assert observed() - before == ASK["n"]
 
 
 @pytest.mark.parametrize("stream", [True, False])

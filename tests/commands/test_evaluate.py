@@ -51,7 +51,7 @@ def evaluate(capsys):
 
 @pytest.fixture
 def states(tmp_path):
-    save_states(pair_states(), tmp_path / "states.safetensors")
+    save_states(pair_states(first=2**62), tmp_path / "states.safetensors")
     return tmp_path / "states.safetensors"
 
 
@@ -79,7 +79,7 @@ def test_states_are_judged_without_a_model(evaluate, states, head):
     assert list(report["metrics"]) == list(NAMES)
     assert report["head"]["kind"] == "legend"
     assert report["input"]["comparisons"] == 120
-    expected = pair_states()
+    expected = pair_states(first=2**62)
     margins = (expected.chosen_NLD - expected.rejected_NLD)[:, 1, 0]
     assert report["metrics"]["pair_accuracy"]["value"] == pytest.approx((margins > 0).mean())
     assert report["baselines"].keys() == {"length", "mean_difference", "logistic_probe"}
@@ -152,10 +152,10 @@ def test_a_head_that_was_fitted_on_these_rows_is_told_apart(evaluate, states, tm
 
 def test_a_head_that_was_fitted_on_some_of_the_prompts_is_not_called_good(evaluate, head, tmp_path):
     """All the same figures, but of a head that says what it has seen."""
-    judged = pair_states()
+    judged = pair_states(first=2**62)  # as hashes are
     save_states(replace(judged, origin=replace(judged.origin, data_hash="sha256:part")), tmp_path / "part.safetensors")
     asked = ("--states", tmp_path / "part.safetensors", "--json", *QUICK)
-    more = {"data": "sha256:more", "prompts": dump(np.arange(35, 90))}
+    more = {"data": "sha256:more", "prompts": dump(2**62 + np.arange(35, 90))}
     own = save_legend(tmp_path / "own", fit=more)
     report, other = evaluate("--head", own, *asked), evaluate("--head", head, *asked)
     assert (report["input"]["prompts_in_the_fit"], other["input"]["prompts_in_the_fit"]) == (5, None)
@@ -319,7 +319,7 @@ def test_two_heads_are_compared_on_the_same_rows(evaluate, states, head, tmp_pat
 
 
 def test_of_two_heads_the_one_that_has_seen_the_prompts_is_named(states, head, tmp_path, capsys):
-    own = save_legend(tmp_path / "own", name="own", fit={"prompts": dump(np.arange(40))})
+    own = save_legend(tmp_path / "own", name="own", fit={"prompts": dump(2**62 + np.arange(40))})
     assert main(["evaluate", "--compare", str(own), str(head), "--states", str(states), "--resamples", "50"]) == 0
     said = capsys.readouterr().err
     assert "head 'own': 40 of 40 prompts were in the fit" in said and "'legend'" not in said

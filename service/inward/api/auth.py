@@ -35,6 +35,8 @@ class Caller:
     scope: KeyScope = "read"
     quota: int | None = None
     """Tokens a minute, where the key has its own number."""
+    let_in: bool = False
+    """Something of it was admitted."""
     tokens: int = 0
     """Of what was let in."""
     restricted: bool = False

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,15 +201,15 @@ async def score_groups(
     *,
     details: frozenset[Detail] = frozenset(),
     pair: bool = False,
+    counted: bool = False,
 ) -> list[Scored | InwardError]:
     """Scores groups, all by one version of the heads and the policy and on one backbone: those scored before a switch
-    are scored again after it.
+    are scored again after it. ``counted``: what they cost was charged before.
 
     Raises:
         Unavailable, DeadlineExceeded: not the fault of any one group. One whose shard is away stands in its place.
         OverQuota: the key has used up what it may have computed in a minute.
     """
-    await charge(services, groups)
 
     async def score(some: Sequence[Group]) -> list[Scored | InwardError]:
         outcomes = await services.intake.score(some, heads=heads, details=details, pair=pair, timeout=deadline.left)
@@ -217,7 +218,11 @@ async def score_groups(
                 raise outcome
         return outcomes
 
-    latest = outcomes = await score(groups)
+    if counted:
+        latest = outcomes = await score(groups)
+    else:
+        async with charge(services, groups):
+            latest = outcomes = await score(groups)
     switches = 0
     while stale := _stale(outcomes, latest):
         if (switches := switches + 1) > MOST_SWITCHES:
@@ -233,18 +238,29 @@ def switched_too_often() -> Unavailable:
     return Unavailable("the head was switched again and again during this request; send it again", retry_after=1.0)
 
 
-async def charge(services: Services, groups: Sequence[Group]) -> None:
-    """Counts what these cost for the key that the request, or the bulk job, came with, before they are submitted.
+@asynccontextmanager
+async def charge(services: Services, groups: Sequence[Group]) -> AsyncIterator[None]:
+    """Counts what these cost for the key that the request, or the bulk job, came with, before they are submitted;
+    what is not admitted inside costs nothing. A request that was let in is not refused half way.
 
     Raises:
         OverQuota: the key has used up what it may have computed in a minute.
     """
     if (caller := CALLER.get()) is None:
+        yield
         return
     tokens = sum(group.tokens for group in groups)
     limit = caller.quota or services.tokens_a_minute
-    if services.quota is not None and limit is not None:
-        await services.quota.spend(caller.id, tokens, limit)
+    quota = services.quota if limit is not None else None
+    if quota is not None:
+        await quota.spend(caller.id, tokens, None if caller.let_in else limit)
+    try:
+        yield
+    except Unavailable:
+        if quota is not None:
+            await quota.give_back(caller.id, tokens)
+        raise
+    caller.let_in = True
     caller.tokens += tokens
     metrics.KEY_TOKENS_TOTAL.labels(key=caller.name).inc(tokens)
 

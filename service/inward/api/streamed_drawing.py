@@ -91,8 +91,8 @@ async def _text(services: Services, chunks: _Chunks) -> AsyncGenerator[str, None
     wanted, begun = chunks.wanted, False
     (generation,) = wanted.generations
     group = Group(generation.prompt_ids, sampling=generation.spec)
-    await charge(services, [group])
-    text = await services.intake.tell(group, heads=(wanted.head.name,), timeout=wanted.deadline.left)
+    async with charge(services, [group]):
+        text = await services.intake.tell(group, heads=(wanted.head.name,), timeout=wanted.deadline.left)
     async with aclosing(text):
         yield ""  # admitted; a generator that was never begun would not close what comes when it is closed
         async for part in text:

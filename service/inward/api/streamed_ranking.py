@@ -82,12 +82,12 @@ async def begin(services: Services, wanted: Generation, heads: tuple[str, ...], 
     spec = wanted.spec
     if spec.early_rejection is not None and spec.n > 1:
         group = Group(wanted.prompt_ids, sampling=spec)
-        await charge(services, [group])
-        return _OneJob(wanted, await services.intake.follow(group, heads=heads, timeout=deadline.left))
+        async with charge(services, [group]):
+            return _OneJob(wanted, await services.intake.follow(group, heads=heads, timeout=deadline.left))
     alone = [replace(spec, n=1, seed=None if spec.seed is None else (spec.seed + i) % 2**32) for i in range(spec.n)]
     groups = [Group(wanted.prompt_ids, sampling=one) for one in alone]
-    await charge(services, groups)
-    coming = await services.intake.stream(groups, heads=heads, timeout=deadline.left)
+    async with charge(services, groups):
+        coming = await services.intake.stream(groups, heads=heads, timeout=deadline.left)
     return _JobEach(services, wanted, coming, deadline)
 
 

@@ -106,8 +106,9 @@ async def judged(
         InwardError: as ``read`` and ``known``; or heads were switched again and again meanwhile.
     """
     asked = known()
-    for _ in range(MOST_SWITCHES):
-        scored = await read(services, conversations, [one.ref.name for one in asked], field, deadline)
+    for time in range(MOST_SWITCHES):
+        names = [one.ref.name for one in asked]
+        scored = await read(services, conversations, names, field, deadline, counted=time > 0)
         if _by(asked, scored):
             return asked, scored
         await services.heads.refresh()
@@ -126,6 +127,8 @@ async def read(
     heads: Sequence[str],
     field: str,
     deadline: Deadline | None = None,
+    *,
+    counted: bool = False,
 ) -> list[Scored]:
     """Each text, which came in the request's ``field``, by all of the heads in one pass.
 
@@ -139,7 +142,7 @@ async def read(
             raise grouped.at(f"{field}.{i}")
         groups.append(grouped.group)
     scored = []
-    for i, outcome in enumerate(await score_groups(services, groups, tuple(heads), deadline)):
+    for i, outcome in enumerate(await score_groups(services, groups, tuple(heads), deadline, counted=counted)):
         if isinstance(outcome, InwardError):
             raise outcome.at(f"{field}.{i}")
         if any(None in scores.scores_N for scores in outcome.scores):
