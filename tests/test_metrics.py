@@ -92,6 +92,12 @@ def test_every_series_is_named_in_the_prometheus_way_and_observed_in_one_file():
         assert users or name == "DECILES_TOTAL", f"{name} is never observed"
 
 
+def test_the_scores_of_a_version_that_is_served_begin_at_zero():
+    metrics.serving("silent", "1")
+    labels = {"head": "silent", "version": "1"}
+    assert metrics.REGISTRY.get_sample_value("inward_reward_count", labels) == 0
+
+
 def test_only_the_newest_versions_of_a_head_have_series():
     def versions(name):
         samples = (sample for family in metrics.REGISTRY.collect() for sample in family.samples)

@@ -263,7 +263,10 @@ def begin(head: str) -> None:
 
 
 def serving(head: str, version: str) -> None:
-    """This version is served from now on; series of one that was served long before are given up."""
+    """This version is served from now on, and its scores are counted from zero on; series of one that was served long
+    before are given up.
+    """
+    SCORES.labels(head=head, version=version)
     served = _served.setdefault(head, [])
     if version in served:
         served.remove(version)

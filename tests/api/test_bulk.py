@@ -13,7 +13,8 @@ from inward import metrics
 from inward.api.app import create_app
 from inward.api.bulk import TRIES, BulkRunner
 from inward.api.routes.jobs import _lines
-from inward.errors import DeadlineExceeded, NotFound, Overloaded, TooLarge
+from inward.errors import DeadlineExceeded, NotFound, Overloaded, TooLarge, Unavailable
+from inward.stores import jobs
 from inward.stores.connection import Connection
 from inward.stores.jobs import ROWS, BulkStore
 from support.fake_services import FakeServices, error
@@ -199,6 +200,40 @@ async def test_a_replica_that_stops_gives_its_chunk_back_as_if_it_had_never_had_
             await api.intake.started.wait()
         chunk = await until(lambda: api.store.take("heir"))
         assert (chunk.job.id, chunk.deliveries) == (job.id, 1)
+
+
+async def test_rows_that_redis_has_lost_are_errors_and_the_job_ends(redis_server):
+    async with opened(redis_server) as api:
+        job = await api.store.create(
+            "margin", each(json.dumps(p) for p in pairs(ROWS + 3)), head="harmless", scores=None
+        )
+        with redis_server.client() as client:
+            client.hdel(KEYS.bulk(job.id, "rows"), 0)
+        async with running(api):
+            assert (await finished(api, job.id))["done"] == ROWS + 3
+        assert [bool(r["error"]) for r in await results(api, job.id)] == [True] * ROWS + [False] * 3
+
+
+async def test_a_chunk_that_another_replica_has_finished_meanwhile_is_nobodys(redis_server):
+    async with opened(redis_server) as api:
+        job = await api.store.create(
+            "margin", each(json.dumps(p) for p in pairs(ROWS + 3)), head="harmless", scores=None
+        )
+        chunk = await until(lambda: api.store.take("slow"))
+        await api.store.finish(chunk, [{}] * ROWS, [])
+        assert await api.store._chunk(chunk.entry, {b"job": job.id.encode(), b"chunk": b"0"}) is None
+
+
+@pytest.mark.parametrize(("numbers", "done"), [([], 0), ([0], ROWS), ([1], 3), ([0, 1], ROWS + 3)])
+async def test_done_counts_the_rows_of_the_last_chunk_as_they_are(redis_server, numbers, done):
+    async with opened(redis_server) as api:
+        job = await api.store.create(
+            "margin", each(json.dumps(p) for p in pairs(ROWS + 3)), head="harmless", scores=None
+        )
+        chunks = [await until(lambda: api.store.take("me")) for _ in range(2)]
+        for number in numbers:
+            await api.store.finish(chunks[number], [{}] * chunks[number].size, [])
+        assert (await api.store.get(job.id)).done == done
 
 
 async def test_rows_that_cannot_be_read_any_more_are_errors_and_the_job_ends(redis_server):
@@ -390,6 +425,60 @@ async def test_an_upload_that_breaks_off_leaves_nothing_behind(redis_server, end
             assert client.xlen(KEYS.chunks) == 0
     status = {"disconnect": [], "not utf-8": [400], "too large": [413], "a row too large": [413]}[ending]
     assert [m["status"] for m in sent if m["type"] == "http.response.start"] == status
+
+
+async def test_the_rows_of_an_upload_are_kept_as_long_as_it_is_open(redis_server, monkeypatch):
+    monkeypatch.setattr(jobs, "RENEW_S", 0.01)
+    async with opened(redis_server) as api:
+        with redis_server.client() as client:
+
+            async def pausing():
+                yield lines(pairs(ROWS)) + b"\n"
+                (rows,) = client.keys(KEYS.bulk("*"))
+                client.expire(rows, jobs.UPLOAD_S // 2)
+                await until(lambda: client.ttl(rows) > jobs.UPLOAD_S // 2)
+                yield lines(pairs(3))
+
+            answer = await api.post("/jobs?kind=margin", pausing(), headers=JSONL)
+            assert (answer.status_code, answer.json()["rows"]) == (201, ROWS + 3)
+            kept = client.ttl(KEYS.bulk(answer.json()["id"], "rows"))
+            await api.store._redis.script(
+                jobs.RENEW, [KEYS.bulk(answer.json()["id"], *part) for part in ((), ("rows",))], [jobs.UPLOAD_S * 9]
+            )
+            assert client.ttl(KEYS.bulk(answer.json()["id"], "rows")) <= kept
+
+
+async def test_an_upload_of_which_redis_has_lost_rows_is_refused_and_leaves_nothing_behind(redis_server):
+    async with opened(redis_server) as api:
+        with redis_server.client() as client:
+
+            async def losing():
+                yield lines(pairs(ROWS)) + b"\n"
+                client.delete(*client.keys(KEYS.bulk("*")))
+                yield lines(pairs(3))
+
+            answer = await api.post("/jobs?kind=margin", losing(), headers=JSONL)
+            assert (answer.status_code, "send it again" in error(answer)["message"]) == (Unavailable.status, True)
+            assert (client.keys(KEYS.bulk("*")), client.xlen(KEYS.chunks)) == ([], 0)
+
+
+async def test_a_job_that_redis_is_told_twice_to_start_is_started_once(redis_server, monkeypatch):
+    async with opened(redis_server) as api:
+        script = api.store._redis.script
+
+        async def twice(source, keys, args):
+            if source == jobs.START:  # the connection was cut before the answer; a replica was quick meanwhile
+                await script(source, keys, args)
+                await api.store.finish(await until(lambda: api.store.take("quick")), [{}] * ROWS, [])
+            return await script(source, keys, args)
+
+        monkeypatch.setattr(api.store._redis, "script", twice)
+        job = await api.store.create(
+            "margin", each(json.dumps(p) for p in pairs(ROWS + 3)), head="harmless", scores=None
+        )
+        assert (job.state, job.done) == ("running", ROWS)
+        with redis_server.client() as client:
+            assert (client.xlen(KEYS.chunks), client.hlen(KEYS.bulk(job.id, "rows"))) == (1, 1)
 
 
 async def test_an_upload_that_is_sent_again_with_its_key_is_the_same_job(redis_server):

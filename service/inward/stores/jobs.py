@@ -7,6 +7,7 @@ memory does not grow twice. A chunk says how many replicas it was given to, so t
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import time
@@ -20,7 +21,7 @@ from typing import Any
 
 from inward import logs
 from inward.errors import InvalidField, NotFound, Unavailable
-from inward.stores.connection import Arg, Connection, GroupLost
+from inward.stores.connection import RETRY_AFTER_S, Arg, Connection, GroupLost
 from inward.stores.keys import Keys
 from inward.stores.score_streams import MOST_SCORES
 
@@ -29,7 +30,9 @@ GROUP = "replicas"
 ROWS = 64
 """Rows of a chunk."""
 UPLOAD_S = 600
-"""Without another chunk after which an upload that was broken off is forgotten."""
+"""Without a sign of life after which an upload whose process ended is forgotten."""
+RENEW_S = 60.0
+"""Between two signs of life of an upload, which may come as slowly as it likes."""
 BLOCK_MS = 1000
 """Of one wait for a chunk."""
 
@@ -37,6 +40,11 @@ STORE = """
 -- KEYS: rows.  ARGV: chunk, its rows, seconds to keep.
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
 redis.call('EXPIRE', KEYS[1], ARGV[3])
+"""
+
+RENEW = """
+-- KEYS: job, rows.  ARGV: seconds to keep.  A job that was started meanwhile keeps its rows for longer.
+if redis.call('EXISTS', KEYS[1]) == 0 then redis.call('EXPIRE', KEYS[2], ARGV[1]) end
 """
 
 FINISH = """
@@ -58,11 +66,24 @@ return 1
 
 START = """
 -- KEYS: job, rows, chunks.  ARGV: job, number of chunks, seconds to keep, then names and values of its fields.
+-- Gives 0, and drops the rows, where some of them are not there any more. Redis may be sent this twice.
+if redis.call('EXISTS', KEYS[1]) == 1 then return 1 end
+if redis.call('HLEN', KEYS[2]) ~= tonumber(ARGV[2]) then
+  redis.call('DEL', KEYS[2])
+  return 0
+end
 for number = 0, ARGV[2] - 1 do redis.call('XADD', KEYS[3], '*', 'job', ARGV[1], 'chunk', number) end
 redis.call('HSET', KEYS[1], unpack(ARGV, 4))
 redis.call('EXPIRE', KEYS[1], ARGV[3])
 redis.call('EXPIRE', KEYS[2], ARGV[3])
 redis.call('EXPIRE', KEYS[3], ARGV[3])
+return 1
+"""
+
+DONE = """
+-- KEYS: results.  ARGV: the last chunk, rows of a chunk, rows of the last one.  Gives how many rows are done.
+local done = redis.call('HLEN', KEYS[1]) * ARGV[2]
+return done - redis.call('HEXISTS', KEYS[1], ARGV[1]) * (ARGV[2] - ARGV[3])
 """
 
 DELIVERIES = """
@@ -142,15 +163,19 @@ class BulkStore:
 
         Raises:
             InvalidField: there are none.
+            Unavailable: Redis has lost some of them meanwhile.
             Exception: what ``lines`` raises; nothing is left behind, also where this process ends in the middle.
         """
         job_id = uuid.uuid4().hex
         job, rows = self._keys.bulk(job_id), self._keys.bulk(job_id, "rows")
+        renewing = asyncio.create_task(self._keep_open(job, rows))
         try:
             number, chunks = await self._store(rows, lines)
         except BaseException:
             await self._discard(rows)
             raise
+        finally:
+            renewing.cancel()
         described: dict[str, Arg] = {
             "state": "running",
             "kind": kind,
@@ -161,8 +186,19 @@ class BulkStore:
         more = {"head": head, "scores": scores, "caller": caller}
         described |= {name: value for name, value in more.items() if value is not None}
         fields = [part for pair in described.items() for part in pair]
-        await self._redis.script(START, [job, rows, self._keys.chunks], [job_id, chunks, self._keep, *fields])
+        keys = [job, rows, self._keys.chunks]
+        if not await self._redis.script(START, keys, [job_id, chunks, self._keep, *fields]):
+            logs.event(LOG, "upload_lost", severity=logging.ERROR, job=job_id, chunks=chunks)
+            raise Unavailable("Redis has lost rows of this upload; send it again", retry_after=RETRY_AFTER_S)
         return await self.get(job_id)
+
+    async def _keep_open(self, job: str, rows: str) -> None:
+        while True:
+            await asyncio.sleep(RENEW_S)
+            try:
+                await self._redis.script(RENEW, [job, rows], [UPLOAD_S])
+            except Unavailable as error:  # the next one may come in time; else START finds that rows are missing
+                logs.event(LOG, "upload_not_renewed", reason=error.message)
 
     async def _store(self, key: str, lines: AsyncIterable[str]) -> tuple[int, int]:
         """Rows and chunks."""
@@ -200,12 +236,11 @@ class BulkStore:
         fields = {name.decode(): value.decode() for name, value in _pairs(flat)}
         if "state" not in fields:
             raise NotFound(f"there is no job {job_id}, or not any more", param="id")
-        rows = int(fields["rows"])
-        done = (
-            rows
-            if fields["state"] == "done"
-            else min(rows, ROWS * int(await self._redis("HLEN", self._keys.bulk(job_id, "results"))))
-        )
+        rows = done = int(fields["rows"])
+        if fields["state"] != "done":
+            last = (rows - 1) // ROWS
+            args = [last, ROWS, rows - ROWS * last]
+            done = int(await self._redis.script(DONE, [self._keys.bulk(job_id, "results")], args))
         return BulkJob(
             job_id,
             fields["state"],
@@ -290,13 +325,15 @@ class BulkStore:
             job, number = await self.get(fields[b"job"].decode()), int(fields[b"chunk"])
         except (NotFound, KeyError, ValueError):
             return None
-        data = await self._redis("HGET", self._keys.bulk(job.id, "rows"), number)
-        if job.state != "running" or data is None:
+        if job.state != "running":
             return None
+        data = await self._redis("HGET", self._keys.bulk(job.id, "rows"), number)
+        if data is None and await self._redis("HEXISTS", self._keys.bulk(job.id, "results"), number):
+            return None  # another replica was faster
         deliveries = await self._redis.script(DELIVERIES, [self._keys.chunks], [GROUP, entry])
         chunk = Chunk(entry, job, number, int(deliveries), ())
         try:
-            rows = zlib.decompress(data).decode().split("\n")
+            rows = zlib.decompress(data or b"").decode().split("\n")  # none if Redis has lost it, which is unreadable
         except (zlib.error, UnicodeDecodeError) as error:  # each is an error then, and the job ends
             logs.event(LOG, "chunk_unreadable", severity=logging.ERROR, error=error, job=job.id, chunk=number)
             rows = [""] * chunk.size
