@@ -40,7 +40,7 @@ def test_where_each_is_judged_by_itself_the_prompt_is_cut_by_its_own_length_and_
         ((_, alone),) = fit_each(group, 1001, bos=(0,))
         assert alone.group.prompt_ids == found[i].group.prompt_ids
         assert len(alone.group.prompt_ids) + len(alone.group.responses_ids[0]) <= 1000
-    many = Group(prompt, tuple((7,) * n for n in range(1, 700)))
+    many = Group(prompt, tuple((7,) * n for n in range(1, 3000, 7)))
     assert len(fit_each(many, 1001, bos=(0,))) <= 16
     ((places, whole), *_) = fit_each(Group(prompt[:500], ((7,) * 600, (7,), (8,))), 1001, bos=(0,))[1:]
     assert places == (1, 2) and not whole.truncated

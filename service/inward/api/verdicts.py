@@ -106,9 +106,9 @@ async def judged(
         InwardError: as ``read`` and ``known``; or heads were switched again and again meanwhile.
     """
     asked = known()
-    for time in range(MOST_SWITCHES):
+    for attempt in range(MOST_SWITCHES):
         names = [one.ref.name for one in asked]
-        scored = await read(services, conversations, names, field, deadline, counted=time > 0)
+        scored = await read(services, conversations, names, field, deadline, counted=attempt > 0)
         if _by(asked, scored):
             return asked, scored
         await services.heads.refresh()

@@ -62,7 +62,8 @@ def fit_each(group: Group, max_tokens: int, *, bos: Ids) -> list[tuple[tuple[int
     places: dict[int, list[int]] = {}
     for i, ids in enumerate(group.responses_ids):
         whole = len(group.prompt_ids) + len(ids) <= room
-        places.setdefault(0 if whole else max(1, -(-len(ids) // step)) * step, []).append(i)
+        steps = 0 if whole else min(CUTS, max(1, -(-len(ids) // step)))  # longer ones lose their end
+        places.setdefault(steps * step, []).append(i)
     return [
         (tuple(own), fit_length(
             Group(group.prompt_ids, tuple(group.responses_ids[i] for i in own)),

@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 
 CLOSE = 0.85
 """How alike an unknown field and one of ours are (``difflib``) before it is taken for a slip. Others' own names are
-further off, the nearest (``top_a``) at 0.8."""
+further off, the nearest (``top_a``) at 0.8, or go on where ours ends (``repetition_penalty_range``)."""
 
 MOST_LOOKED_AT = 100
 """Unknown fields of one object that are compared, which takes some 0.1 ms each."""

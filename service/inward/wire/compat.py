@@ -150,7 +150,9 @@ class VerifyRequest(BaseModel):
 TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
 """Types of the parts of a message's content that are text."""
 OF_TEXT = TEXT_PARTS | {"refusal"}
+"""And of what was said instead."""
 CALLS = ("tool_calls", "function_call")
+"""Fields of a message that hold calls of tools."""
 UNSAID = ("reasoning_content", "reasoning", "thinking", "audio", "images")
 """Fields of a message that hold something else than what was said; one that has nothing else is no empty answer."""
 
